@@ -1,0 +1,38 @@
+"""InstructGPT-style RLHF in JAX: SFT, reward models on ranked responses, and PPO-ptx.
+
+Read the files in this order; imports point upwards only:
+
+    models/       one decoder with family switches; KV cache; scalar head; log-probs without logits
+    hf.py         Hugging Face checkpoints in and out, without torch
+    sharding.py   mesh, logical axes -> mesh axes
+    state.py      TrainState
+    train.py      make_train_step(loss_fn, tx, microbatches)
+    masked.py     the only reductions
+    losses.py     losses as functions of arrays
+    data/         records -> tokens -> sharded, resumable batches
+    miniature/    a procedural world to run the whole paper in, no download
+
+The axis alphabet. An array that crosses a function boundary carries its shape as a suffix:
+
+    B  sequences                 D  width of the residual stream
+    T  positions (T = P + R)     N  attention heads
+    S  key / cache positions     H  head dimension
+    P  prompt positions          F  MLP width
+    R  response positions        V  vocabulary (padded to a multiple of 128)
+    K  ranked responses of one   L  layers
+       prompt                    M  minibatches
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_MODULES = ("data", "hf", "losses", "masked", "miniature", "models", "sharding", "state", "train")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a submodule on first use, so that `import instructjax` costs nothing."""
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,239 @@
+"""Checkpoint tensors: one list of entries, read onto shards and written back."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import einops
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from instructjax.hf.families import FAMILIES
+from instructjax.models.config import ModelConfig
+from instructjax.models.layer import Params
+
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint and the leaf, or stacked leaves, of ours that it holds."""
+
+    name: str
+    leaves: tuple[str, ...]  # paths in the parameter tree
+    pattern: str  # einops, file -> ours; ours begins with `x` where leaves are stacked
+    layer: int | None  # index into a stacked leaf
+    shape: tuple[int, ...]  # in the file
+
+
+def entries(config: ModelConfig, present: set[str]) -> list[Entry]:
+    """The tensors of a checkpoint of this config, each leaf in exactly one place.
+
+    Args:
+      present: the paths of all leaves, `score/bias` excepted: no checkpoint has one.
+
+    Raises:
+      ValueError: lists the leaves that the family's table has no tensor for.
+    """
+    family = FAMILIES[config.family]
+    table = {family.prefix + name: row for name, row in family.tensors.items()}
+    table[family.head] = ("unembed/kernel", "v d -> v d")
+    table["score.weight"] = ("score/kernel", "1 d -> d")
+    found: list[Entry] = []
+    for template, (target, pattern) in table.items():
+        stacked = "{}" in template
+        leaves = _expand(f"layers/{target}" if stacked else target)
+        if not present.issuperset(leaves):
+            continue  # a bias or norm that this config turns off
+        shape = _file_shape(pattern, config, len(leaves))
+        for layer in range(config.layers) if stacked else [None]:
+            found.append(Entry(template.format(layer), leaves, pattern, layer, shape))
+    homeless = present - {leaf for entry in found for leaf in entry.leaves}
+    if homeless:
+        raise ValueError(f"{config.family} has no tensor for {', '.join(sorted(homeless))}")
+    return found
+
+
+def _expand(target: str) -> tuple[str, ...]:
+    """`a/{b,c}/d` -> (`a/b/d`, `a/c/d`)"""
+    braces = re.search(r"\{(.*)\}", target)
+    if braces is None:
+        return (target,)
+    return tuple(target.replace(braces[0], choice) for choice in braces[1].split(","))
+
+
+def _sizes(pattern: str, config: ModelConfig, stacked: int) -> dict[str, int]:
+    c = config
+    sizes = dict(v=c.vocab_size, p=c.max_length + c.position_offset, d=c.width, n=c.heads)
+    sizes |= dict(g=c.kv_heads, h=c.head_dim, f=c.mlp_width, x=stacked)
+    return {axis: size for axis, size in sizes.items() if axis in pattern}
+
+
+def _file_shape(pattern: str, config: ModelConfig, stacked: int) -> tuple[int, ...]:
+    sizes = {**_sizes(pattern, config, stacked), "1": 1}
+    groups = re.findall(r"\(.*?\)|\w", pattern.split(" -> ")[0])
+    return tuple(math.prod(sizes[axis] for axis in re.findall(r"\w", group)) for group in groups)
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def open_files(files: list[Path]) -> dict[str, np.ndarray]:
+    """Every tensor of some safetensors files as a memory map: nothing is read yet.
+
+    The library's slices are of NumPy arrays without bfloat16, or of jax arrays on a device; a
+    map gives strided views of any dtype, so a shard reads its own bytes and no more.
+
+    Raises:
+      ValueError: a file is damaged, a dtype has no counterpart, or two files hold one name.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    owner: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="numpy"):
+                pass  # the library checks the header: sizes, overlaps, order
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
+        with open(file, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+        header.pop("__metadata__", None)
+        for name, info in header.items():
+            if name in tensors:
+                raise ValueError(f"{name} is in two files: {owner[name]} and {file}")
+            dtype = _DTYPES.get(info["dtype"])
+            if dtype is None and not info["dtype"].startswith(("BOOL", "U8", "I")):
+                raise ValueError(f"{file}: {name} has dtype {info['dtype']}, not {list(_DTYPES)}")
+            offset = 8 + size + info["data_offsets"][0]
+            shape = tuple(info["shape"])
+            # Integers and booleans are buffers (causal masks) or refused by name later.
+            if dtype is None or math.prod(shape) == 0:
+                tensors[name] = np.empty((0,), np.uint8)
+            else:
+                tensors[name] = np.memmap(file, dtype, "r", offset, shape)
+            owner[name] = file
+    return tensors
+
+
+def check_names(
+    tensors: dict[str, np.ndarray], config: ModelConfig, wanted: list[Entry], where: str
+) -> dict[str, np.ndarray]:
+    """The wanted tensors by their full names, after every name and shape has been checked.
+
+    Raises:
+      ValueError: lists the names that are missing, unused, or of another shape.
+    """
+    family = FAMILIES[config.family]
+    heads = (family.head, "score.weight")
+    # A checkpoint of the base model alone lacks the prefix.
+    if not any(name.startswith(family.prefix) for name in tensors):
+        tensors = {n if n in heads else family.prefix + n: t for n, t in tensors.items()}
+    names = {entry.name for entry in wanted}
+    missing = sorted(names - set(tensors))
+    if missing:
+        raise ValueError(f"{where}: missing {_listing(missing)}")
+    buffers = re.compile(family.buffers)
+    unused = {n for n in set(tensors) - names if not buffers.fullmatch(n)}
+    if config.tied and family.head in unused:
+        embedding = family.prefix + next(iter(family.tensors))
+        same = tensors[family.head].shape == tensors[embedding].shape
+        if not (same and np.array_equal(tensors[family.head], tensors[embedding])):
+            raise ValueError(
+                f"{where}: tie_word_embeddings is true, yet {family.head} is not {embedding}"
+            )
+        unused.remove(family.head)
+    if unused:
+        raise ValueError(f"{where}: no place for {_listing(sorted(unused))}")
+    wrong = [
+        f"{entry.name} is {list(tensors[entry.name].shape)}, not {list(entry.shape)}"
+        for entry in wanted
+        if tensors[entry.name].shape != entry.shape
+    ]
+    if wrong:
+        raise ValueError(f"{where}: {_listing(wrong, '; ')}")
+    return {name: tensors[name] for name in names}
+
+
+def _listing(items: list[str], separator: str = ", ") -> str:
+    shown = separator.join(items[:20])
+    return shown + (f"{separator}and {len(items) - 20} more" if len(items) > 20 else "")
+
+
+def reader(
+    leaf: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    wanted: list[Entry],
+    tensors: dict[str, np.ndarray],
+    config: ModelConfig,
+) -> Callable[[Any], np.ndarray]:
+    """Reads any block of one leaf, for `jax.make_array_from_callback`.
+
+    Rows of the padded vocabulary that no tensor has are 0.
+    """
+    views: list[np.ndarray] = []
+    for entry in wanted:  # layers in order
+        if leaf in entry.leaves:
+            sizes = _sizes(entry.pattern, config, len(entry.leaves))
+            # Only splits and transposes: a view of the file.
+            view = einops.rearrange(tensors[entry.name], entry.pattern, **sizes)
+            views.append(view[entry.leaves.index(leaf)] if "x" in sizes else view)
+    stacked = leaf.startswith("layers/")
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        lengths = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
+        block = np.zeros(lengths, dtype)
+        rows = [(i, v) for i, v in enumerate(views[index[0]])] if stacked else [(..., views[0])]
+        for at, view in rows:
+            part = view[index[1:]] if stacked else view[index]
+            extent = tuple(slice(n) for n in part.shape)
+            block[(at, *extent) if stacked else extent] = part
+        return block
+
+    return read
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def file_tensors(
+    wanted: list[Entry], leaves: dict[str, jax.Array], config: ModelConfig, dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Each entry's tensor as the file has it, fetched one layer at a time."""
+    for entry in wanted:
+        parts = []
+        for leaf in entry.leaves:
+            array = leaves[leaf]
+            part = _fetch(array if entry.layer is None else _layer(array, entry.layer))
+            parts.append(part[: config.vocab_size] if entry.pattern.startswith("v ") else part)
+        theirs, ours = entry.pattern.split(" -> ")
+        whole = np.stack(parts) if ours.startswith("x ") else parts[0]
+        sizes = _sizes(entry.pattern, config, len(entry.leaves))
+        tensor = einops.rearrange(whole, f"{ours} -> {theirs}", **sizes)
+        yield entry.name, np.ascontiguousarray(tensor.astype(dtype))
+
+
+@jax.jit
+def _layer(stacked: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+
+
+def _fetch(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Leaves by their path, `layers/attention/query/kernel`."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in flat}

@@ -1,0 +1,27 @@
+"""One decoder with family switches.
+
+config.py     sizes, switches, presets
+attention.py  who sees whom, rotary embeddings, attention
+layer.py      the layer, its parameters and their logical axes
+decoder.py    whole sequences; a KV cache
+heads.py      logits, log-probabilities without logits, scalars
+"""
+
+from instructjax.models.config import PRESETS, ModelConfig, Rope
+from instructjax.models.decoder import Cache, apply, extend, positions_of, unstack
+from instructjax.models.heads import (
+    cross_entropy,
+    logits,
+    scalars,
+    token_logits,
+    token_logp,
+    unembedding,
+)
+from instructjax.models.layer import (
+    Params,
+    Shard,
+    init,
+    logical_axes,
+    unsharded,
+    with_scalar_head,
+)

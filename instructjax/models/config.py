@@ -1,0 +1,111 @@
+"""What a decoder is: one frozen dataclass of sizes and switches, and the built-in presets.
+
+A family is data: a `ModelConfig` here and a name table in `hf/families.py`. No code asks which
+family it is running.
+"""
+
+import dataclasses
+from typing import Literal
+
+Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]  # as transformers
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding; the frequencies of pair i are theta^(-2i / rotary dimension)."""
+
+    theta: float = 10_000.0
+    fraction: float = 1.0  # share of each head that is rotated (Pythia: 0.25)
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0  # linear, llama3: positions are stretched by this
+    low_freq_factor: float = 1.0  # llama3: wavelengths over original_length / this are stretched
+    high_freq_factor: float = 4.0  # llama3: those under original_length / this are left alone
+    original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of a decoder. Hashable, so that jit can take it as a static argument."""
+
+    vocab_size: int  # real tokens; tables are padded to `padded_vocab_size` rows
+    layers: int
+    width: int
+    heads: int
+    mlp_width: int
+    max_length: int
+    kv_heads: int = 0  # 0: as many as heads
+    head_dim: int = 0  # 0: width / heads
+    family: str = "gpt2"  # the Hugging Face `model_type` that it is exported as
+
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = 1e-5
+    norm_offset: bool = False  # Gemma stores RMSNorm scales minus one
+    post_norms: bool = False  # Gemma 2 and 3 also norm what a sublayer gives back
+    parallel: bool = False  # GPT-NeoX: attention and MLP both read the layer's input
+    activation: Activation = "gelu_new"
+    gated: bool = False
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    tied: bool = True  # the unembedding is the embedding
+    scale_embedding: bool = False  # Gemma multiplies embeddings by sqrt(width)
+    positions: Literal["learned", "rotary"] = "learned"
+    position_offset: int = 0  # OPT's table begins with two unused rows
+    rope: Rope = Rope()
+    local_rope: Rope | None = None  # of windowed layers, where it differs (Gemma 3)
+    window: int | None = None  # a windowed layer sees this many tokens, its own included
+    windowed: tuple[bool, ...] = ()  # which layers; () is none
+    query_scalar: float | None = None  # attention logits are scaled by this^-1/2; None: head_dim
+    attention_softcap: float | None = None  # logits become cap * tanh(logits / cap)
+    final_softcap: float | None = None
+    scalar_head: bool = False  # a reward or value model: a scalar replaces the unembedding
+
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+    # How it is computed; not part of a checkpoint.
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of matmuls and activations
+    remat: Literal["none", "dots", "full"] = "none"  # what a layer's backward pass recomputes
+    dropout: float = 0.0  # on what each sublayer adds to the residual; off unless a key is passed
+
+    def __post_init__(self):
+        if not self.kv_heads:
+            object.__setattr__(self, "kv_heads", self.heads)
+        if not self.head_dim:
+            if self.width % self.heads:
+                raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+            object.__setattr__(self, "head_dim", self.width // self.heads)
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads do not share {self.kv_heads} kv_heads evenly")
+        if self.windowed and len(self.windowed) != self.layers:
+            raise ValueError(f"windowed has {len(self.windowed)} entries for {self.layers} layers")
+        if any(self.windowed) and self.window is None:
+            raise ValueError("windowed layers need a window")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: 50257 divides by nothing useful, so up to a multiple of 128."""
+        return -(-self.vocab_size // 128) * 128
+
+
+def _gpt3(layers: int, width: int, heads: int) -> ModelConfig:
+    """GPT-3 (Brown et al. 2020, table 2.1) as InstructGPT uses it, context 2k.
+
+    Attention is dense in every layer; GPT-3 alternates dense and banded sparse ones.
+    """
+    sizes = dict(layers=layers, width=width, heads=heads, mlp_width=4 * width)
+    return ModelConfig(50257, **sizes, max_length=2048, bos_id=50256, eos_ids=(50256,))
+
+
+PRESETS: dict[str, ModelConfig] = {
+    # GPT-3 prints 24 heads of 128 at width 2048, which do not fit it: ours are 16 of 128.
+    "gpt3-1.3b": _gpt3(24, 2048, 16),
+    "gpt3-6b": _gpt3(32, 4096, 32),
+    "gpt3-175b": _gpt3(96, 12288, 96),
+    # The miniature's model (about 1M parameters) and its reward model's; the vocabulary is set
+    # to that of the tokenizer.
+    "miniature": ModelConfig(1024, layers=4, width=128, heads=4, mlp_width=512, max_length=256),
+    "tiny": ModelConfig(4096, layers=4, width=256, heads=4, mlp_width=1024, max_length=1024),
+}

@@ -1,0 +1,249 @@
+"""One transformer layer in linen, and the parameters of a whole decoder as plain nested dicts.
+
+    params = {
+        "embed": {"tokens": [V, D], "positions": [S, D]?},
+        "layers": {"attention": {...}, "mlp": {...}, ...},   every leaf stacked: [L, ...]
+        "final_norm": {"scale": [D], "bias": [D]?},
+        "unembed": {"kernel": [V, D]}?              absent where tied
+        "score": {"kernel": [D], "bias": []}?       instead, in a reward or value model
+    }
+
+Each parameter is declared with the logical names of its axes; `sharding.py` maps them to a mesh.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from instructjax.models.attention import attend, rotate, rotation
+from instructjax.models.config import ModelConfig
+
+Params = dict[str, Any]
+# Called as shard(x, *logical axes of x) on activations; see sharding.constrainer.
+Shard = Callable[..., jax.Array]
+
+_ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+def unsharded(x: jax.Array, *axes: str | None) -> jax.Array:
+    """The `shard` of a program on one device: leaves x as it is."""
+    del axes
+    return x
+
+
+def _named(initializer: Callable, *axes: str) -> Any:
+    """The initializer, whose result then carries the logical names of its axes."""
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+def _normal(std: float, *axes: str) -> Any:
+    return _named(nn.initializers.normal(std), *axes)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, size = self.config, x.shape[-1]
+        along = (1,) * (x.ndim - 1) + (size,)
+        one = nn.initializers.zeros if c.norm_offset else nn.initializers.ones
+        scale: Any = self.param("scale", _named(one, "norm"), (size,))
+        y = x.astype(jnp.float32)
+        if c.norm == "layer":
+            y -= jnp.mean(y, -1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + c.norm_eps)
+        y *= (scale + 1 if c.norm_offset else scale).reshape(along)
+        if c.norm == "layer":
+            bias: Any = self.param("bias", _named(nn.initializers.zeros, "norm"), (size,))
+            y += bias.reshape(along)
+        return y.astype(c.dtype)
+
+
+class Linear(nn.Module):
+    """einsum(equation, x, kernel) + bias; the bias has the kernel's axes that the result keeps."""
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    bias: bool
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel: Any = self.param("kernel", _normal(self.std, *self.axes), self.shape)
+        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        if not self.bias:
+            return y
+        letters, result = self.equation.split(",")[1].split("->")
+        kept = {c: i for i, c in enumerate(letters) if c in result}
+        init = _named(nn.initializers.zeros, *(self.axes[i] for i in kept.values()))
+        bias: Any = self.param("bias", init, tuple(self.shape[i] for i in kept.values()))
+        # Line the bias up with the result: its axes by letter, 1 elsewhere.
+        along = [self.shape[kept[c]] if c in kept else 1 for c in result]
+        return y + bias.astype(x.dtype).reshape(along)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, cos_sin, mask_BTS, write, shard):
+        c, D, H = self.config, self.config.width, self.config.head_dim
+
+        def project(name, heads, axis):
+            shape, axes = (D, heads, H), ("width", axis, "head_dim")
+            y = Linear("BTD,DNH->BNTH", shape, axes, c.qkv_bias, name=name)(x_BTD)
+            return shard(y, "batch", axis, None, None)
+
+        q_BNTH = project("query", c.heads, "heads")
+        k_BGTH = project("key", c.kv_heads, "kv_heads")
+        v_BGTH = project("value", c.kv_heads, "kv_heads")
+        if c.qk_norm:
+            q_BNTH = Norm(c, name="query_norm")(q_BNTH)
+            k_BGTH = Norm(c, name="key_norm")(k_BGTH)
+        if cos_sin is not None:
+            q_BNTH, k_BGTH = rotate(q_BNTH, cos_sin), rotate(k_BGTH, cos_sin)
+        k_BGSH, v_BGSH = write(k_BGTH, v_BGTH)
+        scale = (c.query_scalar or H) ** -0.5
+        y = attend(q_BNTH, k_BGSH, v_BGSH, mask_BTS, scale=scale, softcap=c.attention_softcap)
+        out_std = 0.02 / (2 * c.layers) ** 0.5  # GPT-2: the residual stream keeps its size
+        shape, axes = (c.heads, H, D), ("heads", "head_dim", "width")
+        y_BTD = Linear("BNTH,NHD->BTD", shape, axes, c.out_bias, out_std, name="out")(y)
+        return y_BTD, (k_BGSH, v_BGSH)
+
+
+class MLP(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, shard):
+        c, shape, axes = self.config, (self.config.width, self.config.mlp_width), ("width", "mlp")
+        act = _ACTIVATIONS[c.activation]
+        y_BTF = Linear("BTD,DF->BTF", shape, axes, c.mlp_bias, name="up")(x_BTD)
+        if c.gated:
+            y_BTF *= act(Linear("BTD,DF->BTF", shape, axes, c.mlp_bias, name="gate")(x_BTD))
+        else:
+            y_BTF = act(y_BTF)
+        y_BTF = shard(y_BTF, "batch", None, "mlp")
+        std = 0.02 / (2 * c.layers) ** 0.5
+        return Linear("BTF,FD->BTD", shape[::-1], axes[::-1], c.mlp_bias, std, name="down")(y_BTF)
+
+
+class Layer(nn.Module):
+    """One transformer layer.
+
+    Args:
+      x_BTD: the residual stream.
+      cos_sin: rotation of the tokens' positions, or None.
+      mask_BTS: which keys each token sees.
+      key: dropout key, or None.
+      write: maps this call's keys and values [B, G, T, H] to those attended to [B, G, S, H].
+      shard: see `Shard`.
+
+    Returns:
+      (the new residual stream, the keys and values attended to).
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, cos_sin, mask_BTS, key, *, write, shard):
+        c = self.config
+
+        def branch(name, y_BTD, key):
+            """What a sublayer adds to the residual."""
+            if c.post_norms:
+                y_BTD = Norm(c, name=f"{name}_post_norm")(y_BTD)
+            if key is None or c.dropout == 0:
+                return y_BTD
+            keep = jax.random.bernoulli(key, 1 - c.dropout, y_BTD.shape)
+            return jnp.where(keep, y_BTD / (1 - c.dropout), 0)
+
+        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        normed = Norm(c, name="attention_norm")(x_BTD)
+        y_BTD, cached = Attention(c, name="attention")(normed, cos_sin, mask_BTS, write, shard)
+        after = x_BTD + branch("attention", y_BTD, attention_key)
+        normed = Norm(c, name="mlp_norm")(x_BTD if c.parallel else after)
+        after += branch("mlp", MLP(c, name="mlp")(normed, shard), mlp_key)
+        return shard(after, "batch", None, None), cached
+
+
+# ---------------------------------------------------------------------------- parameters
+
+
+def _boxed_init(config: ModelConfig, key: jax.Array) -> Params:
+    """Parameters in boxes that name their logical axes."""
+    c = config
+    keys = jax.random.split(key, 4)
+    x_BTD = jnp.zeros((1, 1, c.width))
+    one = jnp.zeros((1, 1), jnp.int32)
+    cos_sin = rotation(c.rope, c.head_dim, one) if c.positions == "rotary" else None
+
+    def init_layer(key):
+        passed = {"write": lambda k, v: (k, v), "shard": unsharded}
+        mask = jnp.ones((1, 1, 1), bool)
+        return Layer(c).init(key, x_BTD, cos_sin, mask, None, **passed)["params"]
+
+    layers = jax.vmap(init_layer)(jax.random.split(keys[0], c.layers))
+    params: Params = {
+        "embed": {
+            "tokens": _normal(0.02, "vocab", "width")(keys[1], (c.padded_vocab_size, c.width))
+        },
+        "layers": jax.tree.map(
+            lambda box: box.replace(names=("layers", *box.names)), layers, is_leaf=_is_box
+        ),
+        "final_norm": Norm(c).init(key, x_BTD)["params"],
+    }
+    if c.positions == "learned":
+        shape = (c.max_length + c.position_offset, c.width)
+        params["embed"]["positions"] = _normal(0.02, "position", "width")(keys[2], shape)
+    if c.scalar_head:
+        params["score"] = _boxed_score(c, keys[3])
+    elif not c.tied:
+        shape = (c.padded_vocab_size, c.width)
+        params["unembed"] = {"kernel": _normal(0.02, "vocab", "width")(keys[3], shape)}
+    return params
+
+
+def _boxed_score(config: ModelConfig, key: jax.Array) -> Params:
+    # Standard deviation 1/sqrt(d + 1), as in lm-human-preferences (Stiennon et al. 2020, App. B).
+    kernel = _normal((config.width + 1) ** -0.5, "norm")(key, (config.width,))
+    return {"kernel": kernel, "bias": _named(nn.initializers.zeros)(key, ())}
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, nn.LogicallyPartitioned)
+
+
+def init(config: ModelConfig, key: jax.Array) -> Params:
+    """Random float32 parameters (GPT-2's scheme). Compile it with out_shardings for a mesh."""
+    return meta.unbox(_boxed_init(config, key))
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """The tree of `init`, with a tuple of logical axis names in place of each array."""
+    boxed = jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0))
+    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=_is_box)
+
+
+def with_scalar_head(
+    params: Params, config: ModelConfig, key: jax.Array
+) -> tuple[ModelConfig, Params]:
+    """Replaces the unembedding by a scalar projection: how a reward model is born (App. C.2)."""
+    kept = {name: leaf for name, leaf in params.items() if name != "unembed"}
+    kept["score"] = meta.unbox(_boxed_score(config, key))
+    return dataclasses.replace(config, scalar_head=True), kept

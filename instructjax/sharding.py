@@ -1,0 +1,140 @@
+"""The mesh, and where each array lies on it.
+
+Three axes: `data` splits the batch and copies the parameters, `fsdp` splits both, `tensor` splits
+heads, MLP and vocabulary within a layer. The model names its axes logically; this table is the
+only place where they meet the mesh.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> the mesh axes that split it.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "layers": (),
+    "vocab": ("tensor",),
+    "position": (),
+    "width": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "norm": (),  # vectors of one layer's width: not worth a collective
+}
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads `data=2,fsdp=-1,tensor=2`; at most one axis may be -1, the devices that are left.
+
+    Raises:
+      ValueError: names the part that is wrong.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in AXES:
+            raise ValueError(f"--mesh {text}: {name!r} is not one of {', '.join(AXES)}")
+        if name in sizes:
+            raise ValueError(f"--mesh {text}: {name} is given twice")
+        try:
+            sizes[name] = int(size)
+        except ValueError:
+            raise ValueError(f"--mesh {text}: {part!r} is not AXIS=NUMBER") from None
+        if sizes[name] < 1 and sizes[name] != -1:
+            raise ValueError(f"--mesh {text}: {name} must be positive, or -1 for the rest")
+    if list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"--mesh {text}: only one axis can be -1")
+    return sizes
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over all devices, or those given; `fsdp` takes what the other axes leave.
+
+    Raises:
+      ValueError: the axes' product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [data, fsdp, tensor]
+    given = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % given == 0:
+        sizes[sizes.index(-1)] = len(devices) // given
+    if math.prod(sizes) != len(devices):
+        wanted = ",".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+        raise ValueError(f"--mesh {wanted} does not make {len(devices)} devices")
+    # Auto: the compiler shards what is between constraints. Explicit axis types, the default,
+    # refuse about half of ordinary RLHF operations.
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+
+
+def partition_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str = "array"
+) -> PartitionSpec:
+    """Where the dimensions of one array lie.
+
+    A vocabulary that does not divide the axis, and KV heads fewer than it, are replicated.
+
+    Args:
+      axes: the logical name of each dimension; None is not sharded.
+      shape: its sizes.
+      name: of the tensor, for errors.
+
+    Raises:
+      ValueError: an axis without a rule, or a size that its mesh axis does not divide.
+    """
+    entries: list[tuple[str, ...] | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"{name}: no sharding rule for the logical axis {axis!r}")
+        over = RULES[axis] if axis is not None else ()
+        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in over)
+        if size % parts and (axis == "vocab" or (axis == "kv_heads" and size < parts)):
+            over = ()
+        elif size % parts:
+            at = "x".join(over)
+            raise ValueError(f"{name}: {axis} of size {size} does not divide over {at} of {parts}")
+        entries.append(over or None)
+    return PartitionSpec(*entries)
+
+
+def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf of a tree.
+
+    Args:
+      axes: `models.logical_axes(config)`.
+      shapes: the same tree of arrays or ShapeDtypeStructs.
+    """
+
+    def one(path, leaf, names):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, name))
+
+    return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batched(mesh: Mesh) -> NamedSharding:
+    """First dimension split over data and fsdp: what a batch is put with."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def constrainer(mesh: Mesh) -> Callable[..., jax.Array]:
+    """The model's `shard`: constrains an activation by the logical names of its axes."""
+
+    def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+        spec = partition_spec(axes, x.shape, mesh, "activation")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return shard

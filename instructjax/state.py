@@ -1,0 +1,58 @@
+"""What training carries from step to step: arrays only."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from instructjax.models import Params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state of one model in training."""
+
+    step: jax.Array  # int32 [], updates made
+    params: Params  # float32 masters
+    opt_state: optax.OptState
+
+
+def create(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """A state at step 0, laid out as the parameters are.
+
+    The parameters are copied: a step that donates its state must not delete the caller's
+    reference model. Drop your own when it is not needed.
+
+    Args:
+      params: on one device, or on a mesh (`hf.load(path, mesh)`, or `init` under out_shardings).
+      tx: the optimizer.
+    """
+
+    def build(params: Params) -> TrainState:
+        copied = jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.zeros((), jnp.int32), copied, tx.init(copied))
+
+    return jax.jit(build, out_shardings=shardings(params, tx))(params)
+
+
+def shardings(params: Params, tx: optax.GradientTransformation) -> Any:
+    """A TrainState of the shardings of a state's leaves: moments lie where their parameter lies.
+
+    Args:
+      params: arrays, or ShapeDtypeStructs that carry shardings.
+    """
+    param_shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    everywhere: Any = jax.tree.leaves(param_shardings)[0]
+    if isinstance(everywhere, jax.sharding.NamedSharding):
+        everywhere = everywhere.update(spec=jax.sharding.PartitionSpec())
+    # Without this, jit(tx.init) would leave Adam's moments on one device.
+    opt_state = optax.tree_utils.tree_map_params(
+        tx,
+        lambda _, where: where,
+        jax.eval_shape(tx.init, params),
+        param_shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(everywhere, param_shardings, opt_state)

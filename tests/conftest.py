@@ -1,0 +1,34 @@
+"""Eight emulated CPU devices, and strictness: rank promotion raises, warnings are errors."""
+
+import os
+from pathlib import Path
+
+# Set before jax is imported: a machine with an accelerator runs the suite on its CPU too.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+# The tests spend their time compiling programs that run for microseconds: the same HLO without
+# LLVM's optimisation compiles twice as fast.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled programs are kept between runs, beside pytest's own cache."""
+    cache = config.cache
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Small real data sets beside the repository; tests that use them skip where they are not."""
+    data = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not data.is_dir():
+        pytest.skip(f"no real data sets at {data}")
+    return data

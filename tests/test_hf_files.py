@@ -1,0 +1,444 @@
+"""What is read and refused: files, shards, dtypes, names, switches, tokenizers."""
+
+import dataclasses
+import gzip
+import itertools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from instructjax import hf, models, sharding
+from instructjax.hf.families import FAMILIES
+from instructjax.models import ModelConfig
+
+GPT2 = ModelConfig(
+    vocab_size=131, layers=2, width=16, heads=4, mlp_width=32, max_length=32, eos_ids=(2,), bos_id=1
+)
+LLAMA = dataclasses.replace(
+    GPT2,
+    family="llama",
+    kv_heads=2,
+    norm="rms",
+    positions="rotary",
+    gated=True,
+    activation="silu",
+    tied=False,
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return {c.family: models.init(c, jax.random.key(0)) for c in (GPT2, LLAMA)}
+
+
+@pytest.fixture
+def saved(params, tmp_path):
+    """A fresh checkpoint that a test may damage."""
+    hf.save(tmp_path / "gpt2", GPT2, params["gpt2"])
+    return tmp_path / "gpt2"
+
+
+def rewrite(path, change):
+    """Applies `change` to the dict of a checkpoint's tensors."""
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def reconfigure(path, **changes):
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def assert_equal_but_for_padding(got, want):
+    """Leaves equal; rows of the padded vocabulary, which no file has, are 0."""
+    for name in ("embed", "unembed"):
+        for leaf in ("tokens", "kernel"):
+            if name in got and leaf in got[name]:
+                assert (np.asarray(got[name][leaf], np.float32)[131:] == 0).all()
+    cut = lambda tree: jax.tree.map(lambda x: np.asarray(x)[:131], tree)  # noqa: E731
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, cut(got), cut(want))
+
+
+# ---------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=lambda c: c.family)
+def test_several_files(config, params, tmp_path):
+    hf.save(tmp_path, config, params[config.family], max_file_size=9000)
+    files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert max((tmp_path / file).stat().st_size for file in files) < 9000 + 2000  # and a header
+    loaded_config, loaded = hf.load(tmp_path)
+    assert loaded_config == config
+    assert_equal_but_for_padding(loaded, params[config.family])
+    # A later export into the same directory leaves none of them behind.
+    hf.save(tmp_path, config, params[config.family])
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtypes(dtype, params, tmp_path):
+    hf.save(tmp_path, LLAMA, params["llama"], dtype=dtype)
+    rounded = jax.tree.map(lambda x: x.astype(dtype), params["llama"])
+    _, loaded = hf.load(tmp_path, dtype=dtype)
+    assert_equal_but_for_padding(loaded, rounded)
+    _, masters = hf.load(tmp_path)
+    assert_equal_but_for_padding(masters, jax.tree.map(lambda x: x.astype("float32"), rounded))
+    file = json.loads((tmp_path / "config.json").read_text())
+    assert file["dtype"] == dtype
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=lambda c: c.family)
+def test_onto_a_mesh_and_back(config, params, tmp_path):
+    hf.save(tmp_path / "in", config, params[config.family])
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    _, sharded = hf.load(tmp_path / "in", mesh)
+    _, plain = hf.load(tmp_path / "in")
+    shapes = jax.eval_shape(lambda: sharded)
+    layout = sharding.shardings(models.logical_axes(config), shapes, mesh)
+    jax.tree.map(lambda x, where: x.sharding == where or pytest.fail("layout"), sharded, layout)
+    jax.tree.map(np.testing.assert_array_equal, sharded, plain)
+    hf.save(tmp_path / "out", config, sharded)
+    one, two = (load_file(tmp_path / d / "model.safetensors") for d in ("in", "out"))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_each_shard_reads_its_own_bytes(params, tmp_path, monkeypatch):
+    """No block that is read is larger than a device's share."""
+    hf.save(tmp_path, LLAMA, params["llama"])
+    seen = []
+    make = jax.make_array_from_callback
+
+    def spy(shape, where, read):
+        def counted(index):
+            block = read(index)
+            seen.append((block.shape, where.shard_shape(shape)))
+            return block
+
+        return make(shape, where, counted)
+
+    monkeypatch.setattr(jax, "make_array_from_callback", spy)
+    hf.load(tmp_path, sharding.make_mesh(fsdp=2, tensor=4))
+    assert len(seen) > 20
+    assert all(block == share for block, share in seen)
+
+
+def test_base_models_and_buffers_and_tied_heads(saved):
+    """Names without the prefix, causal-mask buffers and a copy of the tied head are known."""
+    _, want = hf.load(saved)
+
+    def change(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = np.ones((1, 1, 32, 32), np.bool_)
+        tensors["h.1.attn.masked_bias"] = np.array(-1e4, np.float32)
+        tensors["lm_head.weight"] = tensors["wte.weight"]
+
+    rewrite(saved, change)
+    _, got = hf.load(saved)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    rewrite(saved, lambda tensors: tensors.update({"lm_head.weight": tensors["wte.weight"] + 1}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not transformer\.wte\.weight"):
+        hf.load(saved)
+
+
+def test_all_tokens_that_end_a_turn(saved):
+    (saved / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
+    config, _ = hf.load(saved)
+    assert config.eos_ids == (2, 7)
+    assert hf.load_config(saved) == config
+
+
+# ---------------------------------------------------------------------------- names and shapes
+
+
+def test_names_and_shapes_are_checked(saved):
+    rewrite(saved, lambda t: t.update({"transformer.h.0.extra": np.zeros(3, np.float32)}))
+    with pytest.raises(ValueError, match=r"no place for transformer\.h\.0\.extra"):
+        hf.load(saved)
+    rewrite(saved, lambda t: (t.pop("transformer.h.0.extra"), t.pop("transformer.ln_f.weight")))
+    with pytest.raises(ValueError, match=r"missing transformer\.ln_f\.weight"):
+        hf.load(saved)
+    rewrite(saved, lambda t: t.update({"transformer.ln_f.weight": np.ones(17, np.float32)}))
+    with pytest.raises(ValueError, match=r"transformer\.ln_f\.weight is \[17\], not \[16\]"):
+        hf.load(saved)
+
+
+def test_one_name_in_two_files(params, tmp_path):
+    hf.save(tmp_path, GPT2, params["gpt2"], max_file_size=9000)
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    both = {**load_file(second), **load_file(first)}
+    save_file(both, second)
+    with pytest.raises(ValueError, match=r"is in two files: .*00001.* and .*00002"):
+        hf.load(tmp_path)
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match="names files that are not there: model-00002"):
+        hf.load(tmp_path)
+
+
+def test_damaged_files(saved):
+    whole = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+        hf.load(saved)
+    (saved / "model.safetensors").write_bytes(whole)
+    rewrite(saved, lambda t: t.update({"x": np.zeros(2, np.float64)}))
+    with pytest.raises(ValueError, match="x has dtype F64"):
+        hf.load(saved)
+    (saved / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+        hf.load_config(saved)
+
+
+def test_pickles_are_refused_with_the_way_out(saved):
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin[\s\S]*save_pretrained"):
+        hf.load(saved)
+    (saved / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        hf.load(saved)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such directory, and the hub"):
+        hf.load("nowhere")
+
+
+# ---------------------------------------------------------------------------- switches
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "bert"}, "model_type 'bert' is not supported; supported are gemma, "),
+        ({"activation_function": "quick_gelu"}, "activation_function = 'quick_gelu'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        ({"scale_attn_weights": False}, "scale_attn_weights = False"),
+        ({"add_cross_attention": True}, "add_cross_attention = True"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_switches_of_gpt2_are_refused_by_name(saved, changes, message):
+    reconfigure(saved, **changes)
+    with pytest.raises(ValueError, match=message):
+        hf.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type = 'yarn'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        ({"pretraining_tp": 2}, "pretraining_tp = 2"),
+        ({"hidden_act": "relu6"}, "hidden_act = 'relu6'"),
+    ],
+    ids=["rope", "partial", "tp", "activation"],
+)
+def test_switches_of_llama_are_refused_by_name(params, tmp_path, changes, message):
+    hf.save(tmp_path, LLAMA, params["llama"])
+    reconfigure(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        hf.load(tmp_path)
+
+
+def test_switches_of_other_families_are_refused(tmp_path):
+    for family, changes, message in [
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
+        ("opt", {"word_embed_proj_dim": 7}, "word_embed_proj_dim = 7"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **changes}))
+        with pytest.raises(ValueError, match=message):
+            hf.load_config(tmp_path)
+
+
+def test_remote_code_is_never_run(saved):
+    bomb = saved / "modeling_bomb.py"
+    bomb.write_text("raise SystemExit('ran')")
+    reconfigure(saved, auto_map={"AutoConfig": "modeling_bomb.Bomb"})
+    hf.load(saved)
+    reconfigure(saved, model_type="bomb")
+    with pytest.raises(ValueError, match="model_type 'bomb' is not supported"):
+        hf.load(saved)
+
+
+def test_what_a_family_cannot_express_is_not_exported(params, tmp_path):
+    for changes, message in [
+        ({"qk_norm": True}, "gpt2 has no place for qk_norm = True"),
+        ({"final_softcap": 3.0}, "gpt2 has no place for final_softcap"),
+        ({"kv_heads": 2}, "gpt2 has no place for kv_heads = 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            hf.configs.to_hf(dataclasses.replace(GPT2, **changes))
+    # A leaf without a tensor is an error too.
+    odd = {**params["gpt2"], "extra": jnp.zeros(3)}
+    with pytest.raises(ValueError, match="gpt2 has no tensor for extra"):
+        hf.save(tmp_path, GPT2, odd)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_configs_of_public_models_are_understood(family, tmp_path):
+    """transformers' defaults are each family's public model: read, written and read again."""
+    default = hf.configs.transformers().AutoConfig.for_model(family)
+    config = hf.configs.from_hf(default, family)
+    again = hf.configs.from_hf(hf.configs.to_hf(config), family)
+    assert again == config
+    assert config.family == family
+
+
+# ---------------------------------------------------------------------------- reward models
+
+
+def test_reward_bias_is_read_back(params, tmp_path):
+    config, rm = models.with_scalar_head(params["llama"], LLAMA, jax.random.key(1))
+    rm["score"]["bias"] = jnp.float32(-2.5)
+    hf.save(tmp_path, config, rm)
+    loaded_config, loaded = hf.load(tmp_path)
+    assert loaded["score"]["bias"] == -2.5
+    assert loaded_config.pad_id == 131
+    assert "Add -2.5" in (tmp_path / "README.md").read_text()
+    # The new row of the embedding is 0, and the others are as they were.
+    table = np.asarray(loaded["embed"]["tokens"])
+    assert (table[131:] == 0).all()
+    np.testing.assert_array_equal(table[:131], params["llama"]["embed"]["tokens"][:131])
+
+
+def test_a_pad_row_beyond_the_padded_table(tmp_path):
+    full = dataclasses.replace(LLAMA, vocab_size=128)
+    config, rm = models.with_scalar_head(
+        models.init(full, jax.random.key(0)), full, jax.random.key(1)
+    )
+    hf.save(tmp_path, config, rm)
+    loaded_config, loaded = hf.load(tmp_path)
+    assert (loaded_config.vocab_size, loaded_config.pad_id) == (129, 128)
+    assert loaded["embed"]["tokens"].shape == (256, 16)
+
+
+def test_several_labels_are_refused(params, tmp_path):
+    config, rm = models.with_scalar_head(params["llama"], LLAMA, jax.random.key(1))
+    hf.save(tmp_path, config, rm)
+    rewrite(tmp_path, lambda t: t.update({"score.weight": np.ones((2, 16), np.float32)}))
+    with pytest.raises(ValueError, match="num_labels is 2"):
+        hf.load(tmp_path)
+
+
+# ---------------------------------------------------------------------------- tokenizers
+
+
+def word_tokenizer(words, **special):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **special)
+
+
+WORDS = ["<unk>", "<bos>", "<eos>", *(f"w{i}" for i in range(128))]
+
+
+def test_a_tokenizer_without_padding_gets_a_pad_token(params, tmp_path):
+    tokenizer = word_tokenizer(WORDS, eos_token="<eos>", pad_token="<eos>")
+    config, rm = models.with_scalar_head(params["llama"], LLAMA, jax.random.key(1))
+    hf.save(tmp_path, config, rm, tokenizer)
+    loaded = hf.load_tokenizer(tmp_path)
+    assert (loaded.pad_token, loaded.pad_token_id) == ("<|pad|>", 131)
+    assert hf.load_config(tmp_path).pad_id == 131
+    assert tokenizer.pad_token == "<eos>"  # the caller's is left as it was
+    assert loaded("w3 w7")["input_ids"] == tokenizer("w3 w7")["input_ids"] == [6, 10]
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(params, tmp_path):
+    with pytest.raises(ValueError, match="the tokenizer has 132 tokens, the model 131"):
+        hf.save(tmp_path, GPT2, params["gpt2"], word_tokenizer([*WORDS, "more"]))
+
+
+def test_the_vocabulary_of_gpt2(shared_data, tmp_path):
+    """Ids of a page of text by the plain BPE algorithm, and the round trip."""
+    from transformers import GPT2Tokenizer
+
+    source = shared_data / "gpt2_bpe"
+    encoder = json.loads(gzip.decompress((source / "encoder.json.gz").read_bytes()))
+    merges = gzip.decompress((source / "vocab.bpe.gz").read_bytes()).decode()
+    (tmp_path / "vocab.json").write_text(json.dumps(encoder))
+    (tmp_path / "merges.txt").write_text(merges)
+    made = GPT2Tokenizer(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
+    made.save_pretrained(tmp_path / "gpt2")
+    tokenizer = hf.load_tokenizer(tmp_path / "gpt2")
+    novel = next((shared_data / "novels_public_domain").glob("*.txt.gz"))
+    page = gzip.decompress(novel.read_bytes()).decode("utf-8")[5000:8000]
+    ids = tokenizer(page)["input_ids"]
+    assert len(tokenizer) == 50257
+    assert ids == plain_bpe(page, encoder, merges)
+    assert tokenizer.decode(ids) == page
+    # As OpenAI's own encoder has it.
+    assert tokenizer("Hello, world!")["input_ids"] == [15496, 11, 995, 0]
+
+
+def plain_bpe(text, encoder, merges):
+    """GPT-2's encoder (openai/gpt-2 `encoder.py`): lowest-ranked merge first."""
+    import regex
+
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = {b: chr(b) for b in kept}
+    symbols |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in symbols)}
+    ranks = {tuple(line.split()): i for i, line in enumerate(merges.splitlines()[1:])}
+    words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    ids = []
+    for word in regex.findall(words, text):
+        parts = [symbols[byte] for byte in word.encode()]
+        while len(parts) > 1:
+            pairs = list(itertools.pairwise(parts))
+            best = min(pairs, key=lambda pair: ranks.get(pair, 10**9))
+            if best not in ranks:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                if tuple(parts[i : i + 2]) == best:
+                    merged.append(parts[i] + parts[i + 1])
+                    i += 2
+                else:
+                    merged.append(parts[i])
+                    i += 1
+            parts = merged
+        ids += [encoder[part] for part in parts]
+    return ids
+
+
+# ---------------------------------------------------------------------------- a quiet import
+
+
+def test_no_torch_no_tensorflow_no_noise(saved):
+    """A process without torch loads, saves and prints nothing."""
+    program = """
+import sys
+from importlib.machinery import PathFinder
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.split(".")[0] in ("torch", "tensorflow", "datasets")
+        return None if hidden else super().find_spec(name, path, target)
+sys.meta_path = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
+import instructjax
+assert not any(m in sys.modules for m in ("transformers", "flax", "optax", "jax"))
+config, params = instructjax.hf.load(sys.argv[1])
+instructjax.hf.save(sys.argv[1] + "-again", config, params)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(saved)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
