@@ -13,7 +13,7 @@ from instructjax.state import TrainState
 Batch = Any  # a pytree of arrays whose first dimension is the batch's
 Metrics = dict[str, jax.Array]
 # (params, batch, key) -> (mean, (weight, metrics)): a mean over `weight` tokens or prompts, which
-# does not depend on params, and metrics that are means over the same.
+# does not depend on params, and metrics that are means over the same. Finite at weight 0.
 LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, tuple[jax.Array, Metrics]]]
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
@@ -55,8 +55,8 @@ def accumulate_gradients(
     def weighted(params, batch, key):
         mean, (weight, metrics) = loss_fn(params, batch, key)
         weight = weight.astype(jnp.float32)
-        scale = lambda x: jnp.where(weight > 0, x * weight, 0)  # noqa: E731
-        return scale(mean), (weight, jax.tree.map(scale, {"loss": mean, **metrics}))
+        sums = {name: value * weight for name, value in {"loss": mean, **metrics}.items()}
+        return mean * weight, (weight, sums)
 
     gradient = jax.grad(weighted, has_aux=True)
     if microbatches == 1:
@@ -111,7 +111,7 @@ def make_train_step(
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        metrics = {**metrics, "optim/grad_norm": optax.global_norm(grads)}
+        metrics = {**metrics, "optim/grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -119,11 +119,11 @@ def test_rope_frequencies_by_hand():
     np.testing.assert_allclose(
         models.attention.rope_frequencies(Rope(fraction=0.5), 8), [1, 0.01], rtol=1e-6
     )
-    # llama3, original context 200 pi: turns are 100, 10, 1, 0.1. At least 4 turns: kept;
-    # one or fewer: stretched by 8.
-    llama3 = Rope(kind="llama3", factor=8.0, original_length=200 * np.pi)
+    # llama3, original context 400 pi: turns are 200, 20, 2, 0.2. From 4 turns kept; under 1
+    # stretched by 8; at 2, a third of the way: 1/3 + 2/3 / 8 = 5/12.
+    llama3 = Rope(kind="llama3", factor=8.0, original_length=400 * np.pi)
     np.testing.assert_allclose(
-        models.attention.rope_frequencies(llama3, 8), [1, 0.1, 0.01 / 8, 0.001 / 8], rtol=1e-5
+        models.attention.rope_frequencies(llama3, 8), [1, 0.1, 0.01 * 5 / 12, 0.001 / 8], rtol=1e-5
     )
 
 
