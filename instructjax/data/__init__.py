@@ -1,0 +1,41 @@
+"""Records -> tokens -> sharded, resumable batches.
+
+    config.py     the flags of a data set
+    errors.py     what is said of bad rows
+    columns.py    --data.columns
+    dialogue.py   messages, Anthropic's form, trees -> prompt and reply
+    records.py    rows -> records of the four kinds
+    sources.py    SPEC -> rows
+    tokens.py     texts -> ids, cached
+    load.py       all of the above: DataConfig -> Dataset
+    packing.py    best fit into fixed lengths
+    batches.py    Dataset -> rows -> batches by (seed, n)
+    prepare.py    records -> a TFDS set; a GPT-2 tokenizer from its two files
+
+In short, for packed demonstrations with a tenth of text mixed in:
+
+    demos = load(config, "demonstrations", tokenizer, split="train", context=1024)
+    text = load(other, "text", tokenizer)
+    rows = [PackedRows(demos, 1024), PackedRows(text, 1024)]
+    for batch in Stream(rows, 32, seed=0, weights=[0.9, 0.1]).iterate(start=step): ...
+"""
+
+from instructjax.data.batches import ComparisonRows, PackedRows, PromptRows, Stream
+from instructjax.data.config import DataConfig
+from instructjax.data.errors import DataError
+from instructjax.data.load import Dataset, encode, load, read
+from instructjax.data.records import Record
+
+__all__ = [
+    "ComparisonRows",
+    "DataConfig",
+    "DataError",
+    "Dataset",
+    "PackedRows",
+    "PromptRows",
+    "Record",
+    "Stream",
+    "encode",
+    "load",
+    "read",
+]

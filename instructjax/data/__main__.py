@@ -1,0 +1,166 @@
+"""`python -m instructjax.data show|prepare|tokenizer`: look at data, and make what is made once."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from instructjax.data.batches import ComparisonRows, PackedRows, PromptRows, Stream
+from instructjax.data.config import DataConfig
+from instructjax.data.errors import DataError
+from instructjax.data.load import Dataset, Split, load, read
+from instructjax.data.prepare import gpt2_tokenizer, write_tfds
+from instructjax.data.records import Kind
+
+
+@dataclass(frozen=True)
+class Show:
+    """Read, tokenise and batch a data set, and say what it holds."""
+
+    kind: Kind
+    """Which records to make of the rows."""
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer: a folder or a hub name. The miniature has its own."""
+    length: int = 2048
+    """Tokens of a packed row, and of the model's context."""
+    batch_size: int = 8
+    split: Split = "all"
+    example: bool = True
+    """Print a decoded example."""
+
+    def run(self) -> None:
+        tokenizer = _tokenizer(self.tokenizer, self.data.spec)
+        begin = time.perf_counter()
+        dataset = load(self.data, self.kind, tokenizer, split=self.split, context=self.length)
+        rows = _rows(dataset, self.length)
+        seconds = time.perf_counter() - begin
+        tokens = int(dataset.prompt.lengths.sum() + dataset.response.lengths.sum())
+        print(f"  {tokens:,} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s")
+        for name, lengths in (
+            ("prompt", dataset.prompt.lengths),
+            ("response", dataset.response.lengths[dataset.ranks > 0]),
+        ):
+            if lengths.any():
+                low, mid, high, most = np.quantile(lengths, [0.05, 0.5, 0.95, 1]).astype(int)
+                print(f"  {name} tokens: median {mid:,}, 5-95 % {low:,}-{high:,}, most {most:,}")
+        if self.kind == "comparisons":
+            _describe_comparisons(dataset)
+        stream = Stream(rows, self.batch_size, seed=0)
+        batch, begin = stream.batch(0), time.perf_counter()
+        for n in range(1, 11):
+            stream.batch(n)
+        print(f"  a batch, made in {100 * (time.perf_counter() - begin):.1f} ms: ", end="")
+        print(", ".join(f"{name} {_shape(value)}" for name, value in batch.items()))
+        if self.example:
+            print(_example(dataset, tokenizer))
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Write the records of a SPEC as a TFDS set, to be read as `tfds:NAME`."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """Of the set, in snake_case."""
+    kind: Kind
+    data_dir: str
+    """Where TFDS sets live; $TFDS_DATA_DIR should say the same when they are read."""
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: str | None = None
+    """Its chat template renders messages; without one, Anthropic's dialogue form does."""
+    split: bool = False
+    """Write `train` and `validation`, by --data.split_by, instead of `train` alone."""
+
+    def run(self) -> None:
+        tokenizer = _tokenizer(self.tokenizer, self.data.spec) if self.tokenizer else None
+        splits: dict[str, Split] = {"train": "train" if self.split else "all"}
+        if self.split:
+            splits["validation"] = "validation"
+        records = {
+            name: read(self.data, self.kind, split=split, tokenizer=tokenizer)
+            for name, split in splits.items()
+        }
+        folder = write_tfds(self.name, self.data_dir, records, self.kind)
+        print(f"  written to {folder}: --data tfds:{folder}")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Make a Hugging Face tokenizer of GPT-2's encoder.json and vocab.bpe."""
+
+    out: Annotated[str, tyro.conf.Positional]
+    """The folder to write."""
+    gpt2: str
+    """The folder that holds the two files, plain or .gz."""
+
+    def run(self) -> None:
+        print(f"written to {gpt2_tokenizer(self.gpt2, self.out)}")
+
+
+def _tokenizer(name: str | None, spec: str) -> Any:
+    if name is None and spec == "miniature":
+        from instructjax import miniature
+
+        return miniature.tokenizer()
+    if name is None:
+        raise DataError("--tokenizer", None, "is needed, except for the miniature")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--tokenizer {name}", None, str(error)) from error
+
+
+def _rows(dataset: Dataset, length: int) -> PackedRows | ComparisonRows | PromptRows:
+    if dataset.kind == "comparisons":
+        return ComparisonRows(dataset)
+    return PromptRows(dataset) if dataset.kind == "prompts" else PackedRows(dataset, length)
+
+
+def _describe_comparisons(dataset: Dataset) -> None:
+    ranks = [record.ranks for record in dataset.records]
+    sizes = {k: sum(len(r) == k for r in ranks) for k in range(2, 10)}
+    pairs = [(a, b) for r in ranks for i, a in enumerate(r) for b in r[:i]]
+    ties = sum(a == b for a, b in pairs) / len(pairs)
+    labelers = {record.labeler for record in dataset.records} - {None}
+    print(f"  K: {', '.join(f'{n:,} of {k}' for k, n in sizes.items() if n)};", end=" ")
+    print(f"{len(pairs):,} pairs, {ties:.1%} ties; {len(labelers)} labelers")
+
+
+def _shape(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, np.ndarray) else f"({len(value)})"
+
+
+def _example(dataset: Dataset, tokenizer: Any) -> str:
+    lines = [f"--- {dataset.records[0].where}"]
+    if len(dataset.prompt[0]):
+        lines.append(f"prompt: {tokenizer.decode(dataset.prompt[0])!r}")
+    for slot, rank in enumerate(dataset.ranks[0].tolist()):
+        ids = dataset.response[0, slot]
+        label = f"rank {rank}" if dataset.kind == "comparisons" else dataset.kind
+        more = " ..." if len(ids) > 200 else ""
+        if rank:
+            lines.append(f"{label}: {tokenizer.decode(ids[:200])!r}{more}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs a command; exits with 2 on wrong usage and 1 on data that cannot be used."""
+    commands = {"show": Show, "prepare": Prepare, "tokenizer": Tokenizer}
+    command = tyro.extras.subcommand_cli_from_dict(
+        commands,
+        description=__doc__,
+        prog="python -m instructjax.data",
+    )
+    try:
+        command.run()
+    except (DataError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Made once: a TFDS set from the records of any SPEC, and a tokenizer from GPT-2's two files."""
+
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instructjax.data.errors import DataError
+from instructjax.data.records import Kind, Record
+
+
+def write_tfds(
+    name: str,
+    data_dir: str,
+    splits: Mapping[str, list[Record]],
+    kind: Kind,
+) -> Path:
+    """Writes records, without further columns, as a TFDS set of ArrayRecord files.
+
+    It needs no TensorFlow, neither to write nor to read.
+
+    Args:
+      name: of the set, in snake_case; it is read as `tfds:NAME` with $TFDS_DATA_DIR, or by folder.
+      splits: the records of each split, all of one kind, which keep their order.
+    Returns:
+      The folder `data_dir/name`.
+    Raises:
+      DataError: there is such a set already.
+    """
+    import tensorflow_datasets as tfds
+
+    folder = Path(data_dir).expanduser() / name
+    if folder.exists():
+        raise DataError(str(folder), None, "is there already; remove it or pick another name")
+    text, many = tfds.features.Text(), tfds.features.Sequence
+    columns: dict[str, Any] = {
+        "demonstrations": {"prompt": text, "completion": text},
+        "comparisons": {
+            "prompt": text,
+            "responses": many(text),
+            "ranks": many(np.int32),
+            "labeler": text,
+            "margin": np.float32,
+        },
+        "prompts": {"prompt": text},
+        "text": {"text": text},
+    }[kind]
+
+    def example(record: Record) -> dict[str, Any]:
+        if kind == "text":
+            return {"text": record.responses[0]}
+        row: dict[str, Any] = {"prompt": record.prompt}
+        if kind == "demonstrations":
+            row["completion"] = record.responses[0]
+        if kind == "comparisons":
+            row |= {"responses": list(record.responses), "ranks": list(record.ranks)}
+            row |= {"labeler": record.labeler or "", "margin": record.margin}
+        return row
+
+    class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        code_path: Any = None  # no module of TFDS's; to look for one it needs importlib_resources
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = tfds.features.FeaturesDict(columns)
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            del dl_manager
+            return {split: enumerate(map(example, records)) for split, records in splits.items()}
+
+        def _generate_examples(self) -> None:  # abstract in the base class; the splits have it all
+            raise NotImplementedError
+
+    Records.name = name
+    Records(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def gpt2_tokenizer(source: str, out: str) -> Path:
+    """Makes a Hugging Face tokenizer folder from OpenAI's files.
+
+    Args:
+      source: a folder with encoder.json and vocab.bpe (or vocab.json and merges.txt), plain or .gz.
+      out: the folder to write.
+    Raises:
+      DataError: a file is missing.
+    """
+    from transformers import GPT2Tokenizer
+
+    vocab = json.loads(_either(Path(source), "encoder.json", "vocab.json"))
+    lines = _either(Path(source), "vocab.bpe", "merges.txt").split("\n")
+    merges: Any = [
+        tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
+    ]
+    GPT2Tokenizer(vocab=vocab, merges=merges).save_pretrained(out)
+    return Path(out)
+
+
+def _either(folder: Path, *names: str) -> str:
+    for name in names:
+        if (folder / name).exists():
+            return (folder / name).read_text(encoding="utf-8")
+        if (folder / f"{name}.gz").exists():
+            return gzip.decompress((folder / f"{name}.gz").read_bytes()).decode()
+    raise DataError(str(folder), None, f"holds neither {' nor '.join(names)}, plain or .gz")

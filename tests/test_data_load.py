@@ -1,0 +1,425 @@
+"""Tokens and their cache, limits, splits, TFDS and Hugging Face sets, and the commands."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from instructjax.data import DataConfig, DataError, load, read, tokens
+from instructjax.data.__main__ import main
+from instructjax.data.tokens import tokenise
+
+EOS = 256
+
+
+def byte_tokenizer(**options):
+    """A token for each byte, by its value, and <eos>."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    names = {bytes([b]).decode("latin-1"): b for b in range(256)}
+    # ByteLevel writes the bytes that do not print as letters from 256 on, in order.
+    odd = sorted(set(letters) - set(names))
+    missing = sorted(b for name, b in names.items() if name not in letters)
+    vocab = {n: b for n, b in names.items() if n in letters} | dict(zip(odd, missing, strict=True))
+    core = Tokenizer(models.BPE({**vocab, "<eos>": EOS}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    if options.pop("adds_bos", False):
+        core.post_processor = processors.TemplateProcessing(
+            single="<eos> $A", special_tokens=[("<eos>", EOS)]
+        )
+        options["bos_token"] = "<eos>"
+    return PreTrainedTokenizerFast(tokenizer_object=core, **{"eos_token": "<eos>"} | options)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"jsonl:{path}"
+
+
+def quiet(spec, kind, tokenizer, *, context=None, split="all", lines=None, **options):
+    config = DataConfig(spec, **{"cache": None} | options)
+    log = (lambda line: None) if lines is None else lines.append
+    return load(config, kind, tokenizer, context=context, split=split, log=log)
+
+
+def ids(text):
+    return list(text.encode())
+
+
+# --- tokens ---
+
+
+def test_prompt_and_response_are_tokenised_apart(tmp_path, tokenizer):
+    """Every complete response ends in one EOS, also where the row spells it out."""
+    rows = [{"prompt": "pé\n", "completion": c} for c in ("é ", "x<eos>", "x<eos>\n")]
+    data = quiet(write(tmp_path / "a", *rows), "demonstrations", tokenizer)
+    assert data.prompt[0].tolist() == ids("pé\n")
+    found = [data.response[i, 0].tolist() for i in range(3)]
+    assert found == [[*ids("é "), EOS], [*ids("x"), EOS], [*ids("x"), EOS]]
+    assert data.response.ids.dtype == data.prompt.ids.dtype == np.int32
+
+
+def test_comparisons_keep_k_and_ranks(tmp_path, tokenizer):
+    rows = [
+        {"prompt": "p", "responses": ["a", "bb", "c"], "ranks": [2, 1, 2]},
+        {"prompt": "q", "chosen": "d", "rejected": "ee"},
+    ]
+    data = quiet(write(tmp_path / "a", *rows), "comparisons", tokenizer)
+    assert data.ranks.tolist() == [[2, 1, 2], [1, 2, 0]]
+    assert data.response.lengths.tolist() == [[2, 3, 2], [2, 3, 0]]
+    assert data.response[1, 1].tolist() == [*ids("ee"), EOS]
+
+
+def test_bos_begins_prompts_and_texts_where_the_tokenizer_wants_it(tmp_path):
+    tokenizer = byte_tokenizer(adds_bos=True)
+    spec = write(tmp_path / "a", {"prompt": "p", "completion": "c", "text": "t"})
+    data = quiet(spec, "demonstrations", tokenizer)
+    assert (data.prompt[0].tolist(), data.response[0, 0].tolist()) == ([EOS, *ids("p")], [99, EOS])
+    assert quiet(spec, "text", tokenizer).response[0, 0].tolist() == [EOS, *ids("t"), EOS]
+    spec = write(tmp_path / "b", {"prompt": "<eos>p"})  # as chat templates spell it
+    assert quiet(spec, "prompts", tokenizer).prompt[0].tolist() == [EOS, *ids("p")]
+    like_gpt2 = byte_tokenizer(bos_token="<eos>")  # which has one and does not use it
+    assert quiet(spec, "prompts", like_gpt2).prompt[0].tolist() == [EOS, *ids("p")]
+    spec = write(tmp_path / "c", {"prompt": "p"})
+    assert quiet(spec, "prompts", like_gpt2).prompt[0].tolist() == ids("p")
+
+
+def test_a_tokenizer_saved_with_truncation_does_not_truncate(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding()
+    data = quiet(write(tmp_path / "a", {"text": "long text"}, "b"), "text", tokenizer)
+    assert data.response.lengths[:, 0].tolist() == [10, 2]
+
+
+def test_no_eos_is_an_error(tmp_path):
+    spec = write(tmp_path / "a", {"text": "t"})
+    with pytest.raises(DataError, match="has no EOS token"):
+        quiet(spec, "text", byte_tokenizer(eos_token=None))
+
+
+def test_the_tokenizers_own_chat_template(tmp_path):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>"
+        "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer = byte_tokenizer(chat_template=template)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    data = quiet(write(tmp_path / "a", {"messages": turns}), "demonstrations", tokenizer)
+    assert data.prompt[0].tolist() == ids("<user>hi\n<assistant>")
+    assert data.response[0, 0].tolist() == [*ids("yo"), EOS]  # one EOS, and no line break after
+
+
+# --- the cache ---
+
+
+def test_the_cache(tmp_path, tokenizer, monkeypatch):
+    spec = write(tmp_path / "a", *({"prompt": f"p{i}", "completion": "c" * i} for i in range(1, 9)))
+    options = {"cache": str(tmp_path / "cache")}
+    first = quiet(spec, "demonstrations", tokenizer, **options)
+    files = sorted((tmp_path / "cache" / "tokens").iterdir())
+    assert [f.suffix for f in files] == [".npz", ".npz"]  # and no part of a file beside them
+    calls, encode = [], tokens._encode
+    monkeypatch.setattr(tokens, "_encode", lambda *a: calls.append(a[0]) or encode(*a))
+
+    def again(lines=None, tokenizer=tokenizer, spec=spec):
+        calls.clear()
+        data = quiet(spec, "demonstrations", tokenizer, lines=lines, **options)
+        for name in ("prompt", "response"):
+            left, right = getattr(first, name), getattr(data, name)
+            assert np.array_equal(left.ids, right.ids) == (spec.endswith("a"))
+            assert np.array_equal(left.start, right.start)
+        return len(calls)
+
+    assert again() == 0
+    for torn in (lambda b: b[: len(b) // 2], lambda b: b[:-40], lambda b: b"", flip_a_bit):
+        for file in files:
+            file.write_bytes(torn(file.read_bytes()))
+        lines = []
+        assert again(lines) == 2
+        assert sum("is damaged" in line for line in lines) == 2
+        assert again() == 0
+    # other content and another tokenizer have keys of their own
+    other = spec.replace("/a", "/b")
+    rows = ({"prompt": f"P{i}", "completion": "d" * i} for i in range(1, 9))
+    write(tmp_path / "b", *rows)
+    assert again(spec=other) == 2
+    changed = byte_tokenizer()
+    changed.add_tokens(["zzz"])
+    assert again(tokenizer=changed) == 2
+    assert again() == 0
+
+
+def flip_a_bit(data):
+    """Damages the token ids and leaves the file's frame as it is."""
+    at = data.index(b"ids.npy") + 200
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def test_long_inputs_are_tokenised_in_order(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokens, "CHUNK", 10)
+    texts = ["a" * n for n in (3, 25, 1, 9, 9)]
+    found = tokenise(texts, tokenizer, bos=False, eos=False, cache=None)
+    assert [bytes(found[i].tolist()).decode() for i in range(5)] == texts
+
+
+# --- limits ---
+
+DEMOS = [{"prompt": "p" * p, "completion": "c" * c} for p, c in ((2, 2), (9, 2), (2, 9), (9, 9))]
+
+
+def test_limits_drop(tmp_path, tokenizer):
+    spec, lines = write(tmp_path / "a", *DEMOS), []
+    data = quiet(spec, "demonstrations", tokenizer, max_prompt=4, max_response=5, lines=lines)
+    assert [r.where[-2:] for r in data.records] == [":1"]
+    assert data.response[0, 0].tolist() == [99, 99, EOS]
+    assert "  2 dropped: prompts over 4 tokens (--data.max_prompt) (first: " in lines[0]
+    assert "  1 dropped: response too long (--data.max_response" in lines[0]
+    assert "4 rows read" in lines[0]
+    assert lines[0].endswith("  1 demonstrations")
+    # EOS counts: two letters and EOS are 3 tokens
+    assert len(quiet(spec, "demonstrations", tokenizer, max_response=3)) == 2
+    with pytest.raises(DataError, match=r"no demonstrations are left\n(.|\n)*4 dropped: response"):
+        quiet(spec, "demonstrations", tokenizer, max_response=2)
+
+
+def test_limits_truncate(tmp_path, tokenizer):
+    """A prompt keeps its end; a response that is cut keeps its start and has no EOS."""
+    rows = [{"prompt": "012345", "completion": "abcdef"}, {"prompt": "01", "completion": "ab"}]
+    lines = []
+    data = quiet(write(tmp_path / "a", *rows), "demonstrations", tokenizer, max_prompt=4,
+                 max_response=3, overlong="truncate", lines=lines)  # fmt: skip
+    assert [data.prompt[i].tolist() for i in (0, 1)] == [ids("2345"), ids("01")]
+    assert [data.response[i, 0].tolist() for i in (0, 1)] == [ids("abc"), [*ids("ab"), EOS]]
+    assert "1 cut: prompts over 4 tokens" in lines[0]
+    assert "1 cut: responses too long: they lose their end and EOS" in lines[0]
+
+
+def test_the_context_holds_prompt_and_response(tmp_path, tokenizer):
+    spec = write(tmp_path / "a", {"prompt": "p" * 6, "completion": "abc"})
+    assert len(quiet(spec, "demonstrations", tokenizer, context=10)) == 1
+    with pytest.raises(DataError, match="no demonstrations are left"):
+        quiet(spec, "demonstrations", tokenizer, context=9)
+    cut = quiet(spec, "demonstrations", tokenizer, context=9, overlong="truncate")
+    assert cut.response[0, 0].tolist() == ids("abc")
+    message = r"a:1: field 'prompt': 6 tokens leave no room for a response in a context of 6"
+    for kind in ("demonstrations", "prompts"):
+        with pytest.raises(DataError, match=message):
+            quiet(spec, kind, tokenizer, context=6)
+    spec, lines = write(tmp_path / "b", {"prompt": "p" * 6}, {"prompt": "p"}), []
+    data = quiet(spec, "prompts", tokenizer, context=6, on_error="skip", lines=lines)
+    assert [r.where[-2:] for r in data.records] == [":2"]
+    assert "1 skipped: field 'prompt': 6 tokens leave no room" in lines[0]
+
+
+def test_one_long_response_drops_its_whole_comparison(tmp_path, tokenizer):
+    rows = [{"prompt": "p", "responses": ["a", "b", "c" * n], "ranks": [1, 2, 2]} for n in (1, 9)]
+    spec = write(tmp_path / "a", *rows)
+    assert len(quiet(spec, "comparisons", tokenizer, max_response=5)) == 1
+    cut = quiet(spec, "comparisons", tokenizer, max_response=5, overlong="truncate")
+    assert cut.response.lengths.tolist() == [[2, 2, 2], [2, 2, 5]]
+
+
+def test_a_response_of_eos_alone_is_empty(tmp_path, tokenizer):
+    spec = write(tmp_path / "a", {"prompt": "p", "completion": "<eos>"})
+    with pytest.raises(DataError, match=r"a:1: field 'response': comes to no tokens"):
+        quiet(spec, "demonstrations", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_prompt": 0}, "--data.max_prompt 0"),
+        ({"max_response": -1}, "--data.max_response -1"),
+        ({"dedup": -1}, "--data.dedup"),
+        ({"validation": 1.0}, "--data.validation"),
+    ],
+)
+def test_flags_out_of_range(option, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**option)
+
+
+# --- deduplication and splits ---
+
+
+def test_prompts_with_a_long_common_prefix_are_dropped(tmp_path):
+    prompts = ["translate: cat", "translate: car", "translate", "translate", "summarise: cat"]
+    spec, lines = write(tmp_path / "a", *({"prompt": p} for p in prompts)), []
+    kept = read(DataConfig(spec, dedup=12), "prompts", log=lines.append)
+    assert [r.prompt for r in kept] == ["translate: cat", "translate", "summarise: cat"]
+    assert "2 dropped: the first 12 characters stand in an earlier prompt" in lines[0]
+    assert len(read(DataConfig(spec), "prompts", log=lines.append)) == 5
+
+
+def test_splits_are_by_group_and_stable(tmp_path):
+    rows = [{"prompt": f"p{i}", "org": {"name": f"org {i % 40}"}} for i in range(400)]
+
+    def halves(rows, **options):
+        spec = write(tmp_path / "a", *rows)
+        config = DataConfig(spec, **{"split_by": "org.name", "validation": 0.25} | options)
+        lines = []
+        made = [read(config, "prompts", split=s, log=lines.append) for s in ("train", "validation")]
+        assert f"{len(made[1])} left out: for validation, split by 'org.name'" in lines[0]
+        return [{r.row["org"]["name"] for r in half} for half in made], made
+
+    (train, held_out), made = halves(rows)
+    assert train.isdisjoint(held_out)
+    assert len(train | held_out) == 40
+    assert len(made[0]) + len(made[1]) == 400
+    assert 4 <= len(held_out) <= 16  # a quarter of 40, give or take two standard deviations
+    (again, _), _ = halves([*rows[::-1], *({"prompt": f"n{i}", "org": {"name": f"new {i}"}}
+                                           for i in range(50))])  # fmt: skip
+    assert {name for name in again if name.startswith("org")} == train
+    (fewer, _), _ = halves(rows, validation=0.1)
+    assert train < fewer  # a smaller share holds out some of the same
+    spec = write(tmp_path / "a", {"prompt": "p"})
+    with pytest.raises(DataError, match=r"a:1: field 'org': is missing, and --data\.split_by"):
+        read(DataConfig(spec, split_by="org"), "prompts", split="train")
+    assert len(read(DataConfig(spec, split_by="org"), "prompts", log=str)) == 1
+
+
+def test_splits_by_labeler_and_by_prompt(tmp_path):
+    rows = [
+        {"prompt": f"p{i % 30}", "chosen": "a", "rejected": "b", "worker": f"w{i % 7}"}
+        for i in range(210)
+    ]
+    spec = write(tmp_path / "a", *rows)
+    for field, values in (("labeler", 7), ("prompt", 30)):
+        config = DataConfig(spec, split_by=field, validation=0.5)
+        train, held_out = (
+            {getattr(r, field) for r in read(config, "comparisons", split=s, log=str)}
+            for s in ("train", "validation")
+        )
+        assert len(train) + len(held_out) == values == len(train | held_out)
+
+
+# --- libraries ---
+
+COMPARISONS = [
+    {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 1, 2], "labeler": "w"},
+    {"prompt": "ü", "responses": ["a", "b"], "ranks": [1, 2], "margin": 0.5},
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        ("comparisons", COMPARISONS),
+        ("demonstrations", [{"prompt": f"p {i}", "completion": "ü"} for i in range(30)]),
+        ("prompts", ["a", "b"]),
+        ("text", ["a", "b\n\nc"]),
+    ],
+)
+def test_prepare_writes_what_tfds_reads(tmp_path, monkeypatch, capsys, kind, rows):
+    """Records come back as they were, in their order, without TensorFlow."""
+    spec = write(tmp_path / "a", *rows)
+    run(monkeypatch, "prepare", "my_set", "--kind", kind, "--data_dir", str(tmp_path / "sets"),
+        "--data", spec)  # fmt: skip
+    folder = tmp_path / "sets" / "my_set"
+    assert f"--data tfds:{folder}" in capsys.readouterr().out
+    assert "tensorflow" not in sys.modules
+
+    def content(spec):
+        config = DataConfig(spec)
+        records = read(config, kind, log=str)
+        return [(r.prompt, r.responses, r.ranks, r.labeler, r.margin) for r in records]
+
+    assert content(f"tfds:{folder}") == content(spec)
+    assert content(f"tfds:{folder}:train[1:2]") == content(spec)[1:2]
+    wheres = [r.where for r in read(DataConfig(f"tfds:{folder}"), kind, log=str)]
+    assert wheres[1] == f"tfds:{folder} row 1"
+    with pytest.raises(SystemExit, match="my_set: is there already"):
+        run(monkeypatch, "prepare", "my_set", "--kind", kind, "--data_dir",
+            str(tmp_path / "sets"), "--data", spec)  # fmt: skip
+
+
+def test_tfds_sets_of_others_are_mapped_by_columns(tmp_path):
+    import tensorflow_datasets as tfds
+
+    class Ratings(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("2.0.0")
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="small", version=VERSION)]  # noqa: RUF012
+        code_path = None
+
+        def _info(self):
+            text = tfds.features.Text()
+            answers = tfds.features.Sequence({"text": text, "score": np.float32})
+            features = tfds.features.FeaturesDict({"question": {"body": text}, "answers": answers})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            answers = [{"text": "a", "score": 0.5}, {"text": "ü", "score": 2.0}]
+            return {"test": [(0, {"question": {"body": "why"}, "answers": answers})]}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    Ratings.name = "ratings"
+    Ratings(data_dir=tmp_path, config="small", file_format="array_record").download_and_prepare()
+    columns = "prompt=question.body,responses=answers.text,scores=answers.score"
+    spec = f"tfds:{tmp_path}/ratings/small:test"
+    (record,) = read(DataConfig(spec, columns=columns), "comparisons", log=str)
+    assert (record.prompt, record.responses, record.ranks) == ("why", ("a", "ü"), (2, 1))
+
+
+def test_tfds_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="tfds:no_such_set: Dataset no_such_set not found"):
+        read(DataConfig("tfds:no_such_set"), "text", log=str)
+
+
+def test_hugging_face_sets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 3
+    one = datasets.Dataset.from_list(rows)
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "test": one.select([0])}).save_to_disk(tmp_path / "two")
+    for name, count in (("one", 3), ("two", 3), ("two:test", 1)):
+        records = read(DataConfig(f"hf:{tmp_path}/{name}"), "comparisons", log=str)
+        assert [r.responses for r in records] == [("a", "b")] * count
+    with pytest.raises(DataError, match="two:other: KeyError: 'other'"):
+        read(DataConfig(f"hf:{tmp_path}/two:other"), "comparisons", log=str)
+
+
+# --- the commands ---
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["data", *arguments])
+    main()
+
+
+def test_show(tmp_path, monkeypatch, capsys, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tok")
+    common = ["--tokenizer", str(tmp_path / "tok"), "--data.cache", "None", "--length", "32"]
+    spec = write(tmp_path / "a", *COMPARISONS, {"prompt": "p", "responses": [], "ranks": []})
+    run(monkeypatch, "show", "--kind", "comparisons", "--data", spec, "--data.on_error", "skip",
+        *common)  # fmt: skip
+    out = capsys.readouterr().out
+    assert "3 rows read\n  1 skipped: field 'responses': there are 0 of them" in out
+    assert "K: 1 of 2, 1 of 3; 4 pairs, 25.0% ties; 1 labelers" in out
+    assert "ranks_BK [8, 3]" in out
+    assert "rank 1: 'b<eos>'" in out
+    spec = write(tmp_path / "b", {"text": "x" * 47}, {"text": "y" * 15})
+    run(monkeypatch, "show", "--kind", "text", "--data", spec, *common)
+    assert (
+        "packed 3 sequences, 64 tokens, into 2 rows of 32: 100.0% full" in capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit, match=r"^error: .*b:1: field 'prompt': is missing"):
+        run(monkeypatch, "show", "--kind", "prompts", "--data", spec, *common)
+
+
+def test_importing_is_light():
+    heavy = ["jax", "grain", "tensorflow_datasets", "datasets", "transformers", "torch"]
+    code = f"import sys, instructjax.data; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
