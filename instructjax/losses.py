@@ -4,6 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from instructjax.masked import masked_sum
+
 
 def token_cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Negative log-likelihood of each target token.
@@ -23,3 +25,45 @@ def token_cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Arr
     chex.assert_rank([logits_BTV, targets_BT], [3, 2])
     logp_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
     return -jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0]
+
+
+def strict_pairs(ranks_BK: jax.Array, mask_BK: jax.Array) -> jax.Array:
+    """True at [b, w, l] where response w of prompt b was ranked better than l; ties are not."""
+    chex.assert_equal_shape([ranks_BK, mask_BK])
+    live_BK = mask_BK != 0
+    better_BKK = ranks_BK[:, :, None] < ranks_BK[:, None, :]
+    return better_BKK & live_BK[:, :, None] & live_BK[:, None, :]
+
+
+def pairwise_ranking(
+    scores_BK: jax.Array,
+    ranks_BK: jax.Array,
+    mask_BK: jax.Array,
+    margin_B: jax.Array | None = None,
+) -> jax.Array:
+    """The reward model's loss, all pairs of a prompt as one element (InstructGPT, eq. 1).
+
+    l[b] = -1 / C(K, 2) sum over w better than l of log sigmoid(s[b, w] - s[b, l] - margin[b])
+
+    Ties are dropped, yet C(K, 2) counts all pairs of the responses present, as printed. A prompt
+    of ties alone gives 0 and no gradient.
+
+    Args:
+      scores_BK: the reward model's scalars.
+      ranks_BK: int, 1 is best, equal ranks are ties.
+      mask_BK: whether the slot holds a response.
+      margin_B: how much better the winner has to be (Llama 2, eq. 2); default 0.
+
+    Returns:
+      loss_B.
+    """
+    chex.assert_rank([scores_BK, ranks_BK, mask_BK], 2)
+    chex.assert_equal_shape([scores_BK, ranks_BK, mask_BK])
+    pairs_BKK = strict_pairs(ranks_BK, mask_BK)
+    # An empty slot's score may be anything: it is cut off before the sigmoid, not after.
+    gap_BKK = jnp.where(pairs_BKK, scores_BK[:, :, None] - scores_BK[:, None, :], 0)
+    if margin_B is not None:
+        gap_BKK -= margin_B[:, None, None]
+    loss_B = -masked_sum(jax.nn.log_sigmoid(gap_BKK), pairs_BKK, axis=(1, 2))
+    present_B = jnp.sum(mask_BK != 0, axis=1)
+    return loss_B / jnp.maximum(present_B * (present_B - 1) / 2, 1)

@@ -111,6 +111,39 @@ def test_packed_documents_do_not_meet(config):
     np.testing.assert_allclose(packed, jnp.concatenate([first, second], 1), atol=1e-5)
 
 
+@CONFIGS
+def test_a_shared_prompt_changes_nothing(config):
+    """K responses packed behind one prompt: hidden states and gradients as if each stood alone."""
+    params, B, K, P, R = params_of(config), 2, 3, 7, 5
+    rng = np.random.default_rng(0)
+    prompt, responses = rng.integers(0, 131, (B, P)), rng.integers(0, 131, (B, K, R))
+    prompt_mask = np.arange(P) >= np.array([[0], [3]])
+    response_mask = np.arange(R) < np.array([[5, 2, 3], [1, 4, 0]])[..., None]
+    weights = jnp.array(rng.normal(size=(B, K, R, config.width)) * response_mask[..., None])
+
+    def shared(params):
+        _, hidden = models.apply_shared(
+            params, config, prompt, jnp.array(prompt_mask), responses, jnp.array(response_mask)
+        )
+        return jnp.sum(hidden * weights), hidden
+
+    def alone(params):
+        each = lambda x: np.repeat(x[:, None], K, 1)  # noqa: E731
+        tokens = np.concatenate([each(prompt), responses], -1).reshape(B * K, P + R)
+        live = np.concatenate([each(prompt_mask), response_mask], -1).reshape(B * K, P + R)
+        hidden = models.apply(params, config, tokens, mask_BT=jnp.array(live))
+        hidden = hidden[:, P:].reshape(B, K, R, -1)
+        return jnp.sum(hidden * weights), hidden
+
+    (got, got_hidden), got_grads = jax.jit(jax.value_and_grad(shared, has_aux=True))(params)
+    (want, want_hidden), want_grads = jax.jit(jax.value_and_grad(alone, has_aux=True))(params)
+    assert np.abs(got_hidden - want_hidden)[response_mask].max() < 1e-5
+    assert abs(got - want) < 1e-4
+    scale = max(float(jnp.linalg.norm(g)) for g in jax.tree.leaves(want_grads))
+    close = jax.tree.map(lambda a, b: jnp.linalg.norm(a - b) < 1e-5 * scale, got_grads, want_grads)
+    assert all(jax.tree.leaves(close))
+
+
 def test_rope_frequencies_by_hand():
     # theta^(-2i/8) for theta = 10^4: 1, 0.1, 0.01, 0.001; half of each head rotated: 1, 0.01
     np.testing.assert_allclose(
@@ -317,11 +350,10 @@ def test_dropout_keeps_the_mean_of_what_a_sublayer_adds():
     x = jnp.zeros((1, 1, config.width))
 
     def run(key):
-        passed = {"write": lambda k, v: (k, v), "shard": models.unsharded}
-        mask = jnp.ones((1, 1, 1), bool)
+        passed = {"mix": lambda q, k, v: (v, None), "shard": models.unsharded}
         # The MLP's own branch is silenced: what it adds is not linear in the attention's.
         silent = {**params, "mlp": jax.tree.map(jnp.zeros_like, params["mlp"])}
-        return layer.apply({"params": silent}, x, None, mask, key, **passed)[0]
+        return layer.apply({"params": silent}, x, None, key, **passed)[0]
 
     keys = jax.random.split(jax.random.key(0), 4000)
     many, plain = jax.jit(jax.vmap(run))(keys), run(None)

@@ -8,7 +8,7 @@ heads.py      logits, log-probabilities without logits, scalars
 """
 
 from instructjax.models.config import PRESETS, ModelConfig, Rope
-from instructjax.models.decoder import Cache, apply, extend, positions_of, unstack
+from instructjax.models.decoder import Cache, apply, apply_shared, extend, positions_of, unstack
 from instructjax.models.heads import (
     cross_entropy,
     logits,

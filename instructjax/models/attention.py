@@ -69,17 +69,64 @@ def attend(
     k_BGSH: jax.Array,
     v_BGSH: jax.Array,
     mask_BTS: jax.Array,
-    *,
-    scale: float,
     softcap: float | None = None,
 ) -> jax.Array:
-    """softmax(scale q k) v, in groups of N / G query heads to a key head (G); [B, N, T, H]."""
-    B, N, T, H = q_BNTH.shape
-    G = k_BGSH.shape[1]
-    q_BGQTH = (q_BNTH * scale).reshape(B, G, N // G, T, H)
+    """softmax(q k) v, in groups of N / G query heads to a key head (G); [B, N, T, H]."""
+    q_BGQTH = _grouped(q_BNTH, k_BGSH.shape[1])
     logits = jnp.einsum("BGQTH,BGSH->BGQTS", q_BGQTH, k_BGSH, preferred_element_type=jnp.float32)
+    weights = _softmax(logits, mask_BTS[:, None, None], softcap).astype(v_BGSH.dtype)
+    return jnp.einsum("BGQTS,BGSH->BGQTH", weights, v_BGSH).reshape(q_BNTH.shape)
+
+
+def attend_shared(
+    q_BNTH: jax.Array,
+    k_BGTH: jax.Array,
+    v_BGTH: jax.Array,
+    prompt_mask_BPP: jax.Array,
+    response_mask_BKRS: jax.Array,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Attention of K responses that follow one prompt, T = P + K R, response after response.
+
+    The prompt sees itself; each response sees the prompt and itself (S = P + R), so the work is
+    P^2 + K R (P + R) and not (P + K R)^2.
+
+    Args:
+      q_BNTH, k_BGTH, v_BGTH: of the prompt, then of each response.
+      prompt_mask_BPP: who sees whom within the prompt.
+      response_mask_BKRS: what each response token sees of the prompt, then of its response.
+
+    Returns:
+      y_BNTH.
+    """
+    B, N, _, H = q_BNTH.shape
+    G, P = k_BGTH.shape[1], prompt_mask_BPP.shape[1]
+    K, R = response_mask_BKRS.shape[1:3]
+    prompt = attend(q_BNTH[:, :, :P], k_BGTH[:, :, :P], v_BGTH[:, :, :P], prompt_mask_BPP, softcap)
+
+    k_BGPH, v_BGPH = k_BGTH[:, :, :P], v_BGTH[:, :, :P]
+    q = _grouped(q_BNTH[:, :, P:], G).reshape(B, G, N // G, K, R, H)
+    k_BGKRH, v_BGKRH = (x[:, :, P:].reshape(B, G, K, R, H) for x in (k_BGTH, v_BGTH))
+    f32 = {"preferred_element_type": jnp.float32}
+    logits = jnp.concatenate(
+        [
+            jnp.einsum("BGQKRH,BGPH->BGQKRP", q, k_BGPH, **f32),
+            jnp.einsum("BGQKRH,BGKSH->BGQKRS", q, k_BGKRH, **f32),
+        ],
+        axis=-1,
+    )
+    weights = _softmax(logits, response_mask_BKRS[:, None, None], softcap).astype(q.dtype)
+    y = jnp.einsum("BGQKRP,BGPH->BGQKRH", weights[..., :P], v_BGPH)
+    y += jnp.einsum("BGQKRS,BGKSH->BGQKRH", weights[..., P:], v_BGKRH)
+    return jnp.concatenate([prompt, y.reshape(B, N, K * R, H)], axis=2)
+
+
+def _grouped(q_BNTH: jax.Array, G: int) -> jax.Array:
+    B, N, T, H = q_BNTH.shape
+    return q_BNTH.reshape(B, G, N // G, T, H)
+
+
+def _softmax(logits: jax.Array, mask: jax.Array, softcap: float | None) -> jax.Array:
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask_BTS[:, None, None], logits, NEG_INF)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v_BGSH.dtype)
-    return jnp.einsum("BGQTS,BGSH->BGQTH", weights, v_BGSH).reshape(B, N, T, H)
+    return jax.nn.softmax(jnp.where(mask, logits, NEG_INF), axis=-1)

@@ -95,8 +95,8 @@ def _gpt3(layers: int, width: int, heads: int) -> ModelConfig:
 
     Attention is dense in every layer; GPT-3 alternates dense and banded sparse ones.
     """
-    sizes = dict(layers=layers, width=width, heads=heads, mlp_width=4 * width)
-    return ModelConfig(50257, **sizes, max_length=2048, bos_id=50256, eos_ids=(50256,))
+    ids = {"bos_id": 50256, "eos_ids": (50256,)}
+    return ModelConfig(50257, layers, width, heads, mlp_width=4 * width, max_length=2048, **ids)
 
 
 PRESETS: dict[str, ModelConfig] = {

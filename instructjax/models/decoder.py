@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from instructjax.models.attention import attention_mask, rotation
+from instructjax.models.attention import attend, attend_shared, attention_mask, rotation
 from instructjax.models.config import ModelConfig
 from instructjax.models.layer import Layer, Norm, Params, Shard, unsharded
 
@@ -49,6 +49,42 @@ def _final_norm(params: Params, c: ModelConfig, x_BTD: jax.Array) -> Any:
     return Norm(c).apply({"params": params["final_norm"]}, x_BTD)
 
 
+def _scan(params: Params, c: ModelConfig, tokens_BT, positions_BT, masks, mix, key, shard) -> Any:
+    """Hidden states of whole sequences.
+
+    Args:
+      masks: of full and of windowed layers, a pytree each; the layer's own goes to `mix`.
+      mix: attention, (q_BNTH, k_BGTH, v_BGTH, mask) -> y_BNTH.
+    """
+    rotations = _rotations(c, positions_BT)
+    layer = Layer(c)
+
+    def body(x_BTD, per_layer):
+        layer_params, windowed, layer_key = per_layer
+
+        def pick(full_and_local):  # both kinds of layer share one scanned body
+            full, local = full_and_local
+            choose = functools.partial(jnp.where, windowed)
+            return jax.tree.map(choose, local, full) if any(c.windowed) else full
+
+        mask, cos_sin = pick(masks), pick(rotations)
+        run_mix = lambda q, k, v: (mix(q, k, v, mask), None)  # noqa: E731
+        variables = {"params": layer_params}
+        return layer.apply(variables, x_BTD, cos_sin, layer_key, mix=run_mix, shard=shard)
+
+    if c.remat == "full":
+        body = jax.checkpoint(body)
+    elif c.remat == "dots":  # keeps matmul results, recomputes attention and the rest
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(body, policy=policy)
+
+    x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
+    keys = None if key is None else jax.random.split(key, c.layers)
+    windowed_L = jnp.array(c.windowed or (False,) * c.layers)
+    x_BTD, _ = jax.lax.scan(body, x_BTD, (params["layers"], windowed_L, keys))
+    return _final_norm(params, c, x_BTD)
+
+
 def apply(
     params: Params,
     config: ModelConfig,
@@ -74,42 +110,71 @@ def apply(
     Returns:
       hidden_BTD in config.dtype.
     """
-    c = config
     if mask_BT is None:
         mask_BT = jnp.ones(tokens_BT.shape, bool)
     if positions_BT is None:
         positions_BT = positions_of(mask_BT)
-    live_BT = mask_BT.astype(bool)
-    full_mask = attention_mask(positions_BT, positions_BT, live_BT)
-    if segments_BT is not None:
-        full_mask &= segments_BT[:, :, None] == segments_BT[:, None, :]
-    full_rotation, local_rotation = _rotations(c, positions_BT)
-    local_mask = full_mask & attention_mask(positions_BT, positions_BT, live_BT, c.window)
-    layer = Layer(c)
 
-    def body(x_BTD, per_layer):
-        layer_params, windowed, layer_key = per_layer
-        mask, cos_sin = full_mask, full_rotation
-        if any(c.windowed):  # both kinds of layer share one scanned body
-            mask = jnp.where(windowed, local_mask, full_mask)
-            if c.local_rope is not None:
-                pick = functools.partial(jnp.where, windowed)
-                cos_sin = jax.tree.map(pick, local_rotation, full_rotation)
-        passed = {"write": lambda k, v: (k, v), "shard": shard}
-        x_BTD, _ = layer.apply({"params": layer_params}, x_BTD, cos_sin, mask, layer_key, **passed)
-        return x_BTD, None
+    def mask(window: int | None) -> jax.Array:
+        seen = attention_mask(positions_BT, positions_BT, mask_BT.astype(bool), window)
+        if segments_BT is not None:
+            seen &= segments_BT[:, :, None] == segments_BT[:, None, :]
+        return seen
 
-    if c.remat == "full":
-        body = jax.checkpoint(body)
-    elif c.remat == "dots":  # keeps matmul results, recomputes attention and the rest
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        body = jax.checkpoint(body, policy=policy)
+    mix = functools.partial(attend, softcap=config.attention_softcap)
+    masks = mask(None), mask(config.window)
+    return _scan(params, config, tokens_BT, positions_BT, masks, mix, key, shard)
 
-    x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
-    keys = None if key is None else jax.random.split(key, c.layers)
-    windowed_L = jnp.array(c.windowed or (False,) * c.layers)
-    x_BTD, _ = jax.lax.scan(body, x_BTD, (params["layers"], windowed_L, keys))
-    return _final_norm(params, c, x_BTD)
+
+def apply_shared(
+    params: Params,
+    config: ModelConfig,
+    prompt_BP: jax.Array,
+    prompt_mask_BP: jax.Array,
+    responses_BKR: jax.Array,
+    response_mask_BKR: jax.Array,
+    *,
+    key: jax.Array | None = None,
+    shard: Shard = unsharded,
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states of K responses to one prompt, the prompt computed once.
+
+    As `apply` of each response behind its prompt: a response sees the prompt and itself, and its
+    positions go on from the prompt's.
+
+    Args:
+      prompt_BP, prompt_mask_BP: padded on the left.
+      responses_BKR, response_mask_BKR: padded on the right; an empty slot is masked throughout.
+      key, shard: as in `apply`.
+
+    Returns:
+      (hidden_BPD of the prompts, hidden_BKRD of the responses).
+    """
+    B, P = prompt_BP.shape
+    K, R = responses_BKR.shape[1:]
+    prompt_live, response_live = prompt_mask_BP.astype(bool), response_mask_BKR.astype(bool)
+    prompt_at = positions_of(prompt_live)
+    length_B11 = jnp.sum(prompt_live, axis=-1, dtype=jnp.int32).reshape(B, 1, 1)
+    response_at = length_B11 + positions_of(response_live)
+
+    def masks(window: int | None) -> tuple[jax.Array, jax.Array]:
+        behind = attention_mask(response_at.reshape(B, K * R), prompt_at, prompt_live, window)
+        flat_at, flat_live = (x.reshape(B * K, R) for x in (response_at, response_live))
+        own = attention_mask(flat_at, flat_at, flat_live, window)
+        parts = behind.reshape(B, K, R, P), own.reshape(B, K, R, R)
+        prompt = attention_mask(prompt_at, prompt_at, prompt_live, window)
+        return prompt, jnp.concatenate(parts, axis=-1)
+
+    def mix(q, k, v, mask):
+        return attend_shared(q, k, v, *mask, softcap=config.attention_softcap)
+
+    tokens_BT, positions_BT = (
+        jnp.concatenate([prompt, responses.reshape(B, K * R)], axis=1)
+        for prompt, responses in ((prompt_BP, responses_BKR), (prompt_at, response_at))
+    )
+    both = masks(None), masks(config.window)
+    hidden = _scan(params, config, tokens_BT, positions_BT, both, mix, key, shard)
+    return hidden[:, :P], hidden[:, P:].reshape(B, K, R, -1)
 
 
 # ---------------------------------------------------------------------------- cached decoding
@@ -171,7 +236,7 @@ def extend(
     before_B1 = jnp.sum(cache.live_BS, axis=-1, keepdims=True, dtype=jnp.int32)
     positions_BT = before_B1 + positions_of(mask_BT)
     start = cache.length
-    put = jax.lax.dynamic_update_slice
+    put, at = jax.lax.dynamic_update_slice, (0, 0, start, 0)
     positions_BS = put(cache.positions_BS, positions_BT, (0, start))
     live_BS = put(cache.live_BS, mask_BT.astype(bool), (0, start))
     rotations = _rotations(c, positions_BT)
@@ -185,18 +250,13 @@ def extend(
     for i, layer_params in enumerate(layers):
         windowed = bool(c.windowed) and c.windowed[i]
 
-        def write(k, v, i=i):
-            at = (0, 0, start, 0)
-            return put(cache.keys[i], k, at), put(cache.values[i], v, at)
+        def mix(q, k, v, i=i, mask=masks[windowed]):
+            k, v = put(cache.keys[i], k, at), put(cache.values[i], v, at)
+            return attend(q, k, v, mask, c.attention_softcap), (k, v)
 
+        variables = {"params": layer_params}
         x_BTD, (k, v) = Layer(c).apply(
-            {"params": layer_params},
-            x_BTD,
-            rotations[windowed],
-            masks[windowed],
-            None,
-            write=write,
-            shard=shard,
+            variables, x_BTD, rotations[windowed], None, mix=mix, shard=shard
         )
         keys.append(k)
         values.append(v)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from instructjax.models.attention import attend, rotate, rotation
+from instructjax.models.attention import rotate, rotation
 from instructjax.models.config import ModelConfig
 
 Params = dict[str, Any]
@@ -101,7 +101,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cos_sin, mask_BTS, write, shard):
+    def __call__(self, x_BTD, cos_sin, mix, shard):
         c, D, H = self.config, self.config.width, self.config.head_dim
 
         def project(name, heads, axis):
@@ -117,13 +117,11 @@ class Attention(nn.Module):
             k_BGTH = Norm(c, name="key_norm")(k_BGTH)
         if cos_sin is not None:
             q_BNTH, k_BGTH = rotate(q_BNTH, cos_sin), rotate(k_BGTH, cos_sin)
-        k_BGSH, v_BGSH = write(k_BGTH, v_BGTH)
-        scale = (c.query_scalar or H) ** -0.5
-        y = attend(q_BNTH, k_BGSH, v_BGSH, mask_BTS, scale=scale, softcap=c.attention_softcap)
+        y_BNTH, kept = mix(q_BNTH * (c.query_scalar or H) ** -0.5, k_BGTH, v_BGTH)
         out_std = 0.02 / (2 * c.layers) ** 0.5  # GPT-2: the residual stream keeps its size
         shape, axes = (c.heads, H, D), ("heads", "head_dim", "width")
-        y_BTD = Linear("BNTH,NHD->BTD", shape, axes, c.out_bias, out_std, name="out")(y)
-        return y_BTD, (k_BGSH, v_BGSH)
+        out = Linear("BNTH,NHD->BTD", shape, axes, c.out_bias, out_std, name="out")
+        return out(y_BNTH), kept
 
 
 class MLP(nn.Module):
@@ -149,19 +147,18 @@ class Layer(nn.Module):
     Args:
       x_BTD: the residual stream.
       cos_sin: rotation of the tokens' positions, or None.
-      mask_BTS: which keys each token sees.
       key: dropout key, or None.
-      write: maps this call's keys and values [B, G, T, H] to those attended to [B, G, S, H].
+      mix: attention itself: (scaled q_BNTH, k_BGTH, v_BGTH) -> (y_BNTH, anything to keep).
       shard: see `Shard`.
 
     Returns:
-      (the new residual stream, the keys and values attended to).
+      (the new residual stream, what `mix` keeps).
     """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cos_sin, mask_BTS, key, *, write, shard):
+    def __call__(self, x_BTD, cos_sin, key, *, mix, shard):
         c = self.config
 
         def branch(name, y_BTD, key):
@@ -175,11 +172,11 @@ class Layer(nn.Module):
 
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         normed = Norm(c, name="attention_norm")(x_BTD)
-        y_BTD, cached = Attention(c, name="attention")(normed, cos_sin, mask_BTS, write, shard)
+        y_BTD, kept = Attention(c, name="attention")(normed, cos_sin, mix, shard)
         after = x_BTD + branch("attention", y_BTD, attention_key)
         normed = Norm(c, name="mlp_norm")(x_BTD if c.parallel else after)
         after += branch("mlp", MLP(c, name="mlp")(normed, shard), mlp_key)
-        return shard(after, "batch", None, None), cached
+        return shard(after, "batch", None, None), kept
 
 
 # ---------------------------------------------------------------------------- parameters
@@ -194,9 +191,8 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> Params:
     cos_sin = rotation(c.rope, c.head_dim, one) if c.positions == "rotary" else None
 
     def init_layer(key):
-        passed = {"write": lambda k, v: (k, v), "shard": unsharded}
-        mask = jnp.ones((1, 1, 1), bool)
-        return Layer(c).init(key, x_BTD, cos_sin, mask, None, **passed)["params"]
+        passed = {"mix": lambda q, k, v: (q, None), "shard": unsharded}
+        return Layer(c).init(key, x_BTD, cos_sin, None, **passed)["params"]
 
     layers = jax.vmap(init_layer)(jax.random.split(keys[0], c.layers))
     params: Params = {

@@ -1,0 +1,53 @@
+"""Supervised fine-tuning, and language modelling at large: the loss of packed rows."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instructjax import models
+from instructjax.models import ModelConfig, Params, Shard
+
+
+def loss_fn(
+    params: Params,
+    batch: dict[str, Any],
+    key: jax.Array | None,
+    *,
+    config: ModelConfig,
+    shard: Shard = models.unsharded,
+) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
+    """Mean negative log-likelihood of the tokens that count, each given those before it.
+
+    Of a demonstration that is the completion with its EOS, of a text all but its first token
+    (InstructGPT, section 3.5: SFT, and the pretraining data mixed into it).
+
+    Args:
+      batch: rows of `data.PackedRows`: tokens_BT, segments_BT, positions_BT and mask_BT, which is
+        True where a token counts as a target.
+      key: of residual dropout at config.dropout; None turns it off.
+      config, shard: bound by `functools.partial` in the script.
+
+    Returns:
+      (mean in nats a token, (tokens that count, metrics)).
+    """
+    tokens_BT = batch["tokens_BT"]
+    hidden_BTD = models.apply(
+        params,
+        config,
+        tokens_BT,
+        mask_BT=batch["segments_BT"] != 0,
+        positions_BT=batch["positions_BT"],
+        segments_BT=batch["segments_BT"],
+        key=key,
+        shard=shard,
+    )
+    weights_BT = batch["mask_BT"][:, 1:].astype(jnp.float32)
+    unembed_VD = models.unembedding(params)
+    # The shift by one: the state at t is before the token at t + 1.
+    total: Any = models.cross_entropy(
+        hidden_BTD[:, :-1], unembed_VD, tokens_BT[:, 1:], weights_BT, config, 64, shard
+    )
+    weight = jnp.sum(weights_BT)
+    mean = total / jnp.maximum(weight, 1)
+    return mean, (weight, {"sft/loss": mean})

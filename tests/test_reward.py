@@ -1,0 +1,204 @@
+"""The supervised objectives on batches, and the reward model's figures."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instructjax import models, reward, sft
+from instructjax.models import ModelConfig
+
+SMALL = {"vocab_size": 131, "layers": 2, "width": 16, "heads": 2, "mlp_width": 32, "max_length": 64}
+LM = ModelConfig(**SMALL)
+WINDOWED = dataclasses.replace(LM, window=4, windowed=(True, False))
+
+
+@functools.cache
+def models_of(config):
+    params = models.init(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: x * 5, params)
+    rm_config, rm = models.with_scalar_head(params, config, jax.random.key(1))
+    rm["score"]["bias"] = jnp.float32(0.25)
+    return params, rm_config, rm
+
+
+def packed_batch():
+    """Two rows: a demonstration (3 + 4) and a text (3); a text (6) and padding."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 131, (2, 10)).astype(np.int32)
+    segments = np.array([[1] * 7 + [2] * 3, [1] * 6 + [0] * 4])
+    positions = np.array([[*range(7), *range(3)], [*range(6), 0, 0, 0, 0]])
+    mask = np.array([[0, 0, 0, 1, 1, 1, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 0, 0, 0, 0]], bool)
+    return {
+        "tokens_BT": jnp.array(tokens),
+        "segments_BT": jnp.array(segments),
+        "positions_BT": jnp.array(positions),
+        "mask_BT": jnp.array(mask),
+    }
+
+
+@pytest.mark.parametrize("config", [LM, WINDOWED], ids=["full", "window"])
+def test_sft_loss_is_that_of_each_document_alone(config):
+    params, _, _ = models_of(config)
+    batch = packed_batch()
+    tokens = batch["tokens_BT"]
+    total, count = 0.0, 0
+    for document, first in [(tokens[0, :7], 3), (tokens[0, 7:], 1), (tokens[1, :6], 1)]:
+        logp = jax.nn.log_softmax(models.logits(params, config, document[None])[0])
+        for t in range(first, len(document)):
+            total -= float(logp[t - 1, document[t]])
+            count += 1
+    mean, (weight, metrics) = sft.loss_fn(params, batch, None, config=config)
+    assert weight == count == 11
+    assert abs(float(mean) - total / count) < 1e-5
+    assert metrics["sft/loss"] == mean
+
+
+def test_tokens_that_do_not_count_get_no_gradient():
+    params, _, _ = models_of(LM)
+    batch = packed_batch()
+
+    def loss(table, batch):
+        changed = {**params, "embed": {**params["embed"], "tokens": table}}
+        return sft.loss_fn(changed, batch, None, config=LM)[0]
+
+    # Embeddings at positions as rows of their own: token t of row b is id 10 b + t.
+    ids = {**batch, "tokens_BT": jnp.arange(20).reshape(2, 10)}
+    untied = {**params, "unembed": {"kernel": params["embed"]["tokens"]}}
+    config = dataclasses.replace(LM, tied=False)
+
+    def loss_of_inputs(table):
+        changed = {**untied, "embed": {**untied["embed"], "tokens": table}}
+        return sft.loss_fn(changed, ids, None, config=config)[0]
+
+    grads = jax.grad(loss_of_inputs)(params["embed"]["tokens"])
+    moved = np.abs(np.asarray(grads)).sum(-1)[:20].reshape(2, 10) > 0
+    # All that precedes a target in its document, and nothing else: not the last token of a
+    # document, nor padding.
+    assert moved.tolist() == [[True] * 6 + [False] + [True] * 2 + [False], [True] * 5 + [False] * 5]
+    none = {**batch, "mask_BT": jnp.zeros((2, 10), bool)}
+    assert (jax.grad(loss)(params["embed"]["tokens"], none) == 0).all()
+
+
+def comparison_batch(seed=0, B=3, K=4, P=6, R=5):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, R + 1, (B, K))
+    mask = np.arange(K) < np.array([[K], [2], [3]])
+    return {
+        "prompt_BP": jnp.array(rng.integers(3, 131, (B, P))),
+        "prompt_mask_BP": jnp.array(np.arange(P) >= rng.integers(0, P - 1, (B, 1))),
+        "responses_BKR": jnp.array(rng.integers(3, 131, (B, K, R))),
+        "response_mask_BKR": jnp.array((np.arange(R) < lengths[..., None]) & mask[..., None]),
+        "ranks_BK": jnp.array(np.where(mask, [[1, 2, 2, 3], [1, 1, 0, 0], [2, 1, 3, 0]], 0)),
+        "mask_BK": jnp.array(mask),
+        "margin_B": jnp.zeros(B),
+    }
+
+
+@pytest.mark.parametrize("config", [LM, WINDOWED], ids=["full", "window"])
+def test_scores_equal_separate_passes(config):
+    """At the last live token of prompt + response, each alone, without padding."""
+    _, rm_config, rm = models_of(config)
+    batch = comparison_batch()
+    got = reward.score(rm, rm_config, batch)
+    for b, k in zip(*np.nonzero(batch["mask_BK"]), strict=True):
+        prompt = batch["prompt_BP"][b][batch["prompt_mask_BP"][b]]
+        response = batch["responses_BKR"][b, k][batch["response_mask_BKR"][b, k]]
+        hidden = models.apply(rm, rm_config, jnp.concatenate([prompt, response])[None])
+        want = models.scalars(rm, rm_config, hidden)[0, -1]
+        assert abs(got[b, k] - want) < 1e-5
+
+
+def test_rm_loss_is_a_mean_over_prompts_with_a_strict_pair():
+    _, config, rm = models_of(LM)
+    batch = comparison_batch()  # the second prompt has a tie alone
+    s = np.asarray(reward.score(rm, config, batch), np.float64)
+    log_sigmoid = lambda x: -np.log1p(np.exp(-x))  # noqa: E731
+    pairs = {0: [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)], 2: [(1, 0), (1, 2), (0, 2)]}
+    divisor = {0: 6, 2: 3}
+    loss = [
+        -sum(log_sigmoid(s[b, i] - s[b, j]) for i, j in p) / divisor[b] for b, p in pairs.items()
+    ]
+    right = [np.mean([s[b, i] > s[b, j] for i, j in p]) for b, p in pairs.items()]
+    mean, (weight, metrics) = reward.loss_fn(rm, batch, None, config=config)
+    assert weight == 2
+    assert abs(mean - np.mean(loss)) < 1e-6
+    assert abs(metrics["rm/accuracy"] - np.mean(right)) < 1e-6
+
+
+def test_what_is_masked_gets_no_gradient():
+    """Neither an empty slot's tokens, nor padding, nor a prompt of ties alone."""
+    _, config, rm = models_of(LM)
+    batch = comparison_batch()
+    B, K, R = batch["responses_BKR"].shape
+    P = batch["prompt_BP"].shape[1]
+    batch["prompt_BP"] = jnp.arange(B * P).reshape(B, P)
+    batch["responses_BKR"] = B * P + jnp.arange(B * K * R).reshape(B, K, R)
+
+    def loss(table):
+        changed = {**rm, "embed": {**rm["embed"], "tokens": table}}
+        return reward.loss_fn(changed, batch, None, config=config)[0]
+
+    moved = np.abs(np.asarray(jax.grad(loss)(rm["embed"]["tokens"]))).sum(-1) > 0
+    prompts, responses = moved[: B * P].reshape(B, P), moved[B * P : B * P + B * K * R]
+    counts = np.array([True, False, True])[:, None]
+    np.testing.assert_array_equal(prompts, batch["prompt_mask_BP"] & counts)
+    live = np.asarray(batch["response_mask_BKR"]) & counts[..., None]
+    np.testing.assert_array_equal(responses.reshape(B, K, R), live)
+
+
+def test_center():
+    _, config, rm = models_of(LM)
+    batch = comparison_batch()
+    before = reward.score(rm, config, batch)
+    after = reward.score(reward.center(rm, jnp.mean(before)), config, batch)
+    np.testing.assert_allclose(after, before - jnp.mean(before), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def test_pairs_and_accuracy_by_hand():
+    scores = np.array([[3.0, 1.0, 2.0], [0.0, 0.0, 9.0]])
+    ranks, mask = np.array([[1, 2, 4], [1, 2, 0]]), np.array([[1, 1, 1], [1, 1, 0]])
+    pairs = reward.pairs_of(scores, ranks, mask)
+    assert sorted(zip(pairs.gap, pairs.distance, pairs.prompt, strict=True)) == [
+        (-1.0, 2, 0),
+        (0.0, 1, 1),
+        (1.0, 3, 0),
+        (2.0, 1, 0),
+    ]
+    mean, low, high = reward.accuracy(pairs)
+    assert mean == 2.5 / 4  # equal scores are half right
+    assert low <= mean <= high
+    assert np.isnan(reward.accuracy(reward.pairs_of(scores, ranks, np.zeros((2, 3))))[0])
+
+
+def test_the_interval_covers():
+    """Of 200 samples from a coin of 0.7, with prompts of 5 pairs alike, about 95 % cover 0.7."""
+    covered = 0
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        gap = np.repeat(np.where(rng.random(60) < 0.7, 1.0, -1.0), 5)
+        pairs = reward.Pairs(gap, np.ones(300, int), np.repeat(np.arange(60), 5))
+        _, low, high = reward.accuracy(pairs, draws=200)
+        covered += low <= 0.7 <= high
+    assert 180 <= covered <= 198
+
+
+def test_calibration_of_a_calibrated_model():
+    """Winners drawn with probability sigmoid(gap): observed follows predicted."""
+    rng = np.random.default_rng(0)
+    gap = rng.normal(size=20000) * 2
+    gap *= np.where(rng.random(20000) < 1 / (1 + np.exp(-gap)), 1, -1)
+    pairs = reward.Pairs(gap, np.ones(20000, int), np.arange(20000))
+    predicted, observed, count = reward.calibration(pairs)
+    assert count.sum() == 40000
+    np.testing.assert_allclose(observed, predicted, atol=0.03)
+    np.testing.assert_allclose(observed + observed[::-1], 1, atol=1e-12)
+    overconfident = reward.Pairs(3 * gap, pairs.distance, pairs.prompt)
+    predicted, observed, _ = reward.calibration(overconfident)
+    assert predicted[-2] - observed[-2] > 0.1
