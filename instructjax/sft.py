@@ -42,11 +42,12 @@ def loss_fn(
         key=key,
         shard=shard,
     )
-    weights_BT = batch["mask_BT"][:, 1:].astype(jnp.float32)
+    # The shift by one: the state at t is before the token at t + 1. The last state is before none.
+    targets_BT = jnp.roll(tokens_BT, -1, axis=1)
+    weights_BT = jnp.roll(batch["mask_BT"], -1, axis=1).at[:, -1].set(False).astype(jnp.float32)
     unembed_VD = models.unembedding(params)
-    # The shift by one: the state at t is before the token at t + 1.
     total: Any = models.cross_entropy(
-        hidden_BTD[:, :-1], unembed_VD, tokens_BT[:, 1:], weights_BT, config, 64, shard
+        hidden_BTD, unembed_VD, targets_BT, weights_BT, config, None, shard
     )
     weight = jnp.sum(weights_BT)
     mean = total / jnp.maximum(weight, 1)

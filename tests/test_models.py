@@ -314,6 +314,14 @@ def loss_of(params, config, tokens, key=None):
     return models.cross_entropy(hidden, unembed, tokens[:, 1:], weights, config)
 
 
+def test_unrolling_changes_nothing():
+    tokens = tokens_of(2, 9)
+    grad = jax.jit(jax.grad(loss_of), static_argnums=1)
+    plain = grad(params_of(GEMMA3), GEMMA3, tokens)
+    again = grad(params_of(GEMMA3), dataclasses.replace(GEMMA3, unroll=3), tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), again, plain)
+
+
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_memory_alone(remat):
     tokens = tokens_of(2, 9)

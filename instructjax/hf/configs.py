@@ -20,7 +20,7 @@ _READ = """
 layer_types max_window_layers rope_parameters sliding_window use_sliding_window
 _sliding_window_pattern word_embed_proj_dim"""
 # Fields of ModelConfig that `to_hf` writes one by one, or that belong to no checkpoint.
-_WRITTEN = "family eos_ids rope local_rope window windowed scalar_head dtype remat dropout"
+_WRITTEN = "family eos_ids rope local_rope window windowed scalar_head dtype remat unroll dropout"
 
 
 def transformers() -> Any:

@@ -68,6 +68,7 @@ class ModelConfig:
     # How it is computed; not part of a checkpoint.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of matmuls and activations
     remat: Literal["none", "dots", "full"] = "none"  # what a layer's backward pass recomputes
+    unroll: int = 1  # layers to a turn of the scan; more is faster on CPU, and compiles longer
     dropout: float = 0.0  # on what each sublayer adds to the residual; off unless a key is passed
 
     def __post_init__(self):
@@ -106,6 +107,6 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt3-175b": _gpt3(96, 12288, 96),
     # The miniature's model (about 1M parameters) and its reward model's; the vocabulary is set
     # to that of the tokenizer.
-    "miniature": ModelConfig(1024, layers=4, width=128, heads=4, mlp_width=512, max_length=256),
-    "tiny": ModelConfig(4096, layers=4, width=256, heads=4, mlp_width=1024, max_length=1024),
+    "miniature": ModelConfig(1024, 4, 128, heads=4, mlp_width=512, max_length=256, unroll=4),
+    "tiny": ModelConfig(4096, 4, 256, heads=4, mlp_width=1024, max_length=1024, unroll=4),
 }

@@ -81,7 +81,8 @@ def _scan(params: Params, c: ModelConfig, tokens_BT, positions_BT, masks, mix, k
     x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
     keys = None if key is None else jax.random.split(key, c.layers)
     windowed_L = jnp.array(c.windowed or (False,) * c.layers)
-    x_BTD, _ = jax.lax.scan(body, x_BTD, (params["layers"], windowed_L, keys))
+    stacked = (params["layers"], windowed_L, keys)
+    x_BTD, _ = jax.lax.scan(body, x_BTD, stacked, unroll=c.unroll)
     return _final_norm(params, c, x_BTD)
 
 

@@ -6,6 +6,7 @@ direction; `logits` does, and is for looking at a model.
 """
 
 import functools
+import math
 from typing import Any
 
 import chex
@@ -56,6 +57,12 @@ def scalars(params: Params, config: ModelConfig, hidden_BTD: jax.Array) -> jax.A
     return hidden_BTD.astype(jnp.float32) @ params["score"]["kernel"] + params["score"]["bias"]
 
 
+def _chunk_size(B: int, T: int, V: int) -> int:
+    """Positions whose logits come to about 64 MB, but at least 64: B may be spread over a mesh."""
+    most = 2**24 // (B * V)
+    return min(T, max(64, 2 ** int(math.log2(max(most, 1)))))
+
+
 def _chunked(x_BT: jax.Array, chunk: int) -> jax.Array:
     """[B, T, ...] -> [T / chunk, B, chunk, ...], T padded with zeros; B stays whole and sharded."""
     B, T = x_BT.shape[:2]
@@ -83,7 +90,7 @@ def token_logp(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk: int = 64,
+    chunk: int | None = None,
     shard: Shard = unsharded,
 ) -> Any:
     """Log-probability of a token at each position, without the logits.
@@ -100,7 +107,7 @@ def token_logp(
       config: its vocab_size and final_softcap are used.
       temperature: of the sampling distribution.
       entropy: also return each position's entropy in nats.
-      chunk: positions of each row whose logits exist at once.
+      chunk: positions of each row whose logits exist at once; default: `_chunk_size`.
       shard: constrains the logits on a mesh.
 
     Returns:
@@ -120,7 +127,7 @@ def token_logp(
         return target - norm, norm - mean
 
     T = targets_BT.shape[1]
-    chunk = min(chunk, T)
+    chunk = chunk or _chunk_size(*targets_BT.shape, unembed_VD.shape[0])
     xs = (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk))
     _, (logp, ent) = jax.lax.scan(lambda _, x: ((), one(unembed_VD, *x)), (), xs)
     return (_unchunked(logp, T), _unchunked(ent, T)) if entropy else _unchunked(logp, T)
@@ -133,7 +140,7 @@ def cross_entropy(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     config: ModelConfig,
-    chunk: int = 64,
+    chunk: int | None = None,
     shard: Shard = unsharded,
 ) -> jax.Array:
     """Weighted sum of -log p(target), with the gradient computed in the forward pass.
@@ -154,7 +161,7 @@ def cross_entropy(
 
 def _cross_entropy_forward(hidden_BTD, unembed_VD, targets_BT, weights_BT, config, chunk, shard):
     T = targets_BT.shape[1]
-    chunk = min(chunk, T)
+    chunk = chunk or _chunk_size(*targets_BT.shape, unembed_VD.shape[0])
     unembed = unembed_VD.astype(hidden_BTD.dtype)
 
     def one(carry, x):
