@@ -9,6 +9,9 @@ Read the files in this order; imports point upwards only:
     train.py      make_train_step(loss_fn, tx, microbatches)
     masked.py     the only reductions
     losses.py     losses as functions of arrays
+    sft.py        the loss of packed rows
+    reward.py     the reward model's loss and its figures
+    sampler.py    prefill, decode loop -> Rollout
     data/         records -> tokens -> sharded, resumable batches
     miniature/    a procedural world to run the whole paper in, no download
 
@@ -16,7 +19,7 @@ The axis alphabet. An array that crosses a function boundary carries its shape a
 
     B  sequences                 D  width of the residual stream
     T  positions (T = P + R)     N  attention heads
-    S  key / cache positions     H  head dimension
+    S  key / cache positions     G  key/value heads; H head dimension
     P  prompt positions          F  MLP width
     R  response positions        V  vocabulary (padded to a multiple of 128)
     K  ranked responses of one   L  layers
@@ -28,7 +31,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_MODULES = ("data", "hf", "losses", "masked", "miniature", "models", "sharding", "state", "train")
+_MODULES = (
+    "data hf losses masked miniature models reward sampler sft sharding state train"
+).split()
 
 
 def __getattr__(name: str) -> Any:

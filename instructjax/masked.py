@@ -1,11 +1,13 @@
 """The only reductions: every mean over tokens, responses or prompts goes through here."""
 
+import chex
 import jax
 import jax.numpy as jnp
 
 
 def masked_sum(x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...] | None = None):
     """Sum of x where mask; what lies under a zero may be anything, NaN included."""
+    chex.assert_equal_shape([x, mask])  # a mask of fewer entries would be too small a divisor
     return jnp.sum(jnp.where(mask != 0, x * mask, 0), axis=axis)
 
 

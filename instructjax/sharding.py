@@ -54,21 +54,28 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+    data: int = 1,
+    fsdp: int | None = None,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh over all devices, or those given; `fsdp` takes what the other axes leave.
+    """A mesh over all devices, or those given; -1 is what the other axes leave.
+
+    Args:
+      fsdp: default: -1, if no other axis is.
 
     Raises:
       ValueError: the axes' product is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [data, fsdp, tensor]
-    given = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and len(devices) % given == 0:
-        sizes[sizes.index(-1)] = len(devices) // given
+    if fsdp is None:
+        fsdp = 1 if -1 in (data, tensor) else -1
+    asked = [data, fsdp, tensor]
+    given = math.prod(size for size in asked if size != -1)
+    sizes = [len(devices) // given if size == -1 else size for size in asked]
     if math.prod(sizes) != len(devices):
-        wanted = ",".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
-        raise ValueError(f"--mesh {wanted} does not make {len(devices)} devices")
+        wanted = ",".join(f"{name}={size}" for name, size in zip(AXES, asked, strict=True))
+        raise ValueError(f"--mesh {wanted} does not divide {len(devices)} devices")
     # Auto: the compiler shards what is between constraints. Explicit axis types, the default,
     # refuse about half of ordinary RLHF operations.
     types = (AxisType.Auto,) * len(AXES)

@@ -47,11 +47,13 @@ def shardings(params: Params, tx: optax.GradientTransformation) -> Any:
     everywhere: Any = jax.tree.leaves(param_shardings)[0]
     if isinstance(everywhere, jax.sharding.NamedSharding):
         everywhere = everywhere.update(spec=jax.sharding.PartitionSpec())
-    # Without this, jit(tx.init) would leave Adam's moments on one device.
+    # Without this, jit(tx.init) would leave Adam's moments on one device. What an optimizer keeps
+    # of a parameter in another shape (Adafactor's rows and columns) is small: on all of them.
     opt_state = optax.tree_utils.tree_map_params(
         tx,
-        lambda _, where: where,
+        lambda kept, param, where: where if kept.shape == param.shape else everywhere,
         jax.eval_shape(tx.init, params),
+        params,
         param_shardings,
         transform_non_params=lambda _: everywhere,
     )

@@ -54,7 +54,7 @@ def accumulate_gradients(
 
     def weighted(params, batch, key):
         mean, (weight, metrics) = loss_fn(params, batch, key)
-        weight = weight.astype(jnp.float32)
+        weight = jnp.asarray(weight, jnp.float32)
         sums = {name: value * weight for name, value in {"loss": mean, **metrics}.items()}
         return mean * weight, (weight, sums)
 

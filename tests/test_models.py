@@ -303,6 +303,8 @@ def test_scalar_head():
     assert drawn["score"]["bias"] == 0
     with pytest.raises(ValueError, match="scalar head"):
         models.scalars(params, MISTRAL, hidden)
+    with pytest.raises(ValueError, match="scalar head has no logits"):
+        models.logits(params, config, tokens_of(2, 5))
 
 
 # ---------------------------------------------------------------------------- how it is computed
@@ -368,6 +370,40 @@ def test_dropout_keeps_the_mean_of_what_a_sublayer_adds():
     np.testing.assert_allclose(many.mean(0), plain, atol=0.02)
     dropped = float(jnp.mean(many == 0))
     assert abs(dropped - 0.2) < 0.02
+
+
+def test_dropout_differs_by_layer_and_branch():
+    """With every residual value distinct, what is dropped in one place is not in another."""
+    config = dataclasses.replace(GPT2, dropout=0.5, layers=2, width=64)
+    ones = {"mix": lambda q, k, v: (v, None), "shard": models.unsharded}
+    params = models.init(config, jax.random.key(0))
+    first = jax.tree.map(lambda leaf: leaf[0], params["layers"])
+    # Biases alone: attention adds 1 everywhere, the MLP 10.
+    first = jax.tree.map(jnp.zeros_like, first)
+    first["attention"]["out"]["bias"] += 1
+    first["mlp"]["down"]["bias"] += 10
+    layer, x = models.layer.Layer(config), jnp.zeros((1, 1, 64))
+    run = lambda key: layer.apply({"params": first}, x, None, key, **ones)[0]  # noqa: E731
+    values = set(np.asarray(run(jax.random.key(0))).ravel().tolist())
+    assert values == {0.0, 2.0, 20.0, 22.0}  # the two masks are independent
+
+    # The same layer twice under the scan: were the keys equal, only 0, 4, 40 and 44 could be.
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), first)
+    silent = {"embed": jax.tree.map(jnp.zeros_like, params["embed"]), "layers": both}
+    norm = {"scale": jnp.ones(64), "bias": jnp.zeros(64)}
+    hidden = models.apply(
+        {**silent, "final_norm": norm}, config, jnp.zeros((1, 1), int), key=jax.random.key(0)
+    )
+    assert len(np.unique(np.asarray(hidden).round(4))) > 4
+
+
+def test_positions_beyond_the_table_are_refused():
+    params = params_of(GPT2)
+    with pytest.raises(ValueError, match="65 positions in a model of max_length 64"):
+        models.logits(params, GPT2, tokens_of(1, 65))
+    with pytest.raises(ValueError, match="65 positions"):
+        models.Cache.create(GPT2, 1, 65)
+    models.logits(params_of(MISTRAL), MISTRAL, tokens_of(1, 65))  # rotary ones have no table
 
 
 def test_bfloat16_computes_logits_in_float32():

@@ -99,7 +99,7 @@ def test_eight_devices_equal_one_with_the_vocabulary_of_gpt2():
 def test_tensor_axis_alone_equals_one_device():
     """Eight ways, so with eight heads; the two KV heads are replicated."""
     config = dataclasses.replace(CONFIG, heads=8, head_dim=4)
-    mesh = sharding.make_mesh(tensor=8, fsdp=1)
+    mesh = sharding.make_mesh(tensor=8)
     assert_same(gradient(config, mesh), reference(config), 1e-5)
     params = params_of(config, mesh)["layers"]["attention"]
     assert params["query"]["kernel"].sharding.spec[2] == "tensor"
@@ -151,7 +151,7 @@ def test_every_preset_has_a_rule_for_each_axis(name):
 )
 def test_sizes_that_do_not_divide_are_named(changes, axes, message):
     config = dataclasses.replace(CONFIG, **changes)
-    fsdp = axes.get("fsdp", -1)
+    fsdp = axes.get("fsdp")
     with pytest.raises(ValueError, match=message):
         params_of(config, sharding.make_mesh(fsdp=fsdp, tensor=axes.get("tensor", 1)))
 
@@ -181,8 +181,10 @@ def test_parse_mesh():
     }.items():
         with pytest.raises(ValueError, match=message):
             sharding.parse_mesh(text)
-    with pytest.raises(ValueError, match="data=3,fsdp=1,tensor=1 does not make 8 devices"):
-        sharding.make_mesh(data=3, fsdp=1)
+    with pytest.raises(ValueError, match="data=3,fsdp=-1,tensor=1 does not divide 8 devices"):
+        sharding.make_mesh(data=3)
+    assert dict(sharding.make_mesh(data=-1).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(sharding.make_mesh(data=2, tensor=-1).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
 
 
 # ---------------------------------------------------------------------------- steps
@@ -264,6 +266,32 @@ def test_a_step_learns_and_compiles_once(trained):
 def test_the_state_is_donated_and_the_callers_parameters_are_not(trained):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(trained["first"]))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trained["params"]))
+
+
+def test_an_optimizer_that_keeps_rows_and_columns():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    params, tx = params_of(CONFIG, mesh), optax.adafactor(1e-3)
+    step = train.make_train_step(
+        functools.partial(loss_fn, config=CONFIG, shard=sharding.constrainer(mesh)),
+        tx,
+        shardings=state.shardings(params, tx),
+    )
+    new, metrics = step(state.create(params, tx), batch_of(CONFIG), jax.random.key(0))
+    assert new.step == 1
+    assert jnp.isfinite(metrics["loss"])
+
+
+def test_every_microbatch_has_a_key_of_its_own():
+    def fn(params, batch, key):
+        return params["w"] * jax.random.uniform(key), (batch.shape[0], {})
+
+    def run(microbatches):
+        batch, params = jnp.zeros((4, 1)), {"w": jnp.float32(1)}
+        key = jax.random.key(0)
+        return train.accumulate_gradients(fn, params, batch, key, microbatches)[0]["w"]
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    np.testing.assert_allclose(run(4), np.mean([jax.random.uniform(k) for k in keys]), rtol=1e-6)
 
 
 def test_moments_lie_where_their_parameters_lie(trained):

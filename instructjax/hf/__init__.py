@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from instructjax.models import ModelConfig, Params, init, logical_axes
 __all__ = ["load", "load_config", "load_tokenizer", "save"]
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_TEXTS = ["*.json", "*.model", "*.txt", "*.jinja"]
+_WEIGHTS = ["model*.safetensors"]
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CONVERT = """\
 Pickled weights run code when they are opened, so they are refused. Convert them once (needs torch):
   python -c "from transformers import AutoModelForCausalLM as M; \
@@ -58,9 +61,9 @@ def load(
       ValueError: an architecture or switch that is not implemented, or tensors that are missing,
         unused, duplicate or of the wrong shape; the message lists them.
     """
-    directory = _resolve(path)
+    directory = _resolve(path, _TEXTS + _WEIGHTS)
     where = str(path)
-    found = tensors.open_files(_weight_files(directory))
+    found = tensors.open_files(_weight_files(directory, where))
     raw, config = _read_config(directory, where)
     if "score.weight" in found:
         if found["score.weight"].shape[0] != 1:
@@ -94,13 +97,13 @@ def load(
 
 def load_config(path: str | os.PathLike) -> ModelConfig:
     """The ModelConfig of a checkpoint, no weights read. Args and errors as `load`."""
-    return _read_config(_resolve(path), str(path))[1]
+    return _read_config(_resolve(path, _TEXTS), str(path))[1]
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
     """The tokenizer beside a checkpoint, a transformers PreTrainedTokenizerBase."""
     tokenizer = configs.transformers().AutoTokenizer
-    return tokenizer.from_pretrained(_resolve(path), trust_remote_code=False)
+    return tokenizer.from_pretrained(_resolve(path, _TEXTS), trust_remote_code=False)
 
 
 def save(
@@ -160,6 +163,8 @@ def save(
     writer = jax.process_index() == 0
     if writer:
         directory.mkdir(parents=True, exist_ok=True)
+        for stale in directory.glob("model*.safetensors.part"):
+            stale.unlink()
     for name, held in files.filename_to_tensors.items():
         group = [entry for entry in wanted if entry.name in held]
         content = dict(tensors.file_tensors(group, leaves, config, file_dtype))
@@ -167,82 +172,111 @@ def save(
             save_file(content, directory / f"{name}.part", metadata={"format": "pt"})
     if not writer:
         return
-    for stale in [*directory.glob("model*.safetensors"), *directory.glob("*.index.json")]:
-        stale.unlink()
+    # An earlier export stays whole until here. From here to config.json, which comes last, the
+    # directory is none: what an interruption leaves does not load.
+    for pattern in ("config.json", "generation_config.json", "model*.safetensors", "*.index.json"):
+        for stale in directory.glob(pattern):
+            stale.unlink()
     for name in files.filename_to_tensors:
         os.replace(directory / f"{name}.part", directory / name)
     if files.is_sharded:
         index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    hf_config.save_pretrained(directory)
     if not config.scalar_head:
         ids = {key: getattr(hf_config, key) for key in _IDS}
         configs.transformers().GenerationConfig(**ids).save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(_model_card(config, reward_bias))
+    hf_config.save_pretrained(directory)
 
 
 # ---------------------------------------------------------------------------- loading
 
 
-def _resolve(path: str | os.PathLike) -> Path:
-    directory = Path(path)
+def _resolve(path: str | os.PathLike, patterns: list[str]) -> Path:
+    """The directory itself, or the files of a hub model that match."""
+    directory, name = Path(path), str(path)
     if directory.is_dir():
         return directory
     if directory.exists():
         raise ValueError(f"{path}: a file; give the directory that holds config.json")
     try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=_HUB_FILES))
-    except Exception as error:
-        reason = str(error).splitlines()[0]
+        fetch = huggingface_hub.snapshot_download
+        local = Path(fetch(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        if _WEIGHTS[0] in patterns and not any(local.glob("*.safetensors")):
+            _refuse_pickles(huggingface_hub.list_repo_files(name), name)
+    except (OSError, huggingface_hub.errors.HfHubHTTPError, ValueError) as error:
+        if isinstance(error, PicklesError):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"{path}: no such directory, and the hub did not give a model of that name: {reason}"
         ) from error
+    return local
 
 
-def _weight_files(directory: Path) -> list[Path]:
+class PicklesError(ValueError):
+    """A checkpoint has pickled weights alone."""
+
+
+def _refuse_pickles(files: Iterable[str], where: str) -> None:
+    pickles = [name for name in files if name.endswith(_PICKLES)]
+    if pickles:
+        raise PicklesError(f"{where} has only {', '.join(pickles)}. {_CONVERT.format(path=where)}")
+
+
+def _weight_files(directory: Path, where: str) -> list[Path]:
     single = directory / "model.safetensors"
     if single.exists():
         return [single]
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
         absent = [file for file in files if not (directory / file).is_file()]
-        if absent:
+        if absent or not files:
             raise FileNotFoundError(f"{index} names files that are not there: {', '.join(absent)}")
         return [directory / file for file in files]
-    pickles = [f.name for f in directory.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-    if pickles:
-        raise ValueError(
-            f"{directory} has only {', '.join(pickles)}. {_CONVERT.format(path=directory)}"
-        )
-    raise FileNotFoundError(f"{directory}: no model.safetensors, nor an index of several files")
+    _refuse_pickles([file.name for file in directory.iterdir()], where)
+    raise FileNotFoundError(f"{where}: no model.safetensors, nor an index of several files")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
 
 
 def _read_config(directory: Path, where: str) -> tuple[dict[str, Any], ModelConfig]:
     file = directory / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{where}: no config.json")
+    raw = _read_json(file)
+    _check_family(raw.get("model_type"), where)
     try:
-        raw = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    if raw.get("model_type") not in FAMILIES:
-        raise ValueError(
-            f"{where}: model_type {raw.get('model_type')!r} is not supported; "
-            f"supported are {', '.join(sorted(FAMILIES))}"
-        )
-    hf = configs.transformers().AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        auto = configs.transformers().AutoConfig
+        hf = auto.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers' own checks name the key, not the file
+        raise ValueError(f"{file}: {error}") from error
+    _check_family(hf.model_type, where)  # it may read one family as another
     config = configs.from_hf(hf, where)
     if any(name.endswith("SequenceClassification") for name in raw.get("architectures") or []):
         config = dataclasses.replace(config, scalar_head=True)
     generation = directory / "generation_config.json"
     if generation.is_file():  # chat models name there all the tokens that end a turn
-        ids = configs.as_ids(json.loads(generation.read_text()).get("eos_token_id"))
+        ids = configs.as_ids(_read_json(generation).get("eos_token_id"))
         eos_ids = tuple(dict.fromkeys(config.eos_ids + ids))
         config = dataclasses.replace(config, eos_ids=eos_ids)
     return raw, config
+
+
+def _check_family(model_type: Any, where: str) -> None:
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(
+            f"{where}: model_type {model_type!r} is not supported; supported are {known}"
+        )
 
 
 # ---------------------------------------------------------------------------- reward models

@@ -12,15 +12,16 @@ from instructjax.models.config import Activation, ModelConfig, Rope
 _HARMLESS = """
 architectures attention_dropout attn_pdrop chunk_size_feed_forward classifier_dropout dropout dtype
 embd_pdrop eos_token_id hidden_dropout id2label init_std initializer_range is_decoder label2id
-layerdrop model_type output_attentions output_hidden_states problem_type resid_pdrop return_dict
+layerdrop model_type output_attentions output_hidden_states pretraining_tp problem_type
+reorder_and_upcast_attn resid_pdrop return_dict
 summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
 transformers_version use_cache _name_or_path"""
 # Keys that `from_hf` reads one by one.
 _READ = """
 layer_types max_window_layers rope_parameters sliding_window use_sliding_window
 _sliding_window_pattern word_embed_proj_dim"""
-# Fields of ModelConfig that `to_hf` writes one by one, or that belong to no checkpoint.
-_WRITTEN = "family eos_ids rope local_rope window windowed scalar_head dtype remat unroll dropout"
+# Fields of ModelConfig that no config.json holds.
+_OURS = "scalar_head dtype remat unroll dropout"
 
 
 def transformers() -> Any:
@@ -54,25 +55,29 @@ def from_hf(hf: Any, where: str) -> ModelConfig:
 
     if getattr(hf, "quantization_config", None) is not None:
         refuse("quantization_config", hf.quantization_config)
-    known = type(hf)().to_dict()  # what transformers itself reads; it ignores all other keys
+    # What transformers itself reads. It keeps other keys as attributes, and ignores them.
+    known = type(hf)().to_dict()
+    given = {key: value for key, value in hf.to_dict().items() if key in known}
     used = {*family.fields.values(), *_HARMLESS.split(), *_READ.split()}
-    for key, value in hf.to_dict().items():
+    for key, value in given.items():
         # An absent switch is written as null by some versions and as false by others.
-        if key in known and key not in used and (value or None) != (known[key] or None):
+        if key not in used and (value or None) != (known[key] or None):
             refuse(key, value)
-    if getattr(hf, "word_embed_proj_dim", hf.hidden_size) != hf.hidden_size:  # OPT-350m
+    if given.get("word_embed_proj_dim", hf.hidden_size) != hf.hidden_size:  # OPT-350m
         refuse("word_embed_proj_dim", hf.word_embed_proj_dim)
 
     values: dict[str, Any] = dict(family.fixed)
     for ours, theirs in family.fields.items():
         values[ours] = getattr(hf, theirs)
+    for name in ("bos_id", "pad_id"):  # none is -1 in some old files
+        values[name] = None if (values[name] or 0) < 0 else values[name]
     if values["activation"] not in typing.get_args(Activation):
         refuse(family.fields["activation"], values["activation"])
     if values["mlp_width"] is None:  # GPT-2
         values["mlp_width"] = 4 * values["width"]
 
-    kinds = getattr(hf, "layer_types", None)
-    window = getattr(hf, "sliding_window", None)
+    window = given.get("sliding_window")
+    kinds = given.get("layer_types")
     if kinds is None:
         kinds = ["full_attention" if window is None else "sliding_attention"] * values["layers"]
     for kind in kinds:
@@ -83,7 +88,7 @@ def from_hf(hf: Any, where: str) -> ModelConfig:
         values["windowed"] = tuple(kind == "sliding_attention" for kind in kinds)
 
     if values.get("positions") == "rotary":
-        ropes, partial = hf.rope_parameters, hf.model_type == "gpt_neox"
+        ropes, partial = hf.rope_parameters, "partial_rotary_factor" in known["rope_parameters"]
         values["rope"] = _rope(ropes.get("full_attention", ropes), partial, refuse)
         local = _rope(ropes.get("sliding_attention", ropes), partial, refuse)
         values["local_rope"] = None if local == values["rope"] else local
@@ -121,54 +126,51 @@ def to_hf(config: ModelConfig) -> Any:
     """The transformers config that this model is exported with.
 
     Raises:
-      ValueError: names a switch that the family's transformers code cannot express.
+      ValueError: names a field that the family's transformers code has no place for.
     """
-    family = FAMILIES[config.family]
-    # What the family has no key for must have the value that its code has.
-    default = ModelConfig(1, layers=1, width=1, heads=1, mlp_width=1, max_length=1)
-    fixed = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
-    fixed |= {"kv_heads": config.heads, "head_dim": config.width // config.heads, **family.fixed}
-    for name in fixed.keys() - family.fields.keys() - set(_WRITTEN.split()):
-        if getattr(config, name) != fixed[name]:
-            raise ValueError(f"{config.family} has no place for {name} = {getattr(config, name)!r}")
+    family, auto = FAMILIES[config.family], transformers().AutoConfig
+    known = auto.for_model(config.family).to_dict()
+    # One way to write each thing, so that what is read back can be compared.
+    changes: dict[str, Any] = {}
+    if not any(config.windowed):
+        changes |= {"windowed": (), "window": None}
+    if config.query_scalar is None and "query_scalar" in family.fields:
+        changes["query_scalar"] = config.head_dim
+    c = dataclasses.replace(config, **changes)
 
-    keys: dict[str, Any] = {}
-    for ours, theirs in family.fields.items():
-        value = getattr(config, ours)
-        if keys.setdefault(theirs, value) != value:
-            raise ValueError(f"{config.family} has one {theirs} for {ours} = {value!r} and another")
-    eos = list(config.eos_ids)
+    keys: dict[str, Any] = {theirs: getattr(c, ours) for ours, theirs in family.fields.items()}
+    eos = list(c.eos_ids)
     keys["eos_token_id"] = eos if len(eos) > 1 else eos[0] if eos else None
-    if config.positions == "rotary":
-        full = _rope_parameters(config.rope, config.family)
-        if config.family == "gemma3_text":
-            local = _rope_parameters(config.local_rope or config.rope, config.family)
-            full = {"full_attention": full, "sliding_attention": local}
-        keys["rope_parameters"] = full
-    names = {True: "sliding_attention", False: "full_attention"}
-    kinds = [names[windowed] for windowed in config.windowed or (False,) * config.layers]
-    if config.family == "mistral":
-        if len(set(kinds)) > 1:
-            raise ValueError("mistral has one window for all layers")
-        keys["sliding_window"] = config.window if any(config.windowed) else None
-    elif any(config.windowed):
-        keys |= {"layer_types": kinds, "sliding_window": config.window, "use_sliding_window": True}
-    elif config.family in ("gemma2", "gemma3_text"):  # whose default has windows
-        keys["layer_types"] = kinds
-    architecture = "SequenceClassification" if config.scalar_head else "CausalLM"
-    auto = transformers().AutoConfig.for_model(config.family, **keys)
-    auto.architectures = [f"{type(auto).__name__.removesuffix('Config')}For{architecture}"]
-    if config.scalar_head:
-        auto.num_labels = 1
-    return auto
+    if c.positions == "rotary":
+        keys["rope_parameters"] = rope = _rope_parameters(c.rope, known)
+        if "full_attention" in known["rope_parameters"]:
+            local = _rope_parameters(c.local_rope or c.rope, known)
+            keys["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    if "layer_types" in known:
+        names = {True: "sliding_attention", False: "full_attention"}
+        keys["layer_types"] = [names[windowed] for windowed in c.windowed or (False,) * c.layers]
+    if c.windowed or "layer_types" not in known:
+        keys |= {"sliding_window": c.window, "use_sliding_window": bool(c.windowed)}
+    hf = auto.for_model(c.family, **{key: keys[key] for key in keys if key in known})
+
+    back = from_hf(hf, "export")
+    for field in dataclasses.fields(ModelConfig):
+        value = getattr(c, field.name)
+        if field.name not in _OURS.split() and getattr(back, field.name) != value:
+            raise ValueError(f"{c.family} has no place for {field.name} = {value!r}")
+    stem = type(hf).__name__.removesuffix("Config")
+    hf.architectures = [family.causal or f"{stem}ForCausalLM"]
+    if c.scalar_head:
+        hf.architectures, hf.num_labels = [f"{stem}ForSequenceClassification"], 1
+    return hf
 
 
-def _rope_parameters(rope: Rope, family: str) -> dict[str, Any]:
+def _rope_parameters(rope: Rope, known: dict[str, Any]) -> dict[str, Any]:
     kept = ["theta", "kind"]
     if rope.kind != "default":
         kept.append("factor")
     if rope.kind == "llama3":
         kept += ["low_freq_factor", "high_freq_factor", "original_length"]
-    if family == "gpt_neox":
+    if "partial_rotary_factor" in known["rope_parameters"]:
         kept.append("fraction")
     return {_ROPE_KEYS[name]: getattr(rope, name) for name in kept}

@@ -26,6 +26,7 @@ class Family:
     fields: dict[str, str]  # ModelConfig field -> config.json key, copied as they are
     fixed: dict[str, Any]  # ModelConfig field -> value
     buffers: str  # regular expression of names that hold no weights
+    causal: str = ""  # the language model's class, where it is not ...ForCausalLM
 
 
 def _table(text: str) -> Table:
@@ -160,12 +161,16 @@ _GPT2_MASKS = r".*\.attn\.(masked_)?bias"
 _NEOX_MASKS = rf".*\.attention\.(masked_)?bias|{_INV_FREQ}"
 
 
-def _llama(fields: dict[str, str], fixed: dict[str, Any], tensors: Table = _LLAMA) -> Family:
-    return Family("model.", "lm_head.weight", tensors, fields, fixed, _INV_FREQ)
+def _llama(
+    fields: dict[str, str], fixed: dict[str, Any], tensors: Table = _LLAMA, causal: str = ""
+) -> Family:
+    return Family("model.", "lm_head.weight", tensors, fields, fixed, _INV_FREQ, causal)
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("transformer.", "lm_head.weight", _GPT2, _GPT2_KEYS, {}, _GPT2_MASKS),
+    "gpt2": Family(
+        "transformer.", "lm_head.weight", _GPT2, _GPT2_KEYS, {}, _GPT2_MASKS, "GPT2LMHeadModel"
+    ),
     "gpt_neox": Family("gpt_neox.", "embed_out.weight", _NEOX, _NEOX_KEYS, _ROTARY, _NEOX_MASKS),
     "opt": Family("model.decoder.", "lm_head.weight", _OPT, _OPT_KEYS, _OPT_FIXED, r"(?!)"),
     "llama": _llama(_BIASED_KEYS | {"mlp_bias": "mlp_bias"}, _RMS),
@@ -174,5 +179,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _llama(_BIASED_KEYS, {**_PLAIN_MLP, "qk_norm": True}),
     "gemma": _llama(_BIASED_KEYS, _GEMMA_FIXED),
     "gemma2": _llama(_GEMMA2_KEYS, _GEMMA2_FIXED, _GEMMA2),
-    "gemma3_text": _llama(_GEMMA2_KEYS, {**_GEMMA2_FIXED, "qk_norm": True}, _GEMMA2),
+    "gemma3_text": _llama(
+        _GEMMA2_KEYS, {**_GEMMA2_FIXED, "qk_norm": True}, _GEMMA2, "Gemma3ForCausalLM"
+    ),
 }

@@ -132,9 +132,10 @@ def check_names(
     """
     family = FAMILIES[config.family]
     heads = (family.head, "score.weight")
-    # A checkpoint of the base model alone lacks the prefix.
-    if not any(name.startswith(family.prefix) for name in tensors):
-        tensors = {n if n in heads else family.prefix + n: t for n, t in tensors.items()}
+    # A checkpoint of the base model alone lacks the first part of the prefix.
+    root = family.prefix.split(".")[0] + "."
+    if not any(name.startswith(root) for name in tensors):
+        tensors = {n if n in heads else root + n: t for n, t in tensors.items()}
     names = {entry.name for entry in wanted}
     missing = sorted(names - set(tensors))
     if missing:

@@ -24,6 +24,12 @@ def positions_of(mask_BT: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(mask_BT.astype(jnp.int32), axis=-1) - 1, 0)
 
 
+def _check_length(config: ModelConfig, length: int) -> None:
+    # A lookup beyond the table would be clamped to its last row, without a word.
+    if config.positions == "learned" and length > config.max_length:
+        raise ValueError(f"{length} positions in a model of max_length {config.max_length}")
+
+
 def _embed(params: Params, c: ModelConfig, tokens_BT, positions_BT, shard: Shard) -> jax.Array:
     # Gathered over fsdp like any other weight: a lookup in a table whose columns are split would
     # move the whole batch instead.
@@ -114,6 +120,7 @@ def apply(
     if mask_BT is None:
         mask_BT = jnp.ones(tokens_BT.shape, bool)
     if positions_BT is None:
+        _check_length(config, tokens_BT.shape[1])
         positions_BT = positions_of(mask_BT)
 
     def mask(window: int | None) -> jax.Array:
@@ -153,6 +160,7 @@ def apply_shared(
     """
     B, P = prompt_BP.shape
     K, R = responses_BKR.shape[1:]
+    _check_length(config, P + R)
     prompt_live, response_live = prompt_mask_BP.astype(bool), response_mask_BKR.astype(bool)
     prompt_at = positions_of(prompt_live)
     length_B11 = jnp.sum(prompt_live, axis=-1, dtype=jnp.int32).reshape(B, 1, 1)
@@ -194,6 +202,7 @@ class Cache:
     @classmethod
     def create(cls, config: ModelConfig, batch: int, slots: int) -> "Cache":
         """An empty cache in config.dtype for `batch` rows of at most `slots` tokens."""
+        _check_length(config, slots)
         shape = (batch, config.kv_heads, slots, config.head_dim)
         return cls(
             keys=tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers)),

@@ -21,6 +21,8 @@ from instructjax.models.layer import Params, Shard, unsharded
 
 def unembedding(params: Params) -> jax.Array:
     """The matrix [V, D] from hidden states to logits, the embedding itself where tied."""
+    if "score" in params:
+        raise ValueError("a model with a scalar head has no logits")
     return params["unembed"]["kernel"] if "unembed" in params else params["embed"]["tokens"]
 
 
@@ -54,13 +56,15 @@ def scalars(params: Params, config: ModelConfig, hidden_BTD: jax.Array) -> jax.A
     """float32 scalar_BT of a reward or value model at each position: hidden . kernel + bias."""
     if not config.scalar_head:
         raise ValueError("scalars needs a model with a scalar head; see models.with_scalar_head")
-    return hidden_BTD.astype(jnp.float32) @ params["score"]["kernel"] + params["score"]["bias"]
+    kernel, bias = params["score"]["kernel"], params["score"]["bias"]
+    # Without "highest", a TPU multiplies in bfloat16: three digits of a reward.
+    return jnp.matmul(hidden_BTD.astype(jnp.float32), kernel, precision="highest") + bias
 
 
 def _chunk_size(B: int, T: int, V: int) -> int:
     """Positions whose logits come to about 64 MB, but at least 64: B may be spread over a mesh."""
     most = 2**24 // (B * V)
-    return min(T, max(64, 2 ** int(math.log2(max(most, 1)))))
+    return max(1, min(T, max(64, 2 ** int(math.log2(max(most, 1))))))
 
 
 def _chunked(x_BT: jax.Array, chunk: int) -> jax.Array:
@@ -126,8 +130,8 @@ def token_logp(
         mean = jnp.sum(jnp.exp(logits - norm[..., None]) * logits, axis=-1)
         return target - norm, norm - mean
 
-    T = targets_BT.shape[1]
-    chunk = chunk or _chunk_size(*targets_BT.shape, unembed_VD.shape[0])
+    B, T = targets_BT.shape
+    chunk = chunk or _chunk_size(B, T, unembed_VD.shape[0])
     xs = (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk))
     _, (logp, ent) = jax.lax.scan(lambda _, x: ((), one(unembed_VD, *x)), (), xs)
     return (_unchunked(logp, T), _unchunked(ent, T)) if entropy else _unchunked(logp, T)
@@ -160,8 +164,8 @@ def cross_entropy(
 
 
 def _cross_entropy_forward(hidden_BTD, unembed_VD, targets_BT, weights_BT, config, chunk, shard):
-    T = targets_BT.shape[1]
-    chunk = chunk or _chunk_size(*targets_BT.shape, unembed_VD.shape[0])
+    B, T = targets_BT.shape
+    chunk = chunk or _chunk_size(B, T, unembed_VD.shape[0])
     unembed = unembed_VD.astype(hidden_BTD.dtype)
 
     def one(carry, x):
