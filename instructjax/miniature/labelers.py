@@ -1,0 +1,155 @@
+"""Labelers write demonstrations, and rank responses by weights of their own, with noise and ties.
+
+The noise is set by measurement, so that two labelers agree on about 73 % of the pairs that both
+order (InstructGPT, section 3.4: 72.6 +- 1.5 % among training labelers). `agreement` measures it.
+"""
+
+import functools
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from instructjax.miniature.customers import stream
+from instructjax.miniature.judging import GOLD, Features, judge, utility
+from instructjax.miniature.world import generator
+from instructjax.miniature.writers import Flaws, write
+
+TRAINING, HELD_OUT = 15, 5  # labelers
+NOISE = 1.33  # the middle of the labelers' standard deviations, in units of utility
+GRADE = 1.0  # ratings come in steps of this much utility; equal ratings are ties
+# What a middling labeler gets wrong in a demonstration, and a middling model in a draft.
+DEMONSTRATION = Flaws(0.3, 0.06, 0.06, 0.12, 0.15, 0.12, 0.2, 0.03, 0.02)
+DRAFT = Flaws(0.45, 0.12, 0.15, 0.15, 0.22, 0.20, 0.20, 0.06, 0.06)
+
+
+@dataclass(frozen=True)
+class Labeler:
+    """A labeler: which seed's, how they weigh the judge's features, and how noisily."""
+
+    name: str
+    seed: int
+    weights: Features
+    noise: float  # standard deviation of a rating, in units of utility
+    flaws: Flaws  # of the demonstrations they write
+
+
+@functools.cache
+def pool(seed: int, held_out: bool = False) -> tuple[Labeler, ...]:
+    """The training labelers, or those held out, who are not met in any training data."""
+    first, n = (TRAINING, HELD_OUT) if held_out else (0, TRAINING)
+    return tuple(_labeler(seed, i) for i in range(first, first + n))
+
+
+def _labeler(seed: int, i: int) -> Labeler:
+    rng = generator(seed, "labeler", i)
+    weights = Features(*(w * rng.lognormvariate(0, 0.25) for w in astuple(GOLD)))
+    noise = NOISE * rng.uniform(0.8, 1.2)
+    skill = rng.uniform(0.5, 1.5)
+    return Labeler(f"labeler-{i:02d}", seed, weights, noise, _scaled(DEMONSTRATION, skill))
+
+
+def _scaled(flaws: Flaws, by: float) -> Flaws:
+    return Flaws(*(min(by * p, 1.0) for p in astuple(flaws)))
+
+
+def rate(labeler: Labeler, record: dict[str, Any], responses: Sequence[str]) -> list[int]:
+    """The labeler's ratings of the responses, in whole steps of GRADE; higher is better.
+
+    The noise is a pure function of the labeler's seed and name, the prompt, and the response's
+    place; so the same screen is always rated the same.
+    """
+    ratings = []
+    for place, response in enumerate(responses):
+        rng = generator(labeler.seed, "rating", labeler.name, record["prompt"], place)
+        felt = utility(judge(record, response).features, labeler.weights)
+        ratings.append(round((felt + rng.gauss(0, labeler.noise)) / GRADE))
+    return ratings
+
+
+def rank(labeler: Labeler, record: dict[str, Any], responses: Sequence[str]) -> list[int]:
+    """Ranks of the responses: 1 is best, equal ranks are ties, no rank is left out."""
+    ratings = rate(labeler, record, responses)
+    order = sorted(set(ratings), reverse=True)
+    return [order.index(rating) + 1 for rating in ratings]
+
+
+def compare(labeler: Labeler, record: dict[str, Any], responses: Sequence[str]) -> dict[str, Any]:
+    """A comparison record: the prompt record with responses, ranks and labeler added."""
+    ranks = rank(labeler, record, responses)
+    return {**record, "responses": list(responses), "ranks": ranks, "labeler": labeler.name}
+
+
+def demonstrations(seed: int, n: int, split: str = "train") -> list[dict[str, Any]]:
+    """n demonstration records by training labelers, for prompts of the split's customers."""
+    records = []
+    for record, rng in stream(seed, "demonstrations", split, n):
+        labeler = rng.choice(pool(seed))
+        completion = write(record["request"], labeler.flaws, rng)
+        records.append({**record, "completion": completion, "labeler": labeler.name})
+    return records
+
+
+def comparisons(
+    seed: int, n: int, split: str = "train", held_out: bool = False
+) -> list[dict[str, Any]]:
+    """n comparison records of K = 4 to 9 drafts, each ranked by one labeler."""
+    records = []
+    for record, rng in stream(seed, "comparisons", split, n):
+        responses = drafts(record, rng.randint(4, 9), rng)
+        records.append(compare(rng.choice(pool(seed, held_out)), record, responses))
+    return records
+
+
+def screens(
+    seed: int, n: int, split: str = "test", held_out: bool = False, raters: int = 4
+) -> list[list[dict[str, Any]]]:
+    """n sets of drafts, each ranked by several labelers: one comparison record for each of them."""
+    found = []
+    for record, rng in stream(seed, "screens", split, n):
+        responses = drafts(record, rng.randint(4, 9), rng)
+        panel = rng.sample(pool(seed, held_out), raters)
+        found.append([compare(labeler, record, responses) for labeler in panel])
+    return found
+
+
+def drafts(record: dict[str, Any], k: int, rng: random.Random) -> list[str]:
+    """k different responses, as if sampled from one model: prompts vary in how hard they are."""
+    hardness = rng.uniform(0.4, 1.6)
+    found: dict[str, None] = {}
+    while len(found) < k:
+        # A little harder each time, so that a prompt with one short right answer gets k of them.
+        found[write(record["request"], _scaled(DRAFT, hardness), rng)] = None
+        hardness += 0.02
+    return list(found)
+
+
+def agreement(rankings: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float, int]:
+    """How often two raters order a pair alike, over the pairs that both order strictly.
+
+    Args:
+      rankings: for each prompt, two or more raters' ranks or scores of the same K responses (all
+        of them ranks, or all of them scores).
+
+    Returns:
+      The share of agreement, the half width of its 95 % interval, and the number of pairs. The
+      interval takes prompts, not pairs, as the independent units.
+
+    Raises ValueError if no pair is ordered by two raters.
+    """
+    shares = []  # (agreeing, ordered) pairs of each prompt
+    for raters in rankings:
+        agreeing = ordered = 0
+        for a, b in itertools.combinations(raters, 2):
+            for i, j in itertools.combinations(range(len(a)), 2):
+                product = (a[i] - a[j]) * (b[i] - b[j])
+                agreeing += product > 0
+                ordered += product != 0
+        shares.append((agreeing, ordered))
+    pairs = sum(ordered for _, ordered in shares)
+    if not pairs:
+        raise ValueError("no pair of responses is ordered by two raters")
+    share = sum(agreeing for agreeing, _ in shares) / pairs
+    variance = sum((agreeing - share * ordered) ** 2 for agreeing, ordered in shares)
+    return share, 1.96 * variance**0.5 / pairs, pairs
