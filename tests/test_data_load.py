@@ -423,3 +423,21 @@ def test_importing_is_light():
     code = f"import sys, instructjax.data; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_tokenizer_of_ones_own(tmp_path):
+    """Trained on text, saved, loaded: bytes come back, common words are one token, EOS is none."""
+    import transformers
+
+    from instructjax.data.prepare import train_tokenizer
+
+    texts = ["the cat sat on the mat"] * 50
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        train_tokenizer(texts, 280, str(tmp_path / "bpe"))
+    )
+    assert len(tokenizer) <= 280
+    assert tokenizer.eos_token == "<|endoftext|>"
+    ids = tokenizer("the cat the né\n").input_ids
+    assert tokenizer.decode(ids) == "the cat the né\n"
+    assert tokenizer.eos_token_id not in ids
+    assert len(tokenizer(" the").input_ids) == 1

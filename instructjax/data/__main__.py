@@ -12,7 +12,7 @@ from instructjax.data.batches import ComparisonRows, PackedRows, PromptRows, Str
 from instructjax.data.config import DataConfig
 from instructjax.data.errors import DataError
 from instructjax.data.load import Dataset, Split, load, read
-from instructjax.data.prepare import gpt2_tokenizer, write_tfds
+from instructjax.data.prepare import gpt2_tokenizer, train_tokenizer, write_tfds
 from instructjax.data.records import Kind
 
 
@@ -89,15 +89,23 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Make a Hugging Face tokenizer of GPT-2's encoder.json and vocab.bpe."""
+    """Make a Hugging Face tokenizer of GPT-2's two files, or train one on text."""
 
     out: Annotated[str, tyro.conf.Positional]
     """The folder to write."""
-    gpt2: str
-    """The folder that holds the two files, plain or .gz."""
+    gpt2: str | None = None
+    """The folder that holds encoder.json and vocab.bpe, plain or .gz."""
+    vocab_size: int = 4096
+    """Tokens of a tokenizer that is trained."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text to train a byte-level BPE on, where --gpt2 is not given."""
 
     def run(self) -> None:
-        print(f"written to {gpt2_tokenizer(self.gpt2, self.out)}")
+        if self.gpt2 is not None:
+            print(f"written to {gpt2_tokenizer(self.gpt2, self.out)}")
+            return
+        texts = [record.responses[0] for record in read(self.data, "text")]
+        print(f"written to {train_tokenizer(texts, self.vocab_size, self.out)}")
 
 
 def _tokenizer(name: str | None, spec: str) -> Any:

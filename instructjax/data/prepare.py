@@ -1,8 +1,8 @@
-"""Made once: a TFDS set from the records of any SPEC, and a tokenizer from GPT-2's two files."""
+"""Made once: a TFDS set from the records of any SPEC, and tokenizers."""
 
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,25 @@ def gpt2_tokenizer(source: str, out: str) -> Path:
         tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
     ]
     GPT2Tokenizer(vocab=vocab, merges=merges).save_pretrained(out)
+    return Path(out)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str) -> Path:
+    """Trains a byte-level BPE of its own on some texts, with `<|endoftext|>` as its EOS.
+
+    Args:
+      texts: what it is trained on.
+      vocab_size: tokens, the 256 bytes and EOS included; fewer where the texts give no more.
+      out: the folder to write.
+    """
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    backend = ByteLevelBPETokenizer()
+    backend.train_from_iterator(texts, vocab_size, special_tokens=[end], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, eos_token=end)
+    tokenizer.save_pretrained(out)
     return Path(out)
 
 
