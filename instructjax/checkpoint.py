@@ -1,0 +1,175 @@
+"""Checkpoints of one run: written in the background, whole or not at all, the last and the best."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+
+class Checkpoints:
+    """The checkpoints in a directory, each named by its step: the number of updates made.
+
+    A checkpoint gets its name when it is complete, by a rename. What a killed process left
+    half-written is never seen, and is removed here; so only one process tree may train in a
+    directory.
+
+    Args:
+      directory: made if it is not there.
+      keep_last: the latest checkpoints to keep.
+      best_metric: what `meta["score"]` is a score of. If given, the best checkpoint is kept too.
+        Scores are stored under this name, and those of another name are not compared.
+      best_mode: whether the best score is the least or the greatest.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        keep_last: int,
+        best_metric: str | None = None,
+        best_mode: Literal["min", "max"] = "min",
+    ):
+        self.directory = Path(directory).absolute()
+        self.best_metric = best_metric
+        self._kept = keep_last + (best_metric is not None)
+        worst = float("inf") if best_mode == "min" else -float("inf")
+
+        def score(metrics: Mapping[str, float]) -> float:
+            return metrics.get(best_metric or "", worst)
+
+        keep: list[Any] = [LatestN(keep_last)]
+        if best_metric is not None:
+            reverse = best_mode == "min"
+            # Unless told not to, BestN would keep every checkpoint that has no score.
+            unscored = {"keep_checkpoints_without_metrics": False}
+            keep.append(BestN(get_metric_fn=score, reverse=reverse, n=1, **unscored))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(keep),
+            best_fn=score if best_metric is not None else None,
+            best_mode=best_mode,
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def check_space(self, state: Any) -> None:
+        """Finds out before training whether the disk can hold all that will be kept.
+
+        Raises:
+          OSError: it cannot hold those, and the one being written.
+        """
+        size, count = nbytes(state), self._kept + 1
+        there = sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
+        space = shutil.disk_usage(self.directory).free + there
+        if count * size > space:
+            raise OSError(
+                f"{self.directory}: {count} checkpoints of {size:,} bytes do not fit into the"
+                f" {space:,} that are free; lower --keep_last, or give another --out"
+            )
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Copies the state to the host, and writes it while training goes on.
+
+        Waits for the save before it. On return, the state may be donated to the next step.
+
+        Args:
+          state: a pytree of arrays, sharded or not.
+          meta: JSON; `score` ranks the checkpoint for `best`.
+
+        Raises:
+          ValueError: there is a checkpoint of this step.
+          OSError: this save could not begin, or the one before it failed; names the directory
+            and the last good checkpoint, which is whole.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            raise ValueError(f"{self.directory}: there is a checkpoint of step {step} already")
+        size, free = nbytes(state), shutil.disk_usage(self.directory).free
+        if size > free:
+            raise self._failed(step, f"it takes {size:,} bytes, and {free:,} are free")
+        scored = self.best_metric is not None and meta.get("score") is not None
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
+        )
+        try:
+            self._manager.save(
+                step, args=items, metrics={self.best_metric: meta["score"]} if scored else None
+            )
+        except Exception as error:
+            raise self._failed(step, str(error)) from error
+
+    def wait(self) -> None:
+        """Returns when nothing is being written.
+
+        Raises:
+          OSError: what was being written could not be; see `save`.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(None, str(error)) from error
+
+    def latest(self) -> int | None:
+        """The step of the last good checkpoint; waits for one that is being written."""
+        self.wait()
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step of the checkpoint with the best score; None where no checkpoint has one."""
+        self.wait()
+        scored = [step for step in self._manager.all_steps() if self._score(step) is not None]
+        return self._manager.best_step() if scored else None
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Reads a checkpoint.
+
+        Args:
+          step: of `latest` or `best`.
+          abstract_state: the state's tree, of ShapeDtypeStructs with shardings, or of arrays.
+            Shardings are those to restore onto, whatever mesh the checkpoint was written on.
+
+        Returns:
+          (state, meta)
+
+        Raises:
+          ValueError: the checkpoint's tree or shapes are not these.
+        """
+        self.wait()
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract(abstract_state)), meta=ocp.args.JsonRestore()
+        )
+        try:
+            restored: Any = self._manager.restore(step, args=items)
+        except (ValueError, KeyError) as error:
+            where = self.directory / str(step)
+            raise ValueError(f"{where} is not a checkpoint of this state: {error}") from error
+        return restored.state, restored.meta
+
+    def close(self) -> None:
+        """Waits, and ends the background threads; raises as `wait` does."""
+        self.wait()
+        self._manager.close()
+
+    def _score(self, step: int) -> float | None:
+        return (self._manager.metrics(step) or {}).get(self.best_metric)
+
+    def _failed(self, step: int | None, why: str) -> OSError:
+        self._manager.reload()  # it has forgotten those that it would have deleted after the save
+        last = self._manager.latest_step()
+        what = "the last checkpoint" if step is None else f"the checkpoint of step {step}"
+        good = "there is none before it" if last is None else f"the last good one is {last}"
+        return OSError(f"{self.directory}: {what} could not be written, {good}: {why}")
+
+
+def abstract(state: Any) -> Any:
+    """ShapeDtypeStructs, with shardings, of a tree of arrays."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def nbytes(state: Any) -> int:
+    """Bytes of a tree's arrays, over all devices but each element once."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -1,0 +1,231 @@
+"""Where a run's numbers go: metrics.jsonl, samples.jsonl, trackers, the terminal, and a picture."""
+
+import json
+import os
+import time
+import uuid
+from collections import deque
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+class Metrics:
+    """The two files of a run and, if asked for, TensorBoard and Weights & Biases.
+
+    Process 0 writes; on the others nothing happens. `time/*` and `throughput/*` are the only keys
+    that may differ between a run and its resumed twin.
+
+    Args:
+      directory: the run's.
+      resume_step: cuts both files back to what was written up to this step; None empties them.
+      tensorboard: write to DIRECTORY/tensorboard too.
+      wandb: a project, to send metrics to.
+
+    Raises:
+      ValueError: a tracker is not installed, or a file holds a line that is not ours.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        resume_step: int | None,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+    ):
+        self._files: dict[str, TextIO] = {}
+        self._tensorboard = self._wandb = None
+        if jax.process_index() != 0:
+            return
+        directory = Path(directory)
+        if tensorboard:
+            self._tensorboard = _tensorboard(directory, resume_step)
+        if wandb is not None:
+            self._wandb = _wandb(wandb, directory, resume_step)
+        for name in ("metrics", "samples"):
+            file = directory / f"{name}.jsonl"
+            _cut_back(file, resume_step)
+            self._files[name] = file.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds a line `{"step": step, ...}` to metrics.jsonl; floats keep every bit."""
+        if not self._files:
+            return
+        _append(self._files["metrics"], {"step": step, **metrics})
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **metrics})
+
+    def sample(self, step: int, sample: Mapping[str, Any]) -> None:
+        """Adds a line to samples.jsonl, likewise: JSON, such as a prompt and a response.
+
+        To be called before the step's checkpoint is saved, or a kill in between would lose it.
+        """
+        if self._files:
+            _append(self._files["samples"], {"step": step, **sample})
+
+    def sync(self) -> None:
+        """Puts both files on the disk: what a checkpoint relies on."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _append(file: TextIO, line: dict[str, Any]) -> None:
+    try:
+        text = json.dumps(line, allow_nan=False, ensure_ascii=False)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: step {line['step']}: {error}") from error
+    file.write(text + "\n")
+    file.flush()
+
+
+def _cut_back(file: Path, step: int | None) -> None:
+    """Truncates a file after its lines up to `step`, whose steps ascend."""
+    end = 0
+    if step is not None and file.exists():
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):  # torn by a kill
+                    break
+                try:
+                    later = json.loads(line)["step"] > step
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"{file}:{number}: not a JSON object with a step") from error
+                if later:
+                    break
+                end += len(line)
+    file.touch()
+    os.truncate(file, end)
+
+
+def _tensorboard(directory: Path, resume_step: int | None) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs: pip install 'instructjax[tensorboard]'") from error
+    purge = None if resume_step is None else resume_step + 1  # drops what is written again
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+
+
+def _wandb(project: str, directory: Path, resume_step: int | None) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError("--wandb needs: pip install 'instructjax[wandb]'") from error
+    # The run's id stays with its directory, so that a resumed run continues its curves. Their
+    # step is ours: wandb's own counter refuses to go back to a checkpoint's.
+    file = directory / "wandb_id"
+    if resume_step is None or not file.exists():
+        file.write_text(uuid.uuid4().hex[:8])
+    run = wandb.init(
+        project=project, name=str(directory), dir=directory, id=file.read_text(), resume="allow"
+    )
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def to_numbers(metrics: Mapping[str, Any]) -> dict[str, float | int]:
+    """Reads scalars from their devices, which waits for the step that makes them.
+
+    Raises:
+      ValueError: a metric is not a scalar.
+    """
+    numbers: dict[str, float | int] = {}
+    for name, value in jax.device_get(dict(metrics)).items():
+        array = np.asarray(value)
+        if array.ndim:
+            raise ValueError(f"metric {name} has shape {array.shape}, expected a scalar")
+        numbers[name] = int(array) if array.dtype.kind in "biu" else float(array)
+    return numbers
+
+
+class ProgressLine:
+    """A live line with bar, loss, tokens a second and time left; plain lines now and then where
+    stdout is no terminal."""
+
+    def __init__(self, console: Console, stage: str, start: int, total: int, every: float = 10):
+        self._console, self._stage, self._total, self._every = console, stage, total, every
+        self._recent: deque[tuple[float, float]] = deque(maxlen=20)  # (seconds, tokens/s) of steps
+        self._printed = -float("inf")
+        self._bar = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=console)
+            self._task = self._bar.add_task(stage, total=total, completed=start, text="")
+            self._bar.start()
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows a finished step; `loss`, `time/step` and `throughput/*` if they are there."""
+        parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+        if "throughput/tokens_per_second" in metrics:
+            self._recent.append((metrics["time/step"], metrics["throughput/tokens_per_second"]))
+            # Medians: the first step compiles, others wait for an evaluation.
+            seconds, speed = (median(values) for values in zip(*self._recent, strict=True))
+            left = timedelta(seconds=round(seconds * (self._total - step)))
+            parts += [f"{speed:,.0f} tokens/s", f"{left} left"]
+        text = "  ".join(parts)
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif now - self._printed >= self._every or step == self._total:
+            self._printed = now
+            line = f"{self._stage}  step {step:,}/{self._total:,}  {text}"
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def plot_curves(
+    directory: Path | str, keys_by_panel: Mapping[str, Sequence[str]], file: Path | str
+) -> None:
+    """Draws curves of DIRECTORY/metrics.jsonl, a panel for each title, as a PNG.
+
+    Args:
+      keys_by_panel: title, which also labels the y axis -> keys of metrics, drawn together.
+      file: the picture.
+    """
+    with (Path(directory) / "metrics.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    count = len(keys_by_panel)
+    figure = Figure(figsize=(4.8 * min(count, 3), 3.4 * -(-count // 3)), layout="constrained")
+    for number, (title, keys) in enumerate(keys_by_panel.items(), start=1):
+        axes = figure.add_subplot(-(-count // 3), min(count, 3), number)
+        for key in keys:
+            points = np.array([(row["step"], row[key]) for row in rows if key in row])
+            if not len(points):
+                continue
+            # Many noisy points: drawn faintly, under their running mean.
+            window = max(1, len(points) // 50)
+            mean = np.convolve(points[:, 1], np.full(window, 1 / window), mode="valid")
+            marker = "." if len(points) <= 30 else ""
+            (line,) = axes.plot(points[window - 1 :, 0], mean, marker=marker, label=key)
+            if window > 1:
+                axes.plot(*points.T, color=line.get_color(), alpha=0.25, linewidth=0.8, zorder=1)
+        axes.set(title=title, xlabel="step", ylabel=title)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize="small")
+        else:
+            axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="grey")
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,389 @@
+"""One run in one directory: from its config to its exit code, and back from a kill at any moment.
+
+    def train(config):
+        with Run(config, stage="sft") as run:
+            ...
+            state, start, _ = run.restore(state.create(params, tx))
+            for step, batch in zip(run.steps(start, total), stream.iterate(start)):
+                state, metrics = train_step(state, batch, jax.random.fold_in(key, step))
+                run.log(step, metrics, tokens=batch["tokens_BT"].size)
+                if run.should_save(step):
+                    run.save(step, state)
+            run.finish(...)
+
+    if __name__ == "__main__":
+        main(lambda: train(parse(Config, PRESETS, __doc__)))
+
+A step's number is the number of updates made once it is done: the first step is 1, of the stream's
+batch 0; `state.step`, the checkpoint and the line of metrics.jsonl have the same number; 0 is
+before training.
+"""
+
+import fcntl
+import logging
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
+from rich.table import Table
+
+from instructjax.checkpoint import Checkpoints, abstract
+from instructjax.config import RunConfig, write
+from instructjax.metrics import Metrics, ProgressLine, to_numbers
+
+FINISHED, FAILED, USAGE, RESUMABLE = 0, 1, 2, 75  # exit codes; 75 is sysexits' "try again later"
+
+MIN_FREE = 2**26  # bytes, below which no run starts
+
+
+def main(fn: Callable[[], None]) -> NoReturn:
+    """Runs a script and ends it with its exit code.
+
+    An error of input, files or training is one line on stderr and FAILED; with
+    INSTRUCTJAX_TRACEBACK=1 its traceback. Anything else is a bug, and shows its traceback anyway.
+    """
+    try:
+        fn()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("INSTRUCTJAX_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(FAILED)
+    sys.exit(FINISHED)
+
+
+class Run:
+    """A context: the run directory, its files and checkpoints, signals, and what is printed.
+
+    On SIGTERM or SIGINT the step is finished and saved, and the program ends with RESUMABLE;
+    a second signal ends it at once.
+
+    Args:
+      config: the script's.
+      stage: `sft`, `rm`, ...; what the run is called in its directory and on the terminal.
+      best_metric: what the `score` of `save` is; if given, the best checkpoint is kept.
+      best_mode: whether the best score is the least or the greatest.
+
+    Raises:
+      ValueError: --resume with a config that would make it another run.
+      OSError: the directory holds a run and --resume was not given, another process is training
+        in it, or it cannot be written.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: str,
+        best_metric: str | None = None,
+        best_mode: Literal["min", "max"] = "min",
+    ):
+        self.config, self.stage, self.out = config, stage, Path(config.out)
+        self._best: tuple[str | None, Literal["min", "max"]] = best_metric, best_mode
+        self.console = Console(quiet=jax.process_index() != 0)
+        self._stack = ExitStack()
+        self._line: ProgressLine | None = None
+        self._pending: tuple[int, dict[str, Any], bool] | None = None
+        self._total = self._saved = self._written = -1
+        self._clock = time.perf_counter()
+        self._training = self._tracing = False
+
+    def __enter__(self) -> "Run":
+        with ExitStack() as stack:  # undoes what was done, should the rest fail
+            _cache_compilations()
+            if jax.process_index() == 0:
+                self._claim(stack)
+                for change in write(self.config, self.stage):
+                    self._say(f"{self.out}: changed since: {change}")
+            # orbax logs each failure from several threads, with tracebacks; we raise it.
+            absl = logging.getLogger("absl")
+            stack.callback(absl.setLevel, absl.level)
+            absl.setLevel(logging.CRITICAL)
+            best_metric, best_mode = self._best
+            self.checkpoints = Checkpoints(
+                self.out / "checkpoints", self.config.keep_last, best_metric, best_mode
+            )
+            stack.callback(self.checkpoints.close)
+            self._latest = self.checkpoints.latest() if self.config.resume else None
+            self._written = -1 if self._latest is None else self._latest
+            self.metrics = Metrics(
+                self.out, self._latest, self.config.tensorboard, self.config.wandb
+            )
+            stack.callback(self.metrics.close)
+            self._signals = stack.enter_context(_Signals(self._on_signal, self._stop_asked))
+            stack.callback(self._stop_display)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        stopped = kind is SystemExit and error.code == RESUMABLE
+        try:
+            with self._stack:
+                if kind is None:
+                    self._flush()
+        except OSError as failure:  # of a checkpoint that was being written
+            if kind is None or stopped:
+                raise
+            print(f"error: {failure}", file=sys.stderr)  # and the first error goes on
+        if stopped:
+            command = ["python", *sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])]
+            step = max(self._saved, self._latest or 0)
+            self._say(f"stopped after step {step:,}; continue with\n  {shlex.join(command)}")
+
+    # ---- the loop ----
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal has asked for the end."""
+        return self._signals.count > 0
+
+    def restore(self, state: Any) -> tuple[Any, int, dict[str, Any]]:
+        """The state to go on from: the latest checkpoint's with --resume, or else the one given.
+
+        Args:
+          state: a pytree of arrays. Where a checkpoint replaces it, its buffers are freed first.
+
+        Returns:
+          (state, steps made, the meta of `save`)
+
+        Raises:
+          OSError: the disk has no room for the checkpoints.
+        """
+        self.checkpoints.check_space(state)
+        if self._latest is None:
+            if self.config.resume:
+                self._say(f"{self.out}: no checkpoint to resume; starting at step 0")
+            return state, 0, {}
+        target = abstract(state)
+        for leaf in jax.tree.leaves(state):
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
+        state, meta = self.checkpoints.restore(self._latest, target)
+        self._say(f"{self.out}: resumed after step {self._latest:,}")
+        return state, self._latest, meta
+
+    def steps(self, start: int, total: int) -> Iterator[int]:
+        """Numbers `start + 1` to `total`, with the progress line and the profiler's window.
+
+        After a signal it ends the program, once the step has been saved.
+        """
+        window = self.config.profile_window
+        if window and window[0] > total:
+            raise ValueError(f"--profile {self.config.profile}: the run has {total} steps")
+        self._total, self._saved, self._training = total, start, True
+        self._line = ProgressLine(self.console, self.stage, start, total)
+        self._clock = time.perf_counter()
+        for step in range(start + 1, total + 1):
+            if self.stopping and self._saved == step - 1:
+                sys.exit(RESUMABLE)
+            if window and step == window[0]:
+                self._flush()
+                jax.profiler.start_trace(self.out / "profile")
+                self._tracing = True
+            yield step
+            if self._tracing and (step == window[-1] or step == total):
+                self._flush()
+                self._stop_trace()
+        self._flush()
+        self._stop_display()
+        self._training = False
+        if self.stopping:
+            sys.exit(RESUMABLE)
+
+    def log(self, step: int, metrics: Mapping[str, Any], tokens: int = 0) -> None:
+        """Takes a step's metrics; they are read when the next step's arrive.
+
+        A second call for the same step, as after an evaluation, adds to its line.
+
+        Args:
+          metrics: name -> scalar, on a device or not; of `make_train_step`, or an evaluation.
+          tokens: of the step; if given, `time/step` (seconds since the step before, all
+            included) and `throughput/tokens_per_second` are added.
+
+        Raises:
+          FloatingPointError: a metric of the step before is NaN or infinite.
+          ValueError: the step's line is written already; an evaluation comes before the save.
+        """
+        if step <= self._written:
+            raise ValueError(f"the metrics of step {step} are written already: log before saving")
+        if self._pending is not None and self._pending[0] == step:
+            self._pending = step, {**self._pending[1], **metrics}, True
+            return
+        self._flush()
+        metrics = dict(metrics)
+        if tokens:
+            now = time.perf_counter()
+            seconds, self._clock = now - self._clock, now
+            metrics |= {"time/step": seconds, "throughput/tokens_per_second": tokens / seconds}
+        self._pending = step, metrics, step in (0, self._total)
+
+    def should_save(self, step: int) -> bool:
+        """Every --save_every steps, at the last one, and when a signal has asked for the end.
+
+        Nothing else should depend on it: an evaluation that did would come to other steps in a
+        run that was stopped.
+        """
+        return step % self.config.save_every == 0 or step == self._total or self.stopping
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        meta: Mapping[str, Any] | None = None,
+        score: float | None = None,
+    ) -> None:
+        """Saves a checkpoint, if the step's metrics are finite; on return `state` may be donated.
+
+        Args:
+          state: a pytree of arrays, such as a TrainState.
+          meta: JSON that `restore` returns, beside `step` and `score`.
+          score: of the `best_metric`.
+
+        Raises:
+          FloatingPointError: as `log`.
+          OSError: this checkpoint, or the one before, could not be written.
+        """
+        self._flush()
+        self.metrics.sync()
+        self.checkpoints.save(step, state, {**(meta or {}), "step": step, "score": score})
+        self._saved = step
+
+    def finish(
+        self, summary: Mapping[str, Any], wrote: Sequence[Path | str], next_command: str = ""
+    ) -> None:
+        """Prints what came of it, the files, and what to run next."""
+        self.checkpoints.wait()
+        table = Table(show_header=False)
+        for name, value in summary.items():
+            table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value}")
+        self._say(f"{self.stage} finished in {self.out}")
+        self.console.print(table)
+        for path in wrote:
+            self._say(f"wrote {path}")
+        if next_command:
+            self._say(f"next: {next_command}")
+
+    # ---- inside ----
+
+    def _flush(self) -> None:
+        """Reads the metrics that are waiting, which blocks until their step is done."""
+        if self._pending is None:
+            return
+        (step, metrics, always), self._pending = self._pending, None
+        values = to_numbers(metrics)
+        bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            last = self.checkpoints.latest()
+            where = self.out / "checkpoints" / str(last)
+            good = "no checkpoint was saved" if last is None else f"last good checkpoint: {where}"
+            raise FloatingPointError(f"step {step}: {', '.join(bad)}; {good}")
+        self._written = step
+        if always or step % self.config.log_every == 0:
+            self.metrics.write(step, values)
+        if self._line is not None:
+            self._line.update(step, values)
+
+    def _on_signal(self, *_: Any) -> None:
+        """Before and after the training loop there is no step to finish."""
+        if not self._training:
+            sys.exit(RESUMABLE)
+
+    def _stop_asked(self, count: int) -> None:
+        if count == 1:
+            when = " after this step" if self._training else ""
+            self._say(f"stopping{when}; a second signal stops at once")
+        else:
+            self.console.show_cursor(True)
+
+    def _say(self, text: str) -> None:
+        """Prints a line that may be copied: neither wrapped nor coloured."""
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def _stop_trace(self) -> None:
+        jax.profiler.stop_trace()
+        self._tracing = False
+        self._say(f"wrote {self.out / 'profile'}")
+
+    def _stop_display(self) -> None:
+        if self._tracing:
+            self._stop_trace()
+        if self._line is not None:
+            self._line.stop()
+            self._line = None
+
+    def _claim(self, stack: ExitStack) -> None:
+        """Makes the directory, which is this process' own until the stack is closed."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((self.out / ".lock").open("w"))
+        except OSError as error:
+            raise OSError(f"--out {self.out} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(f"--out {self.out}: another process is training there") from error
+        except OSError:  # a file system without locks
+            pass
+        if (free := shutil.disk_usage(self.out).free) < MIN_FREE:
+            raise OSError(f"--out {self.out}: the disk is full, {free:,} bytes are free")
+
+
+class _Signals:
+    """Counts SIGTERM and SIGINT; ends the process at the second.
+
+    A thread reads them from the wakeup descriptor, since Python runs its own handlers only
+    between bytecodes: never during minutes of compilation.
+
+    Args:
+      handler: runs in the main thread, when that comes to it.
+      notify: runs in the thread with the count, at once.
+    """
+
+    def __init__(self, handler: Callable[..., None], notify: Callable[[int], None]):
+        self.count, self._handler, self._notify = 0, handler, notify
+
+    def __enter__(self) -> "_Signals":
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._old_descriptor = signal.set_wakeup_fd(self._write)
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._old = {number: signal.signal(number, self._handler) for number in numbers}
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while byte := os.read(self._read, 1):
+            if byte[0] in self._old:
+                self.count += 1
+                self._notify(self.count)
+                if self.count > 1:
+                    os._exit(128 + byte[0])
+
+    def __exit__(self, *exc: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_descriptor)
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
+
+
+def _cache_compilations() -> None:
+    """Keeps compiled programs between runs, where neither the user nor a test chose a place."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        cache = Path("~/.cache/instructjax/xla").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        compilation_cache.reset_cache()  # it looks once, at the first compilation

@@ -1,0 +1,161 @@
+"""Checkpoints are whole or absent, never torn by a step that donates, and at home on any mesh."""
+
+import resource
+import signal
+from collections import namedtuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from instructjax import sharding, state, train
+from instructjax.checkpoint import Checkpoints, abstract, nbytes
+
+
+def state_of(mesh, seed=0, width=64, spec=("fsdp", "tensor")):
+    w = np.random.default_rng(seed).normal(size=(width, width)).astype(np.float32)
+    params = {
+        "w": jax.device_put(w, NamedSharding(mesh, PartitionSpec(*spec))),
+        "b": jax.device_put(w[0].astype(jnp.bfloat16), sharding.replicated(mesh)),
+    }
+    return state.create(params, train.adam(1e-3))
+
+
+def assert_equal(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def test_state_and_meta_come_back_on_any_mesh(tmp_path):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    saved = state_of(mesh)
+    meta = {"step": 3, "config": {"names": ["a", "ü"], "rate": 1e-300}, "score": None}
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    assert checkpoints.latest() is None
+    checkpoints.save(3, saved, meta)
+    assert checkpoints.latest() == 3
+    checkpoints.close()
+
+    other = sharding.make_mesh(data=1, fsdp=1, tensor=8)
+    target = state_of(other, seed=1)
+    restored, read = Checkpoints(tmp_path, keep_last=1).restore(3, abstract(target))
+    assert_equal(restored, saved)
+    assert read == meta
+    jax.tree.map(lambda x, y: x.sharding == y.sharding or pytest.fail(f"{x}"), restored, target)
+    assert restored.opt_state[1][0].mu["w"].sharding.mesh == other
+    assert restored.params["b"].dtype == jnp.bfloat16
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    mesh = sharding.make_mesh()
+    saved = state_of(mesh, width=8)
+    scores = {1: 0.5, 2: 0.1, 3: 0.7, 4: None, 5: 0.3, 6: 0.4, 7: None}
+
+    def steps(mode):
+        checkpoints = Checkpoints(tmp_path / mode, 2, "validation/loss", mode)
+        for step, score in scores.items():
+            checkpoints.save(step, saved, {"score": score})
+        best = checkpoints.best()
+        checkpoints.close()
+        again = Checkpoints(tmp_path / mode, 2, "validation/loss", mode)
+        assert again.best() == best
+        again.save(8, saved, {})
+        assert again.best() == best
+        again.close()
+        assert Checkpoints(tmp_path / mode, 2, "rm/accuracy", mode).best() is None
+        return sorted(int(path.name) for path in (tmp_path / mode).iterdir()), best
+
+    assert steps("min") == ([2, 7, 8], 2)
+    assert steps("max") == ([3, 7, 8], 3)
+    plain = Checkpoints(tmp_path / "plain", 2)
+    for step, score in scores.items():
+        plain.save(step, saved, {"score": score})
+    assert plain.best() is None
+    plain.close()
+    assert sorted(int(path.name) for path in (tmp_path / "plain").iterdir()) == [6, 7]
+
+
+def test_a_donating_step_does_not_tear_a_save(tmp_path):
+    """The step that follows overwrites the buffers while they are being written."""
+    mesh = sharding.make_mesh()
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    running = {"w": jax.device_put(np.zeros((1024, 1024), np.float32), sharding.batched(mesh))}
+    checkpoints = Checkpoints(tmp_path, keep_last=8)
+    for number in range(6):
+        checkpoints.save(number, running, {})
+        for _ in range(3):
+            running = step(running)
+    for number in range(6):
+        restored, _ = checkpoints.restore(number, running)
+        assert np.unique(restored["w"]).tolist() == [3.0 * number]
+
+
+def test_half_written_is_removed(tmp_path):
+    saved = state_of(sharding.make_mesh(), width=8)
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    checkpoints.save(1, saved, {})
+    checkpoints.close()
+    for step in (2, 7):
+        (tmp_path / f"{step}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+        (tmp_path / f"{step}.orbax-checkpoint-tmp" / "state" / "half").write_text("")
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    assert checkpoints.latest() == 1
+    checkpoints.save(2, saved, {})
+    assert checkpoints.latest() == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+# The first failure ends orbax's event loop, and the failures after it have nobody to tell.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failed_write_leaves_the_last_checkpoint(tmp_path):
+    """The kernel refuses the write, in the background: a quota, or a disk that others fill."""
+    saved = state_of(sharding.make_mesh(), width=256)
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints.save(5, saved, {})
+    checkpoints.wait()
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+    try:
+        # Whichever of the two notices.
+        with pytest.raises(OSError, match=r"last good one is 5: .*too large") as error:  # noqa: PT012
+            checkpoints.save(6, saved, {})
+            checkpoints.wait()
+        assert str(tmp_path) in str(error.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    again = Checkpoints(tmp_path, keep_last=1)
+    assert again.latest() == 5
+    assert_equal(again.restore(5, saved)[0], saved)
+    again.save(6, saved, {})
+    assert again.latest() == 6
+
+
+def test_full_disk_is_found_before_the_write(tmp_path, monkeypatch):
+    saved = {"w": jnp.zeros((64, 64)), "n": jnp.zeros((), jnp.int32)}
+    assert nbytes(saved) == 64 * 64 * 4 + 4
+    checkpoints = Checkpoints(tmp_path, 2, "loss")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 4 * nbytes(saved)))
+    checkpoints.check_space(saved)  # two, the best, and the one being written
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 4 * nbytes(saved) - 1))
+    with pytest.raises(OSError, match=r"4 checkpoints of 16,388 bytes .* --keep_last"):
+        checkpoints.check_space(saved)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, nbytes(saved) - 1))
+    with pytest.raises(OSError, match="there is none before it: it takes 16,388 bytes"):
+        checkpoints.save(1, saved, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    saved = {"w": jnp.zeros((8, 8))}
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(1, saved, {})
+    with pytest.raises(ValueError, match="there is a checkpoint of step 1 already"):
+        checkpoints.save(1, saved, {})
+    for wrong in ({"w": jnp.zeros((8, 9))}, {"v": jnp.zeros((8, 8))}):
+        with pytest.raises(ValueError, match=f"{tmp_path}/1 is not a checkpoint of this state"):
+            checkpoints.restore(1, wrong)

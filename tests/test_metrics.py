@@ -1,0 +1,190 @@
+"""A run's files, cut back and continued to the byte; trackers; the progress line; a picture."""
+
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+from rich.console import Console
+
+from instructjax.metrics import Metrics, ProgressLine, plot_curves, to_numbers
+
+
+def write_steps(directory, first, last, resume_step):
+    metrics = Metrics(directory, resume_step)
+    for step in range(first, last + 1):
+        metrics.write(step, {"loss": 1 / step, "note/count": step})
+        for number in range(2):
+            metrics.sample(step, {"prompt": "naïve\n", "number": number})
+    metrics.close()
+
+
+def contents(directory):
+    return [(directory / f"{name}.jsonl").read_bytes() for name in ("metrics", "samples")]
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"step": 8', b'{"step": 8, "loss": 1}'])
+def test_resumed_files_are_those_of_one_run(tmp_path, torn):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    write_steps(whole, 1, 9, None)
+    write_steps(killed, 1, 7, None)
+    for name in ("metrics", "samples"):
+        with (killed / f"{name}.jsonl").open("ab") as file:
+            file.write(torn)
+    write_steps(killed, 8, 8, 7)
+    write_steps(killed, 6, 9, 5)
+    assert contents(killed) == contents(whole)
+
+
+def test_lines_are_in_the_file_at_once(tmp_path):
+    metrics = Metrics(tmp_path, None)
+    metrics.write(1, {"loss": 2.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
+    metrics.close()
+
+
+def test_start_empties_and_step_0_is_kept(tmp_path):
+    write_steps(tmp_path, 1, 3, None)
+    write_steps(tmp_path, 1, 1, None)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0, "note/count": 1}\n'
+    metrics = Metrics(tmp_path, None)
+    metrics.write(0, {"loss": 4.0})
+    metrics.write(1, {"loss": 3.0})
+    metrics.close()
+    Metrics(tmp_path, 0).close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": 4.0}
+
+
+def test_foreign_line_is_an_error_not_a_cut(tmp_path):
+    write_steps(tmp_path, 1, 3, None)
+    before = contents(tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(before[0].replace(b'{"step": 2', b'{"stop": 2'))
+    with pytest.raises(ValueError, match=f"{file}:2: not a JSON object with a step"):
+        Metrics(tmp_path, 3)
+    assert len(file.read_bytes()) == len(before[0])
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, width=32))
+def test_a_float_keeps_every_bit(value):
+    numbers = to_numbers({"x": jnp.float32(value), "y": float(value)})
+    again = json.loads(json.dumps(numbers))
+    subnormal = 0 < abs(value) < np.finfo(np.float32).tiny  # devices flush these to 0
+    assert subnormal or np.float32(again["x"]) == np.float32(value)
+    assert again["y"] == value
+
+
+def test_numbers_of_devices():
+    got = to_numbers({"a": jnp.int32(3), "b": jnp.bfloat16(0.5), "c": 2, "d": np.float64(0.1)})
+    assert got == {"a": 3, "b": 0.5, "c": 2, "d": 0.1}
+    assert [type(value) for value in got.values()] == [int, float, int, float]
+    with pytest.raises(ValueError, match=r"metric x has shape \(2,\)"):
+        to_numbers({"x": jnp.zeros(2)})
+
+
+def test_nan_in_a_sample_names_the_file(tmp_path):
+    metrics = Metrics(tmp_path, None)
+    with pytest.raises(ValueError, match=r"samples.jsonl: step 4: "):
+        metrics.sample(4, {"score": float("nan")})
+    metrics.close()
+    assert contents(tmp_path) == [b"", b""]
+
+
+def test_tensorboard_gets_the_same(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    metrics = Metrics(tmp_path, None, tensorboard=True)
+    metrics.write(3, {"loss": 0.5, "rm/accuracy": 0.75})
+    metrics.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, events, at = file.read_bytes(), [], 0
+    while at < len(data):  # TFRecord: length, its checksum, the event, its checksum
+        size = int.from_bytes(data[at : at + 8], "little")
+        events.append(Event.FromString(data[at + 12 : at + 12 + size]))
+        at += 16 + size
+    values = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
+    assert values == [(3, "loss", 0.5), (3, "rm/accuracy", 0.75)]
+
+
+def test_wandb_run_is_continued(tmp_path, monkeypatch):
+    calls = []
+    run = SimpleNamespace(
+        define_metric=lambda *args, **kwargs: None,
+        log=lambda row: calls.append(row),
+        finish=lambda: calls.append("finish"),
+    )
+
+    def init(**kwargs):
+        calls.append((kwargs["project"], kwargs["id"]))
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for resume_step in (None, 2, None):
+        metrics = Metrics(tmp_path, resume_step, wandb="rlhf")
+        metrics.write(3, {"loss": 0.5})
+        metrics.close()
+    ids = [call[1] for call in calls[::3]]
+    assert ids[0] == ids[1] != ids[2]
+    assert calls[:3] == [("rlhf", ids[0]), {"step": 3, "loss": 0.5}, "finish"]
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "options"),
+    [("tensorboardX", "tensorboard", {"tensorboard": True}), ("wandb", "wandb", {"wandb": "x"})],
+)
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, module, extra, options):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"--{extra} needs: pip install 'instructjax\[{extra}\]'"):
+        Metrics(tmp_path, None, **options)
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    write_steps(tmp_path, 1, 3, None)
+    assert not list(tmp_path.iterdir())
+
+
+def progress(terminal, every=0.0):
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=120, force_interactive=terminal)
+    line = ProgressLine(console, "sft", 10, 20, every)
+    for step, seconds in ((11, 60.0), (12, 2.0), (13, 2.0)):
+        speed = {"time/step": seconds, "throughput/tokens_per_second": 1000 / seconds}
+        line.update(step, {"loss": 1.5, **speed})
+    line.stop()
+    return text.getvalue()
+
+
+def test_progress_says_loss_speed_and_time_left():
+    lines = progress(terminal=False).splitlines()
+    assert len(lines) == 3
+    # Of the three steps the median took 2 s; seven are left.
+    assert lines[2] == "sft  step 13/20  loss 1.5000  500 tokens/s  0:00:14 left"
+    assert len(progress(terminal=False, every=100.0).splitlines()) == 1
+    assert "loss 1.5000  500 tokens/s  0:00:14 left" in progress(terminal=True)
+
+
+def test_curves_are_drawn(tmp_path):
+    metrics = Metrics(tmp_path, None)
+    for step in range(1, 301):
+        more = {"validation/loss": 2 - step / 300} if step % 50 == 0 else {}
+        metrics.write(step, {"loss": 3 - step / 150, **more})
+    metrics.close()
+    panels = {"loss": ["loss", "validation/loss"], "accuracy": ["rm/accuracy"]}
+    plot_curves(tmp_path, panels, tmp_path / "curves.png")
+    picture = imread(tmp_path / "curves.png")[..., :3]
+    left, right = np.split(picture, 2, axis=1)
+    blue, orange = to_rgb("C0"), to_rgb("C1")  # of matplotlib's cycle
+    for colour in (blue, orange):
+        assert (np.abs(left - colour).max(-1) < 0.02).sum() > 50
+    assert (np.abs(right - blue).max(-1) < 0.02).sum() == 0  # "not logged"

@@ -1,0 +1,320 @@
+"""A run ends as if it had never been killed, says why it stopped, and refuses what would spoil it.
+
+This file is also the program that the tests run, kill and resume: `python tests/test_run.py`.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from instructjax import sharding, state, train
+from instructjax.checkpoint import Checkpoints
+from instructjax.config import RunConfig, parse
+from instructjax.metrics import plot_curves
+from instructjax.run import FAILED, FINISHED, RESUMABLE, Run, main
+
+WIDTH = 256  # large enough for a save to take longer than what the test does meanwhile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy(RunConfig):
+    """Noisy linear regression."""
+
+    out: Path = Path("run")
+    model: str = "linear"
+    steps: int = 30
+    save_every: int = 5
+    batch_size: int = 8
+    learning_rate: float = 1e-2
+    nan_at: int = 0
+    kill: str = ""
+    """`step:N` or `save:N`: SIGKILL after step N, or as soon as its save has begun."""
+    pause: float = 0.0
+
+
+def batch_of(config: Toy, step: int):
+    rng = np.random.default_rng([config.seed, step])
+    x = rng.normal(size=(config.batch_size, WIDTH)).astype(np.float32)
+    x[0, 0] = np.nan if step == config.nan_at else x[0, 0]
+    return {"x_BD": x, "y_BD": x[:, ::-1].copy()}
+
+
+def loss_fn(params, batch, key):
+    x = batch["x_BD"] * jax.random.bernoulli(key, 0.9, batch["x_BD"].shape)
+    error = jnp.square(x @ params["w"] - batch["y_BD"])
+    return error.mean(), (jnp.float32(error.shape[0]), {"toy/worst": error.max()})
+
+
+def fit(config: Toy) -> state.TrainState:
+    mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh))
+    with Run(config, stage="toy", best_metric="validation/loss") as run:
+        w = np.random.default_rng(config.seed).normal(size=(WIDTH, WIDTH)).astype(np.float32)
+        w = jax.device_put(w, NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
+        tx = train.adam(config.learning_rate)
+        layout = state.shardings({"w": w}, tx)
+        step_fn = train.make_train_step(loss_fn, tx, shardings=layout)
+        fitted, start, meta = run.restore(state.create({"w": w}, tx))
+        assert meta.get("batches", 0) == start == int(fitted.step)
+        key = jax.random.key(config.seed)
+        for step in run.steps(start, config.steps):
+            batch = jax.device_put(batch_of(config, step), sharding.batched(mesh))
+            fitted, metrics = step_fn(fitted, batch, jax.random.fold_in(key, step))
+            run.log(step, metrics, tokens=config.batch_size)
+            score = None
+            if step % 5 == 0:
+                score = float(jnp.abs(fitted.params["w"]).mean())
+                run.log(step, {"validation/loss": score})
+                run.metrics.sample(step, {"prompt": "naïve\n", "rank": step})
+            if run.should_save(step):
+                run.save(step, fitted, {"batches": step}, score)
+            if config.kill in (f"step:{step}", f"save:{step}"):
+                if config.kill.startswith("step"):
+                    run.checkpoints.wait()
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(config.pause)
+        plot_curves(config.out, {"loss": ["loss"]}, config.out / "loss.png")
+        run.finish({"loss": 0.25, "steps": step}, [config.out / "loss.png"], "python next.py")
+        return fitted
+
+
+def start_program(out: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--out", str(out), *flags]
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache")}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+def finish_program(program: subprocess.Popen, code: int) -> str:
+    stdout, stderr = program.communicate(timeout=60)
+    assert program.returncode == code, stdout + stderr
+    return stdout + stderr
+
+
+def lines_of(file: Path) -> list[dict]:
+    """Without times, which alone may differ."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    timed = ("time/", "throughput/")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert lines_of(a / name) == lines_of(b / name)
+    assert np.array_equal(np.load(a / "final.npy"), np.load(b / "final.npy"))
+
+
+def test_killed_and_resumed_is_the_run_itself(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    program = start_program(whole)
+    output = finish_program(start_program(killed, "--kill", "step:8"), -signal.SIGKILL)
+    assert [row["step"] for row in lines_of(killed / "metrics.jsonl")][-1] >= 7  # past the save
+    output = finish_program(start_program(killed, "--resume", "--kill", "save:15"), -signal.SIGKILL)
+    assert "resumed after step 5" in output
+    assert "kill: 'step:8' -> 'save:15'" in output
+    assert list(killed.glob("checkpoints/15.*tmp*"))
+    assert not (killed / "checkpoints" / "15").exists()
+
+    stopped = start_program(killed, "--resume", "--pause", "0.1", "--save_every", "100")
+    deadline = time.monotonic() + 60
+    while lines_of(killed / "metrics.jsonl")[-1]["step"] < 17:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGTERM)
+    output = finish_program(stopped, RESUMABLE)
+    assert "resumed after step 10" in output
+    command = output.split("continue with\n  ")[1]
+    assert command.startswith("python ")
+    assert command.rstrip().endswith("--resume --pause 0.1 --save_every 100")
+    assert not list(killed.glob("checkpoints/*tmp*"))
+    step = max(int(p.name) for p in (killed / "checkpoints").iterdir())
+    assert f"stopped after step {step}" in output
+    assert lines_of(killed / "metrics.jsonl")[-1]["step"] == step < 30
+
+    output = finish_program(start_program(killed, "--resume"), FINISHED)
+    assert f"resumed after step {step}" in output
+    finish_program(program, FINISHED)
+    assert_same_run(whole, killed)
+    assert [row["step"] for row in lines_of(whole / "metrics.jsonl")] == list(range(1, 31))
+
+
+def test_second_signal_ends_at_once(tmp_path):
+    program = start_program(tmp_path / "run", "--pause", "30", "--save_every", "1")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and lines_of(metrics)):  # step 1 is saved: now it sleeps
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    program.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    assert "second signal" in finish_program(program, 128 + signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_outside_the_loop_ends_the_run(tmp_path, capsys, number):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end, Run(Toy(out=tmp_path), stage="toy"):  # noqa: PT012
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert end.value.code == RESUMABLE
+    assert "stopped after step 0; continue with\n  python " in capsys.readouterr().out
+    assert signal.getsignal(number) is before
+
+
+def run_main(config: Toy) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(lambda: fit(config) and None)
+    return end.value.code
+
+
+def test_nan_stops_the_run(tmp_path, capsys):
+    config = Toy(out=tmp_path, nan_at=12, steps=20)
+    assert run_main(config) == FAILED
+    error = capsys.readouterr().err
+    assert error.startswith("error: step 12: ")
+    assert "loss is nan" in error
+    assert "optim/grad_norm is nan" in error
+    assert f"last good checkpoint: {tmp_path / 'checkpoints' / '10'}" in error
+    assert error.count("\n") == 1
+    assert [row["step"] for row in lines_of(tmp_path / "metrics.jsonl")] == list(range(1, 12))
+
+
+def test_step_with_nan_is_not_saved(tmp_path, capsys):
+    assert run_main(Toy(out=tmp_path, nan_at=10, steps=20)) == FAILED
+    assert "error: step 10: " in capsys.readouterr().err
+    assert Checkpoints(tmp_path / "checkpoints", 2).latest() == 5
+
+
+def test_another_mesh_goes_on_with_the_same_losses(tmp_path, capsys):
+    want = fit(Toy(out=tmp_path / "a", mesh="data=2,fsdp=2,tensor=2", steps=10))
+    fit(Toy(out=tmp_path / "b", mesh="data=2,fsdp=2,tensor=2", steps=5))
+    got = fit(Toy(out=tmp_path / "b", mesh="fsdp=8", steps=10, resume=True))
+    assert "mesh: 'data=2,fsdp=2,tensor=2' -> 'fsdp=8'" in capsys.readouterr().out
+    assert got.params["w"].sharding.mesh.shape["fsdp"] == 8
+    np.testing.assert_allclose(got.params["w"], want.params["w"], atol=1e-4)
+    losses = [[row["loss"] for row in lines_of(tmp_path / x / "metrics.jsonl")] for x in "ab"]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_directory_of_another_run_is_refused(tmp_path, capsys):
+    config = Toy(out=tmp_path, steps=5)
+    fit(config)
+    before = (tmp_path / "metrics.jsonl").read_bytes(), (tmp_path / "config.json").read_bytes()
+    assert run_main(config) == FAILED
+    assert "continue it with --resume, or give another" in capsys.readouterr().err
+    for change in ({"seed": 1}, {"batch_size": 16}, {"model": "other"}):
+        assert run_main(dataclasses.replace(config, resume=True, **change)) == FAILED
+        (name,) = change
+        assert f"{name}: {getattr(config, name)!r} -> " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="stage: 'toy' -> 'rm'"):
+        Run(dataclasses.replace(config, resume=True), stage="rm").__enter__()
+    assert before[0] == (tmp_path / "metrics.jsonl").read_bytes()
+    assert before[1] == (tmp_path / "config.json").read_bytes()
+
+    with Run(Toy(out=tmp_path, resume=True), stage="toy"), pytest.raises(OSError, match="another"):
+        Run(Toy(out=tmp_path, resume=True), stage="toy").__enter__()
+
+
+def test_allowed_changes_are_printed(tmp_path, capsys):
+    fit(Toy(out=tmp_path, steps=3))
+    changed = Toy(out=tmp_path, steps=8, resume=True, log_every=4, learning_rate=0.1)
+    assert run_main(changed) == FINISHED
+    out = capsys.readouterr().out
+    assert "steps: 3 -> 8" in out
+    assert "learning_rate: 0.01 -> 0.1" in out
+    # Every fourth step, those with an evaluation, and the last.
+    assert [row["step"] for row in lines_of(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 8]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["config"]["steps"] == 8
+    assert config["versions"]["jax"] == jax.__version__
+
+
+def test_resume_of_nothing_starts(tmp_path, capsys):
+    fit(Toy(out=tmp_path / "new", steps=1, resume=True))
+    assert "no checkpoint to resume" in capsys.readouterr().out
+
+
+def test_unwritable_or_full_is_said_first(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert run_main(Toy(out=tmp_path / "file" / "run")) == FAILED
+    assert f"error: --out {tmp_path / 'file' / 'run'} cannot be written" in capsys.readouterr().err
+    usage = namedtuple("usage", "total used free")
+    need = 4 * 3 * WIDTH * WIDTH * 4  # 2 last, best and the one being written; Adam has 3 copies
+    for free, message in ((2**20, "the disk is full"), (need, "lower --keep_last")):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: usage(0, 0, free))
+        monkeypatch.setattr("instructjax.run.MIN_FREE", 2**21)
+        assert run_main(Toy(out=tmp_path / "run")) == FAILED
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not lines_of(
+        tmp_path / "run" / "metrics.jsonl"
+    )
+
+
+def test_full_disk_at_a_save_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
+    save = Checkpoints.save
+
+    def fill(self, step, *args):
+        if step == 10:
+            usage = namedtuple("usage", "total used free")
+            monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 1000))
+        save(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, "save", fill)
+    assert run_main(Toy(out=tmp_path)) == FAILED
+    error = capsys.readouterr().err
+    assert "the checkpoint of step 10 could not be written, the last good one is 5" in error
+    monkeypatch.undo()
+    assert run_main(Toy(out=tmp_path, steps=12, resume=True)) == FINISHED
+    assert "resumed after step 5" in capsys.readouterr().out
+
+
+def test_finish_says_what_came_of_it(tmp_path, capsys):
+    assert run_main(Toy(out=tmp_path, steps=2, profile="2:1")) == FINISHED
+    out = capsys.readouterr().out
+    assert "toy  step 2/2  loss " in out
+    assert "tokens/s" in out
+    assert f"wrote {tmp_path / 'loss.png'}\nnext: python next.py\n" in out
+    assert list(tmp_path.glob("profile/**/*.xplane.pb"))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bugs_keep_their_traceback(capsys, monkeypatch):
+    def bug():
+        raise TypeError("a bug")
+
+    def bad_file():
+        raise FileNotFoundError(2, "No such file or directory", "x.jsonl")
+
+    with pytest.raises(TypeError):
+        main(bug)
+    with pytest.raises(SystemExit) as end:
+        main(bad_file)
+    assert end.value.code == FAILED
+    assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: 'x.jsonl'\n"
+    monkeypatch.setenv("INSTRUCTJAX_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        main(bad_file)
+
+
+def program(config: Toy) -> None:
+    fitted = fit(config)
+    np.save(config.out / "final.npy", fitted.params["w"])
+
+
+if __name__ == "__main__":
+    main(lambda: program(parse(Toy, {}, __doc__)))
