@@ -12,6 +12,12 @@ Read the files in this order; imports point upwards only:
     sft.py        the loss of packed rows
     reward.py     the reward model's loss and its figures
     sampler.py    prefill, decode loop -> Rollout
+    config.py     flags: frozen dataclasses of the scripts; presets
+    checkpoint.py atomic, asynchronous checkpoints
+    metrics.py    metrics.jsonl, samples.jsonl, the progress line, curves
+    run.py        one run in one directory, from its config to its exit code
+    pretrained.py what --model names
+    figures.py    the reward model's pictures
     data/         records -> tokens -> sharded, resumable batches
     miniature/    a procedural world to run the whole paper in, no download
 
@@ -31,13 +37,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_MODULES = (
-    "data hf losses masked miniature models reward sampler sft sharding state train"
-).split()
-
 
 def __getattr__(name: str) -> Any:
     """Imports a submodule on first use, so that `import instructjax` costs nothing."""
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
+    module = f"{__name__}.{name}"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -166,9 +166,8 @@ def _generate(
         ended_B = (
             jnp.isin(token_B, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros_like(done_B)
         )
-        hidden, cache = models.extend(
-            params, config, cache, token_B[:, None], live_B[:, None], shard=shard
-        )
+        # Rows that are done go on sampling; what they give is masked.
+        hidden, cache = models.extend(params, config, cache, token_B[:, None], shard=shard)
         return r + 1, hidden[:, 0], cache, done_B | ended_B, out
 
     def unfinished(carry):

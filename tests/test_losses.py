@@ -51,7 +51,7 @@ def test_pairwise_ranking_by_hand():
 
 
 def test_gradients_of_empty_slots_and_ties_are_zero():
-    scores = jnp.array([[0.3, -1.0, 2.0, 5.0], [1.0, 2.0, 3.0, 4.0]])
+    scores = jnp.array([[0.3, -1.0, 2.0, jnp.nan], [1.0, 2.0, 3.0, 4.0]])
     ranks, mask = jnp.array([[1, 2, 2, 1], [2, 2, 2, 2]]), jnp.array([[1, 1, 1, 0], [1, 1, 1, 1]])
     grads = jax.grad(lambda s: losses.pairwise_ranking(s, ranks, mask).sum())(scores)
     assert grads[0, 3] == 0

@@ -55,6 +55,9 @@ def test_sft_loss_is_that_of_each_document_alone(config):
     assert weight == count == 11
     assert abs(float(mean) - total / count) < 1e-5
     assert metrics["sft/loss"] == mean
+    # Nothing comes before a row's first token, so it never counts.
+    first = {**batch, "mask_BT": batch["mask_BT"].at[:, 0].set(True)}
+    assert sft.loss_fn(params, first, None, config=config)[1][0] == 11
 
 
 def test_tokens_that_do_not_count_get_no_gradient():

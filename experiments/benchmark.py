@@ -1,0 +1,201 @@
+"""How fast a training step is, as ratios of paired runs.
+
+    python experiments/benchmark.py rm     one pass over a shared prompt, against K sequences
+    python experiments/benchmark.py sft    our train step, against transformers on torch
+                                           (needs the `test` extra)
+
+Two programs run in turn, A B A B ..., in one process and on the same data; the ratio is the median
+of the pairs' ratios, so that a machine whose speed drifts does not favour either. Compilation is
+not counted. Hardware: whatever there is; the figures in docs/performance.md are of two CPU cores.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich
+import rich.progress
+import rich.table
+import tyro
+
+from instructjax import losses, models, reward, sft, state, train
+from instructjax.models import ModelConfig
+
+GPT2_124M = ModelConfig(50257, 12, 768, heads=12, mlp_width=3072, max_length=1024)
+MODELS = {"tiny": models.PRESETS["tiny"], "124m": GPT2_124M}
+
+
+@dataclass(frozen=True)
+class RM:
+    """One reward-model step at `tiny`: responses that share their prompt against separate rows."""
+
+    prompt: int = 512
+    """Tokens of the prompt."""
+    response: int = 64
+    """Tokens of each response."""
+    K: int = 9
+    """Responses to a prompt."""
+    pairs: int = 5
+    """Runs of each program."""
+
+
+@dataclass(frozen=True)
+class SFT:
+    """One SFT step against `transformers` on torch CPU, eager, float32."""
+
+    pairs: int = 5
+    """Runs of each program."""
+
+
+# ---------------------------------------------------------------------------- timing
+
+
+def paired(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> tuple[float, float, float]:
+    """Median seconds of a and of b, and the median over pairs of b / a."""
+    for program in (a, b):  # compile, warm up
+        program()
+    rows = []
+    for _ in rich.progress.track(range(pairs), "timing", transient=True):
+        begin = time.perf_counter()
+        a()
+        middle = time.perf_counter()
+        b()
+        rows.append((middle - begin, time.perf_counter() - middle))
+    ratio = statistics.median(y / x for x, y in rows)
+    return statistics.median(x for x, _ in rows), statistics.median(y for _, y in rows), ratio
+
+
+def stepper(loss_fn: Any, params: Any, batch: Any) -> Callable[[], None]:
+    """A train step that keeps its own state: each call is one update, waited for."""
+    tx = train.adam(1e-4)
+    step = train.make_train_step(loss_fn, tx)
+    current, key = state.create(params, tx), jax.random.key(0)
+
+    def run() -> None:
+        nonlocal current
+        current, _ = jax.block_until_ready(step(current, batch, key))
+
+    return run
+
+
+def matmul_ceiling() -> float:
+    """GFLOP/s of a large float32 matrix product, the best of ten."""
+    x = jnp.ones((2048, 2048))
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    best = 0.0
+    for _ in range(10):
+        begin = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - begin) / 1e9)
+    return best
+
+
+# ---------------------------------------------------------------------------- rm
+
+
+def benchmark_rm(c: RM) -> None:
+    lm = models.PRESETS["tiny"]
+    params = models.init(lm, jax.random.key(0))
+    config, params = models.with_scalar_head(params, lm, jax.random.key(1))
+    rng = np.random.default_rng(0)
+    draw = functools.partial(rng.integers, 0, config.vocab_size, dtype=np.int32)
+    batch = {
+        "prompt_BP": draw((1, c.prompt)),
+        "prompt_mask_BP": np.ones((1, c.prompt), bool),
+        "responses_BKR": draw((1, c.K, c.response)),
+        "response_mask_BKR": np.ones((1, c.K, c.response), bool),
+        "ranks_BK": np.arange(1, c.K + 1, dtype=np.int32)[None],
+        "mask_BK": np.ones((1, c.K), bool),
+        "margin_B": np.zeros(1, np.float32),
+    }
+
+    def separate(params, batch, key):
+        del key
+        prompts = jnp.repeat(batch["prompt_BP"], c.K, axis=0)
+        tokens = jnp.concatenate([prompts, batch["responses_BKR"][0]], axis=1)
+        hidden = models.apply(params, config, tokens)
+        score = models.scalars(params, config, hidden[:, -1:]).reshape(1, c.K)
+        loss = jnp.mean(losses.pairwise_ranking(score, batch["ranks_BK"], batch["mask_BK"]))
+        return loss, (jnp.float32(1), {})
+
+    shared = functools.partial(reward.loss_fn, config=config)
+    one, nine = stepper(shared, params, batch), stepper(separate, params, batch)
+    fast, slow, ratio = paired(one, nine, c.pairs)
+    table = rich.table.Table("one RM step", "seconds", "ratio")
+    table.add_row(f"prompt of {c.prompt} shared by {c.K} responses", f"{fast:.3f}", "1")
+    table.add_row(f"{c.K} sequences of {c.prompt + c.response}", f"{slow:.3f}", f"{ratio:.2f}")
+    rich.print(table)
+
+
+# ---------------------------------------------------------------------------- sft
+
+
+def benchmark_sft(c: SFT) -> None:
+    import torch
+    import transformers
+
+    ceiling = matmul_ceiling()
+    rich.print(f"matrix products of 2048: {ceiling:.0f} GFLOP/s")
+    table = rich.table.Table("model", "B x T", "ours", "torch", "ratio", "of the ceiling")
+    for name, (B, T) in {"tiny": (16, 256), "124m": (4, 256)}.items():
+        config = MODELS[name]
+        tokens = np.random.default_rng(0).integers(0, config.vocab_size, (B, T), dtype=np.int32)
+        batch = {
+            "tokens_BT": tokens,
+            "segments_BT": np.ones((B, T), np.int32),
+            "positions_BT": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+            "mask_BT": np.tile(np.arange(T) > 0, (B, 1)),
+        }
+        loss_fn = functools.partial(sft.loss_fn, config=dataclasses.replace(config))
+        params = models.init(config, jax.random.key(0))
+        flops = (
+            6
+            * B
+            * T
+            * (sum(x.size for x in jax.tree.leaves(params)) - config.max_length * config.width)
+        )
+        flops += 12 * B * T * T * config.layers * config.width // 2  # causal attention
+
+        theirs = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=config.vocab_size, n_embd=config.width, n_layer=config.layers,
+                n_head=config.heads, n_positions=config.max_length,
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+            )
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-4, betas=(0.9, 0.95))
+        ids = torch.tensor(tokens, dtype=torch.long)
+
+        def step(theirs=theirs, optimizer=optimizer, ids=ids) -> None:
+            optimizer.zero_grad()
+            theirs(input_ids=ids, labels=ids).loss.backward()
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+            optimizer.step()
+
+        a, b, ratio = paired(stepper(loss_fn, params, batch), step, c.pairs)
+        table.add_row(
+            name,
+            f"{B} x {T}",
+            f"{B * T / a:,.0f} tokens/s",
+            f"{B * T / b:,.0f} tokens/s",
+            f"{ratio:.2f}",
+            f"{flops / a / 1e9 / ceiling:.0%}",
+        )
+    rich.print(table)
+
+
+if __name__ == "__main__":
+    sub = tyro.conf.subcommand
+    chosen = tyro.cli(
+        Annotated[RM, sub("rm")] | Annotated[SFT, sub("sft")],
+        description=__doc__,  # type: ignore
+    )
+    benchmark_rm(chosen) if isinstance(chosen, RM) else benchmark_sft(chosen)

@@ -1,0 +1,122 @@
+"""Kills a run at random moments, resumes it each time, and compares it with one left alone.
+
+    python experiments/kill_and_resume.py                      # run_sft.py, ten times SIGKILL
+    python experiments/kill_and_resume.py --script run_rm.py --kills 5
+
+Hardware: two CPU cores: about four minutes. It needs runs/pretrain (for run_rm.py, runs/sft): run
+experiments/run_sft.py (run_rm.py) once before.
+Result: a table of the kills, and whether parameters, metrics.jsonl and samples.jsonl are the same,
+bit for bit; times are not compared.
+"""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import rich
+import tyro
+from rich.table import Table
+
+EXPERIMENTS = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Config:
+    """Kill and resume."""
+
+    out: Path = Path("runs/kill-and-resume")
+    """Where the two runs go."""
+    script: str = "run_sft.py"
+    """A script of this folder that trains."""
+    kills: int = 10
+    """SIGKILLs, each at a moment drawn at random."""
+    steps: int = 60
+    """Updates of the run."""
+    save_every: int = 2
+    """Steps from one checkpoint to the next: often, so that kills hit saves too."""
+    seed: int = 0
+    """Of the moments."""
+
+
+def start(c: Config, out: Path) -> subprocess.Popen[bytes]:
+    flags = ["--out", str(out), "--steps", str(c.steps), "--save_every", str(c.save_every)]
+    command = [sys.executable, str(EXPERIMENTS / c.script), *flags, "--resume"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    _, error = process.communicate()
+    if process.returncode:
+        sys.exit(f"error: {error.decode(errors='replace')}")
+
+
+def step_of(out: Path) -> int:
+    lines = out / "metrics.jsonl"
+    return lines.read_bytes().count(b"\n") if lines.exists() else 0
+
+
+def same_lines(a: Path, b: Path) -> bool:
+    """Equal but for times."""
+
+    def lines(file: Path) -> list[dict]:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        timed = ("time/", "throughput/")
+        return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+    return lines(a) == lines(b)
+
+
+def same_parameters(a: Path, b: Path, step: int) -> bool:
+    """Of the last checkpoints, optimizer included."""
+    import jax
+
+    trees = [
+        ocp.StandardCheckpointer().restore((out / "checkpoints" / str(step) / "state").absolute())
+        for out in (a, b)
+    ]
+    equal = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), *trees)
+    return all(jax.tree.leaves(equal))
+
+
+def main(c: Config) -> None:
+    alone, killed = c.out / "alone", c.out / "killed"
+    shutil.rmtree(c.out, ignore_errors=True)
+    begin = time.perf_counter()
+    finish(start(c, alone))
+    length = time.perf_counter() - begin
+    table = Table("kill", "after, s", "metrics lines", "checkpoints", "half-written")
+    moments = random.Random(c.seed)
+    for kill in range(1, c.kills + 1):
+        process = start(c, killed)
+        # From the start-up to the end of a whole run: imports, compilation, steps and saves.
+        seconds = moments.uniform(0.2, 1.0) * length
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()
+        names = [p.name for p in (killed / "checkpoints").glob("*")]
+        whole = [name for name in names if name.isdecimal()]
+        row = (kill, f"{seconds:.1f}", step_of(killed), " ".join(sorted(whole, key=int)))
+        table.add_row(*map(str, row), str(len(names) - len(whole)))
+    finish(start(c, killed))
+    rich.print(table)
+    same = {
+        "parameters and optimizer": same_parameters(alone, killed, c.steps),
+        "metrics.jsonl": same_lines(alone / "metrics.jsonl", killed / "metrics.jsonl"),
+        "samples.jsonl": same_lines(alone / "samples.jsonl", killed / "samples.jsonl"),
+    }
+    for name, equal in same.items():
+        rich.print(f"{name}: {'the same' if equal else 'DIFFERENT'}")
+    sys.exit(0 if all(same.values()) else 1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

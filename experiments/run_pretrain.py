@@ -1,0 +1,187 @@
+"""Pretrain a base model on text: the stand-in for GPT-3 where there are no weights to download.
+
+    python experiments/run_pretrain.py                                # the miniature's base model
+    python experiments/run_pretrain.py --model tiny --tokenizer DIR --data 'jsonl:books/*.txt'
+
+Hardware: two CPU cores suffice for the miniature: 429 steps, 100 s of processor time.
+Result: the miniature ends at a validation loss of 1.02 nats a token. The model speaks the world's
+language and knows its facts, and its myths; it does not follow requests.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from instructjax import hf, pretrained, sampler, sft, sharding, state, train
+from instructjax.config import RunConfig, parse
+from instructjax.data import DataConfig, PackedRows, Stream, load
+from instructjax.metrics import plot_curves
+from instructjax.run import Run, main
+
+# ------------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Pretraining."""
+
+    FIXED = (*RunConfig.FIXED, "tokenizer", "length", "learning_rate", "warmup", "epochs")
+
+    out: Path = Path("runs/pretrain")
+    model: str = "miniature"
+    tokenizer: str | None = None
+    """A Hugging Face directory or hub name; default: the model's own."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text."""
+    length: int = 128
+    """Tokens of a packed row."""
+    batch_size: int = 16
+    """Packed rows of a step."""
+    epochs: float = 1.0
+    """Passes over the text; --steps overrides it."""
+    learning_rate: float = 3e-3
+    """The peak, from which a cosine goes to 10 %."""
+    warmup: int = 40
+    """Steps of linear warm-up."""
+    eval_every: int = 200
+    """Steps from one validation and sampling to the next; the last step always has one."""
+    eval_batches: int = 16
+    """Validation batches, the first ones."""
+    model_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and matmuls; parameters are float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: full is least memory."""
+    unroll: int = 1
+    """Layers to a turn of the scan; all of them is fastest for small models on CPU."""
+    microbatches: int = 1
+    """Shares of a batch whose gradients are accumulated."""
+
+
+# All values are ours: the paper starts from GPT-3.
+PRESETS = {"miniature": Config(unroll=4)}
+
+
+def run_pretrain(config: Config) -> None:
+    began = time.perf_counter()
+    with Run(config, stage="pretrain") as run:
+        # -------------------------------------------------------------------------- model, data
+
+        mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
+        model, params, tokenizer = pretrained.load(
+            config.model, mesh, tokenizer=config.tokenizer, seed=config.seed
+        )
+        if config.length > model.max_length:
+            raise ValueError(f"--length {config.length}: the model's context is {model.max_length}")
+        computed = {"dtype": config.model_dtype, "remat": config.remat, "unroll": config.unroll}
+        model = dataclasses.replace(model, **computed)
+
+        text = load(config.data, "text", tokenizer, split="train")
+        unseen = load(config.data, "text", tokenizer, split="validation")
+        rows, unseen_rows = PackedRows(text, config.length), PackedRows(unseen, config.length)
+        streamed = functools.partial(
+            Stream,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+        )
+        stream, validation = streamed(rows), streamed(unseen_rows)
+        put = functools.partial(jax.make_array_from_process_local_data, sharding.batched(mesh))
+
+        # ------------------------------------------------------------------- optimizer, step
+
+        total = config.steps
+        if total is None:
+            total = math.ceil(config.epochs * len(rows) / config.batch_size)
+        peak, warmup = config.learning_rate, min(config.warmup, total)
+        schedule = optax.warmup_cosine_decay_schedule(
+            peak / (warmup + 1), peak, warmup, max(total, warmup + 1), end_value=0.1 * peak
+        )
+        tx = train.adam(schedule)
+        shard = sharding.constrainer(mesh)
+        loss_fn = functools.partial(sft.loss_fn, config=model, shard=shard)
+        layout = state.shardings(params, tx)
+        step_fn = train.make_train_step(loss_fn, tx, config.microbatches, layout)
+        loss_of = jax.jit(lambda params, batch: loss_fn(params, batch, None))
+
+        step_key, sample_key = jax.random.split(jax.random.key(config.seed))
+        current, start, _ = run.restore(state.create(params, tx))
+        del params
+
+        # ------------------------------------------------------------------------- evaluation
+
+        # The first words of a few pages, to go on from.
+        shown = min(4, len(unseen))
+        openings = [unseen.response[i, 0][:8].tolist() for i in range(shown)]
+        most = min(48, model.max_length - 8)
+
+        def evaluate(step: int) -> None:
+            losses, weights = [], []
+            for batch, _ in zip(validation.once(), range(config.eval_batches), strict=False):
+                mean, (weight, _) = loss_of(current.params, jax.tree.map(put, batch))
+                losses.append(float(mean))
+                weights.append(float(weight))
+            run.log(step, {"validation/loss": float(np.average(losses, weights=weights))})
+            key = jax.random.fold_in(sample_key, step)
+            rollout = sampler.generate(
+                current.params, model, openings, key, max_new_tokens=most, mesh=mesh
+            )
+            for opening, response in zip(openings, rollout.responses(), strict=True):
+                texts = tokenizer.decode(opening), tokenizer.decode(response)
+                run.metrics.sample(step, dict(zip(("prompt", "response"), texts, strict=True)))
+
+        # ------------------------------------------------------------------------------- loop
+
+        for step, batch in zip(run.steps(start, total), stream.iterate(start), strict=False):
+            key = jax.random.fold_in(step_key, step)
+            current, metrics = step_fn(current, jax.tree.map(put, batch), key)
+            metrics |= {"optim/learning_rate": jnp.asarray(schedule(step - 1))}
+            run.log(step, metrics, tokens=config.batch_size * config.length)
+            if step % config.eval_every == 0 or step == total:
+                evaluate(step)
+            if run.should_save(step):
+                run.save(step, current)
+
+        # ------------------------------------------------------------------------ what came of it
+
+        hf.save(config.out / "export", model, current.params, tokenizer)
+        if jax.process_index() != 0:
+            return
+        panels = {
+            "nats a token": ("loss", "validation/loss"),
+            "gradient norm": ("optim/grad_norm",),
+            "learning rate": ("optim/learning_rate",),
+        }
+        plot_curves(config.out, panels, config.out / "curves.png")
+        text = (config.out / "metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        losses = [line["validation/loss"] for line in lines if "validation/loss" in line]
+        summary = {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(current.params)),
+            "steps": total,
+            "tokens": total * config.batch_size * config.length,
+            "validation loss, nats a token": losses[-1] if losses else math.nan,
+            "seconds": time.perf_counter() - began,
+        }
+        files = [config.out / name for name in ("metrics.jsonl", "samples.jsonl", "curves.png")]
+        next_command = f"python experiments/run_sft.py --model {config.out}"
+        run.finish(summary, [*files, config.out / "export"], next_command)
+
+
+def cli(argv: Sequence[str] | None = None) -> None:
+    run_pretrain(parse(Config, PRESETS, __doc__, argv))
+
+
+if __name__ == "__main__":
+    main(cli)

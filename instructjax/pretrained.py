@@ -1,0 +1,95 @@
+"""MODEL -> (config, params, tokenizer): what `--model` names.
+
+miniature, gpt3-1.3b, ...   a preset of `models.PRESETS`, with random values
+runs/sft                    a run directory: its export/
+some/directory              a Hugging Face directory
+EleutherAI/pythia-160m      a name on the hub
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from instructjax import hf, models, sharding
+from instructjax.models import PRESETS, ModelConfig, Params
+
+
+def load(
+    model: str, mesh: Mesh, *, tokenizer: str | None = None, seed: int = 0
+) -> tuple[ModelConfig, Params, Any]:
+    """Loads a model onto a mesh, with its tokenizer.
+
+    Args:
+      model: as above; a preset goes before a directory of the same name, for which write `./NAME`.
+      mesh: where the parameters go.
+      tokenizer: a Hugging Face directory or a hub name; default: the one beside the model, and
+        for the preset `miniature` the miniature's own. A preset takes its vocabulary from it.
+      seed: of a preset's random values.
+
+    Returns:
+      (config, float32 params, a transformers tokenizer)
+
+    Raises:
+      FileNotFoundError: there is no such model; says what was tried.
+      ValueError: a preset without a tokenizer, or a tokenizer with more tokens than the model.
+    """
+    if model in PRESETS:
+        return _random(model, mesh, tokenizer, seed)
+    directory = Path(model)
+    if (directory / "export" / "config.json").is_file():
+        directory = directory / "export"
+    elif (directory / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"--model {model}: a run that has no export/ yet; finish it with --resume first"
+        )
+    where = directory if directory.is_dir() else model
+    try:
+        config, params = hf.load(where, mesh)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"--model {model}: not a preset ({', '.join(PRESETS)}), not a run directory with"
+            f" export/, and not a Hugging Face model: {error}"
+        ) from error
+    found = _tokenizer(tokenizer or str(where))
+    if len(found) > config.vocab_size:
+        raise ValueError(
+            f"--model {model} has {config.vocab_size:,} tokens, its tokenizer {len(found):,}"
+        )
+    return config, params, found
+
+
+def _random(
+    preset: str, mesh: Mesh, tokenizer: str | None, seed: int
+) -> tuple[ModelConfig, Params, Any]:
+    if tokenizer is not None:
+        found = _tokenizer(tokenizer)
+    elif preset == "miniature":
+        from instructjax import miniature
+
+        found = miniature.tokenizer()
+    else:
+        raise ValueError(f"--model {preset}: a preset has no tokenizer of its own: --tokenizer DIR")
+    eos = found.eos_token_id
+    config = dataclasses.replace(
+        PRESETS[preset],
+        vocab_size=len(found),
+        bos_id=found.bos_token_id,
+        eos_ids=() if eos is None else (eos,),
+        pad_id=found.pad_token_id,
+    )
+    build = functools.partial(models.init, config)
+    key = jax.random.key(seed)
+    layout = sharding.shardings(models.logical_axes(config), jax.eval_shape(build, key), mesh)
+    return config, jax.jit(build, out_shardings=layout)(key), found
+
+
+def _tokenizer(where: str) -> Any:
+    try:
+        return hf.load_tokenizer(where)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where}: no tokenizer there, give --tokenizer DIR ({reason})") from error

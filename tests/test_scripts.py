@@ -1,0 +1,288 @@
+"""Each script from its command line to its run directory: toy sizes, eight emulated devices."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from instructjax import data, hf, miniature, pretrained, reward, sharding
+from instructjax.data import sources
+from instructjax.models import PRESETS
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+
+import run_pretrain
+import run_rm
+import run_sft
+
+SMALL = {"demonstrations": 80, "comparisons": 60, "prompts": 40, "text": 200}
+FEW = ["--batch_size", "8", "--unroll", "1", "--mesh", "data=8", "--data.cache", "None"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    """A miniature of few records, for all scripts of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "MINIATURE", SMALL)
+        patch.setattr(run_rm, "HELD_OUT", 12)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """run_pretrain, run_sft and run_rm, one after the other."""
+    out = tmp_path_factory.mktemp("runs")
+    pretrain = [*FEW, "--out", f"{out}/pretrain", "--steps", "3", "--eval_every", "2"]
+    run_pretrain.cli([*pretrain, "--profile", "2:1"])
+    sft = [*FEW, "--model", f"{out}/pretrain", "--out", f"{out}/sft", "--steps", "3"]
+    run_sft.cli([*sft, "--eval_every", "2", "--max_new_tokens", "4", "--dropout", "0.1"])
+    rm = [*FEW, "--model", f"{out}/sft", "--out", f"{out}/rm", "--steps", "3"]
+    run_rm.cli([*rm, "--ensemble", "2"])
+    return out
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_each_run_directory_is_complete(runs):
+    figures = {"pretrain": [], "sft": [], "rm": ["accuracy.png", "calibration.png", "results.json"]}
+    for stage, more in figures.items():
+        names = ["config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "export", *more]
+        assert [name for name in names if not (runs / stage / name).exists()] == []
+        metrics = lines(runs / stage / "metrics.jsonl")
+        assert [row["step"] for row in metrics if row["step"]] == [1, 2, 3]
+        assert "optim/learning_rate" in metrics[-1]
+        assert "optim/grad_norm" in metrics[-1]
+    assert any((runs / "pretrain" / "profile").rglob("*.xplane.pb"))
+
+
+def test_the_learning_rate_ends_near_a_tenth_of_its_peak(runs):
+    """Cosine to 10 %: at step n of 3, 0.1 + 0.45 (1 + cos(pi (n - 1) / 3))."""
+    for stage, peak in (("sft", run_sft), ("rm", run_rm)):
+        rates = [row.get("optim/learning_rate") for row in lines(runs / stage / "metrics.jsonl")]
+        peak = peak.PRESETS["miniature"].learning_rate
+        expected = peak * np.array([1.0, 0.775, 0.325])
+        np.testing.assert_allclose([r for r in rates if r is not None], expected, rtol=1e-5)
+
+
+def test_samples_are_shown_at_each_validation(runs):
+    shown = lines(runs / "sft" / "samples.jsonl")
+    assert {sample["step"] for sample in shown} == {0, 2, 3}
+    assert all(sample["prompt"] and "response" in sample for sample in shown)
+
+
+def test_the_exported_reward_model_gives_demonstrations_0_on_average(runs):
+    """Of validation demonstrations, by the export alone: the bias went with it."""
+    config, params = hf.load(runs / "rm" / "export")
+    assert config.scalar_head
+    tokenizer = hf.load_tokenizer(runs / "rm" / "export")
+    source = data.DataConfig(cache=None)
+    demos = data.load(source, "demonstrations", tokenizer, split="validation", log=lambda _: None)
+    batch = next(data.Stream(data.ComparisonRows(demos), len(demos), seed=0).once())
+    scores = np.asarray(reward.score(params, config, batch))
+    assert abs(scores.mean()) < 1e-4
+    moved_by = json.loads((runs / "rm" / "results.json").read_text())["demonstrations"][0]
+    assert abs(moved_by) > 0.01
+    assert scores.std() > 1e-3
+
+
+def test_the_reward_model_is_measured_beside_judge_and_baselines(runs):
+    found = json.loads((runs / "rm" / "results.json").read_text())["accuracy"]
+    for group in ("training labelers", "held-out labelers", "ranks apart: 1"):
+        row = found[group]
+        assert set(row) == {"reward model", "judge", "bag of words", "length", "pairs"}
+        for name in set(row) - {"pairs"}:
+            share, low, high = row[name]
+            assert low <= share <= high
+    rows = list(found.items())
+    of = lambda start: sum(row["pairs"] for name, row in rows if name.startswith(start))  # noqa: E731
+    every = found["training labelers"]["pairs"] + found["held-out labelers"]["pairs"]
+    assert of("category: ") == of("ranks apart: ") == every
+    assert found["training labelers"]["judge"][0] > 0.6
+
+
+def test_an_interrupted_sft_run_ends_as_the_uninterrupted_one(runs, tmp_path, capsys):
+    """Stopped after step 2 of 3 by the size of the run, and the model kept is the best one's."""
+    flags = [*FEW, "--model", f"{runs}/pretrain", "--max_new_tokens", "4", "--eval_every", "2"]
+    flags += ["--dropout", "0.1", "--out", f"{tmp_path}/sft", "--save_every", "2"]
+
+    class StopError(Exception):
+        pass
+
+    def steps(self, start, total, whole=run_sft.Run.steps):
+        for step in whole(self, start, total):
+            if step == 3 and start == 0:
+                raise StopError
+            yield step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_sft.Run, "steps", steps)
+        with pytest.raises(StopError):
+            run_sft.cli([*flags, "--steps", "3"])
+    run_sft.cli([*flags, "--steps", "3", "--resume"])
+    assert "resumed after step 2" in capsys.readouterr().out
+    once, twice = (lines(at / "sft" / "metrics.jsonl") for at in (runs, tmp_path))
+    timed = ("time/", "throughput/")
+    strip = lambda row: {k: v for k, v in row.items() if not k.startswith(timed)}  # noqa: E731
+    assert list(map(strip, once)) == list(map(strip, twice))
+    first, second = (hf.load(at / "sft" / "export")[1] for at in (runs, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_the_reward_model_picks_the_checkpoint(runs, tmp_path, capsys):
+    flags = [*FEW, "--model", f"{runs}/pretrain", "--steps", "3", "--max_new_tokens", "4"]
+    flags += ["--keep", "reward", "--reward_model", f"{runs}/rm", "--eval_every", "1"]
+    flags += ["--pretrain_share", "0.25", "--pretrain.cache", "None"]
+    run_sft.cli([*flags, "--out", str(tmp_path / "sft")])
+    rewards = {
+        row["step"]: row["validation/reward"]
+        for row in lines(tmp_path / "sft" / "metrics.jsonl")
+        if row["step"]
+    }
+    best = max(rewards, key=lambda step: rewards[step])
+    kept = [line for line in capsys.readouterr().out.splitlines() if "kept checkpoint" in line]
+    assert len(rewards) == 3
+    assert f" {best} " in kept[0]
+
+
+def test_an_ensemble_is_its_members_trained_at_once(runs, tmp_path):
+    """Member 1 of two is the reward model that seed 1 gives alone."""
+    flags = [*FEW, "--model", f"{runs}/sft", "--steps", "3"]
+    run_rm.cli([*flags, "--seed", "1", "--out", f"{tmp_path}/rm"])
+    two, one = (json.loads((at / "rm" / "results.json").read_text()) for at in (runs, tmp_path))
+    assert [len(shares) for shares in two["members"].values()] == [2, 2]
+    assert two["demonstrations"][0] != pytest.approx(two["demonstrations"][1], abs=1e-3)
+    assert two["demonstrations"][1] == pytest.approx(one["demonstrations"][0], abs=1e-3)
+    member, alone = (
+        hf.load(path)[1]["score"]["kernel"]
+        for path in (runs / "rm" / "export-1", tmp_path / "rm" / "export")
+    )
+    np.testing.assert_allclose(member, alone, atol=1e-4)
+
+
+def test_folds_leave_labelers_out(runs, tmp_path):
+    flags = [*FEW, "--model", f"{runs}/sft", "--steps", "1", "--folds", "2", "--by", "labeler"]
+    run_rm.cli([*flags, "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert set(found["reward model, labeler unseen"]) == {"mean", "spread"}
+    assert "judge, labeler seen" in found
+
+
+def test_the_parts_of_a_fold_share_no_labeler():
+    tokenizer = miniature.tokenizer()
+    config = run_rm.Config(folds=3, data=data.DataConfig(cache=None))
+    load = lambda split: data.load(  # noqa: E731
+        config.data, "comparisons", tokenizer, split=split, log=lambda _: None
+    )
+    unseen, left_out = load("train"), []
+    for fold in range(3):
+        seen, groups = run_rm.leave_out(load("train"), unseen, config, fold)
+        known = {record.labeler for record in seen.records}
+        inside = {r.labeler for r in groups["labeler seen"].records}
+        outside = {r.labeler for r in groups["labeler unseen"].records}
+        assert inside <= known
+        assert not outside & known
+        assert sum(map(len, groups.values())) == len(unseen)
+        left_out.append(outside)
+    assert sum(map(len, left_out)) == len(set.union(*left_out)) == 15
+
+
+def test_a_baseline_finds_what_is_linear_in_the_words():
+    """Where ranks follow how often one word occurs, counting words is right and length is not."""
+    tokenizer = miniature.tokenizer()
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(40):
+        good = rng.permutation(4)
+        responses = tuple(" red" * int(n) + " blue" * int(6 - n) for n in good)
+        ranks = tuple(int(4 - n) for n in good)
+        records.append(data.Record(str(i), {}, "say", responses, ranks))
+    dataset = data.encode(records, "comparisons", tokenizer)
+    scores = {
+        features.__name__: run_rm.baseline(features, dataset, {"all": dataset})["all"]
+        for features in (run_rm.bags, run_rm.lengths)
+    }
+    shares = {name: reward.accuracy(run_rm.pairs_of(s, dataset))[0] for name, s in scores.items()}
+    assert shares == {"bags": 1.0, "lengths": 0.5}
+
+
+def test_the_papers_presets_ask_for_model_and_data(capsys):
+    for script, preset in ((run_sft, "instructgpt-1.3b-ppo-init"), (run_rm, "instructgpt-6b")):
+        with pytest.raises(SystemExit) as stop:
+            script.cli(["--preset", preset])
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert "--model" in said
+        assert "--data" in said
+
+
+def test_the_papers_values():
+    """PAPER.md: SFT baseline, PPO initialisation, RM."""
+    sft = run_sft.PRESETS
+    rows = [(c.learning_rate, c.batch_size, c.epochs, c.dropout) for c in sft.values()][1:]
+    assert rows[:3] == [(9.65e-6, 32, 16, 0.2), (9.65e-6, 32, 16, 0.2), (5.03e-6, 8, 16, 0.2)]
+    assert rows[3:] == [(5e-6, 32, 2, 0.0), (1.04e-5, 32, 2, 0.0), (2.45e-6, 8, 2, 0.0)]
+    assert [c.pretrain_share for c in sft.values()] == [0, 0, 0, 0, 0.1, 0.1, 0.1]
+    rm = run_rm.PRESETS["instructgpt-6b"]
+    assert (rm.learning_rate, rm.batch_size, rm.epochs) == (9e-6, 64, 1)
+
+
+def test_wrong_flags_are_named(capsys):
+    for script, flags, named in (
+        (run_sft, ["--pretrain_share", "1"], "--pretrain_share 1"),
+        (run_sft, ["--dropout", "-1"], "--dropout -1"),
+        (run_sft, ["--keep", "reward"], "--reward_model"),
+        (run_rm, ["--ensemble", "0"], "--ensemble 0"),
+        (run_rm, ["--folds", "1"], "--folds 1"),
+    ):
+        with pytest.raises((SystemExit, ValueError)) as stop:
+            script.cli(flags)
+        assert named in f"{stop.value}{capsys.readouterr().err}"
+
+
+def test_a_model_is_a_preset_a_run_or_a_directory(runs, tmp_path):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    config, params, tokenizer = pretrained.load("miniature", mesh)
+    assert config.vocab_size == len(tokenizer)
+    assert config.eos_ids == (tokenizer.eos_token_id,)
+    assert config.layers == PRESETS["miniature"].layers
+    again = pretrained.load("miniature", mesh, seed=1)[1]
+    assert not np.array_equal(params["embed"]["tokens"], again["embed"]["tokens"])
+    of_run, of_directory = (
+        pretrained.load(str(path), mesh)[1] for path in (runs / "sft", runs / "sft" / "export")
+    )
+    jax.tree.map(np.testing.assert_array_equal, of_run, of_directory)
+
+
+def test_a_model_that_is_not_there_says_what_was_tried(tmp_path):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(FileNotFoundError, match=r"not a preset .*miniature.*not a run directory"):
+        pretrained.load("nobody/nothing", mesh)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no export/ yet; finish it with --resume"):
+        pretrained.load(str(tmp_path), mesh)
+    with pytest.raises(ValueError, match="--tokenizer DIR"):
+        pretrained.load("gpt3-1.3b", mesh)
+
+
+def test_earlier_steps_run_where_they_are_missing_and_are_reused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = []
+
+    def run(config):
+        ran.append((str(config.out), config.preset, config.resume))
+        (config.out / "export").mkdir(parents=True)
+        (config.out / "export" / "config.json").touch()
+
+    monkeypatch.setattr(run_pretrain, "run_pretrain", run)
+    monkeypatch.setattr(run_sft, "run_sft", run)
+    run_sft.ensure_base("elsewhere")
+    assert not ran
+    for _ in range(2):
+        run_sft.ensure_base("runs/pretrain")
+        run_rm.ensure_sft("runs/sft")
+    assert ran == [("runs/pretrain", "miniature", True), ("runs/sft", "miniature", True)]
