@@ -3,7 +3,7 @@
     python experiments/kill_and_resume.py                      # run_sft.py, ten times SIGKILL
     python experiments/kill_and_resume.py --script run_rm.py --kills 5
 
-Hardware: two CPU cores: about four minutes. It needs runs/pretrain (for run_rm.py, runs/sft): run
+Hardware: two CPU cores: about two minutes. It needs runs/pretrain (for run_rm.py, runs/sft): run
 experiments/run_sft.py (run_rm.py) once before.
 Result: a table of the kills, and whether parameters, metrics.jsonl and samples.jsonl are the same,
 bit for bit; times are not compared.
@@ -57,7 +57,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
         sys.exit(f"error: {error.decode(errors='replace')}")
 
 
-def step_of(out: Path) -> int:
+def lines_of(out: Path) -> int:
     lines = out / "metrics.jsonl"
     return lines.read_bytes().count(b"\n") if lines.exists() else 0
 
@@ -88,24 +88,23 @@ def same_parameters(a: Path, b: Path, step: int) -> bool:
 def main(c: Config) -> None:
     alone, killed = c.out / "alone", c.out / "killed"
     shutil.rmtree(c.out, ignore_errors=True)
-    begin = time.perf_counter()
     finish(start(c, alone))
-    length = time.perf_counter() - begin
-    table = Table("kill", "after, s", "metrics lines", "checkpoints", "half-written")
+    table = Table("kill", "at line", "seconds later", "checkpoints", "half-written")
     moments = random.Random(c.seed)
-    for kill in range(1, c.kills + 1):
-        process = start(c, killed)
-        # From the start-up to the end of a whole run: imports, compilation, steps and saves.
-        seconds = moments.uniform(0.2, 1.0) * length
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
+    # Spread over the run: each waits for its line of metrics.jsonl, then up to a step or two.
+    for kill, line in enumerate(sorted(moments.sample(range(c.steps), c.kills)), start=1):
+        process, later = start(c, killed), moments.uniform(0, 0.5)
+        while lines_of(killed) < line and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(later)
+        if process.poll() is not None:
+            sys.exit(f"error: kill {kill} came after the end: give more --steps")
+        process.kill()
         process.communicate()
         names = [p.name for p in (killed / "checkpoints").glob("*")]
         whole = [name for name in names if name.isdecimal()]
-        row = (kill, f"{seconds:.1f}", step_of(killed), " ".join(sorted(whole, key=int)))
-        table.add_row(*map(str, row), str(len(names) - len(whole)))
+        kept = " ".join(sorted(whole, key=int))
+        table.add_row(f"{kill}", f"{line}", f"{later:.2f}", kept, f"{len(names) - len(whole)}")
     finish(start(c, killed))
     rich.print(table)
     same = {
