@@ -18,7 +18,7 @@ CONFIG = ModelConfig(
     family="llama", positions="rotary", norm="rms", gated=True, activation="silu", tied=False,
 )  # fmt: skip
 GPT2_VOCABULARY = ModelConfig(
-    vocab_size=50257, layers=2, width=16, heads=2, mlp_width=32, max_length=32
+    vocab_size=50257, layers=2, width=16, heads=8, mlp_width=32, max_length=32
 )
 
 
@@ -91,8 +91,9 @@ def test_eight_devices_equal_one(axes):
     assert_same(gradient(CONFIG, sharding.make_mesh(**axes)), reference(CONFIG), 1e-5)
 
 
-def test_eight_devices_equal_one_with_the_vocabulary_of_gpt2():
-    mesh = sharding.make_mesh(**MESHES[0])
+@pytest.mark.parametrize("axes", [*MESHES, {"tensor": 8}], ids=str)
+def test_eight_devices_equal_one_with_the_vocabulary_of_gpt2(axes):
+    mesh = sharding.make_mesh(**axes)
     assert_same(gradient(GPT2_VOCABULARY, mesh), reference(GPT2_VOCABULARY), 1e-5)
 
 
