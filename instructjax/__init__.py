@@ -32,7 +32,7 @@ The axis alphabet. An array that crosses a function boundary carries its shape a
        prompt                    M  minibatches
 """
 
-import importlib
+import importlib.util
 from typing import Any
 
 __version__ = "0.1.0"
@@ -40,10 +40,6 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Imports a submodule on first use, so that `import instructjax` costs nothing."""
-    module = f"{__name__}.{name}"
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec(f"{__name__}.{name}") is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")

@@ -6,6 +6,7 @@ only place where they meet the mesh.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 
 # Logical axis -> the mesh axes that split it.
-RULES: dict[str, tuple[str, ...]] = {
+Rules = dict[str, tuple[str, ...]]
+RULES: Rules = {
     "batch": ("data", "fsdp"),
     "layers": (),
     "vocab": ("tensor",),
@@ -27,6 +29,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "norm": (),  # vectors of one layer's width: not worth a collective
 }
+
+# For decoding, which reads all weights at each token: whole on every data shard, whose rows are
+# its own affair (see sampler.py), and split over tensor as ever.
+GENERATION = {**RULES, "batch": (), "width": ()}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -42,12 +48,9 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise ValueError(f"--mesh {text}: {name!r} is not one of {', '.join(AXES)}")
         if name in sizes:
             raise ValueError(f"--mesh {text}: {name} is given twice")
-        try:
-            sizes[name] = int(size)
-        except ValueError:
-            raise ValueError(f"--mesh {text}: {part!r} is not AXIS=NUMBER") from None
-        if sizes[name] < 1 and sizes[name] != -1:
-            raise ValueError(f"--mesh {text}: {name} must be positive, or -1 for the rest")
+        if not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise ValueError(f"--mesh {text}: {name} must be a positive number, or -1 for the rest")
+        sizes[name] = int(size)
     if list(sizes.values()).count(-1) > 1:
         raise ValueError(f"--mesh {text}: only one axis can be -1")
     return sizes
@@ -83,7 +86,11 @@ def make_mesh(
 
 
 def partition_spec(
-    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str = "array"
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: Mesh,
+    name: str = "array",
+    rules: Rules = RULES,
 ) -> PartitionSpec:
     """Where the dimensions of one array lie.
 
@@ -93,15 +100,16 @@ def partition_spec(
       axes: the logical name of each dimension; None is not sharded.
       shape: its sizes.
       name: of the tensor, for errors.
+      rules: RULES or GENERATION.
 
     Raises:
       ValueError: an axis without a rule, or a size that its mesh axis does not divide.
     """
     entries: list[tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
-        if axis is not None and axis not in RULES:
+        if axis is not None and axis not in rules:
             raise ValueError(f"{name}: no sharding rule for the logical axis {axis!r}")
-        over = RULES[axis] if axis is not None else ()
+        over = rules[axis] if axis is not None else ()
         parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in over)
         if size % parts and (axis == "vocab" or (axis == "kv_heads" and size < parts)):
             over = ()
@@ -112,17 +120,18 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
-def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+def shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """A NamedSharding for each leaf of a tree.
 
     Args:
       axes: `models.logical_axes(config)`.
       shapes: the same tree of arrays or ShapeDtypeStructs.
+      rules: RULES or GENERATION.
     """
 
     def one(path, leaf, names):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, name))
+        return NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, name, rules))
 
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
 
@@ -137,11 +146,13 @@ def batched(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def constrainer(mesh: Mesh) -> Callable[..., jax.Array]:
+def constrainer(mesh: Mesh, rules: Rules = RULES) -> Callable[..., jax.Array]:
     """The model's `shard`: constrains an activation by the logical names of its axes."""
 
     def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-        spec = partition_spec(axes, x.shape, mesh, "activation")
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        spec = partition_spec(axes, x.shape, mesh, "activation", rules)
+        # Within a shard_map the mesh is the context's, some of whose axes are dealt with.
+        inside = not jax.sharding.get_abstract_mesh().empty
+        return jax.lax.with_sharding_constraint(x, spec if inside else NamedSharding(mesh, spec))
 
     return shard

@@ -65,10 +65,9 @@ def accumulate_gradients(
 
         def share(x):
             # Row r goes to microbatch r % M: each then spans all devices of a sharded batch.
-            if x.shape[0] % microbatches:
-                raise ValueError(
-                    f"a batch of {x.shape[0]} has no {microbatches} equal microbatches"
-                )
+            rows = x.shape[0]
+            if rows % microbatches:
+                raise ValueError(f"a batch of {rows} has no {microbatches} equal microbatches")
             return x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
 
         def add(total, xs):

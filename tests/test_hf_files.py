@@ -4,8 +4,11 @@ import dataclasses
 import gzip
 import itertools
 import json
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -372,6 +375,13 @@ def test_keys_of_other_families_are_ignored_as_transformers_ignores_them(params,
     assert hf.load_config(tmp_path) == LLAMA
 
 
+def test_keys_that_change_nothing(params, tmp_path):
+    """`pretraining_tp` splits matrix products, with the same result; the others are of training."""
+    hf.save(tmp_path, LLAMA, params["llama"])
+    reconfigure(tmp_path, pretraining_tp=2, attention_dropout=0.1, initializer_range=0.5)
+    assert hf.load_config(tmp_path) == LLAMA
+
+
 # As the hub has them (abridged): old names, leftovers of other versions, nulls.
 PUBLIC = {
     "pythia-160m": (
@@ -497,7 +507,7 @@ def test_a_pad_row_beyond_the_padded_table(tmp_path):
 def test_several_labels_are_refused(params, tmp_path):
     config, rm = models.with_scalar_head(params["llama"], LLAMA, jax.random.key(1))
     hf.save(tmp_path, config, rm)
-    rewrite(tmp_path, lambda t: t.update({"score.weight": np.ones((2, 16), np.float32)}))
+    reconfigure(tmp_path, id2label={"0": "bad", "1": "good"}, label2id={"bad": 0, "good": 1})
     with pytest.raises(ValueError, match="num_labels is 2"):
         hf.load(tmp_path)
 
@@ -586,7 +596,25 @@ def plain_bpe(text, encoder, merges):
     return ids
 
 
-# ---------------------------------------------------------------------------- a quiet import
+# ---------------------------------------------------------------------------- the package
+
+
+def test_a_wheel_has_every_file(tmp_path):
+    """The families' table too, which is no Python."""
+    pytest.importorskip("setuptools", minversion="77")
+    root = Path(__file__).resolve().parents[1]
+    hidden = shutil.ignore_patterns("__pycache__", ".*")
+    shutil.copytree(root / "instructjax", tmp_path / "instructjax", ignore=hidden)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    command = [sys.executable, "-c", build, str(tmp_path)]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    files = (file for file in (tmp_path / "instructjax").rglob("*") if file.is_file())
+    wanted = {str(file.relative_to(tmp_path)) for file in files}
+    assert "instructjax/hf/families.toml" in wanted
+    assert wanted <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_no_torch_no_tensorflow_no_noise(saved):

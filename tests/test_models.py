@@ -177,12 +177,12 @@ def test_greedy_decoding_through_the_cache(config):
         tokens, live = tokens.at[:, t].set(best), live.at[:, t].set(True)
 
     unstacked = models.unstack(params, config)
-    cache = models.Cache.create(config, batch=3, slots=6 + steps)
-    hidden, cache = extend(unstacked, config, cache, prompt, mask)
+    cache = models.Cache.create(config, batch=3, columns=6 + steps)
+    hidden, cache = extend(unstacked, config, cache, prompt, mask, column=0)
     cached = []
-    for _ in range(steps):
+    for column in range(6, 6 + steps):
         cached.append(jnp.argmax(pick(params, hidden), -1))
-        hidden, cache = extend(unstacked, config, cache, cached[-1][:, None])
+        hidden, cache = extend(unstacked, config, cache, cached[-1][:, None], column=column)
     np.testing.assert_array_equal(jnp.stack(cached, 1), tokens[:, 6:])
     assert len({tuple(row) for row in np.asarray(tokens[:, 6:])}) == 3  # the prompts matter
 
@@ -301,6 +301,9 @@ def test_scalar_head():
     _, drawn = models.with_scalar_head({}, wide, jax.random.key(0))
     assert abs(float(jnp.std(drawn["score"]["kernel"])) * 64 - 1) < 0.05
     assert drawn["score"]["bias"] == 0
+    # No accelerator may round a reward to bfloat16.
+    program = str(jax.make_jaxpr(lambda h: models.scalars(params, config, h))(hidden))
+    assert program.count("dot_general") == program.count("Precision.HIGHEST, Precision.HIGHEST")
     with pytest.raises(ValueError, match="scalar head"):
         models.scalars(params, MISTRAL, hidden)
     with pytest.raises(ValueError, match="scalar head has no logits"):
@@ -415,6 +418,17 @@ def test_bfloat16_computes_logits_in_float32():
     assert logp.dtype == jnp.float32
     exact = models.token_logp(apply(params, GPT2, tokens), models.unembedding(params), tokens, GPT2)
     assert 0 < np.abs(logp - exact).max() < 0.5
+
+
+def test_gemma_scales_its_embedding_in_the_compute_dtype():
+    """As transformers does: by sqrt(24) = 4.89898 rounded to bfloat16, 4.90625."""
+    config = dataclasses.replace(GEMMA3, dtype="bfloat16")
+    params, tokens = params_of(config), tokens_of(2, 9)
+    rounded = params["embed"]["tokens"].astype("bfloat16").astype("float32")
+    scaled = {**params, "embed": {"tokens": (rounded * 4.90625).astype("bfloat16")}}
+    unscaled = dataclasses.replace(config, scale_embedding=False)
+    want = apply(scaled, unscaled, tokens)
+    np.testing.assert_array_equal(apply(params, config, tokens), want)
 
 
 # ---------------------------------------------------------------------------- presets

@@ -119,6 +119,8 @@ def test_each_leaf_is_split_over_what_its_rule_says():
         if "bias" in jax.tree_util.keystr(path)
     )
     assert here == (total - norms - biases) // 4 + norms + biases // 2
+    bias = params["layers"]["attention"]["query"]["bias"]  # [layers, heads, head_dim]
+    assert tuple(bias.sharding.spec) == (None, "tensor", None)
 
 
 @pytest.mark.parametrize("name", models.PRESETS)
@@ -175,8 +177,9 @@ def test_parse_mesh():
     }  # fmt: skip
     for text, message in {
         "expert=2": "'expert' is not one of data, fsdp, tensor",
-        "data=two": "'data=two' is not AXIS=NUMBER",
-        "data=0": "data must be positive",
+        "data=two": "data must be a positive number, or -1 for the rest",
+        "data=0": "data must be a positive number",
+        "data": "data must be a positive number",
         "data=-1,fsdp=-1": "only one axis can be -1",
         "data=2,data=2": "data is given twice",
     }.items():
@@ -231,6 +234,10 @@ def test_masked_mean_by_hand():
     assert masked.masked_mean(x, mask) == 3
     np.testing.assert_array_equal(masked.masked_mean(x, mask, axis=1), [2, 5])
     assert masked.masked_mean(x, jnp.zeros((2, 3))) == 0
+    # A mask that broadcasts would count too few entries.
+    for reduce in (masked.masked_sum, masked.masked_mean):
+        with pytest.raises(AssertionError, match=r"\(2, 3\)"):
+            reduce(x, mask[:, :1])
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +308,25 @@ def test_moments_lie_where_their_parameters_lie(trained):
     for moments in (adam.mu, adam.nu):
         same = jax.tree.map(lambda m, p: m.sharding == p.sharding, moments, last.params)
         assert all(jax.tree.leaves(same))
+
+
+def test_gradients_are_split_as_the_parameters_are():
+    """So that a reduce-scatter can take the place of an all-reduce: no device holds them whole.
+
+    The optimizer keeps the gradient, and nothing but the step says where that lies.
+    """
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    params = params_of(CONFIG, mesh)
+    keep = optax.GradientTransformation(
+        lambda params: (), lambda grads, _, params: (optax.tree.zeros_like(grads), grads)
+    )
+    fn = functools.partial(loss_fn, config=CONFIG, shard=sharding.constrainer(mesh))
+    layout = state.shardings(params, keep)
+    step = train.make_train_step(fn, keep, shardings=layout.replace(opt_state=None))
+    batch = jax.device_put(batch_of(CONFIG), sharding.batched(mesh))
+    new, _ = step(state.create(params, keep), batch, jax.random.key(0))
+    where = jax.tree.map(lambda leaf: leaf.sharding.shard_shape(leaf.shape), new.opt_state)
+    assert where == jax.tree.map(lambda leaf: leaf.sharding.shard_shape(leaf.shape), params)
 
 
 def test_a_step_equals_sgd_by_hand():

@@ -1,8 +1,9 @@
 """Hugging Face checkpoints in and out, without torch.
 
-families.py   tensor names and config keys of each family, as data
-configs.py    config.json <-> ModelConfig
-tensors.py    safetensors <-> parameter leaves, shard by shard
+families.toml  tensor names and config keys of each family, as data
+families.py    reads it
+configs.py     config.json <-> ModelConfig
+tensors.py     safetensors <-> parameter leaves, shard by shard
 """
 
 import copy
@@ -10,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,24 +65,17 @@ def load(
     where = str(path)
     found = tensors.open_files(_weight_files(directory, where))
     raw, config = _read_config(directory, where)
-    if "score.weight" in found:
-        if found["score.weight"].shape[0] != 1:
-            raise ValueError(
-                f"{where}: num_labels is {found['score.weight'].shape[0]}; a reward model has 1"
-            )
-        config = dataclasses.replace(config, scalar_head=True)
+    if config.scalar_head:  # transformers' classes have no bias
+        found.setdefault("score.bias", np.asarray(raw.get("reward_bias", 0.0)))
 
     shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
     layout = sharding.shardings(logical_axes(config), shapes, mesh)
     leaves, places = tensors.flatten(shapes), tensors.flatten(layout)
-    wanted = tensors.entries(config, set(leaves) - {"score/bias"})
+    wanted = tensors.entries(config, set(leaves))
     found = tensors.check_names(found, config, wanted, where)
 
     def read(leaf: str) -> jax.Array:
-        if leaf == "score/bias":
-            bias = np.asarray(raw.get("reward_bias", 0.0), dtype)
-            return jax.make_array_from_callback((), places[leaf], lambda _: bias)
         shape = leaves[leaf].shape
         block = tensors.reader(leaf, shape, jnp.dtype(dtype), wanted, found, config)
         return jax.make_array_from_callback(shape, places[leaf], block)
@@ -134,17 +127,14 @@ def save(
         tokens than the model.
     """
     directory = Path(path)
-    eos_ids = set(config.eos_ids)
-    if tokenizer is not None:
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
         size = config.vocab_size
-        if len(tokenizer) > size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {size}")
-        eos_ids |= {tokenizer.eos_token_id} - {None}
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {size}")
     reward_bias = float(params["score"]["bias"]) if config.scalar_head else 0.0
     if config.scalar_head:
         if config.norm == "layer" and reward_bias:
             params, reward_bias = _fold_bias(params), 0.0
-        config, params, tokenizer = _with_pad(config, params, tokenizer, eos_ids)
+        config, params, tokenizer = _with_pad(config, params, tokenizer)
     leaves = tensors.flatten(params)
     leaves.pop("score/bias", None)
     wanted = tensors.entries(config, set(leaves))
@@ -202,28 +192,24 @@ def _resolve(path: str | os.PathLike, patterns: list[str]) -> Path:
     if directory.exists():
         raise ValueError(f"{path}: a file; give the directory that holds config.json")
     try:
-        fetch = huggingface_hub.snapshot_download
-        local = Path(fetch(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
-        if _WEIGHTS[0] in patterns and not any(local.glob("*.safetensors")):
-            _refuse_pickles(huggingface_hub.list_repo_files(name), name)
+        local = huggingface_hub.snapshot_download(
+            name, allow_patterns=patterns, ignore_patterns=["*/*"]
+        )
+        weightless = _WEIGHTS[0] in patterns and not any(Path(local).glob("*.safetensors"))
+        remote = huggingface_hub.list_repo_files(name) if weightless else []
     except (OSError, huggingface_hub.errors.HfHubHTTPError, ValueError) as error:
-        if isinstance(error, PicklesError):
-            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"{path}: no such directory, and the hub did not give a model of that name: {reason}"
         ) from error
-    return local
+    _refuse_pickles(remote, name)
+    return Path(local)
 
 
-class PicklesError(ValueError):
-    """A checkpoint has pickled weights alone."""
-
-
-def _refuse_pickles(files: Iterable[str], where: str) -> None:
+def _refuse_pickles(files: list[str], where: str) -> None:
     pickles = [name for name in files if name.endswith(_PICKLES)]
     if pickles:
-        raise PicklesError(f"{where} has only {', '.join(pickles)}. {_CONVERT.format(path=where)}")
+        raise ValueError(f"{where} has only {', '.join(pickles)}. {_CONVERT.format(path=where)}")
 
 
 def _weight_files(directory: Path, where: str) -> list[Path]:
@@ -262,6 +248,8 @@ def _read_config(directory: Path, where: str) -> tuple[dict[str, Any], ModelConf
     _check_family(hf.model_type, where)  # it may read one family as another
     config = configs.from_hf(hf, where)
     if any(name.endswith("SequenceClassification") for name in raw.get("architectures") or []):
+        if hf.num_labels != 1:
+            raise ValueError(f"{where}: num_labels is {hf.num_labels}; a reward model has 1")
         config = dataclasses.replace(config, scalar_head=True)
     generation = directory / "generation_config.json"
     if generation.is_file():  # chat models name there all the tokens that end a turn
@@ -292,11 +280,13 @@ def _fold_bias(params: Params) -> Params:
 
 
 def _with_pad(
-    config: ModelConfig, params: Params, tokenizer: Any, eos_ids: set[int]
+    config: ModelConfig, params: Params, tokenizer: Any
 ) -> tuple[ModelConfig, Params, Any]:
     """Gives a reward model a pad id that is no EOS, and the embedding a row for it."""
-    pad = config.pad_id if tokenizer is None else tokenizer.pad_token_id
-    if pad is None or pad in eos_ids:
+    pad, ends = config.pad_id, set(config.eos_ids)
+    if tokenizer is not None:
+        pad, ends = tokenizer.pad_token_id, ends | {tokenizer.eos_token_id}
+    if pad is None or pad in ends:
         pad = config.vocab_size
         if tokenizer is not None:
             tokenizer = copy.deepcopy(tokenizer)

@@ -1,21 +1,14 @@
 """`config.json` to ModelConfig and back, refusing by name whatever we would compute differently."""
 
 import dataclasses
+import functools
 import logging
 import typing
 from typing import Any
 
-from instructjax.hf.families import FAMILIES
+from instructjax.hf.families import FAMILIES, HARMLESS, ROPE_KEYS
 from instructjax.models.config import Activation, ModelConfig, Rope
 
-# Keys that change nothing in a forward pass without dropout.
-_HARMLESS = """
-architectures attention_dropout attn_pdrop chunk_size_feed_forward classifier_dropout dropout dtype
-embd_pdrop eos_token_id hidden_dropout id2label init_std initializer_range is_decoder label2id
-layerdrop model_type output_attentions output_hidden_states pretraining_tp problem_type
-reorder_and_upcast_attn resid_pdrop return_dict
-summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-transformers_version use_cache _name_or_path"""
 # Keys that `from_hf` reads one by one.
 _READ = """
 layer_types max_window_layers rope_parameters sliding_window use_sliding_window
@@ -24,16 +17,14 @@ _sliding_window_pattern word_embed_proj_dim"""
 _OURS = "scalar_head dtype remat unroll dropout"
 
 
+@functools.cache
 def transformers() -> Any:
     """The library, without its advice to install PyTorch, which we have no use for."""
-    logging.getLogger("transformers").addFilter(_is_not_about_torch)
+    quiet = lambda record: "PyTorch was not found" not in str(record.msg)  # noqa: E731
+    logging.getLogger("transformers").addFilter(quiet)
     import transformers
 
     return transformers
-
-
-def _is_not_about_torch(record: logging.LogRecord) -> bool:
-    return "PyTorch was not found" not in str(record.msg)
 
 
 def from_hf(hf: Any, where: str) -> ModelConfig:
@@ -58,7 +49,7 @@ def from_hf(hf: Any, where: str) -> ModelConfig:
     # What transformers itself reads. It keeps other keys as attributes, and ignores them.
     known = type(hf)().to_dict()
     given = {key: value for key, value in hf.to_dict().items() if key in known}
-    used = {*family.fields.values(), *_HARMLESS.split(), *_READ.split()}
+    used = {*family.fields.values(), *HARMLESS, *_READ.split()}
     for key, value in given.items():
         # An absent switch is written as null by some versions and as false by others.
         if key not in used and (value or None) != (known[key] or None):
@@ -66,9 +57,7 @@ def from_hf(hf: Any, where: str) -> ModelConfig:
     if given.get("word_embed_proj_dim", hf.hidden_size) != hf.hidden_size:  # OPT-350m
         refuse("word_embed_proj_dim", hf.word_embed_proj_dim)
 
-    values: dict[str, Any] = dict(family.fixed)
-    for ours, theirs in family.fields.items():
-        values[ours] = getattr(hf, theirs)
+    values = family.fixed | {ours: getattr(hf, key) for ours, key in family.fields.items()}
     for name in ("bos_id", "pad_id"):  # none is -1 in some old files
         values[name] = None if (values[name] or 0) < 0 else values[name]
     if values["activation"] not in typing.get_args(Activation):
@@ -77,12 +66,10 @@ def from_hf(hf: Any, where: str) -> ModelConfig:
         values["mlp_width"] = 4 * values["width"]
 
     window = given.get("sliding_window")
-    kinds = given.get("layer_types")
-    if kinds is None:
-        kinds = ["full_attention" if window is None else "sliding_attention"] * values["layers"]
-    for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            refuse("layer_types", kind)
+    everywhere = ["full_attention" if window is None else "sliding_attention"]
+    kinds = given.get("layer_types") or everywhere * values["layers"]
+    for kind in set(kinds) - {"full_attention", "sliding_attention"}:
+        refuse("layer_types", kind)
     if "sliding_attention" in kinds:
         values["window"] = window
         values["windowed"] = tuple(kind == "sliding_attention" for kind in kinds)
@@ -100,26 +87,15 @@ def as_ids(eos: int | list[int] | None) -> tuple[int, ...]:
     return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
-_ROPE_KEYS = {
-    "theta": "rope_theta",
-    "kind": "rope_type",
-    "fraction": "partial_rotary_factor",
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_length": "original_max_position_embeddings",
-}
-
-
 def _rope(parameters: dict[str, Any], partial: bool, refuse) -> Rope:
-    unknown = sorted(set(parameters) - {*_ROPE_KEYS.values(), "type"})
+    unknown = sorted(set(parameters) - {*ROPE_KEYS.values(), "type"})
     if not partial and parameters.get("partial_rotary_factor", 1) != 1:
         unknown.append("partial_rotary_factor")
     if unknown:
         refuse("rope_parameters", {key: parameters[key] for key in unknown})
     if parameters["rope_type"] not in ("default", "linear", "llama3"):
         refuse("rope_type", parameters["rope_type"])
-    return Rope(**{o: parameters[t] for o, t in _ROPE_KEYS.items() if t in parameters})
+    return Rope(**{o: parameters[t] for o, t in ROPE_KEYS.items() if t in parameters})
 
 
 def to_hf(config: ModelConfig) -> Any:
@@ -131,12 +107,11 @@ def to_hf(config: ModelConfig) -> Any:
     family, auto = FAMILIES[config.family], transformers().AutoConfig
     known = auto.for_model(config.family).to_dict()
     # One way to write each thing, so that what is read back can be compared.
-    changes: dict[str, Any] = {}
-    if not any(config.windowed):
-        changes |= {"windowed": (), "window": None}
-    if config.query_scalar is None and "query_scalar" in family.fields:
-        changes["query_scalar"] = config.head_dim
-    c = dataclasses.replace(config, **changes)
+    c = config
+    if not any(c.windowed):
+        c = dataclasses.replace(c, windowed=(), window=None)
+    if c.query_scalar is None and "query_scalar" in family.fields:
+        c = dataclasses.replace(c, query_scalar=c.head_dim)
 
     keys: dict[str, Any] = {theirs: getattr(c, ours) for ours, theirs in family.fields.items()}
     eos = list(c.eos_ids)
@@ -173,4 +148,4 @@ def _rope_parameters(rope: Rope, known: dict[str, Any]) -> dict[str, Any]:
         kept += ["low_freq_factor", "high_freq_factor", "original_length"]
     if "partial_rotary_factor" in known["rope_parameters"]:
         kept.append("fraction")
-    return {_ROPE_KEYS[name]: getattr(rope, name) for name in kept}
+    return {ROPE_KEYS[name]: getattr(rope, name) for name in kept}

@@ -36,7 +36,7 @@ def entries(config: ModelConfig, present: set[str]) -> list[Entry]:
     """The tensors of a checkpoint of this config, each leaf in exactly one place.
 
     Args:
-      present: the paths of all leaves, `score/bias` excepted: no checkpoint has one.
+      present: the paths of all leaves.
 
     Raises:
       ValueError: lists the leaves that the family's table has no tensor for.
@@ -45,6 +45,7 @@ def entries(config: ModelConfig, present: set[str]) -> list[Entry]:
     table = {family.prefix + name: row for name, row in family.tensors.items()}
     table[family.head] = ("unembed/kernel", "v d -> v d")
     table["score.weight"] = ("score/kernel", "1 d -> d")
+    table["score.bias"] = ("score/bias", " -> ")
     found: list[Entry] = []
     for template, (target, pattern) in table.items():
         stacked = "{}" in template
@@ -131,7 +132,7 @@ def check_names(
       ValueError: lists the names that are missing, unused, or of another shape.
     """
     family = FAMILIES[config.family]
-    heads = (family.head, "score.weight")
+    heads = (family.head, "score.weight", "score.bias")
     # A checkpoint of the base model alone lacks the first part of the prefix.
     root = family.prefix.split(".")[0] + "."
     if not any(name.startswith(root) for name in tensors):
@@ -144,8 +145,7 @@ def check_names(
     unused = {n for n in set(tensors) - names if not buffers.fullmatch(n)}
     if config.tied and family.head in unused:
         embedding = family.prefix + next(iter(family.tensors))
-        same = tensors[family.head].shape == tensors[embedding].shape
-        if not (same and np.array_equal(tensors[family.head], tensors[embedding])):
+        if not np.array_equal(tensors[family.head], tensors[embedding]):
             raise ValueError(
                 f"{where}: tie_word_embeddings is true, yet {family.head} is not {embedding}"
             )
@@ -191,11 +191,10 @@ def reader(
     def read(index: tuple[slice, ...]) -> np.ndarray:
         lengths = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
         block = np.zeros(lengths, dtype)
-        rows = [(i, v) for i, v in enumerate(views[index[0]])] if stacked else [(..., views[0])]
-        for at, view in rows:
-            part = view[index[1:]] if stacked else view[index]
-            extent = tuple(slice(n) for n in part.shape)
-            block[(at, *extent) if stacked else extent] = part
+        rows = zip(block, views[index[0]], strict=True) if stacked else [(block, views[0])]
+        for row, view in rows:
+            part = view[index[1:] if stacked else index]
+            row[tuple(slice(n) for n in part.shape)] = part
         return block
 
     return read

@@ -17,11 +17,4 @@ from instructjax.models.heads import (
     token_logp,
     unembedding,
 )
-from instructjax.models.layer import (
-    Params,
-    Shard,
-    init,
-    logical_axes,
-    unsharded,
-    with_scalar_head,
-)
+from instructjax.models.layer import Params, Shard, init, logical_axes, unsharded, with_scalar_head

@@ -108,13 +108,9 @@ def attend_shared(
     q = _grouped(q_BNTH[:, :, P:], G).reshape(B, G, N // G, K, R, H)
     k_BGKRH, v_BGKRH = (x[:, :, P:].reshape(B, G, K, R, H) for x in (k_BGTH, v_BGTH))
     f32 = {"preferred_element_type": jnp.float32}
-    logits = jnp.concatenate(
-        [
-            jnp.einsum("BGQKRH,BGPH->BGQKRP", q, k_BGPH, **f32),
-            jnp.einsum("BGQKRH,BGKSH->BGQKRS", q, k_BGKRH, **f32),
-        ],
-        axis=-1,
-    )
+    of_prompt = jnp.einsum("BGQKRH,BGPH->BGQKRP", q, k_BGPH, **f32)
+    of_response = jnp.einsum("BGQKRH,BGKSH->BGQKRS", q, k_BGKRH, **f32)
+    logits = jnp.concatenate([of_prompt, of_response], axis=-1)
     weights = _softmax(logits, response_mask_BKRS[:, None, None], softcap).astype(q.dtype)
     y = jnp.einsum("BGQKRP,BGPH->BGQKRH", weights[..., :P], v_BGPH)
     y += jnp.einsum("BGQKRS,BGKSH->BGQKRH", weights[..., P:], v_BGKRH)

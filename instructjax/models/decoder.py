@@ -78,11 +78,9 @@ def _scan(params: Params, c: ModelConfig, tokens_BT, positions_BT, masks, mix, k
         variables = {"params": layer_params}
         return layer.apply(variables, x_BTD, cos_sin, layer_key, mix=run_mix, shard=shard)
 
-    if c.remat == "full":
-        body = jax.checkpoint(body)
-    elif c.remat == "dots":  # keeps matmul results, recomputes attention and the rest
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        body = jax.checkpoint(body, policy=policy)
+    if c.remat != "none":  # "dots" keeps matmul results, recomputes attention and the rest
+        keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(body, policy=keep_dots if c.remat == "dots" else None)
 
     x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
     keys = None if key is None else jax.random.split(key, c.layers)
@@ -100,6 +98,7 @@ def apply(
     mask_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
+    parents_BT: jax.Array | None = None,
     key: jax.Array | None = None,
     shard: Shard = unsharded,
 ) -> jax.Array:
@@ -111,6 +110,7 @@ def apply(
       mask_BT: True at live tokens; the others are seen by none. Default: all.
       positions_BT: default: `positions_of(mask_BT)`. Packed documents restart at 0.
       segments_BT: a token sees only its own segment. Default: one.
+      parents_BT: with segments_BT, another one that it sees: of a response, its prompt's.
       key: turns on residual dropout at config.dropout (InstructGPT, App. C.1: 0.2 in SFT).
       shard: constrains activations on a mesh.
 
@@ -126,7 +126,10 @@ def apply(
     def mask(window: int | None) -> jax.Array:
         seen = attention_mask(positions_BT, positions_BT, mask_BT.astype(bool), window)
         if segments_BT is not None:
-            seen &= segments_BT[:, :, None] == segments_BT[:, None, :]
+            related = segments_BT[:, :, None] == segments_BT[:, None, :]
+            if parents_BT is not None:
+                related |= parents_BT[:, :, None] == segments_BT[:, None, :]
+            seen &= related
         return seen
 
     mix = functools.partial(attend, softcap=config.attention_softcap)
@@ -191,25 +194,23 @@ def apply_shared(
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the tokens so far. Slots fill from 0, the same slot for every row."""
+    """Keys and values of the tokens so far, in any order of columns: positions tell it."""
 
     keys: tuple[jax.Array, ...]  # a layer each: [B, G, S, H], rotated
     values: tuple[jax.Array, ...]  # a layer each: [B, G, S, H]
-    positions_BS: jax.Array  # int32, of the token in each slot
-    live_BS: jax.Array  # bool, False at padding and at slots not yet written
-    length: jax.Array  # int32 [], slots written
+    positions_BS: jax.Array  # int32, of the token in each column
+    live_BS: jax.Array  # bool, False at padding and at columns not yet written
 
     @classmethod
-    def create(cls, config: ModelConfig, batch: int, slots: int) -> "Cache":
-        """An empty cache in config.dtype for `batch` rows of at most `slots` tokens."""
-        _check_length(config, slots)
-        shape = (batch, config.kv_heads, slots, config.head_dim)
+    def create(cls, config: ModelConfig, batch: int, columns: int) -> "Cache":
+        """An empty cache in config.dtype for `batch` rows of at most `columns` tokens."""
+        _check_length(config, columns)
+        shape = (batch, config.kv_heads, columns, config.head_dim)
         return cls(
             keys=tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers)),
             values=tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers)),
-            positions_BS=jnp.zeros((batch, slots), jnp.int32),
-            live_BS=jnp.zeros((batch, slots), bool),
-            length=jnp.zeros((), jnp.int32),
+            positions_BS=jnp.zeros((batch, columns), jnp.int32),
+            live_BS=jnp.zeros((batch, columns), bool),
         )
 
 
@@ -228,27 +229,28 @@ def extend(
     tokens_BT: jax.Array,
     mask_BT: jax.Array | None = None,
     *,
+    column: jax.Array | int,
     shard: Shard = unsharded,
 ) -> tuple[jax.Array, Cache]:
     """Runs T more tokens of each row: a prompt (prefill) or, with T = 1, a decoding step.
 
     Args:
       params: of `init`, or its `unstack`, as a loop should be given.
-      cache: with at least T free slots (a full cache overwrites its last ones).
+      cache: of the tokens before; a row's positions go on from the number of its live columns.
       tokens_BT, mask_BT: the new tokens; padding may lie anywhere and is never seen.
+      column: where the cache takes them, T columns from here; what was there is overwritten.
 
     Returns:
-      (hidden_BTD of the new tokens after the final norm, the longer cache).
+      (hidden_BTD of the new tokens after the final norm, the cache with them).
     """
     c = config
     if mask_BT is None:
         mask_BT = jnp.ones(tokens_BT.shape, bool)
     before_B1 = jnp.sum(cache.live_BS, axis=-1, keepdims=True, dtype=jnp.int32)
     positions_BT = before_B1 + positions_of(mask_BT)
-    start = cache.length
-    put, at = jax.lax.dynamic_update_slice, (0, 0, start, 0)
-    positions_BS = put(cache.positions_BS, positions_BT, (0, start))
-    live_BS = put(cache.live_BS, mask_BT.astype(bool), (0, start))
+    put, at = jax.lax.dynamic_update_slice, (0, 0, column, 0)
+    positions_BS = put(cache.positions_BS, positions_BT, (0, column))
+    live_BS = put(cache.live_BS, mask_BT.astype(bool), (0, column))
     rotations = _rotations(c, positions_BT)
     masks = [attention_mask(positions_BT, positions_BS, live_BS, w) for w in (None, c.window)]
 
@@ -256,7 +258,7 @@ def extend(
     if isinstance(layers, dict):
         layers = unstack(params, c)["layers"]
     x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
-    keys, values = [], []
+    kept = []
     for i, layer_params in enumerate(layers):
         windowed = bool(c.windowed) and c.windowed[i]
 
@@ -265,12 +267,9 @@ def extend(
             return attend(q, k, v, mask, c.attention_softcap), (k, v)
 
         variables = {"params": layer_params}
-        x_BTD, (k, v) = Layer(c).apply(
+        x_BTD, keys_values = Layer(c).apply(
             variables, x_BTD, rotations[windowed], None, mix=mix, shard=shard
         )
-        keys.append(k)
-        values.append(v)
-    length = start + tokens_BT.shape[1]
-    return _final_norm(params, c, x_BTD), Cache(
-        tuple(keys), tuple(values), positions_BS, live_BS, length
-    )
+        kept.append(keys_values)
+    keys, values = zip(*kept, strict=True)
+    return _final_norm(params, c, x_BTD), Cache(keys, values, positions_BS, live_BS)

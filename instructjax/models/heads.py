@@ -184,11 +184,8 @@ def _cross_entropy_forward(hidden_BTD, unembed_VD, targets_BT, weights_BT, confi
     xs = (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk), _chunked(weights_BT, chunk))
     start = jnp.zeros(()), jnp.zeros(unembed_VD.shape, jnp.float32)
     (loss, d_unembed_VD), (d_hidden, nll) = jax.lax.scan(one, start, xs)
-    return loss, (
-        _unchunked(d_hidden, T),
-        d_unembed_VD.astype(unembed_VD.dtype),
-        _unchunked(nll, T),
-    )
+    d_unembed_VD = d_unembed_VD.astype(unembed_VD.dtype)
+    return loss, (_unchunked(d_hidden, T), d_unembed_VD, _unchunked(nll, T))
 
 
 def _cross_entropy_backward(config, chunk, shard, saved, g):

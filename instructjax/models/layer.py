@@ -51,6 +51,11 @@ def _normal(std: float, *axes: str) -> Any:
     return _named(nn.initializers.normal(std), *axes)
 
 
+def _residual_std(config: ModelConfig) -> float:
+    """GPT-2's scheme for what adds to the residual stream, which so keeps its size."""
+    return 0.02 / (2 * config.layers) ** 0.5
+
+
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last axis, in float32."""
 
@@ -73,28 +78,19 @@ class Norm(nn.Module):
         return y.astype(c.dtype)
 
 
-class Linear(nn.Module):
+# The logical names of the axis alphabet's letters.
+_AXES = {"D": "width", "N": "heads", "G": "kv_heads", "H": "head_dim", "F": "mlp"}
+
+
+def _linear(c: ModelConfig, equation: str, bias: bool, name: str, std: float = 0.02) -> nn.Einsum:
     """einsum(equation, x, kernel) + bias; the bias has the kernel's axes that the result keeps."""
-
-    equation: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    bias: bool
-    std: float = 0.02
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel: Any = self.param("kernel", _normal(self.std, *self.axes), self.shape)
-        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
-        if not self.bias:
-            return y
-        letters, result = self.equation.split(",")[1].split("->")
-        kept = {c: i for i, c in enumerate(letters) if c in result}
-        init = _named(nn.initializers.zeros, *(self.axes[i] for i in kept.values()))
-        bias: Any = self.param("bias", init, tuple(self.shape[i] for i in kept.values()))
-        # Line the bias up with the result: its axes by letter, 1 elsewhere.
-        along = [self.shape[kept[c]] if c in kept else 1 for c in result]
-        return y + bias.astype(x.dtype).reshape(along)
+    sizes = {"D": c.width, "N": c.heads, "G": c.kv_heads, "H": c.head_dim, "F": c.mlp_width}
+    kernel, result = equation.split(",")[1].split("->")
+    axes = [_AXES[letter] for letter in kernel]
+    kept = [_AXES[letter] for letter in kernel if letter in result]
+    inits = {"kernel_init": _normal(std, *axes), "bias_init": _named(nn.initializers.zeros, *kept)}
+    shape = [sizes[letter] for letter in kernel]
+    return nn.Einsum(shape, equation, use_bias=bias, dtype=c.dtype, name=name, **inits)
 
 
 class Attention(nn.Module):
@@ -102,26 +98,22 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, cos_sin, mix, shard):
-        c, D, H = self.config, self.config.width, self.config.head_dim
+        c = self.config
 
-        def project(name, heads, axis):
-            shape, axes = (D, heads, H), ("width", axis, "head_dim")
-            y = Linear("BTD,DNH->BNTH", shape, axes, c.qkv_bias, name=name)(x_BTD)
+        def project(equation, axis, name):
+            y = _linear(c, equation, c.qkv_bias, name)(x_BTD)
             return shard(y, "batch", axis, None, None)
 
-        q_BNTH = project("query", c.heads, "heads")
-        k_BGTH = project("key", c.kv_heads, "kv_heads")
-        v_BGTH = project("value", c.kv_heads, "kv_heads")
+        q_BNTH = project("BTD,DNH->BNTH", "heads", "query")
+        k_BGTH = project("BTD,DGH->BGTH", "kv_heads", "key")
+        v_BGTH = project("BTD,DGH->BGTH", "kv_heads", "value")
         if c.qk_norm:
             q_BNTH = Norm(c, name="query_norm")(q_BNTH)
             k_BGTH = Norm(c, name="key_norm")(k_BGTH)
         if cos_sin is not None:
             q_BNTH, k_BGTH = rotate(q_BNTH, cos_sin), rotate(k_BGTH, cos_sin)
-        y_BNTH, kept = mix(q_BNTH * (c.query_scalar or H) ** -0.5, k_BGTH, v_BGTH)
-        out_std = 0.02 / (2 * c.layers) ** 0.5  # GPT-2: the residual stream keeps its size
-        shape, axes = (c.heads, H, D), ("heads", "head_dim", "width")
-        out = Linear("BNTH,NHD->BTD", shape, axes, c.out_bias, out_std, name="out")
-        return out(y_BNTH), kept
+        y_BNTH, kept = mix(q_BNTH * (c.query_scalar or c.head_dim) ** -0.5, k_BGTH, v_BGTH)
+        return _linear(c, "BNTH,NHD->BTD", c.out_bias, "out", _residual_std(c))(y_BNTH), kept
 
 
 class MLP(nn.Module):
@@ -129,16 +121,14 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, shard):
-        c, shape, axes = self.config, (self.config.width, self.config.mlp_width), ("width", "mlp")
-        act = _ACTIVATIONS[c.activation]
-        y_BTF = Linear("BTD,DF->BTF", shape, axes, c.mlp_bias, name="up")(x_BTD)
+        c, act = self.config, _ACTIVATIONS[self.config.activation]
+        y_BTF = _linear(c, "BTD,DF->BTF", c.mlp_bias, "up")(x_BTD)
         if c.gated:
-            y_BTF *= act(Linear("BTD,DF->BTF", shape, axes, c.mlp_bias, name="gate")(x_BTD))
+            y_BTF *= act(_linear(c, "BTD,DF->BTF", c.mlp_bias, "gate")(x_BTD))
         else:
             y_BTF = act(y_BTF)
         y_BTF = shard(y_BTF, "batch", None, "mlp")
-        std = 0.02 / (2 * c.layers) ** 0.5
-        return Linear("BTF,FD->BTD", shape[::-1], axes[::-1], c.mlp_bias, std, name="down")(y_BTF)
+        return _linear(c, "BTF,FD->BTD", c.mlp_bias, "down", _residual_std(c))(y_BTF)
 
 
 class Layer(nn.Module):
@@ -194,24 +184,22 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> Params:
         passed = {"mix": lambda q, k, v: (q, None), "shard": unsharded}
         return Layer(c).init(key, x_BTD, cos_sin, None, **passed)["params"]
 
+    def table(key, axis, rows):
+        return _normal(0.02, axis, "width")(key, (rows, c.width))
+
     layers = jax.vmap(init_layer)(jax.random.split(keys[0], c.layers))
     params: Params = {
-        "embed": {
-            "tokens": _normal(0.02, "vocab", "width")(keys[1], (c.padded_vocab_size, c.width))
-        },
-        "layers": jax.tree.map(
-            lambda box: box.replace(names=("layers", *box.names)), layers, is_leaf=_is_box
-        ),
+        "embed": {"tokens": table(keys[1], "vocab", c.padded_vocab_size)},
+        "layers": meta.add_axis(layers, 0, {nn.PARTITION_NAME: "layers"}),
         "final_norm": Norm(c).init(key, x_BTD)["params"],
     }
     if c.positions == "learned":
-        shape = (c.max_length + c.position_offset, c.width)
-        params["embed"]["positions"] = _normal(0.02, "position", "width")(keys[2], shape)
+        rows = c.max_length + c.position_offset
+        params["embed"]["positions"] = table(keys[2], "position", rows)
     if c.scalar_head:
         params["score"] = _boxed_score(c, keys[3])
     elif not c.tied:
-        shape = (c.padded_vocab_size, c.width)
-        params["unembed"] = {"kernel": _normal(0.02, "vocab", "width")(keys[3], shape)}
+        params["unembed"] = {"kernel": table(keys[3], "vocab", c.padded_vocab_size)}
     return params
 
 
@@ -219,10 +207,6 @@ def _boxed_score(config: ModelConfig, key: jax.Array) -> Params:
     # Standard deviation 1/sqrt(d + 1), as in lm-human-preferences (Stiennon et al. 2020, App. B).
     kernel = _normal((config.width + 1) ** -0.5, "norm")(key, (config.width,))
     return {"kernel": kernel, "bias": _named(nn.initializers.zeros)(key, ())}
-
-
-def _is_box(x: Any) -> bool:
-    return isinstance(x, nn.LogicallyPartitioned)
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
@@ -233,7 +217,8 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 def logical_axes(config: ModelConfig) -> Params:
     """The tree of `init`, with a tuple of logical axis names in place of each array."""
     boxed = jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0))
-    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=_is_box)
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
 
 
 def with_scalar_head(
