@@ -3,6 +3,9 @@
     python experiments/benchmark.py rm     one pass over a shared prompt, against K sequences
     python experiments/benchmark.py sft    our train step, against transformers on torch
                                            (needs the `test` extra)
+    python experiments/benchmark.py ppo    a PPO iteration, phase by phase; `--versus trl`: against
+                                           TRL's trainer (needs the `bench` extra)
+    python experiments/benchmark.py sample the sampler, against transformers.generate on torch
 
 Two programs run in turn, A B A B ..., in one process and on the same data; the ratio is the median
 of the pairs' ratios, so that a machine whose speed drifts does not favour either. Compilation is
@@ -15,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +27,11 @@ import rich
 import rich.progress
 import rich.table
 import tyro
+from benchmark_ppo import PPO, benchmark_ppo
 
-from instructjax import losses, models, reward, sft, state, train
+from instructjax import losses, models, reward, sampler, sft, state, train
 from instructjax.models import ModelConfig
+from instructjax.process import keep_memory
 
 GPT2_124M = ModelConfig(50257, 12, 768, heads=12, mlp_width=3072, max_length=1024)
 MODELS = {"tiny": models.PRESETS["tiny"], "124m": GPT2_124M}
@@ -54,11 +59,21 @@ class SFT:
     """Runs of each program."""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """`sampler.generate` against `transformers.generate` on torch CPU, float32, sampling."""
+
+    models: tuple[Literal["tiny", "124m"], ...] = ("tiny", "124m")
+    """Which sizes."""
+    pairs: int = 7
+    """Runs of each program."""
+
+
 # ---------------------------------------------------------------------------- timing
 
 
-def paired(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> tuple[float, float, float]:
-    """Median seconds of a and of b, and the median over pairs of b / a."""
+def timed(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> list[tuple[float, float]]:
+    """Seconds of a and of b, a pair of runs each."""
     for program in (a, b):  # compile, warm up
         program()
     rows = []
@@ -68,6 +83,12 @@ def paired(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> tuple[floa
         middle = time.perf_counter()
         b()
         rows.append((middle - begin, time.perf_counter() - middle))
+    return rows
+
+
+def paired(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> tuple[float, float, float]:
+    """Median seconds of a and of b, and the median over pairs of b / a."""
+    rows = timed(a, b, pairs)
     ratio = statistics.median(y / x for x, y in rows)
     return statistics.median(x for x, _ in rows), statistics.median(y for _, y in rows), ratio
 
@@ -102,6 +123,7 @@ def matmul_ceiling() -> float:
 
 
 def benchmark_rm(c: RM) -> None:
+    keep_memory()  # as in the scripts; here for both programs
     lm = models.PRESETS["tiny"]
     params = models.init(lm, jax.random.key(0))
     config, params = models.with_scalar_head(params, lm, jax.random.key(1))
@@ -142,6 +164,7 @@ def benchmark_sft(c: SFT) -> None:
     import torch
     import transformers
 
+    keep_memory()  # as in the scripts; here for torch too
     ceiling = matmul_ceiling()
     rich.print(f"matrix products of 2048: {ceiling:.0f} GFLOP/s")
     table = rich.table.Table("model", "B x T", "ours", "torch", "ratio", "of the ceiling")
@@ -192,10 +215,75 @@ def benchmark_sft(c: SFT) -> None:
     rich.print(table)
 
 
+# ---------------------------------------------------------------------------- sample
+
+
+def benchmark_sample(c: Sample) -> None:
+    """16 prompts of 64 tokens, 64 new ones; 64 prompts, responses of any length up to 64."""
+    import torch
+    import transformers
+
+    table = rich.table.Table("model", "responses", "tokens/s", "torch", "ratio", "of pairs", "live")
+    for name in c.models:
+        config = MODELS[name]
+        params = models.init(config, jax.random.key(0))
+        theirs: Any = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=config.vocab_size, n_embd=config.width, n_layer=config.layers,
+                n_head=config.heads, n_positions=config.max_length,
+                bos_token_id=0, eos_token_id=0,
+            )
+        ).eval()  # fmt: skip
+        for rows, ends in ((16, 0), (64, config.vocab_size // 16)):
+            # Random weights: all tokens are about as likely, so a response ends at each token with
+            # the probability 1/16, and after 16 tokens on average: a quarter of the most.
+            eos = list(range(1, ends + 1))
+            prompts = np.random.default_rng(0).integers(0, config.vocab_size, (rows, 64))
+            ids, listed, got = torch.tensor(prompts), prompts.tolist(), {}
+
+            def ours(config=config, params=params, prompts=listed, eos=tuple(eos), got=got):
+                rollout = sampler.generate(
+                    params, config, prompts, jax.random.key(0), max_new_tokens=64, eos_ids=eos
+                )
+                got["ours"] = int(jax.block_until_ready(rollout).mask_BR.sum())
+                got["live"] = float(rollout.live_fraction)
+
+            def generate(theirs=theirs, ids=ids, eos=eos, got=got):
+                settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 64, "pad_token_id": 0}
+                settings["eos_token_id"] = eos or None
+                with torch.inference_mode():
+                    new = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)[
+                        :, 64:
+                    ]
+                ended = torch.isin(new, torch.tensor(eos)).cumsum(1)
+                got["theirs"] = int((ended == 0).sum() + (ended == 1).sum() if eos else new.numel())
+
+            seconds = timed(ours, generate, c.pairs)
+            per_token = [(a / got["ours"], b / got["theirs"]) for a, b in seconds]
+            ratios = sorted(b / a for a, b in per_token)
+            ours_s, theirs_s = (statistics.median(x) for x in zip(*per_token, strict=True))
+            table.add_row(
+                name,
+                f"{rows} of {got['ours'] / rows:.0f}",
+                f"{1 / ours_s:,.0f}",
+                f"{1 / theirs_s:,.0f}",
+                f"{statistics.median(ratios):.2f}",
+                f"{ratios[0]:.2f}-{ratios[-1]:.2f}",
+                f"{got['live']:.2f}",
+            )
+    rich.print(table)
+
+
 if __name__ == "__main__":
     sub = tyro.conf.subcommand
     chosen = tyro.cli(
-        Annotated[RM, sub("rm")] | Annotated[SFT, sub("sft")],
+        Annotated[RM, sub("rm")]
+        | Annotated[SFT, sub("sft")]
+        | Annotated[PPO, sub("ppo")]
+        | Annotated[Sample, sub("sample")],
         description=__doc__,  # type: ignore
     )
-    benchmark_rm(chosen) if isinstance(chosen, RM) else benchmark_sft(chosen)
+    if isinstance(chosen, PPO):
+        benchmark_ppo(chosen, matmul_ceiling())
+    else:
+        {RM: benchmark_rm, SFT: benchmark_sft, Sample: benchmark_sample}[type(chosen)](chosen)

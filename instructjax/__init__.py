@@ -3,18 +3,27 @@
 Read the files in this order; imports point upwards only:
 
     models/       one decoder with family switches; KV cache; scalar head; log-probs without logits
-    hf.py         Hugging Face checkpoints in and out, without torch
+    hf/           Hugging Face checkpoints in and out, without torch
     sharding.py   mesh, logical axes -> mesh axes
     state.py      TrainState
     train.py      make_train_step(loss_fn, tx, microbatches)
     masked.py     the only reductions
     losses.py     losses as functions of arrays
     sft.py        the loss of packed rows
-    reward.py     the reward model's loss and its figures
-    sampler.py    prefill, decode loop -> Rollout
+    reward.py     the reward model's scores and loss
+    draw.py       one token from its logits
+    decode.py     prefill, and a decode loop that refills its slots
+    sampler.py    generate -> Rollout
+    advantages.py KL, token rewards, GAE, whitening
+    responses.py  rows of a rollout, and models on them
+    offload.py    frozen models
+    rewards.py    what a response is worth
+    ppo.py        experience, the PPO-ptx losses, one update
+    evaluation/   figures of reward models and policies
     config.py     flags: frozen dataclasses of the scripts; presets
     checkpoint.py atomic, asynchronous checkpoints
     metrics.py    metrics.jsonl, samples.jsonl, the progress line, curves
+    process.py    what a run settles for its process: signals, memory, its directory
     run.py        one run in one directory, from its config to its exit code
     pretrained.py what --model names
     figures.py    the reward model's pictures

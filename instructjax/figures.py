@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from instructjax import reward
-from instructjax.reward import Pairs
+from instructjax.evaluation import ranking
+from instructjax.evaluation.ranking import Pairs
 
 
 def reliability(pairs: Pairs, file: Path | str, bins: int = 10) -> None:
@@ -17,7 +17,7 @@ def reliability(pairs: Pairs, file: Path | str, bins: int = 10) -> None:
       pairs: held-out, strict; each is seen from both sides, so the diagram is symmetric.
       file: the PNG.
     """
-    predicted, observed, count = reward.calibration(pairs, bins)
+    predicted, observed, count = ranking.calibration(pairs, bins)
     figure = Figure(figsize=(4.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--", label="calibrated")

@@ -67,3 +67,75 @@ def pairwise_ranking(
     loss_B = -masked_sum(jax.nn.log_sigmoid(gap_BKK), pairs_BKK, axis=(1, 2))
     present_B = jnp.sum(mask_BK != 0, axis=1)
     return loss_B / jnp.maximum(present_B * (present_B - 1) / 2, 1)
+
+
+def ppo_clip(
+    logp_BR: jax.Array, old_logp_BR: jax.Array, advantages_BR: jax.Array, clip: float
+) -> jax.Array:
+    """PPO's clipped policy loss (Schulman et al. 2017, eq. 7).
+
+    l[b, r] = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)),  ratio = exp(logp - old_logp)
+
+    Args:
+      logp_BR: of each response token under the policy in training.
+      old_logp_BR: under the policy that sampled it, at the same temperature.
+      advantages_BR: float.
+      clip: 0.2 in the paper (App. C.4).
+
+    Returns:
+      loss_BR.
+    """
+    chex.assert_rank([logp_BR, old_logp_BR, advantages_BR], 2)
+    chex.assert_equal_shape([logp_BR, old_logp_BR, advantages_BR])
+    ratio_BR = jnp.exp(logp_BR - old_logp_BR)
+    clipped_BR = jnp.clip(ratio_BR, 1 - clip, 1 + clip)
+    return jnp.maximum(-advantages_BR * ratio_BR, -advantages_BR * clipped_BR)
+
+
+def value_clip(
+    values_BR: jax.Array, old_values_BR: jax.Array, returns_BR: jax.Array, clip: float
+) -> jax.Array:
+    """The value loss, clipped about the values of the rollout (openai/baselines, ppo2).
+
+    l[b, r] = max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2) / 2
+
+    Args:
+      values_BR: of the state before each response token.
+      old_values_BR: when the rollout was made.
+      returns_BR: G, of `advantages.gae`.
+      clip: the paper is silent; 0.2 in the earlier OpenAI code. Infinity turns it off.
+
+    Returns:
+      loss_BR.
+    """
+    chex.assert_rank([values_BR, old_values_BR, returns_BR], 2)
+    chex.assert_equal_shape([values_BR, old_values_BR, returns_BR])
+    near_BR = jnp.clip(values_BR, old_values_BR - clip, old_values_BR + clip)
+    return jnp.maximum((values_BR - returns_BR) ** 2, (near_BR - returns_BR) ** 2) / 2
+
+
+def dpo(
+    chosen_logp_B: jax.Array,
+    rejected_logp_B: jax.Array,
+    ref_chosen_logp_B: jax.Array,
+    ref_rejected_logp_B: jax.Array,
+    beta: float,
+) -> jax.Array:
+    """Direct preference optimisation (Rafailov et al. 2023, eq. 7).
+
+    l[b] = -log sigmoid(beta ((log pi - log ref)(chosen) - (log pi - log ref)(rejected)))
+
+    Args:
+      chosen_logp_B, rejected_logp_B: summed over the response's tokens, EOS included.
+      ref_chosen_logp_B, ref_rejected_logp_B: the same under the reference.
+      beta: strength of the pull to the reference; 0.1 is usual.
+
+    Returns:
+      loss_B.
+    """
+    arrays = [chosen_logp_B, rejected_logp_B, ref_chosen_logp_B, ref_rejected_logp_B]
+    chex.assert_rank(arrays, 1)
+    chex.assert_equal_shape(arrays)
+    chosen_B = chosen_logp_B - ref_chosen_logp_B
+    rejected_B = rejected_logp_B - ref_rejected_logp_B
+    return -jax.nn.log_sigmoid(beta * (chosen_B - rejected_B))

@@ -173,8 +173,9 @@ class ProgressLine:
             self._bar.start()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows a finished step; `loss`, `time/step` and `throughput/*` if they are there."""
-        parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+        """Shows a finished step: loss, score and KL, `time/step` and `throughput/*`, if there."""
+        shown = {"loss": "loss", "score": "objective/score", "KL": "objective/kl"}
+        parts = [f"{name} {metrics[key]:.4f}" for name, key in shown.items() if key in metrics]
         if "throughput/tokens_per_second" in metrics:
             self._recent.append((metrics["time/step"], metrics["throughput/tokens_per_second"]))
             # Medians: the first step compiles, others wait for an evaluation.

@@ -19,7 +19,12 @@ from instructjax.models import PRESETS, ModelConfig, Params
 
 
 def load(
-    model: str, mesh: Mesh, *, tokenizer: str | None = None, seed: int = 0
+    model: str,
+    mesh: Mesh,
+    *,
+    tokenizer: str | None = None,
+    seed: int = 0,
+    flag: str = "--model",
 ) -> tuple[ModelConfig, Params, Any]:
     """Loads a model onto a mesh, with its tokenizer.
 
@@ -29,6 +34,7 @@ def load(
       tokenizer: a Hugging Face directory or a hub name; default: the one beside the model, and
         for the preset `miniature` the miniature's own. A preset takes its vocabulary from it.
       seed: of a preset's random values.
+      flag: what named the model, for errors.
 
     Returns:
       (config, float32 params, a transformers tokenizer)
@@ -38,32 +44,32 @@ def load(
       ValueError: a preset without a tokenizer, or a tokenizer with more tokens than the model.
     """
     if model in PRESETS:
-        return _random(model, mesh, tokenizer, seed)
+        return _random(model, mesh, tokenizer, seed, flag)
     directory = Path(model)
     if (directory / "export" / "config.json").is_file():
         directory = directory / "export"
     elif (directory / "checkpoints").is_dir():
         raise FileNotFoundError(
-            f"--model {model}: a run that has no export/ yet; finish it with --resume first"
+            f"{flag} {model}: a run that has no export/ yet; finish it with --resume first"
         )
     where = directory if directory.is_dir() else model
     try:
         config, params = hf.load(where, mesh)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"--model {model}: not a preset ({', '.join(PRESETS)}), not a run directory with"
+            f"{flag} {model}: not a preset ({', '.join(PRESETS)}), not a run directory with"
             f" export/, and not a Hugging Face model: {error}"
         ) from error
     found = _tokenizer(tokenizer or str(where))
     if len(found) > config.vocab_size:
         raise ValueError(
-            f"--model {model} has {config.vocab_size:,} tokens, its tokenizer {len(found):,}"
+            f"{flag} {model} has {config.vocab_size:,} tokens, its tokenizer {len(found):,}"
         )
     return config, params, found
 
 
 def _random(
-    preset: str, mesh: Mesh, tokenizer: str | None, seed: int
+    preset: str, mesh: Mesh, tokenizer: str | None, seed: int, flag: str
 ) -> tuple[ModelConfig, Params, Any]:
     if tokenizer is not None:
         found = _tokenizer(tokenizer)
@@ -72,7 +78,7 @@ def _random(
 
         found = miniature.tokenizer()
     else:
-        raise ValueError(f"--model {preset}: a preset has no tokenizer of its own: --tokenizer DIR")
+        raise ValueError(f"{flag} {preset}: a preset has no tokenizer of its own: --tokenizer DIR")
     eos = found.eos_token_id
     config = dataclasses.replace(
         PRESETS[preset],

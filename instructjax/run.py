@@ -19,15 +19,11 @@ batch 0; `state.step`, the checkpoint and the line of metrics.jsonl have the sam
 before training.
 """
 
-import fcntl
 import logging
 import math
 import os
 import shlex
-import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,17 +31,15 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from rich.table import Table
 
 from instructjax.checkpoint import Checkpoints, abstract
 from instructjax.config import RunConfig, write
 from instructjax.metrics import Metrics, ProgressLine, to_numbers
+from instructjax.process import Signals, cache_compilations, claim, keep_memory
 
 FINISHED, FAILED, USAGE, RESUMABLE = 0, 1, 2, 75  # exit codes; 75 is sysexits' "try again later"
-
-MIN_FREE = 2**26  # bytes, below which no run starts
 
 
 def main(fn: Callable[[], None]) -> NoReturn:
@@ -54,6 +48,7 @@ def main(fn: Callable[[], None]) -> NoReturn:
     An error of input, files or training is one line on stderr and FAILED; with
     INSTRUCTJAX_TRACEBACK=1 its traceback. Anything else is a bug, and shows its traceback anyway.
     """
+    keep_memory()
     try:
         fn()
     except (ValueError, OSError, FloatingPointError) as error:
@@ -101,9 +96,9 @@ class Run:
 
     def __enter__(self) -> "Run":
         with ExitStack() as stack:  # undoes what was done, should the rest fail
-            _cache_compilations()
+            cache_compilations()
             if jax.process_index() == 0:
-                self._claim(stack)
+                claim(self.out, stack)
                 for change in write(self.config, self.stage):
                     self._say(f"{self.out}: changed since: {change}")
             # orbax logs each failure from several threads, with tracebacks; we raise it.
@@ -121,7 +116,7 @@ class Run:
                 self.out, self._latest, self.config.tensorboard, self.config.wandb
             )
             stack.callback(self.metrics.close)
-            self._signals = stack.enter_context(_Signals(self._on_signal, self._stop_asked))
+            self._signals = stack.enter_context(Signals(self._on_signal, self._stop_asked))
             stack.callback(self._stop_display)
             self._stack = stack.pop_all()
         return self
@@ -321,69 +316,3 @@ class Run:
         if self._line is not None:
             self._line.stop()
             self._line = None
-
-    def _claim(self, stack: ExitStack) -> None:
-        """Makes the directory, which is this process' own until the stack is closed."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((self.out / ".lock").open("w"))
-        except OSError as error:
-            raise OSError(f"--out {self.out} cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(f"--out {self.out}: another process is training there") from error
-        except OSError:  # a file system without locks
-            pass
-        if (free := shutil.disk_usage(self.out).free) < MIN_FREE:
-            raise OSError(f"--out {self.out}: the disk is full, {free:,} bytes are free")
-
-
-class _Signals:
-    """Counts SIGTERM and SIGINT; ends the process at the second.
-
-    A thread reads them from the wakeup descriptor, since Python runs its own handlers only
-    between bytecodes: never during minutes of compilation.
-
-    Args:
-      handler: runs in the main thread, when that comes to it.
-      notify: runs in the thread with the count, at once.
-    """
-
-    def __init__(self, handler: Callable[..., None], notify: Callable[[int], None]):
-        self.count, self._handler, self._notify = 0, handler, notify
-
-    def __enter__(self) -> "_Signals":
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        self._old_descriptor = signal.set_wakeup_fd(self._write)
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self._old = {number: signal.signal(number, self._handler) for number in numbers}
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while byte := os.read(self._read, 1):
-            if byte[0] in self._old:
-                self.count += 1
-                self._notify(self.count)
-                if self.count > 1:
-                    os._exit(128 + byte[0])
-
-    def __exit__(self, *exc: Any) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._old_descriptor)
-        os.close(self._write)
-        self._thread.join()
-        os.close(self._read)
-
-
-def _cache_compilations() -> None:
-    """Keeps compiled programs between runs, where neither the user nor a test chose a place."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        cache = Path("~/.cache/instructjax/xla").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-        compilation_cache.reset_cache()  # it looks once, at the first compilation

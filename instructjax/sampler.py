@@ -1,35 +1,20 @@
-"""Sampling: prefill, then a decode loop that never leaves the device.
+"""Sampling: prompts in, a Rollout out; and one response as a stream of tokens.
 
 A row's noise is a function of (key, prompt index, sample, position) alone, so a prompt gets the
-same tokens in any batch, under any padding and on any mesh.
+same tokens in any batch, slot and bucket, under any padding and on any mesh.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from instructjax import models, sharding
-from instructjax.models import Cache, ModelConfig, Params, Shard
-from instructjax.models.attention import NEG_INF
-
-
-@flax.struct.dataclass
-class Rollout:
-    """Responses, a row per sample: the samples of a prompt stand together."""
-
-    tokens_BR: jax.Array  # int32, the response with its EOS; 0 after it
-    mask_BR: jax.Array  # bool, a prefix: True up to and including EOS
-    logp_BR: jax.Array  # float32, of each token at the sampling temperature; 0 after the end
-
-    def responses(self) -> list[list[int]]:
-        """Token ids of each row, EOS included."""
-        tokens, lengths = jax.device_get((self.tokens_BR, self.mask_BR.sum(-1)))
-        return [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
+from instructjax import decode, models, sharding
+from instructjax.decode import Batch, Rollout, Settings, State
+from instructjax.models import ModelConfig, Params
 
 
 def generate(
@@ -39,12 +24,15 @@ def generate(
     key: jax.Array,
     *,
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     eos_ids: Sequence[int] = (),
     samples_per_prompt: int = 1,
     indices: Sequence[int] | None = None,
+    slots: int | None = None,
+    widths: Sequence[int] = (),
     mesh: Mesh | None = None,
 ) -> Rollout:
     """Samples responses until EOS, or for max_new_tokens.
@@ -52,144 +40,166 @@ def generate(
     Args:
       prompts: lists of token ids, none empty.
       key: of all noise; the same key gives the same responses.
+      min_new_tokens: EOS is not drawn before this many tokens are there.
       temperature: logits are divided by it.
       top_k, top_p: sample among the k likeliest tokens, and among the likeliest of total
-        probability p; 0 and 1 turn them off. `logp_BR` is of the whole distribution all the same.
+        probability p; 0 and 1 turn them off. `logp_BR` is of the whole distribution all the same,
+        and so it is where min_new_tokens forbids EOS.
       eos_ids: tokens that end a response; default: the config's.
       samples_per_prompt: they share the prompt's prefill.
       indices: of the prompts, in the data: what their noise depends on. Default: 0, 1, ...
-      mesh: rows are split over data x fsdp.
+      slots: responses written at a time on the whole mesh, which changes no token; default: a
+        quarter of the rows, but 8 to a data shard, and all of them if none can end early.
+      widths: that prompts are padded to, see `buckets`; default: multiples of 32.
+      mesh: rows are split over data x fsdp, each data shard with slots and a queue of its own.
 
     Returns:
       a Rollout of len(prompts) * samples_per_prompt rows.
 
     Raises:
-      ValueError: a prompt is empty, or leaves no room in the model's context.
+      ValueError: a prompt is empty, leaves no room in the model's context or is wider than all of
+        `widths`; a setting is out of range.
     """
-    longest = max(map(len, prompts))
-    if not all(prompts):
-        raise ValueError("a prompt is empty")
-    if longest + max_new_tokens > config.max_length:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's"
-            f" context of {config.max_length}"
-        )
-    if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError("temperature must be positive, top_p in (0, 1], top_k not negative")
-    width = -(-longest // 32) * 32  # few compiled shapes
-    rows = len(prompts)
-    if mesh is not None:
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        rows = -(-rows // shards) * shards
-    tokens, live = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
-    live[:, -1] = True  # rows that only fill up the mesh
-    for i, prompt in enumerate(prompts):
-        tokens[i, width - len(prompt) :] = prompt
-        live[i, width - len(prompt) :] = True
-    at = np.zeros(rows, np.int32)
-    at[: len(prompts)] = np.arange(len(prompts)) if indices is None else indices
-    batch = (tokens, live, at)
+    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    eos_ids = tuple(eos_ids) or config.eos_ids
+    per_shard = -(-len(prompts) // shards)
+    rows = per_shard * samples_per_prompt
+    can_end = bool(eos_ids) and min_new_tokens < max_new_tokens
+    default = shards * (max(8, -(-rows // 4)) if can_end else rows)
+    shape = samples_per_prompt, min(-(-(default if slots is None else slots) // shards), rows)
+    sizes = max_new_tokens, min_new_tokens
+    settings = Settings(*sizes, temperature, top_k, top_p, eos_ids, *shape)
+    batch = _padded(config, settings, prompts, indices, per_shard * shards, widths)
     if mesh is not None:
         batch = jax.device_put(batch, sharding.batched(mesh))
-    rollout = _generate(
-        params,
-        *batch,
-        key,
-        config=config,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        eos_ids=tuple(eos_ids) or config.eos_ids,
-        samples=samples_per_prompt,
-        shard=_shard_of(mesh),
-    )
-    return jax.tree.map(lambda x: x[: len(prompts) * samples_per_prompt], rollout)
+    out, live_fraction = _generate(params, batch, key, config=config, settings=settings, mesh=mesh)
+    out = jax.tree.map(lambda x: x[: len(prompts) * samples_per_prompt], out)
+    return out.replace(live_fraction=live_fraction)
 
 
-@functools.cache
-def _shard_of(mesh: Mesh | None) -> Shard:
-    # One function a mesh: a new one would compile anew.
-    return models.unsharded if mesh is None else sharding.constrainer(mesh)
-
-
-_STATIC = ("config", "max_new_tokens", "temperature", "top_k", "top_p", "eos_ids", "samples")
-
-
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "shard"))
-def _generate(
+def stream(
     params: Params,
-    tokens_BP: jax.Array,
-    live_BP: jax.Array,
-    index_B: jax.Array,
+    config: ModelConfig,
+    prompt: Sequence[int],
     key: jax.Array,
     *,
-    config: ModelConfig,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    eos_ids: tuple[int, ...],
-    samples: int,
-    shard: Shard,
-) -> Rollout:
-    B, P = tokens_BP.shape
-    R = max_new_tokens
-    unembed_VD = models.unembedding(params).astype(config.dtype)
-    params = models.unstack(params, config)
-    cache = Cache.create(config, B, P + R)
-    hidden, cache = models.extend(params, config, cache, tokens_BP, live_BP, shard=shard)
-    # The samples of a prompt share its prefill: rows b 0, b 1, ... of each prompt.
-    repeat = lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x  # noqa: E731
-    cache, hidden_BD = jax.tree.map(repeat, (cache, hidden[:, -1]))
-    prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, repeat(index_B))
-    sample_B = jnp.tile(jnp.arange(samples), B)
-    row_keys = jax.vmap(jax.random.fold_in)(prompt_keys, sample_B)
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_ids: Sequence[int] = (),
+    mesh: Mesh | None = None,
+) -> Iterator[int]:
+    """Yields the tokens of `generate` for one prompt as they come, EOS included."""
+    eos_ids = tuple(eos_ids) or config.eos_ids
+    s = Settings(max_new_tokens, 0, temperature, top_k, top_p, eos_ids, samples=1, slots=1)
+    batch = _padded(config, s, [prompt], None, 1, ())
+    weights = jax.jit(_lay_out, static_argnums=(1, 2))(params, config, mesh)
+    state = _begin(weights, batch, config=config, settings=s)
+    while state.row_B[0] == 0:  # it is idle when row 0 is done
+        state = _advance(weights, batch, key, state, config=config, settings=s)
+        yield int(state.out.tokens_BR[0, state.length_B[0] - 1])
 
-    def noise(row_key, r):
-        # Of the real vocabulary: its padding must not change the draw.
-        gumbel = jax.random.gumbel(jax.random.fold_in(row_key, r), (config.vocab_size,))
-        return jnp.pad(gumbel, (0, unembed_VD.shape[0] - config.vocab_size))
 
-    def step(carry):
-        r, hidden_BD, cache, done_B, out = carry
-        logits_BV = models.token_logits(hidden_BD[:, None], unembed_VD, config, temperature)[:, 0]
-        noise_BV = jax.vmap(noise, (0, None))(row_keys, r)
-        token_B = jnp.argmax(_restrict(logits_BV, top_k, top_p) + noise_BV, axis=-1)
-        chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-        logp_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
-        live_B = ~done_B
-        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(  # noqa: E731
-            x, jnp.where(live_B, y, 0).astype(x.dtype), r, axis=1
+def buckets(lengths: Sequence[int], most: int = 4, multiple: int = 16) -> tuple[int, ...]:
+    """At most `most` widths to pad prompts of these lengths to, the last one that of the longest.
+
+    A width is a compiled program. Each is added where it saves the most padding.
+    """
+    rounded = -(-np.asarray(lengths) // multiple) * multiple
+    left, chosen = sorted(set(rounded.tolist())), []
+
+    def columns(width: int) -> int:
+        widths = np.array(sorted([*chosen, width]))
+        return int(widths[np.searchsorted(widths, rounded)].sum())
+
+    chosen.append(left.pop())
+    while left and len(chosen) < most:
+        chosen.append(min(left, key=columns))
+        left.remove(chosen[-1])
+    return tuple(sorted(chosen))
+
+
+def _padded(config, s: Settings, prompts, indices, rows: int, widths: Sequence[int]) -> Batch:
+    """A batch of `rows` rows, once all is known to be in range."""
+    if not prompts or not all(prompts):
+        raise ValueError("there is no prompt, or a prompt is empty")
+    R, longest = s.max_new_tokens, max(map(len, prompts))
+    if longest + R > config.max_length:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {R} new ones do not fit the model's"
+            f" context of {config.max_length}"
         )
-        out = Rollout(put(out.tokens_BR, token_B), put(out.mask_BR, 1), put(out.logp_BR, logp_B))
-        ended_B = (
-            jnp.isin(token_B, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros_like(done_B)
+    if s.temperature <= 0 or not 0 < s.top_p <= 1 or s.top_k < 0:
+        raise ValueError("temperature must be positive, top_p in (0, 1], top_k not negative")
+    if not 0 <= s.min_new_tokens <= R or s.slots < 1:
+        raise ValueError("min_new_tokens must be in [0, max_new_tokens], slots at least 1")
+    fitting = [width for width in widths or [-(-longest // 32) * 32] if width >= longest]
+    if not fitting:
+        raise ValueError(f"a prompt of {longest} tokens is wider than every width of {widths}")
+    P = min(*fitting, config.max_length - R)
+    batch = Batch(
+        np.zeros((rows, P), np.int32), np.zeros((rows, P), bool), np.full(rows, -1, np.int32)
+    )
+    for i, prompt in enumerate(prompts):
+        batch.tokens_BP[i, P - len(prompt) :] = prompt
+        batch.live_BP[i, P - len(prompt) :] = True
+    batch.index_B[: len(prompts)] = np.arange(len(prompts)) if indices is None else indices
+    return batch
+
+
+# ---------------------------------------------------------------------------- on the device
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings", "mesh"))
+def _generate(params, batch: Batch, key, *, config, settings, mesh: Mesh | None):
+    """Responses, and the share of live slots."""
+    weights = _lay_out(params, config, mesh)
+    run = functools.partial(decode.run, config=config, s=settings)
+    if mesh is not None:
+        # A loop to each data shard; what is split over tensor is left to the compiler, and as its
+        # collectives may not be met by some shards alone, all then take their steps together.
+        rows, whole = PartitionSpec(sharding.RULES["batch"]), PartitionSpec()
+        run = jax.shard_map(
+            functools.partial(
+                run,
+                shard=sharding.constrainer(mesh, sharding.GENERATION),
+                together=sharding.RULES["batch"] if mesh.shape["tensor"] > 1 else (),
+            ),
+            mesh=mesh,
+            in_specs=(whole, rows, whole),
+            out_specs=rows,
+            axis_names=set(sharding.RULES["batch"]),
+            check_vma=False,
         )
-        # Rows that are done go on sampling; what they give is masked.
-        hidden, cache = models.extend(params, config, cache, token_B[:, None], shard=shard)
-        return r + 1, hidden[:, 0], cache, done_B | ended_B, out
-
-    def unfinished(carry):
-        r, _, _, done_B, _ = carry
-        return (r < R) & ~jnp.all(done_B)
-
-    rows = B * samples
-    out = Rollout(jnp.zeros((rows, R), jnp.int32), jnp.zeros((rows, R), bool), jnp.zeros((rows, R)))
-    start = (jnp.int32(0), hidden_BD, cache, jnp.zeros(rows, bool), out)
-    return jax.lax.while_loop(unfinished, step, start)[-1]
+    out, spent = run(weights, batch, key)
+    return out, jnp.sum(out.mask_BR) / (jnp.max(spent) * len(spent))
 
 
-def _restrict(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """-inf outside the k likeliest tokens, then outside the nucleus of probability p."""
-    if top_k:
-        kth = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth, NEG_INF, logits_BV)
-    if top_p < 1:
-        ordered = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
-        p = jax.nn.softmax(ordered, axis=-1)
-        # A token stays if what is likelier has not reached p yet; the likeliest always stays.
-        kept = jnp.sum(jnp.cumsum(p, axis=-1) - p < top_p, axis=-1, keepdims=True)
-        least = jnp.take_along_axis(ordered, kept - 1, axis=-1)
-        logits_BV = jnp.where(logits_BV < least, NEG_INF, logits_BV)
-    return logits_BV
+def _lay_out(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
+    """Weights for decoding: a tree a layer, in the compute dtype, gathered over data and fsdp."""
+    weights = {**models.unstack(params, config), "unembed": {"kernel": models.unembedding(params)}}
+    # All but the norms' vectors, which compute in float32.
+    weights = jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, weights)
+    if mesh is None:
+        return weights
+    axes = models.logical_axes(config)
+    layer = jax.tree.map(lambda x: x[1:], axes["layers"], is_leaf=lambda x: isinstance(x, tuple))
+    axes |= {"layers": [layer] * config.layers, "unembed": {"kernel": ("vocab", "width")}}
+    layout = sharding.shardings(axes, weights, mesh, sharding.GENERATION)
+    return jax.lax.with_sharding_constraint(weights, layout)
+
+
+# ---------------------------------------------------------------------------- a token at a time
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings"))
+def _begin(weights, batch: Batch, *, config, settings) -> State:
+    prompts = decode.prefill(weights, batch, config, settings, models.unsharded)
+    idle = decode.start(prompts, 1, config, settings)
+    return decode.take(idle, prompts, jnp.int32(1), settings, slot=0, n=1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="state")
+def _advance(weights, batch: Batch, key, state, *, config, settings) -> State:
+    return decode.step(weights, batch.index_B, key, state, config=config, s=settings)

@@ -44,7 +44,7 @@ def loss_fn(
     )
     # The shift by one: the state at t is before the token at t + 1. The last state is before none.
     targets_BT = jnp.roll(tokens_BT, -1, axis=1)
-    weights_BT = jnp.roll(batch["mask_BT"], -1, axis=1).at[:, -1].set(False).astype(jnp.float32)
+    weights_BT = target_weights(batch)
     unembed_VD = models.unembedding(params)
     total: Any = models.cross_entropy(
         hidden_BTD, unembed_VD, targets_BT, weights_BT, config, None, shard
@@ -52,3 +52,8 @@ def loss_fn(
     weight = jnp.sum(weights_BT)
     mean = total / jnp.maximum(weight, 1)
     return mean, (weight, {"sft/loss": mean})
+
+
+def target_weights(batch: dict[str, Any]) -> jax.Array:
+    """float32 weights_BT of the targets, one column before the mask of the tokens."""
+    return jnp.roll(batch["mask_BT"], -1, axis=1).at[:, -1].set(False).astype(jnp.float32)

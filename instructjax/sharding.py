@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -156,3 +157,12 @@ def constrainer(mesh: Mesh, rules: Rules = RULES) -> Callable[..., jax.Array]:
         return jax.lax.with_sharding_constraint(x, spec if inside else NamedSharding(mesh, spec))
 
     return shard
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole of an array on every host, wherever its shards lie."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

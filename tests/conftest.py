@@ -6,15 +6,14 @@ from pathlib import Path
 # Set before jax is imported: a machine with an accelerator runs the suite on its CPU too.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-FLAGS = [
-    # The tests spend their time compiling programs that run for microseconds: the same HLO
-    # without LLVM's optimisation compiles twice as fast.
-    "--xla_backend_optimization_level=0",
-    # Eight devices share few threads. Independent collectives of one program, begun in another
-    # order on each device, can take them all and wait for ever.
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-]
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+# The tests spend their time compiling programs that run for microseconds: the same HLO without
+# LLVM's optimisation compiles twice as fast. And eight devices share few threads: independent
+# collectives of one program, begun in another order on each device, can take them all and wait
+# for ever.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_enable_concurrency_optimized_scheduler=false",
+)
 
 import jax
 import pytest

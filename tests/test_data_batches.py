@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructjax.data import ComparisonRows, Dataset, PackedRows, PromptRows, Record, Stream
+from instructjax.data import (
+    ComparisonRows,
+    Dataset,
+    PackedComparisonRows,
+    PackedRows,
+    PromptRows,
+    Record,
+    Stream,
+)
 from instructjax.data.packing import pack
 from instructjax.data.tokens import Spans
 
@@ -158,6 +166,40 @@ def test_comparisons_by_hand():
         "mask_BK": "bool",
         "margin_B": "float32",
     }
+
+
+def test_packed_comparisons_by_hand():
+    """The longest first, then what fits behind it: 9 tokens, and 5 of the second comparison."""
+    data = dataset(
+        "comparisons",
+        [[1], [2, 3], [1]],
+        [[[4, 9], [5, 9]], [[6, 9], [7, 8, 9], [8, 9]], [[4, 4, 9], [9]]],
+        [[2, 1], [1, 1, 3], [1, 2]],
+    )
+    rows = PackedComparisonRows(data, 15, silent)
+    assert rows.rows == [[1, 0], [2]]
+    batch = next(Stream(rows, 2, seed=0).once())
+    expected = {
+        "tokens_BT": [2, 3, 6, 9, 7, 8, 9, 8, 9, 1, 4, 9, 5, 9, 0],
+        "segments_BT": [1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 6, 6, 7, 7, 0],
+        "parents_BT": [1, 1, 1, 1, 1, 1, 1, 1, 1, 5, 5, 5, 5, 5, 0],
+        "positions_BT": [0, 1, 2, 3, 2, 3, 4, 2, 3, 0, 1, 2, 1, 2, 0],
+        "last_BCK": [[3, 6, 8], [11, 13, 0]],
+        "ranks_BCK": [[1, 1, 3], [2, 1, 0]],
+        "mask_BCK": [[True] * 3, [True, True, False]],
+        "margin_BC": [0, 0],
+    }
+    assert {name: array[0].tolist() for name, array in batch.items()} == expected
+    assert batch["ranks_BCK"][1].tolist() == [[1, 2, 0], [0, 0, 0]]
+    # What the rows give goes back to the order of the data; a filler at the end to nowhere.
+    scores = np.arange(18.0).reshape(3, 2, 3)
+    assert rows.by_comparison(scores).tolist() == [[3, 4, 5], [0, 1, 2], [6, 7, 8]]
+
+
+def test_comparisons_must_fit_a_row():
+    data = dataset("comparisons", [[1], [1]], [[[2], [3]], [[3] * 5, [4] * 4]], [[1, 2], [1, 2]])
+    with pytest.raises(ValueError, match=r"^f:2 has 10 tokens, which a row of 8 cannot hold"):
+        PackedComparisonRows(data, 8, silent)
 
 
 # --- streams ---

@@ -1,4 +1,4 @@
-"""The supervised objectives on batches, and the reward model's figures."""
+"""The supervised objectives on batches."""
 
 import dataclasses
 import functools
@@ -115,6 +115,51 @@ def test_scores_equal_separate_passes(config):
         assert abs(got[b, k] - want) < 1e-5
 
 
+@pytest.mark.parametrize("config", [LM, WINDOWED], ids=["full", "window"])
+def test_packed_comparisons_are_scored_as_those_in_slots(config):
+    """Scores, loss and gradient; a row with one comparison, one with two, and a filler."""
+    _, rm_config, rm = models_of(config)
+    slots = comparison_batch()
+    slots["margin_B"] = jnp.array([0.5, 0.0, 1.5])
+    flat = jax.tree.map(np.asarray, slots)
+    T, K = 48, flat["ranks_BK"].shape[1]
+    tokens, segments, parents, positions = np.zeros((4, 3, T), np.int32)
+    last, ranks = np.zeros((2, 3, 2, K), np.int32)
+    margin = np.zeros((3, 2), np.float32)
+    place = {0: (0, 0), 1: (1, 0), 2: (1, 1)}  # comparison -> row, which of its comparisons
+    ends = [0, 0]
+    for i, (row, c) in place.items():
+        prompt = flat["prompt_BP"][i][flat["prompt_mask_BP"][i]]
+        ranks[row, c], margin[row, c] = flat["ranks_BK"][i], flat["margin_B"][i]
+        for k in range(-1, int(flat["mask_BK"][i].sum())):
+            live = flat["response_mask_BKR"][i, k]
+            span = prompt if k < 0 else flat["responses_BKR"][i, k][live]
+            at = slice(ends[row], ends[row] + len(span))
+            ends[row] = at.stop
+            tokens[row, at], segments[row, at], parents[row, at] = span, 10 * c + k + 2, 10 * c + 1
+            positions[row, at] = np.arange(len(span)) + (0 if k < 0 else len(prompt))
+            if k >= 0:
+                last[row, c, k] = at.stop - 1
+    packed = {
+        "tokens_BT": tokens, "segments_BT": segments, "parents_BT": parents,
+        "positions_BT": positions, "last_BCK": last, "ranks_BCK": ranks, "mask_BCK": ranks > 0,
+        "margin_BC": margin,
+    }  # fmt: skip
+    ours, theirs = reward.score(rm, rm_config, packed), reward.score(rm, rm_config, slots)
+    for i, (row, c) in place.items():
+        live = flat["mask_BK"][i]
+        np.testing.assert_allclose(ours[row, c][live], theirs[i][live], atol=1e-5)
+
+    def mean(params, batch):
+        return reward.loss_fn(params, batch, None, config=rm_config)[0]
+
+    (a, da), (b, db) = (jax.value_and_grad(mean)(rm, batch) for batch in (packed, slots))
+    assert abs(a - b) < 1e-6
+    assert reward.loss_fn(rm, packed, None, config=rm_config)[1][0] == 2
+    for x, y in zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * max(1, float(jnp.linalg.norm(y))))
+
+
 def test_rm_loss_is_a_mean_over_prompts_with_a_strict_pair():
     _, config, rm = models_of(LM)
     batch = comparison_batch()  # the second prompt has a tie alone
@@ -159,49 +204,3 @@ def test_center():
     before = reward.score(rm, config, batch)
     after = reward.score(reward.center(rm, jnp.mean(before)), config, batch)
     np.testing.assert_allclose(after, before - jnp.mean(before), atol=1e-6)
-
-
-# ---------------------------------------------------------------------------- figures
-
-
-def test_pairs_and_accuracy_by_hand():
-    scores = np.array([[3.0, 1.0, 2.0], [0.0, 0.0, 9.0]])
-    ranks, mask = np.array([[1, 2, 4], [1, 2, 0]]), np.array([[1, 1, 1], [1, 1, 0]])
-    pairs = reward.pairs_of(scores, ranks, mask)
-    assert sorted(zip(pairs.gap, pairs.distance, pairs.prompt, strict=True)) == [
-        (-1.0, 2, 0),
-        (0.0, 1, 1),
-        (1.0, 3, 0),
-        (2.0, 1, 0),
-    ]
-    mean, low, high = reward.accuracy(pairs)
-    assert mean == 2.5 / 4  # equal scores are half right
-    assert low <= mean <= high
-    assert np.isnan(reward.accuracy(reward.pairs_of(scores, ranks, np.zeros((2, 3))))[0])
-
-
-def test_the_interval_covers():
-    """Of 200 samples from a coin of 0.7, with prompts of 5 pairs alike, about 95 % cover 0.7."""
-    covered = 0
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        gap = np.repeat(np.where(rng.random(60) < 0.7, 1.0, -1.0), 5)
-        pairs = reward.Pairs(gap, np.ones(300, int), np.repeat(np.arange(60), 5))
-        _, low, high = reward.accuracy(pairs, draws=200)
-        covered += low <= 0.7 <= high
-    assert 180 <= covered <= 198
-
-
-def test_calibration_of_a_calibrated_model():
-    """Winners drawn with probability sigmoid(gap): observed follows predicted."""
-    rng = np.random.default_rng(0)
-    gap = rng.normal(size=20000) * 2
-    gap *= np.where(rng.random(20000) < 1 / (1 + np.exp(-gap)), 1, -1)
-    pairs = reward.Pairs(gap, np.ones(20000, int), np.arange(20000))
-    predicted, observed, count = reward.calibration(pairs)
-    assert count.sum() == 40000
-    np.testing.assert_allclose(observed, predicted, atol=0.03)
-    np.testing.assert_allclose(observed + observed[::-1], 1, atol=1e-12)
-    overconfident = reward.Pairs(3 * gap, pairs.distance, pairs.prompt)
-    predicted, observed, _ = reward.calibration(overconfident)
-    assert predicted[-2] - observed[-2] > 0.1

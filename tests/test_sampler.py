@@ -1,7 +1,8 @@
-"""Sampling: whose noise it is, what its log-probabilities are of, and its statistics."""
+"""Sampling: whose noise it is, what its log-probabilities are of, its statistics, its queue."""
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,78 +10,145 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from instructjax import models, sampler, sharding
-from instructjax.models import ModelConfig
+from instructjax import decode, draw, models, sampler, sharding
+from instructjax.models import ModelConfig, Rope
 
 CONFIG = ModelConfig(
     vocab_size=40, layers=2, width=16, heads=2, mlp_width=32, max_length=128, eos_ids=(3,)
 )
+ROTARY = dataclasses.replace(CONFIG, positions="rotary", kv_heads=1, norm="rms", gated=True)
+WINDOWS = dataclasses.replace(
+    ROTARY, window=5, windowed=(True, False), local_rope=Rope(theta=100.0), tied=False
+)
+FAMILIES = {"learned": CONFIG, "rotary": ROTARY, "windows": WINDOWS}
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
+R = 24
 
 
 @functools.cache
-def params():
-    return jax.tree.map(lambda x: x * 4, models.init(CONFIG, jax.random.key(0)))
+def params(config=CONFIG):
+    return jax.tree.map(lambda x: x * 4, models.init(config, jax.random.key(0)))
 
 
-def generate(prompts=PROMPTS, seed=0, **changes):
-    changes = {"max_new_tokens": 24, **changes}
-    return sampler.generate(params(), CONFIG, prompts, jax.random.key(seed), **changes)
+def generate(prompts=PROMPTS, seed=0, config=CONFIG, **changes):
+    changes = {"max_new_tokens": R, **changes}
+    return sampler.generate(params(config), config, prompts, jax.random.key(seed), **changes)
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_log_probabilities_equal_a_second_pass(temperature):
-    rollout = generate(temperature=temperature)
-    for prompt, response, logp in zip(
-        PROMPTS, rollout.responses(), np.asarray(rollout.logp_BR), strict=True
-    ):
-        logits = models.logits(params(), CONFIG, jnp.array([prompt + response]))[0]
-        again = jax.nn.log_softmax(logits / temperature)[len(prompt) - 1 : -1]
-        want = np.take_along_axis(np.asarray(again), np.array(response)[:, None], 1)[:, 0]
-        np.testing.assert_allclose(logp[: len(response)], want, atol=5e-5)
-        assert (logp[len(response) :] == 0).all()
+def many(n=40, vocab=40):
+    """Prompts of 1 to 8 tokens."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, vocab, rng.integers(1, 9)).tolist() for _ in range(n)]
+
+
+@functools.cache
+def logits_of(config):
+    return jax.jit(lambda tokens: models.logits(params(config), config, tokens))
+
+
+def assert_drawn(prompts, rollout, config=CONFIG, samples=1):
+    """Each token is the best of logits + noise on a second pass without a cache; no near tie."""
+    responses = rollout.responses()
+    whole = [[*prompts[row // samples], *response] for row, response in enumerate(responses)]
+    width = max(map(len, prompts)) + R
+    z = np.asarray(logits_of(config)(jnp.array([x + [0] * (width - len(x)) for x in whole])))
+    row, r = (x.ravel() for x in np.indices((len(whole), R)))
+    noise = draw.noise(jax.random.key(0), row // samples, row % samples, r, 40, 40)
+    noise, nearest = np.asarray(noise).reshape(-1, R, 40), np.inf
+    for i, response in enumerate(responses):
+        n = len(response)
+        perturbed = z[i, len(whole[i]) - n - 1 :][:n] + noise[i, :n]
+        assert perturbed.argmax(-1).tolist() == response
+        best = np.sort(perturbed, axis=-1)
+        nearest = min(nearest, (best[:, -1] - best[:, -2]).min())
+    assert nearest > 1e-4  # so that reordered sums cannot change a token
+
+
+# ---------------------------------------------------------------------------- log-probabilities
+
+
+@pytest.mark.parametrize(
+    "changes", [{"temperature": 0.7}, {"top_p": 0.9, "top_k": 30, "min_new_tokens": 3}], ids=str
+)
+def test_log_probabilities_equal_a_second_pass(changes):
+    """Of the whole distribution at the sampling temperature, whatever is not to be drawn."""
+    prompts = many()
+    rollout = generate(prompts, **changes)
+    responses, logp = rollout.responses(), np.asarray(rollout.logp_BR)
+    # A sampled pad is a token like any other, and shifts nothing behind it.
+    assert sum(0 in response[:-1] for response in responses) > 5
+    tokens, live = np.zeros((40, 8 + R), np.int32), np.zeros((40, 8 + R), bool)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        tokens[i, 8 - len(prompt) : 8 + len(response)] = prompt + response
+        live[i, 8 - len(prompt) : 8 + len(response)] = True
+    hidden = models.apply(params(), CONFIG, tokens, mask_BT=jnp.array(live))[:, 7:-1]
+    again = models.token_logp(
+        hidden, models.unembedding(params()), tokens[:, 8:], CONFIG,
+        temperature=changes.get("temperature", 1.0),
+    )  # fmt: skip
+    mask = np.asarray(rollout.mask_BR)
+    np.testing.assert_allclose(logp[mask], np.asarray(again)[mask], atol=5e-5)
+    assert (logp[~mask] == 0).all()
+    assert (np.asarray(rollout.tokens_BR)[~mask] == 0).all()
+
+
+# ---------------------------------------------------------------------------- the end
 
 
 def test_a_response_ends_with_its_eos():
-    rollout = generate(PROMPTS * 8, indices=range(32))
+    rollout = generate(many())
     mask, tokens = np.asarray(rollout.mask_BR), np.asarray(rollout.tokens_BR)
     lengths = mask.sum(-1)
-    assert (mask == (np.arange(24) < lengths[:, None])).all()
+    assert (mask == (np.arange(R) < lengths[:, None])).all()
     ended = 0
     for row, n in zip(tokens, lengths, strict=True):
         assert 3 not in row[: n - 1]
         ended += row[n - 1] == 3
-        assert row[n - 1] == 3 or n == 24
+        assert row[n - 1] == 3 or n == R
     assert ended > 3
     assert len(set(lengths.tolist())) > 3
-    several = generate(PROMPTS * 8, indices=range(32), eos_ids=(3, *range(20, 40)))
-    assert np.asarray(several.mask_BR).sum() < mask.sum()
+
+
+def test_several_eos_and_a_least_length():
+    """Each EOS ends a response, none before min_new_tokens; up to there nothing else changes."""
+    prompts, ends = many(), {3, *range(20, 40)}
+    free = generate(prompts, eos_ids=tuple(ends)).responses()
+    late = generate(prompts, eos_ids=tuple(ends), min_new_tokens=4).responses()
+    assert len({row[-1] for row in free if len(row) < R}) > 5
+    for a, b in zip(free, late, strict=True):
+        assert not ends & set(a[:-1])
+        assert not ends & set(b[:3])
+        assert len(b) >= 4
+        same = min(len(a) - 1, 3)
+        assert a[:same] == b[:same]
+        if len(a) > 4:
+            assert a == b
+    assert min(map(len, free)) == 1
+
+
+# ---------------------------------------------------------------------------- noise
 
 
 def test_noise_belongs_to_the_prompt():
-    """The same tokens in another order, batch, padding or mesh; others for another key or index."""
-    whole = generate().responses()
+    """The same tokens in another order, batch, bucket or mesh; others for another key or index."""
+    rollout = generate()
+    assert_drawn(PROMPTS, rollout)
+    whole = rollout.responses()
     order = [2, 0, 3, 1]
-    assert generate([PROMPTS[i] for i in order], indices=order).responses() == [
-        whole[i] for i in order
-    ]
+    moved = generate([PROMPTS[i] for i in order], indices=order).responses()
+    assert moved == [whole[i] for i in order]
     assert generate([PROMPTS[2]], indices=[2]).responses() == [whole[2]]
-    long = [16] * 40  # a wider bucket
-    assert generate([*PROMPTS, long]).responses()[:4] == whole
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    layout = sharding.shardings(models.logical_axes(CONFIG), params(), mesh)
-    placed = jax.device_put(params(), layout)
-    key = jax.random.key(0)
-    meshed = sampler.generate(placed, CONFIG, PROMPTS[:3], key, max_new_tokens=24, mesh=mesh)
-    assert meshed.responses() == whole[:3]
+    assert generate(widths=(4, 7, 96)).responses() == whole
     assert generate(seed=1).responses() != whole
-    assert generate([PROMPTS[0]] * 2, indices=[0, 7]).responses()[0] == whole[0]
-    assert generate([PROMPTS[0]] * 2, indices=[0, 7]).responses()[1] != whole[0]
+    first, other = generate([PROMPTS[0]] * 2, indices=[0, 7]).responses()
+    assert first == whole[0] != other
 
 
 def test_samples_of_a_prompt():
     """Differ from one another; the first is that of a single sample."""
-    several = generate(samples_per_prompt=3).responses()
+    rollout = generate(samples_per_prompt=3)
+    assert_drawn(PROMPTS, rollout, samples=3)
+    several = rollout.responses()
     assert several[::3] == generate().responses()
     assert all(len({tuple(row) for row in several[i : i + 3]}) == 3 for i in range(0, 12, 3))
 
@@ -92,8 +160,11 @@ def test_samples_of_a_prompt():
 )
 def test_frequencies(changes):
     """20,000 first tokens against the model's own probabilities, by a chi-square test."""
-    prompt = [5, 6, 7]
-    rollout = generate([prompt], max_new_tokens=1, samples_per_prompt=20000, **changes)
+    prompt, endless = [5, 6, 7], dataclasses.replace(CONFIG, eos_ids=())
+    rollout = sampler.generate(
+        params(), endless, [prompt], jax.random.key(0), max_new_tokens=1, samples_per_prompt=20000,
+        **changes,
+    )  # fmt: skip
     counts = np.bincount(np.asarray(rollout.tokens_BR)[:, 0], minlength=40)
     z = np.asarray(models.logits(params(), CONFIG, jnp.array([prompt]))[0, -1], np.float64)
     p = np.exp(z / changes.get("temperature", 1.0))
@@ -115,22 +186,201 @@ def test_frequencies(changes):
     assert stats.chisquare(observed[used], expected[used]).pvalue > 0.001
 
 
+def test_an_unfinished_vocabulary_is_never_sampled():
+    """Rows of the padded table (40 of 128 are real) have no probability."""
+    hot = {"temperature": 50.0, "max_new_tokens": 8}
+    narrow = generate([[5]] * 64, **hot)
+    assert np.asarray(narrow.tokens_BR).max() < 40
+    wide = dataclasses.replace(CONFIG, vocab_size=128)
+    other = sampler.generate(params(), wide, [[5]] * 8, jax.random.key(0), **hot)
+    assert np.asarray(other.tokens_BR).max() >= 40
+
+
+# ---------------------------------------------------------------------------- continuous batching
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_continuous_batching_changes_no_token(family):
+    """Slots of their own on one device and on eight, against as many slots as rows."""
+    config = dataclasses.replace(FAMILIES[family], eos_ids=(3, 4, 5, 6, 7))
+    prompts, key = many(35), jax.random.key(0)
+    sample = functools.partial(
+        sampler.generate, config=config, prompts=prompts, key=key, max_new_tokens=R,
+        samples_per_prompt=2,
+    )  # fmt: skip
+    plain = sample(params(config), slots=70)
+    assert_drawn(prompts, plain, config, samples=2)
+    lengths = np.asarray(plain.mask_BR).sum(-1)
+    assert lengths.min() < 3
+    assert lengths.max() > 14
+    meshes = {
+        "learned": [{"data": 2, "fsdp": 2, "tensor": 2}],
+        "rotary": [],  # its one key/value head cannot be split
+        "windows": [{"data": 8, "fsdp": 1}],
+    }
+    for axes, slots in [(None, 18), *((axes, 8) for axes in meshes[family])]:
+        mesh, placed = None, params(config)
+        if axes is not None:
+            mesh = sharding.make_mesh(**axes)
+            layout = sharding.shardings(models.logical_axes(config), placed, mesh)
+            placed = jax.device_put(placed, layout)
+        got = sample(placed, slots=slots, mesh=mesh)
+        assert got.responses() == plain.responses(), axes
+        np.testing.assert_allclose(got.logp_BR, plain.logp_BR, atol=5e-5)
+
+
+def schedule(lengths, slots, sizes):
+    """The share of live slots by a plain simulation."""
+    left, queue, spent, size = [0] * slots, list(lengths), 0, slots
+    while True:
+        for i, n in enumerate(left):
+            if n == 0 and queue:
+                left[i] = queue.pop(0)
+        live = sum(n > 0 for n in left)
+        while not queue and sizes and live <= sizes[0]:
+            size = sizes.pop(0)
+        if not live:
+            return sum(lengths) / spent
+        spent += size
+        left = [max(n - 1, 0) for n in left]
+
+
+def test_the_share_of_live_slots():
+    """At least 0.8 by default, where the mean length is a quarter of the longest allowed."""
+    config = dataclasses.replace(CONFIG, layers=1, eos_ids=(3, 4, 5, 6))
+    # Every token is as likely: an EOS is 1 in 10.
+    level = jax.tree.map(jnp.zeros_like, models.init(config, jax.random.key(0)))
+    sample = functools.partial(
+        sampler.generate, level, config, [[5]] * 128, jax.random.key(0), max_new_tokens=36
+    )
+    rollout = sample()
+    lengths = np.asarray(rollout.mask_BR).sum(-1).tolist()
+    assert 8 < np.mean(lengths) < 10
+    assert rollout.live_fraction == pytest.approx(schedule(lengths, 32, [16, 8]))
+    assert rollout.live_fraction > 0.8
+    plain = sample(slots=128)
+    assert plain.live_fraction == pytest.approx(schedule(lengths, 128, [64, 32]))
+    assert plain.responses() == rollout.responses()
+    endless = sampler.generate(
+        level, dataclasses.replace(config, eos_ids=()), [[5]] * 9, jax.random.key(0),
+        max_new_tokens=2,
+    )  # fmt: skip
+    assert endless.live_fraction == 1
+
+
+# ---------------------------------------------------------------------------- programs
+
+
+COLLECTIVE = re.compile(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)")
+
+
+def collectives(hlo):
+    """Elements of the largest collective (inside loops, outside of them)."""
+    bodies, calls, sizes, name = set(), {}, {}, ""
+    for line in hlo.splitlines():
+        if opened := re.match(r"(?:ENTRY )?%([\w.\-]+) \(", line):
+            name = opened[1]
+        bodies |= set(re.findall(r"(?:body|condition)=%([\w.\-]+)", line))
+        calls.setdefault(name, set()).update(re.findall(r"=%([\w.\-]+)", line))
+        if found := COLLECTIVE.search(line):
+            shapes = re.findall(r"\[([\d,]*)\]", found[1])
+            size = max(int(np.prod([int(n) for n in s.split(",") if n])) for s in shapes)
+            sizes[name] = max(sizes.get(name, 0), size)
+    inside, new = set(), bodies
+    while new:
+        inside |= new
+        new = {callee for name in new for callee in calls.get(name, ())} - inside
+    within = max((size for name, size in sizes.items() if name in inside), default=0)
+    return within, max((size for name, size in sizes.items() if name not in inside), default=0)
+
+
+@pytest.mark.parametrize("axes", [(2, 4, 1), (2, 2, 2)], ids=str)
+def test_no_parameter_is_gathered_in_the_loop(axes):
+    """From fully sharded weights: gathered before the loop; within it, a slot's activations."""
+    mesh = sharding.make_mesh(*axes)
+    config = dataclasses.replace(CONFIG, width=64, mlp_width=128, heads=4, vocab_size=512)
+    shapes = jax.eval_shape(lambda: models.init(config, jax.random.key(0)))
+    layout = sharding.shardings(models.logical_axes(config), shapes, mesh)
+    placed = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, layout
+    )
+    rows = sharding.batched(mesh)
+    batch = decode.Batch(
+        *(
+            jax.ShapeDtypeStruct(shape, kind, sharding=rows)
+            for shape, kind in (((32, 8), jnp.int32), ((32, 8), bool), ((32,), jnp.int32))
+        )
+    )
+    settings = decode.Settings(R, 0, 1.0, 0, 1.0, (3,), samples=1, slots=2)
+    program = sampler._generate.lower(
+        placed, batch, jax.random.key(0), config=config, settings=settings, mesh=mesh
+    ).compile()
+    within, before = collectives(program.as_text())
+    smallest = 64 * 64 // axes[2]  # a query kernel's share
+    assert before >= smallest
+    # Prefill runs in a loop too, of 2 prompts of 8 tokens a turn: its activations are 1,024.
+    assert within <= (1024 if axes[2] > 1 else 0)
+
+
+def test_weights_for_decoding():
+    """The compute dtype, but for the norms; whole on each data shard, split over tensor."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    weights = jax.jit(sampler._lay_out, static_argnums=(1, 2))(params(), config, mesh)
+    query = weights["layers"][1]["attention"]["query"]["kernel"]
+    assert query.dtype == jnp.bfloat16
+    assert query.sharding.spec == jax.sharding.PartitionSpec(None, "tensor")
+    assert weights["layers"][0]["mlp_norm"]["scale"].dtype == jnp.float32
+    assert len(weights["layers"]) == 2
+    rollout = sampler.generate(
+        params(), config, PROMPTS, jax.random.key(0), max_new_tokens=4, mesh=mesh
+    )
+    assert np.isfinite(rollout.logp_BR).all()
+
+
+def test_one_program_for_all_prompts_of_a_bucket():
+    generate([[5] * 3, [6]], widths=(8, 16))
+    before = sampler._generate._cache_size()
+    generate([[5] * 8, [6] * 2], seed=3, indices=[7, 9], widths=(8, 16))
+    assert sampler._generate._cache_size() == before
+
+
+def test_buckets():
+    assert sampler.buckets([5, 17, 64, 3]) == (16, 32, 64)
+    assert sampler.buckets([100], multiple=32) == (128,)
+    # 90 short ones, 9 of middle length, a long one: the widest must be, then what saves the most.
+    lengths = [10] * 90 + [50] * 9 + [200]
+    assert sampler.buckets(lengths, most=1) == (208,)
+    assert sampler.buckets(lengths, most=2) == (16, 208)
+    assert sampler.buckets(lengths, most=3) == (16, 64, 208)
+
+
+def test_streaming_gives_the_same_tokens():
+    for prompt in PROMPTS[:2]:
+        whole = generate([prompt], temperature=0.9, top_p=0.9).responses()[0]
+        streamed = sampler.stream(
+            params(),
+            CONFIG,
+            prompt,
+            jax.random.key(0),
+            max_new_tokens=R,
+            temperature=0.9,
+            top_p=0.9,
+        )
+        assert list(streamed) == whole
+
+
 def test_bad_arguments():
     for changes, message in [
+        ({"prompts": []}, "there is no prompt"),
         ({"prompts": [[]]}, "a prompt is empty"),
         ({"max_new_tokens": 127}, "do not fit the model's context of 128"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"min_new_tokens": 25}, "min_new_tokens must be in"),
+        ({"slots": 0}, "slots at least 1"),
+        ({"widths": (2, 4)}, r"5 tokens is wider than every width of \(2, 4\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             generate(**changes)
-
-
-def test_an_unfinished_vocabulary_is_never_sampled():
-    """Rows of the padded table (40 of 128 are real) have no probability."""
-    hot = generate([[5]] * 64, indices=range(64), temperature=50.0, max_new_tokens=8)
-    assert np.asarray(hot.tokens_BR).max() < 40
-    wide = dataclasses.replace(CONFIG, vocab_size=128)
-    other = sampler.generate(
-        params(), wide, [[5]] * 8, jax.random.key(0), max_new_tokens=8, temperature=50.0
-    )
-    assert np.asarray(other.tokens_BR).max() >= 40
+    # The widest bucket is cut to what the context leaves.
+    assert generate([[5] * 100], max_new_tokens=28).tokens_BR.shape == (1, 28)

@@ -20,7 +20,13 @@ In short, for packed demonstrations with a tenth of text mixed in:
     for batch in Stream(rows, 32, seed=0, weights=[0.9, 0.1]).iterate(start=step): ...
 """
 
-from instructjax.data.batches import ComparisonRows, PackedRows, PromptRows, Stream
+from instructjax.data.batches import (
+    ComparisonRows,
+    PackedComparisonRows,
+    PackedRows,
+    PromptRows,
+    Stream,
+)
 from instructjax.data.config import DataConfig
 from instructjax.data.errors import DataError
 from instructjax.data.load import Dataset, encode, load, read
@@ -31,6 +37,7 @@ __all__ = [
     "DataConfig",
     "DataError",
     "Dataset",
+    "PackedComparisonRows",
     "PackedRows",
     "PromptRows",
     "Record",

@@ -106,6 +106,7 @@ class ComparisonRows:
         self.P = int(dataset.prompt.lengths.max())
         self.R = int(dataset.response.lengths.max())
         self.R += -(self.P + self.R) % multiple
+        self.tokens = self.P + dataset.ranks.shape[1] * self.R  # of a row
         self.filler = {name: np.zeros_like(array) for name, array in self[0].items()}
 
     def __len__(self) -> int:
@@ -131,6 +132,78 @@ class ComparisonRows:
             "mask_BK": ranks > 0,
             "margin_B": np.asarray(self.dataset.records[index].margin, np.float32),
         }
+
+    def by_comparison(self, scores: np.ndarray) -> np.ndarray:
+        """Scores [n, K] in the order of the data, of what the rows' own gave in that order."""
+        return scores[: len(self)]
+
+
+class PackedComparisonRows:
+    """Comparisons packed into rows of `length` tokens: short ones leave fixed slots half empty.
+
+    A row holds
+      tokens [T] int32: prompt, response, response, ..., the next prompt, ..., then zeros;
+      segments [T] int32: a number of its own for each prompt and response, 0 where it is empty;
+      parents [T] int32: the segment of the prompt, in prompts too;
+      positions [T] int32: from 0 in each prompt; each response goes on from its prompt's;
+      last [C, K] int32: where the last token of each response is;
+      ranks [C, K], mask [C, K] and margin [C], as in ComparisonRows, of the C comparisons.
+
+    C is the most comparisons of a row. Each must fit: `load` them and leave longer ones out.
+    """
+
+    def __init__(self, dataset: Dataset, length: int, log: Callable[[str], None] = print):
+        total = dataset.prompt.lengths + dataset.response.lengths.sum(1)
+        if total.max() > length:
+            worst = dataset.records[int(total.argmax())].where
+            problem = f"has {total.max()} tokens, which a row of {length} cannot hold (--length)"
+            raise ValueError(f"{worst} {problem}")
+        self.rows = pack(total, length)
+        self.C = max(map(len, self.rows))
+        self.dataset, self.tokens = dataset, length
+        self.fill_rate = float(total.sum() / (len(self.rows) * length))
+        self.filler = {name: np.zeros_like(array) for name, array in self[0].items()}
+        log(
+            f"  packed {len(dataset):,} comparisons, {total.sum():,} tokens, into"
+            f" {len(self):,} rows of {length:,}: {self.fill_rate:.1%} full"
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        tokens, segments, parents, positions = np.zeros((4, self.tokens), np.int32)
+        K, data = self.dataset.ranks.shape[1], self.dataset
+        last, ranks = np.zeros((2, self.C, K), np.int32)
+        margin, at, segment = np.zeros(self.C, np.float32), 0, 0
+        for c, comparison in enumerate(self.rows[index]):
+            prompt, parent = data.prompt[comparison], segment + 1
+            ranks[c], margin[c] = data.ranks[comparison], data.records[comparison].margin
+            responses = [data.response[comparison, k] for k in range(np.count_nonzero(ranks[c]))]
+            for k, span in enumerate([prompt, *responses], start=-1):
+                place, segment = slice(at, at + len(span)), segment + 1
+                tokens[place], segments[place], parents[place] = span, segment, parent
+                positions[place] = np.arange(len(span)) + (len(prompt) if k >= 0 else 0)
+                at += len(span)
+                if k >= 0:
+                    last[c, k] = at - 1
+        return {
+            "tokens_BT": tokens,
+            "segments_BT": segments,
+            "parents_BT": parents,
+            "positions_BT": positions,
+            "last_BCK": last,
+            "ranks_BCK": ranks,
+            "mask_BCK": ranks > 0,
+            "margin_BC": margin,
+        }
+
+    def by_comparison(self, scores: np.ndarray) -> np.ndarray:
+        """Scores [n, K] in the order of the data, of the rows' own [rows, C, K] in their order."""
+        found = np.zeros(self.dataset.ranks.shape, scores.dtype)
+        for row, comparisons in zip(scores, self.rows, strict=False):  # fillers come last
+            found[comparisons] = row[: len(comparisons)]
+        return found
 
 
 class PromptRows:

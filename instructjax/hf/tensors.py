@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from instructjax import sharding
 from instructjax.hf.families import FAMILIES
 from instructjax.models.config import ModelConfig
 from instructjax.models.layer import Params
@@ -211,7 +212,7 @@ def file_tensors(
         parts = []
         for leaf in entry.leaves:
             array = leaves[leaf]
-            part = _fetch(array if entry.layer is None else _layer(array, entry.layer))
+            part = sharding.fetch(array if entry.layer is None else _layer(array, entry.layer))
             parts.append(part[: config.vocab_size] if entry.pattern.startswith("v ") else part)
         theirs, ours = entry.pattern.split(" -> ")
         whole = np.stack(parts) if ours.startswith("x ") else parts[0]
@@ -223,14 +224,6 @@ def file_tensors(
 @jax.jit
 def _layer(stacked: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
-
-
-def _fetch(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -7,7 +7,7 @@ labelers (labelers.py) weigh the same features each in their own way, and are no
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from instructjax.miniature import language
@@ -41,7 +41,7 @@ GOLD = Features(followed=4.0, false=-1.5, rude=-1.0, invented=-1.5, padding=-0.5
 
 def utility(features: Features, weights: Features = GOLD) -> float:
     """The weighted sum of the features; a perfect response has the weight of `followed`."""
-    return sum(w * x for w, x in zip(astuple(weights), astuple(features), strict=True))
+    return sum(w * x for w, x in zip(vars(weights).values(), vars(features).values(), strict=True))
 
 
 @dataclass(frozen=True)

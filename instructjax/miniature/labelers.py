@@ -8,7 +8,7 @@ import functools
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from instructjax.miniature.customers import stream
@@ -44,14 +44,14 @@ def pool(seed: int, held_out: bool = False) -> tuple[Labeler, ...]:
 
 def _labeler(seed: int, i: int) -> Labeler:
     rng = generator(seed, "labeler", i)
-    weights = Features(*(w * rng.lognormvariate(0, 0.25) for w in astuple(GOLD)))
+    weights = Features(*(w * rng.lognormvariate(0, 0.25) for w in vars(GOLD).values()))
     noise = NOISE * rng.uniform(0.8, 1.2)
     skill = rng.uniform(0.5, 1.5)
     return Labeler(f"labeler-{i:02d}", seed, weights, noise, _scaled(DEMONSTRATION, skill))
 
 
 def _scaled(flaws: Flaws, by: float) -> Flaws:
-    return Flaws(*(min(by * p, 1.0) for p in astuple(flaws)))
+    return Flaws(*(min(by * p, 1.0) for p in vars(flaws).values()))
 
 
 def rate(labeler: Labeler, record: dict[str, Any], responses: Sequence[str]) -> list[int]:

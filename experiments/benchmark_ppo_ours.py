@@ -1,0 +1,177 @@
+"""Our side of `benchmark.py ppo`: the library's functions, called as run_ppo.py calls them.
+
+    python experiments/benchmark_ppo_ours.py '{"layers": 4, ...}'     fields: benchmark_ppo.Task
+
+An iteration for each line on stdin, one line of JSON to stdout for each.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from benchmark_ppo import Task
+
+from instructjax import draw, models, ppo, responses, rewards, sampler, sharding, state, train
+from instructjax.models import ModelConfig
+from instructjax.process import keep_memory
+
+
+def iterations(task: Task) -> Iterator[dict[str, float]]:
+    """Seconds of each phase of one iteration after another, as run_ppo.py makes them."""
+    rows_count, R = len(task.lengths), task.response
+    rng = np.random.default_rng(0)
+    draw_tokens = functools.partial(rng.integers, 0, task.vocab - 2, dtype=np.int32)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    shard = sharding.constrainer(mesh)
+
+    # The four models. On CPU few layers are fastest unrolled, and many scanned.
+    config = ModelConfig(
+        task.vocab, task.layers, task.width, task.heads, 4 * task.width, max_length=1024,
+        unroll=task.layers if task.layers <= 4 else 1,
+    )  # fmt: skip
+    head = dataclasses.replace(config, scalar_head=True)
+
+    def born(config: ModelConfig, seed: int) -> models.Params:
+        axes = models.logical_axes(config)
+        make = functools.partial(models.init, config)
+        layout = sharding.shardings(axes, jax.eval_shape(make, jax.random.key(0)), mesh)
+        return jax.jit(make, out_shardings=layout)(jax.random.key(seed))
+
+    policy_tx, value_tx = train.adam(1e-5), train.adam(1e-5)
+    reference, reward = born(config, 0), born(head, 1)
+    current = ppo.PPOState(
+        policy=state.create(reference, policy_tx),
+        value=state.create(reward, value_tx),
+        ema=jax.tree.map(jnp.copy, reference),
+        beta=jax.device_put(jnp.float32(0.05), sharding.replicated(mesh)),
+    )
+    update = ppo.make_update(
+        functools.partial(ppo.policy_loss, config=config, shard=shard),
+        functools.partial(ppo.value_loss, config=head, shard=shard),
+        functools.partial(ppo.ptx_loss, config=config, shard=shard) if task.ptx_ratio else None,
+        policy_tx,
+        value_tx,
+        layout=jax.tree.map(lambda x: x.sharding, current),
+    )
+    compiled = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    logp_of = compiled(functools.partial(responses.token_logp, config=config, shard=shard))
+    value_of = compiled(functools.partial(responses.token_values, config=head, shard=shard))
+    score_of = rewards.scorer(head, mesh)
+    experience = jax.jit(ppo.make_experience)
+
+    # The data. An EOS id alone makes the sampler expect that responses end early.
+    prompts = draw_tokens((rows_count, task.prompt)).tolist()
+    eos_ids = (task.vocab - 2,) if min(task.lengths) < R else ()
+    buckets = responses.bucket_sizes(R, task.buckets)
+    T = task.prompt + R
+    text = {
+        "tokens_BT": draw_tokens((task.minibatch, T)),
+        "segments_BT": np.ones((task.minibatch, T), np.int32),
+        "positions_BT": np.tile(np.arange(T, dtype=np.int32), (task.minibatch, 1)),
+        "mask_BT": np.tile(np.arange(T) > 0, (task.minibatch, 1)),
+    }
+    texts = [responses.put(text, mesh)] * task.ptx_ratio
+
+    def over(rows: responses.Rows, fn: Callable[..., jax.Array], params: models.Params) -> Any:
+        of_rows = functools.partial(fn, params)
+        return responses.map_batches(of_rows, rows, task.minibatch, buckets, mesh)
+
+    def sample(max_new_tokens: int, step: int) -> sampler.Rollout:
+        params, key = current.policy.params, jax.random.key(step)
+        new = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
+        return sampler.generate(params, config, prompts, key, **new, mesh=mesh)
+
+    for step in range(sys.maxsize):
+        clock = [time.perf_counter()]
+        sampled = sample(R, step)
+        names = ("tokens_BR", "mask_BR", "logp_BR")
+        rows = dict(zip(names, jax.device_get([getattr(sampled, x) for x in names]), strict=True))
+        rows |= responses.left_padded(prompts, task.prompt)
+        assert rows["mask_BR"].sum(1).tolist() == task.lengths
+        clock.append(time.perf_counter())
+
+        score_B = over(rows, score_of, reward)
+        assert current.value is not None
+        rows["value_BR"] = over(rows, value_of, current.value.params)
+        ref_BR = over(rows, logp_of, reference)
+        arrays = rows["logp_BR"], ref_BR, rows["value_BR"], rows["mask_BR"], score_B
+        made, _ = experience(*arrays, responses.ended(rows, eos_ids), current.beta)
+        rows |= jax.device_get(made)
+        clock.append(time.perf_counter())
+
+        for index in rng.permutation(rows_count).reshape(-1, task.minibatch):
+            size = task.minibatch // task.microbatches
+            shares = responses.batches(rows, index, size, buckets)
+            parts = [responses.put(part, mesh) for _, part in shares]
+            current, _ = update(current, parts, int(rows["mask_BR"][index].sum()), texts)
+        jax.block_until_ready(current)
+        clock.append(time.perf_counter())
+        phases = ("sampling", "scoring", "updates")
+        found: dict[str, float] = dict(zip(phases, np.diff(clock).tolist(), strict=True))
+        found["seconds"] = sum(found.values())
+        jax.block_until_ready(sample(1, step).tokens_BR)  # beside the iteration, to tell its share
+        yield found | {"  prefill": time.perf_counter() - clock[-1]}
+
+
+@contextlib.contextmanager
+def forced_lengths(task: Task) -> Iterator[None]:
+    """Responses end where the task says, at the price of one comparison: the noise decides."""
+    eos, lengths_B, real = task.vocab - 2, jnp.array(task.lengths), draw.noise
+
+    def noise(key, index_B, sample_B, position_B, vocab_size, width):
+        noise_BV = real(key, index_B, sample_B, position_B, vocab_size, width)
+        ends_B1 = (position_B == lengths_B[index_B] - 1)[:, None]
+        return jnp.where(jnp.arange(width) == eos, jnp.where(ends_B1, 1e9, -1e9), noise_BV)
+
+    with mock.patch.object(draw, "noise", noise):
+        yield
+
+
+@contextlib.contextmanager
+def clocked_gradients(seconds: dict[str, float]) -> Iterator[None]:
+    """Adds up the time of each gradient of an update, by the name of its loss."""
+    real = ppo.make_adder
+
+    def make_adder(loss_fn: Any, layout: Any = None) -> Any:
+        add, name = real(loss_fn, layout), loss_fn.func.__name__.removesuffix("_loss")
+
+        def clocked(*args):
+            begin = time.perf_counter()
+            result = jax.block_until_ready(add(*args))
+            seconds[name] += time.perf_counter() - begin
+            return result
+
+        return clocked
+
+    with mock.patch.object(ppo, "make_adder", make_adder):
+        yield
+
+
+def main(task: Task) -> None:
+    """An iteration for each line on stdin, a line of JSON for each, like benchmark_ppo_trl.py."""
+    keep_memory()  # as in the scripts
+    print(json.dumps({}), flush=True)
+    gradients: dict[str, float] = defaultdict(float)
+    with forced_lengths(task), clocked_gradients(gradients):
+        turns = iterations(task)
+        while sys.stdin.readline():
+            gradients.clear()
+            found = next(turns)
+            found |= {f"  {name} gradients": value for name, value in gradients.items()}
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            print(json.dumps(found | {"peak_gb": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Task(**json.loads(sys.argv[1])))

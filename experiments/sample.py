@@ -1,0 +1,131 @@
+"""Talk to a model: one prompt, or a conversation; tokens are printed as they come.
+
+    python experiments/sample.py --model runs/sft                       # until Ctrl-D
+    python experiments/sample.py --model runs/sft --prompt "list two animals that are white."
+    python experiments/sample.py --model HuggingFaceTB/SmolLM2-135M-Instruct --temperature 0.7
+
+Hardware: whatever holds the model. The first answer waits for the compiler; later runs find what
+it made on disk.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import tyro
+
+from instructjax import pretrained, sampler, sharding
+from instructjax.data.dialogue import Messages, chat_template
+from instructjax.data.tokens import tokenise
+from instructjax.process import cache_compilations
+from instructjax.run import main
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to talk to, and how it answers."""
+
+    model: str = "runs/sft"
+    """A preset, a run directory, a Hugging Face directory or a hub name."""
+    tokenizer: str | None = None
+    """A Hugging Face directory or hub name; default: the model's own."""
+    prompt: str | None = None
+    """Answer this and end; without it, talk until Ctrl-D."""
+    dialogue: bool | None = None
+    """Remember the turns, written by the tokenizer's chat template or as `Human:`, `Assistant:`;
+    by default if there is a template. Otherwise each line alone is a prompt, just as typed."""
+    temperature: float = 1.0
+    """Logits are divided by it; lower is safer and duller."""
+    top_k: int = 0
+    """Draw among so many likeliest tokens; 0 is all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens of this total probability."""
+    max_new_tokens: int = 128
+    """Tokens of an answer, at most."""
+    seed: int = 0
+    """The same one gives the same answers."""
+    mesh: str = ""
+    """Devices along each axis, as `tensor=2,fsdp=-1`."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError("--temperature must be positive, --top_p in (0, 1], --top_k >= 0")
+        if self.max_new_tokens < 1:
+            raise ValueError("--max_new_tokens must be at least 1")
+        if self.prompt == "":
+            raise ValueError("--prompt is empty")
+
+
+def sample(config: Config) -> None:
+    cache_compilations()
+    mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
+    found = pretrained.load(config.model, mesh, tokenizer=config.tokenizer, seed=config.seed)
+    model, params, tokenizer = found
+    if model.scalar_head:
+        raise ValueError(f"--model {config.model}: a reward or value model, which writes no text")
+    remembers = bool(getattr(tokenizer, "chat_template", None))
+    if config.dialogue is not None:
+        remembers = config.dialogue
+    render = chat_template(tokenizer)
+    room = model.max_length - config.max_new_tokens
+
+    def ids_of(messages: Messages) -> list[int]:
+        text = render(messages, True) if remembers else messages[-1]["content"]
+        spans = tokenise([text], tokenizer, bos=True, eos=False, cache=None)
+        return spans[0].tolist()
+
+    def answer(messages: Messages, turn: int) -> str:
+        """Prints an answer to the last message token by token, and returns it."""
+        while len(ids := ids_of(messages)) > room and len(messages) > 1:
+            del messages[:2]
+            print("(the start of this conversation no longer fits the model)", file=sys.stderr)
+        tokens, shown = [], ""
+        drawn = sampler.stream(
+            params,
+            model,
+            ids,
+            jax.random.fold_in(jax.random.key(config.seed), turn),
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            mesh=mesh,
+        )
+        try:
+            for token in drawn:
+                tokens.append(token)
+                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
+                    print(text[len(shown) :], end="", flush=True)
+                    shown = text
+        except KeyboardInterrupt:
+            print(" ...", end="")
+        print(flush=True)
+        return shown
+
+    if config.prompt is not None:
+        answer([{"role": "user", "content": config.prompt}], turn=0)
+        return
+    print(
+        f"{config.model}: {'a conversation' if remembers else 'each line is a prompt of its own'};"
+        " Ctrl-C stops an answer, Ctrl-D ends"
+    )
+    messages: Messages = []
+    for turn in range(sys.maxsize):
+        try:
+            said = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if said:
+            messages.append({"role": "user", "content": said})
+            messages.append({"role": "assistant", "content": answer(messages, turn)})
+
+
+def cli(argv: Sequence[str] | None = None) -> None:
+    sample(tyro.cli(Config, args=argv, description=__doc__, use_underscores=True))
+
+
+if __name__ == "__main__":
+    main(cli)

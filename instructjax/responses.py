@@ -1,0 +1,167 @@
+"""Rows of a rollout: a dict of arrays in which a name's last axes say how it is padded.
+
+    prompt_BP, prompt_mask_BP    on the left, so that a response begins at column P
+    tokens_BR, mask_BR, ..._BR   on the right; column r is the r-th response token
+    score_B, ...                 one number a row
+
+A row whose mask is empty counts nowhere; it fills a batch.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from instructjax import models, sharding
+from instructjax.models import ModelConfig, Params, Shard
+
+Rows = dict[str, Any]
+
+# ------------------------------------------------------------------------------- models on them
+
+
+def hidden_states(
+    params: Params, config: ModelConfig, rows: Rows, shard: Shard = models.unsharded
+) -> jax.Array:
+    """Hidden states before each response token: the one shift by one of all RL code.
+
+    Args:
+      rows: prompt_BP, prompt_mask_BP, tokens_BR, mask_BR.
+
+    Returns:
+      hidden_BRD; column 0 is the prompt's last state.
+    """
+    P = rows["prompt_BP"].shape[1]
+    tokens_BT = jnp.concatenate([rows["prompt_BP"], rows["tokens_BR"]], axis=1)
+    masks = rows["prompt_mask_BP"].astype(bool), rows["mask_BR"].astype(bool)
+    mask_BT = jnp.concatenate(masks, axis=1)
+    # The last token is followed by none: it need not be run.
+    hidden = models.apply(params, config, tokens_BT[:, :-1], mask_BT=mask_BT[:, :-1], shard=shard)
+    return hidden[:, P - 1 :]
+
+
+def token_logp(
+    params: Params,
+    rows: Rows,
+    *,
+    config: ModelConfig,
+    temperature: float = 1.0,
+    shard: Shard = models.unsharded,
+) -> jax.Array:
+    """Re-scores a rollout: logp_BR of its tokens at the sampling temperature, 0 where masked."""
+    hidden_BRD = hidden_states(params, config, rows, shard)
+    unembed_VD = models.unembedding(params)
+    logp_BR = models.token_logp(
+        hidden_BRD, unembed_VD, rows["tokens_BR"], config, temperature=temperature, shard=shard
+    )
+    return jnp.where(rows["mask_BR"] != 0, logp_BR, 0)
+
+
+def token_values(
+    params: Params, rows: Rows, *, config: ModelConfig, shard: Shard = models.unsharded
+) -> jax.Array:
+    """value_BR of the states before each response token, 0 where masked."""
+    value_BR = models.scalars(params, config, hidden_states(params, config, rows, shard))
+    return jnp.where(rows["mask_BR"] != 0, value_BR, 0)
+
+
+# ------------------------------------------------------------------------------- batches of them
+
+
+def left_padded(prompts: Sequence[Sequence[int]], length: int) -> Rows:
+    """prompt_BP and prompt_mask_BP of lists of token ids, in NumPy."""
+    prompt_BP = np.zeros((len(prompts), length), np.int32)
+    mask_BP = np.zeros((len(prompts), length), bool)
+    for i, prompt in enumerate(prompts):
+        prompt_BP[i, length - len(prompt) :] = prompt
+        mask_BP[i, length - len(prompt) :] = True
+    return {"prompt_BP": prompt_BP, "prompt_mask_BP": mask_BP}
+
+
+def bucket_sizes(longest: int, count: int, multiple: int = 8) -> list[int]:
+    """At most `count` lengths, evenly spaced, that hold everything up to `longest`.
+
+    Each is a compiled shape: more of them waste less padding and compile longer.
+    """
+    steps = [-(-longest * i // (count * multiple)) * multiple for i in range(1, count + 1)]
+    return sorted({min(size, longest) for size in steps})
+
+
+def batches(
+    rows: Rows, index: np.ndarray, size: int, buckets: Sequence[int]
+) -> Iterator[tuple[np.ndarray, Rows]]:
+    """Some rows as batches of responses of like length, each cut to the bucket that holds it.
+
+    Args:
+      rows: of a rollout, in NumPy.
+      index: which of them.
+      size: rows of a batch; the last is filled with empty rows.
+      buckets: ascending lengths; the last is R.
+
+    Yields:
+      (indices of the batch's rows, -1 where it was filled; the batch)
+    """
+    lengths = rows["mask_BR"].sum(1)
+    index = index[np.argsort(lengths[index], kind="stable")]
+    for start in range(0, len(index), size):
+        part = index[start : start + size]
+        longest = lengths[part].max()
+        response = next(bucket for bucket in buckets if bucket >= longest)
+        part = np.pad(part, (0, size - len(part)), constant_values=-1)
+        yield part, _take(rows, part, response)
+
+
+def _take(rows: Rows, index: np.ndarray, response: int) -> Rows:
+    def one(name: str, x: np.ndarray) -> np.ndarray:
+        x = x[:, :response] if name.endswith("_BR") else x
+        empty = (index < 0).reshape(-1, *[1] * (x.ndim - 1))
+        return np.where(empty, np.zeros((), x.dtype), x[index])
+
+    return {name: one(name, x) for name, x in rows.items()}
+
+
+def ended(rows: Rows, eos_ids: Sequence[int]) -> np.ndarray:
+    """Whether the last live token of each row is an EOS; found by the mask, never by a token."""
+    last_B1 = np.maximum(rows["mask_BR"].sum(1, keepdims=True) - 1, 0)
+    token_B = np.take_along_axis(rows["tokens_BR"], last_B1, axis=1)[:, 0]
+    return np.isin(token_B, eos_ids) & rows["mask_BR"].any(1)
+
+
+def token_ids(rows: Rows) -> list[list[int]]:
+    """Each row's live tokens, EOS included."""
+    pairs = zip(rows["tokens_BR"], rows["mask_BR"], strict=True)
+    return [tokens[mask].tolist() for tokens, mask in pairs]
+
+
+def put(rows: Rows, mesh: Mesh) -> Rows:
+    """Rows onto a mesh: each host holds all of them, and gives its devices theirs."""
+    place = functools.partial(jax.make_array_from_callback, sharding=sharding.batched(mesh))
+    return {name: place(x.shape, data_callback=x.__getitem__) for name, x in rows.items()}
+
+
+def map_batches(
+    fn: Callable[[Rows], jax.Array], rows: Rows, size: int, buckets: Sequence[int], mesh: Mesh
+) -> np.ndarray:
+    """fn of all rows, batch by batch; see `batches`.
+
+    Args:
+      fn: rows -> [B] or [B, R], replicated over the mesh.
+
+    Returns:
+      float32 [B] or [B, R] in the order of `rows`, 0 where a batch was cut.
+    """
+    B, R = rows["tokens_BR"].shape
+    result = None
+    for index, part in batches(rows, np.arange(B), size, buckets):
+        # One at a time: emulated devices may start independent programs in different orders, and
+        # hang in their collectives.
+        values = np.asarray(fn(put(part, mesh)))
+        if result is None:
+            result = np.zeros((B, R)[: values.ndim], np.float32)
+        result[(index[index >= 0], *map(slice, values.shape[1:]))] = values[index >= 0]
+    assert result is not None
+    return result

@@ -1,0 +1,87 @@
+"""How a reward model is measured: pairs, intervals, calibration, baselines, folds."""
+
+import numpy as np
+
+from instructjax import data, miniature
+from instructjax.evaluation import baselines, folds, ranking
+
+
+def test_pairs_and_accuracy_by_hand():
+    scores = np.array([[3.0, 1.0, 2.0], [0.0, 0.0, 9.0]])
+    ranks = np.array([[1, 2, 4], [1, 2, 0]])
+    pairs = ranking.pairs_of(scores, ranks)
+    assert sorted(zip(pairs.gap, pairs.distance, pairs.prompt, strict=True)) == [
+        (-1.0, 2, 0),
+        (0.0, 1, 1),
+        (1.0, 3, 0),
+        (2.0, 1, 0),
+    ]
+    mean, low, high = ranking.accuracy(pairs)
+    assert mean == 2.5 / 4  # equal scores are half right
+    assert low <= mean <= high
+    assert np.isnan(ranking.accuracy(ranking.pairs_of(scores, np.zeros((2, 3))))[0])
+
+
+def test_the_interval_covers():
+    """Of 200 samples from a coin of 0.7, with prompts of 5 pairs alike, about 95 % cover 0.7."""
+    covered = 0
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        gap = np.repeat(np.where(rng.random(60) < 0.7, 1.0, -1.0), 5)
+        pairs = ranking.Pairs(gap, np.ones(300, int), np.repeat(np.arange(60), 5))
+        _, low, high = ranking.accuracy(pairs, draws=200)
+        covered += low <= 0.7 <= high
+    assert 180 <= covered <= 198
+
+
+def test_calibration_of_a_calibrated_model():
+    """Winners drawn with probability sigmoid(gap): observed follows predicted."""
+    rng = np.random.default_rng(0)
+    gap = rng.normal(size=20000) * 2
+    gap *= np.where(rng.random(20000) < 1 / (1 + np.exp(-gap)), 1, -1)
+    pairs = ranking.Pairs(gap, np.ones(20000, int), np.arange(20000))
+    predicted, observed, count = ranking.calibration(pairs)
+    assert count.sum() == 40000
+    np.testing.assert_allclose(observed, predicted, atol=0.03)
+    np.testing.assert_allclose(observed + observed[::-1], 1, atol=1e-12)
+    overconfident = ranking.Pairs(3 * gap, pairs.distance, pairs.prompt)
+    predicted, observed, _ = ranking.calibration(overconfident)
+    assert predicted[-2] - observed[-2] > 0.1
+
+
+def test_the_parts_of_a_fold_share_no_labeler():
+    tokenizer = miniature.tokenizer()
+    records = [
+        data.Record(str(i), {}, "say", ("red", "blue"), (1, 2), row["labeler"])
+        for i, row in enumerate(miniature.comparisons(0, 60))
+    ]
+    every, left_out = data.encode(records, "comparisons", tokenizer), []
+    for fold in range(3):
+        seen, groups = folds.leave_out(every, every, "labeler", fold, 3)
+        known = {record.labeler for record in seen.records}
+        inside = {r.labeler for r in groups["labeler seen"].records}
+        outside = {r.labeler for r in groups["labeler unseen"].records}
+        assert inside <= known
+        assert not outside & known
+        assert sum(map(len, groups.values())) == len(every)
+        left_out.append(outside)
+    assert sum(map(len, left_out)) == len(set.union(*left_out)) == 15
+
+
+def test_a_baseline_finds_what_is_linear_in_the_words():
+    """Where ranks follow how often one word occurs, counting words is right and length is not."""
+    tokenizer = miniature.tokenizer()
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(40):
+        good = rng.permutation(4)
+        responses = tuple(" red" * int(n) + " blue" * int(6 - n) for n in good)
+        ranks = tuple(int(4 - n) for n in good)
+        records.append(data.Record(str(i), {}, "say", responses, ranks))
+    dataset = data.encode(records, "comparisons", tokenizer)
+    scores = {
+        features.__name__: baselines.linear(features, dataset, {"all": dataset})["all"]
+        for features in (baselines.bags, baselines.lengths)
+    }
+    shares = {name: ranking.share(ranking.pairs_of(s, dataset.ranks)) for name, s in scores.items()}
+    assert shares == {"bags": 1.0, "lengths": 0.5}

@@ -1,0 +1,191 @@
+"""run_ppo.py from its command line to its run directory: toy sizes, eight emulated devices."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from instructjax import hf, miniature, models
+from instructjax.data import sources
+from instructjax.models import ModelConfig
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+
+import run_ppo
+
+SMALL = {"demonstrations": 80, "comparisons": 60, "prompts": 40, "text": 200}
+FEW = ["--batch_size", "16", "--ppo.minibatch", "8", "--ppo.buckets", "1", "--unroll", "1"]
+FEW += ["--mesh", "data=4,fsdp=2", "--data.cache", "None", "--pretrain.cache", "None"]
+FEW += ["--max_new_tokens", "6", "--eval_prompts", "8", "--final_prompts", "16"]
+FEW += ["--eval_every", "2", "--ppo.warmup", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "MINIATURE", SMALL)
+        yield
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> list[str]:
+    """Flags that name a policy and a reward model of random weights."""
+    out, tokenizer = tmp_path_factory.mktemp("models"), miniature.tokenizer()
+    ids = {"eos_ids": (tokenizer.eos_token_id,), "pad_id": tokenizer.pad_token_id}
+    config = ModelConfig(len(tokenizer), 2, 16, heads=2, mlp_width=32, max_length=96, **ids)
+    params = models.init(config, jax.random.key(0))
+    hf.save(out / "sft", config, params, tokenizer)
+    config, params = models.with_scalar_head(params, config, jax.random.key(1))
+    params["score"]["kernel"] = 10 * params["score"]["kernel"]
+    params["score"]["bias"] = params["score"]["bias"] + 0.375
+    hf.save(out / "rm", config, params, tokenizer)
+    return ["--model", f"{out}/sft", "--reward", f"{out}/rm", *FEW]
+
+
+def metrics_of(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "throughput/")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory) -> Path:
+    """Three iterations, uninterrupted."""
+    out = tmp_path_factory.mktemp("ppo") / "whole"
+    run_ppo.cli([*start, "--out", str(out), "--steps", "3"])
+    return out
+
+
+def test_a_run_directory_is_complete_and_its_export_loads(whole):
+    names = ["config.json", "metrics.jsonl", "samples.jsonl", "samples_after.jsonl"]
+    names += ["results.json", "curves.png", "export"]
+    assert [name for name in names if not (whole / name).exists()] == []
+    rows = {row["step"]: row for row in metrics_of(whole)}
+    assert list(rows) == [0, 1, 2, 3]
+    field = "objective/kl objective/score objective/reward objective/entropy policy/approx_kl"
+    field += " policy/clip_fraction policy/ratio value/loss value/clip_fraction"
+    field += " value/explained_variance ptx/loss rollout/length rollout/eos_fraction"
+    field += " optim/learning_rate optim/grad_norm rollout/logp_mismatch"
+    assert set(field.split()) <= set(rows[1])
+    assert "validation/win_rate" in rows[0]
+    assert "validation/win_rate" in rows[2]
+    assert "validation/win_rate" not in rows[1]
+    config, _ = hf.load(whole / "export")
+    assert not config.scalar_head
+    results = json.loads((whole / "results.json").read_text())
+    assert set(results) == {"SFT", "PPO, averaged weights", "PPO, last weights", "seconds"}
+
+
+def test_the_first_iteration_begins_at_the_reference(whole):
+    """KL is the difference of two computations of one number; the ratio is that of two policies
+    of which the second has made one small step."""
+    first = metrics_of(whole)[1]
+    assert abs(first["objective/kl"]) < 5e-5 * 6
+    assert first["rollout/logp_mismatch"] < 5e-5
+    assert first["objective/reward"] == pytest.approx(first["objective/score"], abs=1e-5)
+    assert first["policy/ratio"] == pytest.approx(1, abs=0.05)
+    later = metrics_of(whole)[3]
+    assert later["objective/kl_k3"] > 1e-7  # and it does move
+    assert first["objective/score"] != later["objective/score"]
+
+
+def test_scores_are_not_cut_to_integers(whole):
+    for row in metrics_of(whole)[1:]:
+        assert row["objective/score"] != round(row["objective/score"])
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(start, whole, tmp_path, step):
+    """Beta, average, both optimizers, both streams and keys are the checkpoint's."""
+
+    class StopError(Exception):
+        pass
+
+    def steps(self, begin, total, all_steps=run_ppo.Run.steps):
+        for number in all_steps(self, begin, total):
+            if number == step + 1 and begin == 0:
+                raise StopError
+            yield number
+
+    out = tmp_path / "ppo"
+    flags = [*start, "--out", str(out), "--steps", "3", "--save_every", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_ppo.Run, "steps", steps)
+        with pytest.raises(StopError):
+            run_ppo.cli(flags)
+    run_ppo.cli([*flags, "--resume"])
+    assert metrics_of(out) == metrics_of(whole)
+    assert (out / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    for a, b in zip(
+        *(jax.tree.leaves(hf.load(x / "export")[1]) for x in (out, whole)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_choices(start, tmp_path):
+    """Two epochs, uneven lengths in buckets and shares, a head on the trunk, adaptive beta,
+    re-scored behaviour, a penalty for no EOS, models at rest on the host, and an early stop."""
+    out = tmp_path / "ppo"
+    flags = [*start, "--out", str(out), "--steps", "9", "--mesh", "data=1,fsdp=4,tensor=2"]
+    flags += ["--ppo.epochs", "2", "--ppo.buckets", "2", "--ppo.microbatches", "2"]
+    flags += ["--ptx.microbatches", "2", "--ppo.value", "shared", "--ppo.kl_target", "0.5"]
+    flags += ["--ppo.rescore", "True", "--ppo.missing_eos", "penalty", "--offload"]
+    flags += ["--ppo.whiten_rewards", "--ppo.clip_score", "2", "--ppo.max_kl", "-1"]
+    run_ppo.cli(flags)
+    rows = metrics_of(out)
+    assert [row["step"] for row in rows] == [0, 1]  # any KL is above -1 nats
+    assert abs(rows[1]["objective/kl"]) < 1e-5
+    assert rows[1]["objective/beta"] == pytest.approx(0.02)
+    _, params = hf.load(out / "export")
+    assert "value_head" not in params
+
+
+def test_plain_ppo_without_reference_on_a_function(start, tmp_path, capsys):
+    """Neither text nor reference nor reward model; the value net is the policy with a new head."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def length(prompts, responses, records):\n"
+        "    assert len(prompts) == len(responses) == len(records)\n"
+        "    return [len(text.split()) / 4 for text in responses]\n"
+    )
+    out = tmp_path / "ppo"
+    flags = [*start, "--out", str(out), "--steps", "1", "--reward", f"{file}:length"]
+    run_ppo.cli([*flags, "--ptx.coef", "0", "--ppo.beta", "0"])
+    row = metrics_of(out)[1]
+    assert "ptx/loss" not in row
+    assert row["objective/kl"] == 0
+    assert row["reward/length"] == pytest.approx(row["objective/score"], rel=1e-6)
+    assert row["objective/score"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ppo.minibatch", "12"], "--batch_size 16: not a multiple of --ppo.minibatch 12"),
+        (["--ppo.microbatches", "3"], "--ppo.minibatch 8: not a multiple"),
+        (["--temperature", "0"], "--temperature 0.0: must be positive"),
+        (["--data", "jsonl:x.jsonl"], "--pretrain SPEC is needed"),
+    ],
+)
+def test_wrong_flags_are_named(start, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as exit:
+        run_ppo.cli([*start, "--out", str(tmp_path / "x"), *flags])
+    assert exit.value.code == 2
+    words = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in words
+
+
+def test_a_reward_model_as_policy_and_a_policy_as_reward_model_are_refused(start, tmp_path):
+    sft, rm = start[1], start[3]
+    with pytest.raises(ValueError, match=r"--model .*rm: a reward model"):
+        run_ppo.cli([*start, "--model", rm, "--out", str(tmp_path / "a")])
+    with pytest.raises(ValueError, match=r"--reward .*sft is a language model"):
+        run_ppo.cli([*start, "--reward", sft, "--out", str(tmp_path / "b")])
+
+
+def test_batches_that_do_not_divide_over_the_devices_are_refused(start, tmp_path):
+    with pytest.raises(ValueError, match=r"--ppo.minibatch .* is 4 rows, .* data x fsdp of 8"):
+        run_ppo.cli([*start, "--ppo.minibatch", "4", "--out", str(tmp_path / "a")])

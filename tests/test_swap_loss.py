@@ -1,0 +1,433 @@
+"""swap_loss.py: its losses and advantages against loops and by hand, then each algorithm whole."""
+
+import functools
+import itertools
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instructjax import data, hf, miniature, models, responses
+from instructjax.data import sources
+from instructjax.models import ModelConfig
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+
+import run_ppo
+import swap_loss
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TOKENIZER = miniature.tokenizer()
+IDS = {"eos_ids": (TOKENIZER.eos_token_id,), "pad_id": TOKENIZER.pad_token_id}
+CONFIG = ModelConfig(len(TOKENIZER), 2, 16, heads=2, mlp_width=32, max_length=96, **IDS)
+MODEL = {"config": CONFIG, "shard": models.unsharded}
+PARAMS = jax.jit(functools.partial(models.init, CONFIG))(jax.random.key(0))
+# Compiled whole: a test of op by op would spend its time compiling each of them.
+token_logp = jax.jit(functools.partial(responses.token_logp, config=CONFIG))
+response_logp = jax.jit(functools.partial(swap_loss.response_logp, **MODEL))
+FEW = ["--mesh", "data=4,fsdp=2", "--batch_size", "8", "--max_new_tokens", "6"]
+FEW += ["--data.cache", "None", "--steps", "3"]
+
+# ------------------------------------------------------------------------------------- advantages
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), samples=st.integers(2, 9))
+def test_advantages_against_loops(seed, samples):
+    scores = np.random.default_rng(seed).normal(size=(5, samples)).astype(np.float32) * 3
+    grpo, rloo = swap_loss.grpo_advantages(scores), swap_loss.rloo_advantages(scores)
+    for group, of_grpo, of_rloo in zip(scores, grpo, rloo, strict=True):
+        values = [float(x) for x in group]
+        mean = sum(values) / samples
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in values) / samples)
+        for i, x in enumerate(values):
+            others = [y for j, y in enumerate(values) if j != i]
+            assert of_rloo[i] == pytest.approx(x - sum(others) / len(others), abs=1e-9)
+            assert of_grpo[i] == pytest.approx((x - mean) / (deviation + 1e-4), abs=1e-9)
+    np.testing.assert_allclose(grpo.sum(1), 0, atol=1e-9)
+    np.testing.assert_allclose(rloo.sum(1), 0, atol=1e-9)
+
+
+def test_advantages_by_hand():
+    # Group 1: mean 3, deviations -2 -1 -1 4, variance 22 / 4. The others of 7 have mean 5 / 3.
+    scores = np.array([[1, 2, 2, 7], [0, 0, 0, 4]], np.float32)
+    grpo = swap_loss.grpo_advantages(scores, eps=0.0)
+    np.testing.assert_allclose(grpo[0], np.array([-2, -1, -1, 4]) / math.sqrt(5.5))
+    np.testing.assert_allclose(grpo[1], np.array([-1, -1, -1, 3]) / math.sqrt(3))
+    rloo = swap_loss.rloo_advantages(scores)
+    np.testing.assert_allclose(rloo, [[-8 / 3, -4 / 3, -4 / 3, 16 / 3], [-4 / 3] * 3 + [4]])
+
+
+@pytest.mark.parametrize("samples", [2, 3, 7])
+def test_equal_scores_have_no_advantage(samples):
+    scores = np.full((4, samples), 0.1, np.float32) * np.arange(1, 5, dtype=np.float32)[:, None]
+    assert (swap_loss.grpo_advantages(scores) == 0).all()
+    assert (swap_loss.rloo_advantages(scores) == 0).all()
+
+
+# ----------------------------------------------------------------------------- the online losses
+
+
+def bound(loss, **keywords):
+    """(params, rows) -> (mean, (weight, metrics)) of a loss of the script."""
+    return jax.jit(lambda params, rows: loss(params, rows, None, **keywords, **MODEL))
+
+
+def rollout(seed: int, rows: int = 6, prompt: int = 5, response: int = 7) -> dict:
+    """Rows as `online` makes them, of a policy and a reference near it; the last is empty."""
+    rng = np.random.default_rng(seed)
+    length = np.append(rng.integers(1, response + 1, rows - 1), 0)
+    made = responses.left_padded(rng.integers(1, 50, (rows, prompt)).tolist(), prompt)
+    made["mask_BR"] = np.arange(response) < length[:, None]
+    made["tokens_BR"] = rng.integers(1, 50, (rows, response)).astype(np.int32)
+    logp = np.asarray(token_logp(PARAMS, made))
+    noise = 0.3 * rng.normal(size=(2, *logp.shape)).astype(np.float32) * made["mask_BR"]
+    made["logp_BR"], made["ref_logp_BR"] = logp + noise
+    made["advantage_B"] = rng.normal(size=rows).astype(np.float32)
+    return made
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_online_losses_against_loops(seed):
+    rows = rollout(seed)
+    now = np.asarray(token_logp(PARAMS, rows))
+    mask, advantage = rows["mask_BR"], rows["advantage_B"]
+    advantages = np.repeat(advantage[:, None], mask.shape[1], axis=1)
+    clipped = reference.ppo_clip(now, rows["logp_BR"], advantages, mask, 0.2)
+    kl = reference.kl(now, rows["ref_logp_BR"], mask, "k3")
+    of_grpo, of_rloo, divergence = [], [], []
+    for b, n in enumerate(reference.lengths(mask)):
+        if n:  # the empty row is in no mean
+            of_grpo.append(sum(clipped[b, t] + 0.5 * kl[b, t] for t in range(n)) / n)
+            of_rloo.append(-float(advantage[b]) * sum(float(now[b, t]) for t in range(n)))
+            divergence.append(sum(kl[b, t] for t in range(n)) / n)
+    loss = bound(swap_loss.grpo_loss, beta=0.5)
+    mean, (weight, metrics) = loss(PARAMS, rows)
+    assert weight == len(of_grpo) == 5
+    np.testing.assert_allclose(mean, np.mean(of_grpo), rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/kl_k3"], np.mean(divergence), rtol=1e-5)
+    mean, (weight, _) = bound(swap_loss.rloo_loss)(PARAMS, rows)
+    assert weight == 5
+    np.testing.assert_allclose(mean, np.mean(of_rloo), rtol=1e-5)
+
+
+def gradient(loss, rows, **keywords):
+    return jax.jit(jax.grad(lambda *batch: bound(loss, **keywords)(*batch)[0]))(PARAMS, rows)
+
+
+def largest(tree) -> float:
+    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+
+
+def test_at_the_start_grpo_without_advantage_has_no_gradient_and_rloo_neither():
+    rows = rollout(0)
+    rows["logp_BR"] = rows["ref_logp_BR"] = np.asarray(token_logp(PARAMS, rows))
+    paid = [largest(gradient(swap_loss.grpo_loss, rows, beta=0.04))]
+    paid += [largest(gradient(swap_loss.rloo_loss, rows))]
+    rows["advantage_B"] = np.zeros_like(rows["advantage_B"])
+    assert largest(gradient(swap_loss.grpo_loss, rows, beta=0.04)) < 1e-6
+    assert largest(gradient(swap_loss.rloo_loss, rows)) == 0
+    assert min(paid) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("loss", "keywords"), [(swap_loss.grpo_loss, {"beta": 0.04}), (swap_loss.rloo_loss, {})]
+)
+def test_a_step_raises_what_was_better_and_lowers_what_was_worse(loss, keywords):
+    """To first order, and at the start: d logp(row) has the sign of its advantage."""
+    rows = {name: x[:2] for name, x in rollout(1).items()}
+    rows["logp_BR"] = rows["ref_logp_BR"] = np.asarray(token_logp(PARAMS, rows))
+    rows["advantage_B"] = np.array([1, -1], np.float32)
+    grads = gradient(loss, rows, **keywords)
+    moved = jax.tree.map(lambda x, g: x - 1e-3 * g, PARAMS, grads)
+    change = token_logp(moved, rows) - rows["logp_BR"]
+    better, worse = np.asarray(change.sum(1))
+    assert better > 1e-4
+    assert worse < -1e-4
+
+
+# --------------------------------------------------------------------------------------------- DPO
+
+
+def comparisons(ranks: list[list[int]]) -> dict:
+    """A batch of `data.ComparisonRows` under the test's reference, as `dpo` prepares it."""
+    words, records = ("red", "blue", "wood", "stone"), []
+    for n, of_prompt in enumerate(ranks):
+        texts = tuple(f" {words[k]} {words[n % 4]}" for k in range(len(of_prompt)))
+        records.append(data.Record(str(n), {}, f"say {words[n % 4]}", texts, tuple(of_prompt)))
+    dataset = data.encode(records, "comparisons", TOKENIZER)
+    rows = data.ComparisonRows(dataset, multiple=1)
+    batch = {name: np.stack([rows[i][name] for i in range(len(rows))]) for name in rows.filler}
+    batch["ref_logp_BK"] = np.asarray(response_logp(PARAMS, batch))
+    return batch
+
+
+RANKS = [[1, 2], [2, 1, 3], [1, 1, 2, 4], [1, 1]]
+
+
+def test_response_logp_is_the_sum_over_the_response_alone():
+    batch = comparisons(RANKS)
+    logits_of = jax.jit(lambda params, tokens_BT: models.logits(params, CONFIG, tokens_BT))
+    for b, ranks in enumerate(RANKS):
+        prompt = batch["prompt_BP"][b][batch["prompt_mask_BP"][b]].tolist()
+        for k in range(len(ranks)):
+            response = batch["responses_BKR"][b, k][batch["response_mask_BKR"][b, k]].tolist()
+            assert response[-1] == TOKENIZER.eos_token_id
+            tokens_BT = np.zeros((1, 16), np.int32)  # behind the response, anything
+            tokens_BT[0, : len(prompt + response)] = prompt + response
+            logits = logits_of(PARAMS, tokens_BT)[0]
+            logp = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+            summed = sum(logp[len(prompt) - 1 + t, token] for t, token in enumerate(response))
+            assert batch["ref_logp_BK"][b, k] == pytest.approx(summed, abs=1e-4)
+    assert (batch["ref_logp_BK"][batch["mask_BK"] == 0] == 0).all()
+
+
+def test_dpo_loss_against_a_loop_over_pairs():
+    batch = comparisons(RANKS)
+    moved = jax.tree.map(lambda x: 1.3 * x, PARAMS)
+    now, ref = response_logp(moved, batch), batch["ref_logp_BK"]
+    gains, beta = np.asarray(now, np.float64) - ref, 0.7
+    of_prompts, margins, right = [], [], []
+    for b, ranks in enumerate(RANKS):
+        pairs = [
+            beta * (gains[b, win] - gains[b, lose])
+            for win, lose in itertools.permutations(range(len(ranks)), 2)
+            if ranks[win] < ranks[lose]
+        ]
+        if pairs:  # the prompt of ties counts nowhere
+            of_prompts.append(np.mean([math.log(1 + math.exp(-margin)) for margin in pairs]))
+            margins.append(np.mean(pairs))
+            right.append(np.mean([margin > 0 for margin in pairs]))
+    mean, (weight, metrics) = bound(swap_loss.dpo_loss, beta=beta)(moved, batch)
+    assert weight == len(of_prompts) == 3
+    np.testing.assert_allclose(mean, np.mean(of_prompts), rtol=1e-4)
+    np.testing.assert_allclose(metrics["dpo/margin"], np.mean(margins), rtol=1e-3)
+    np.testing.assert_allclose(metrics["dpo/accuracy"], np.mean(right), rtol=1e-6)
+    assert len({round(x, 3) for x in of_prompts}) == 3
+
+
+def test_dpo_pairs_by_hand():
+    # beta 1, the first response gained ln 3 over the reference and the second nothing: chosen
+    # over rejected has sigmoid 3/4, the other way round 1/4.
+    loss = swap_loss.dpo_pairs(jnp.array([[math.log(3) - 2, -5.0]]), jnp.array([[-2.0, -5.0]]), 1.0)
+    expected = [[[math.log(2), math.log(4 / 3)], [math.log(4), math.log(2)]]]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_dpo_at_the_start_has_loss_log_2_and_raises_chosen_and_lowers_rejected():
+    batch, beta = comparisons([[1, 2], [2, 1]]), 0.1
+    value, _ = bound(swap_loss.dpo_loss, beta=beta)(PARAMS, batch)
+    grads = gradient(swap_loss.dpo_loss, batch, beta=beta)
+    assert float(value) == pytest.approx(math.log(2), rel=1e-6)
+    # By hand: -beta / 2 in the log-probability of a chosen response, + of a rejected one; over two
+    # prompts half of it.
+    sign = np.array([[1, -1], [-1, 1]])
+    of_logp = lambda logp_BK: swap_loss.dpo_pairs(logp_BK, batch["ref_logp_BK"], beta)  # noqa: E731
+    of_pairs = jax.grad(lambda x: (of_logp(x)[0, 0, 1] + of_logp(x)[1, 1, 0]) / 2)
+    np.testing.assert_allclose(of_pairs(batch["ref_logp_BK"]), -beta / 4 * sign, rtol=1e-6)
+    # The responses share parameters, so both may rise; what a small step surely does is part them.
+    moved = jax.tree.map(lambda x, g: x - 0.01 * g, PARAMS, grads)
+    change = response_logp(moved, batch) - batch["ref_logp_BK"]
+    assert ((change * sign).sum(1) > 1e-3).all()
+
+
+# -------------------------------------------------------------------------- from the command line
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    with pytest.MonkeyPatch.context() as patch:
+        small = {"demonstrations": 20, "comparisons": 60, "prompts": 40, "text": 60}
+        patch.setattr(sources, "MINIATURE", small)
+        yield
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """A policy and a reward model of random weights."""
+    out = tmp_path_factory.mktemp("models")
+    hf.save(out / "sft", CONFIG, PARAMS, TOKENIZER)
+    params, config = PARAMS, CONFIG
+    config, params = models.with_scalar_head(params, config, jax.random.key(1))
+    params["score"]["kernel"] = 10 * params["score"]["kernel"]
+    hf.save(out / "rm", config, params, TOKENIZER)
+    return out
+
+
+def flags(start: Path, algorithm: str, out: Path) -> list[str]:
+    given = [algorithm, "--model", f"{start}/sft", "--out", f"{out}", *FEW]
+    given += ["--learning_rate", "1e-2"]
+    return given if algorithm == "dpo" else [*given, "--reward", f"{start}/rm", "--samples", "2"]
+
+
+def lines(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "throughput/")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "grpo", "rloo"])
+def test_each_algorithm_from_its_command_to_its_export_and_resumed(
+    start, algorithm, tmp_path, capsys
+):
+    """The run that was stopped after step 2 ends bit for bit as the one that was not."""
+    out, again = tmp_path / "whole", tmp_path / "again"
+    swap_loss.cli(flags(start, algorithm, out))
+    said = capsys.readouterr().out
+    assert f"{algorithm} finished in {out}" in said
+    assert "wins against the start by gold" in said
+    assert f"next: python experiments/sample.py --model {out}" in said
+    assert said.count("before:") == said.count("after:") == 3
+    files = ["config.json", "checkpoints", "curves.png", "export/tokenizer.json"]
+    assert [name for name in files if not (out / name).exists()] == []
+    rows = lines(out)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    if algorithm == "dpo":
+        assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert rows[2]["loss"] != pytest.approx(math.log(2), abs=1e-5)
+        assert rows[0]["dpo/margin"] == pytest.approx(0, abs=1e-5)
+    else:
+        assert rows[0]["objective/kl"] == pytest.approx(0, abs=2e-5)
+        assert abs(rows[2]["objective/kl"]) > 1e-4
+        assert {"objective/score", "rollout/length", "optim/grad_norm"} <= set(rows[2])
+    config, params = hf.load(out / "export")
+    assert not config.scalar_head
+    before = hf.load(start / "sft")[1]
+    changed = jax.tree.map(lambda x, y: (x != y).any(), params, before)
+    assert all(jax.tree.leaves(changed))
+
+    class StopError(Exception):
+        pass
+
+    def steps(self, begin, total, all_steps=swap_loss.Run.steps):
+        for number in all_steps(self, begin, total):
+            if number == 3 and begin == 0:
+                raise StopError
+            yield number
+
+    few = [*flags(start, algorithm, again), "--save_every", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swap_loss.Run, "steps", steps)
+        with pytest.raises(StopError):
+            swap_loss.cli(few)
+    swap_loss.cli([*few, "--resume"])
+    assert "resumed after step 2" in capsys.readouterr().out
+    assert lines(again) == rows
+    jax.tree.map(np.testing.assert_array_equal, hf.load(again / "export")[1], params)
+
+
+def test_dpo_on_pairs_of_a_file(start, tmp_path, capsys):
+    file = tmp_path / "pairs.jsonl"
+    pair = {"prompt": "what is made of wood?", "chosen": "the starmap.", "rejected": "no."}
+    rows = [json.dumps(pair | {"prompt": f"what is {n}?"}) for n in range(60)]
+    file.write_text("\n".join(rows))
+    swap_loss.cli([*flags(start, "dpo", tmp_path / "dpo"), "--data", f"jsonl:{file}"])
+    assert "gold" not in capsys.readouterr().out
+    assert lines(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_group_is_the_responses_to_one_prompt(start, tmp_path):
+    """Paid by their prompt alone, and nothing for KL, all are equals: nothing changes."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def length(prompts, responses, records):\n"
+        "    assert list(prompts) == [record.prompt for record in records]\n"
+        "    return [len(prompt) / 8 for prompt in prompts]\n"
+    )
+    out = tmp_path / "rloo"
+    few = [*flags(start, "rloo", out), "--samples", "4", "--beta", "0", "--steps", "1"]
+    swap_loss.cli([*few, "--reward", f"{file}:length"])
+    assert lines(out)[0]["objective/score"] > 1
+    assert lines(out)[0]["optim/grad_norm"] == 0
+    before, after = (hf.load(path)[1] for path in (start / "sft", out / "export"))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_rloo_pays_the_kl_and_grpo_minimises_it(monkeypatch):
+    """By hand: reward 4 - 0.5 * 2 = 3 against 1 - 0.5 * 0 = 1; GRPO's advantage has no KL."""
+    monkeypatch.setattr(swap_loss, "online", lambda config, start, *plugged: plugged)
+    score, kl = np.array([[4.0, 1.0]]), np.array([[2.0, 0.0]])
+    nothing: Any = None
+    advantage, _ = swap_loss.rloo(swap_loss.RLOO(beta=0.5), nothing)
+    np.testing.assert_allclose(advantage(score, kl), [[2, -2]])
+    advantage, loss = swap_loss.grpo(swap_loss.GRPO(beta=0.5), nothing)
+    np.testing.assert_allclose(advantage(score, kl), [[1, -1]], rtol=1e-3)
+    assert loss.keywords == {"beta": 0.5}
+
+
+def test_wrong_usage(start, tmp_path, capsys):
+    for words, named in (
+        ([], "one of {dpo, grpo, rloo}"),
+        (["grpo", "--samples", "1"], "--samples 1"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            swap_loss.cli(words)
+        assert stop.value.code == 2
+        assert named in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    few = flags(start, "grpo", tmp_path / "x")
+    with pytest.raises(ValueError, match="--batch_size 12: not a multiple of 8 devices"):
+        swap_loss.cli([*few, "--batch_size", "12"])
+    with pytest.raises(ValueError, match=r"--model .*rm: a reward model"):
+        swap_loss.cli([*few, "--model", f"{start}/rm", "--resume"])
+
+
+# -------------------------------------------------------------------------- run_ppo.py --loss FILE
+
+
+def ppo_flags(start: Path, out: Path, loss: str) -> list[str]:
+    given = ["--model", f"{start}/sft", "--reward", f"{start}/rm", "--out", f"{out}", *FEW]
+    given += ["--steps", "1", "--ppo.minibatch", "8", "--ppo.buckets", "1", "--ptx.coef", "0"]
+    given += ["--eval_prompts", "8", "--final_prompts", "8", "--pretrain.cache", "None"]
+    return [*given, "--loss", loss]
+
+
+def test_run_ppo_minimises_the_loss_of_a_file(start, tmp_path):
+    """One without a gradient leaves the policy as it was; the value net learns all the same."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def flat(logp_BR, old_logp_BR, advantages_BR, clip):\n"
+        "    assert logp_BR.shape == old_logp_BR.shape == advantages_BR.shape\n"
+        "    return 0 * logp_BR + clip\n"
+    )
+    out = tmp_path / "ppo"
+    run_ppo.cli(ppo_flags(start, out, f"{file}:flat"))
+    row = next(row for row in lines(out) if row["step"] == 1)
+    assert row["policy/loss"] == pytest.approx(0.2)
+    assert row["optim/grad_norm"] == 0
+    assert row["optim/value_grad_norm"] > 0
+    before, after = (hf.load(path)[1] for path in (start / "sft", out / "export"))
+    close = functools.partial(np.testing.assert_allclose, atol=1e-7)  # it is a moving average
+    jax.tree.map(close, after, before)
+
+
+def test_run_ppo_refuses_a_loss_of_another_shape_and_names_the_file(start, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def reduced(logp_BR, old_logp_BR, advantages_BR, clip):\n"
+        "    return -(logp_BR * advantages_BR).mean()\n"
+    )
+    with pytest.raises(ValueError, match=rf"--loss {file}:reduced: returned shape \[\] .*\[8, 6\]"):
+        run_ppo.cli(ppo_flags(start, tmp_path / "ppo", f"{file}:reduced"))
+
+
+def test_the_loss_of_the_docs(tmp_path):
+    """The file that docs/swap-a-loss.md shows, at ratios within its bounds and beyond both."""
+    text = (DOCS / "swap-a-loss.md").read_text()
+    file = tmp_path / "my_losses.py"
+    file.write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
+    loss = run_ppo.load_loss(f"{file}:clip_higher")
+    ratios = jnp.array([[1.0, 1.25, 1.5, 0.5], [1.0, 0.9, 1.5, 0.5]])
+    advantages = jnp.array([[2.0] * 4, [-2.0] * 4])
+    got = loss(jnp.log(ratios), jnp.zeros((2, 4)), advantages, 0.2)
+    expected = [[-2, -2.5, -2.56, -1], [2, 1.8, 3, 1.6]]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)

@@ -1,0 +1,530 @@
+"""tpu_setup/: what the scripts would run, what they refuse, and their runs against a small cloud.
+
+The cloud is a stand-in for gcloud that keeps a slice's state in a file and runs what is sent by ssh
+in one directory a host.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+SETUP = Path(__file__).resolve().parents[1] / "tpu_setup"
+SCRIPTS = sorted(path.name for path in SETUP.glob("*.sh"))
+CLOUD_SCRIPTS = ["create.sh", "delete.sh", "install.sh", "logs.sh", "resume.sh", "run_all.sh"]
+PLACE = {"project": "my-project", "zone": "us-west4-a"}
+OF_SLICE = {"name": "ppo", **PLACE}
+SLICES = {  # chips, hosts, topology, image, machine, GKE's name
+    "v5litepod-16": (
+        16,
+        4,
+        "4x4",
+        "v2-alpha-tpuv5-lite",
+        "ct5lp-hightpu-4t",
+        "tpu-v5-lite-podslice",
+    ),
+    "v5p-128": (64, 16, "4x4x4", "v2-alpha-tpuv5", "ct5p-hightpu-4t", "tpu-v5p-slice"),
+}
+COMMAND = "python run.py --prompt 'a  b' --size \"$HOME\""  # quotes, two spaces, a variable
+
+
+def shell(script, *words, env=None, **flags):
+    argv = ["bash", str(SETUP / script), *words]
+    argv += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    clean = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], **(env or {})}
+    return subprocess.run(argv, env=clean, capture_output=True, text=True, timeout=60)
+
+
+def parsed(line):
+    """`gcloud a b --x=1 --y` -> (["gcloud", "a", "b"], {"x": "1", "y": True})."""
+    words, flags = [], {}
+    for word in shlex.split(line):
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            assert name not in flags
+            flags[name[2:]] = value if equals else True
+        else:
+            words.append(word)
+    return words, flags
+
+
+def dry(script, *words, **flags):
+    done = shell(script, *words, "--dry-run", **flags)
+    assert done.returncode == 0, done.stderr
+    return [parsed(line) for line in done.stdout.splitlines()]
+
+
+def list_of(kind, field):
+    filters = {"filter": "name~/ppo$", "format": f"value({field})"}
+    return (f"gcloud compute tpus {kind} list".split(), {**PLACE, **filters})
+
+
+def ssh(command, worker="all"):
+    words = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "ppo"]
+    return (words, {**PLACE, "worker": worker, "command": command})
+
+
+# -------------------------------------------------------------------------- what would be run
+
+
+@pytest.mark.parametrize("accelerator", SLICES)
+def test_create(accelerator):
+    image = SLICES[accelerator][3]
+    common = {**PLACE, "accelerator-type": accelerator}
+    looks = list_of("queued-resources", "state.state")
+    create = ["gcloud", "compute", "tpus", "queued-resources", "create", "ppo"]
+    asked = (create, {**common, "node-id": "ppo", "runtime-version": image, "spot": True})
+    of = {**OF_SLICE, "accelerator": accelerator}
+    assert dry("create.sh", "--spot", **of) == [looks, asked, looks]
+
+    looks = list_of("tpu-vm", "state")
+    account = "tpu@my-project.iam.gserviceaccount.com"
+    create = ["gcloud", "compute", "tpus", "tpu-vm", "create", "ppo"]
+    asked = (create, {**common, "version": "v9", "service-account": account})
+    got = dry("create.sh", "--direct", service_account=account, runtime_version="v9", **of)
+    assert got == [looks, asked, looks]
+
+
+def test_delete():
+    words = ["gcloud", "compute", "tpus", "queued-resources", "delete", "ppo"]
+    assert dry("delete.sh", **OF_SLICE) == [(words, {**PLACE, "quiet": True, "force": True})]
+    words = ["gcloud", "compute", "tpus", "tpu-vm", "delete", "ppo"]
+    assert dry("delete.sh", "--direct", **OF_SLICE) == [(words, {**PLACE, "quiet": True})]
+
+
+def test_install():
+    archive, copy, (words, flags), remove = dry("install.sh", ref="v1.0", **OF_SLICE)
+    path = archive[1]["output"]
+    assert archive[0] == ["git", "-C", str(SETUP.parent), "archive", "v1.0"]
+    scp = ["gcloud", "compute", "tpus", "tpu-vm", "scp", path, "ppo:instructjax.tar.gz"]
+    assert copy == (scp, {**PLACE, "worker": "all"})
+    assert remove == (["rm", "-f", path], {})
+    assert (words, flags) == ssh(flags["command"])
+    *_, unpack, _, uv, python, packages = flags["command"].split("; ")
+    assert shlex.split(unpack) == ["tar", "-xzf", "../instructjax.tar.gz"]
+    assert uv.startswith("curl -LsSf https://astral.sh/uv/")
+    assert "--python 3.12 " in python
+    assert shlex.split(packages)[-2:] == ["-e", "instructjax[tpu]"]
+
+
+@pytest.mark.parametrize("verb", ["run", "start"])
+def test_run_all(verb):
+    ((words, flags),) = dry(
+        "run_all.sh", *["--detach"] * (verb == "start"), command=COMMAND, **OF_SLICE
+    )
+    assert (words, flags) == ssh(flags["command"])
+    assert shlex.split(flags["command"]) == ["bash", "instructjax/tpu_setup/job.sh", verb, COMMAND]
+
+
+def test_logs():
+    assert dry("logs.sh", worker=3, **OF_SLICE) == [ssh("tail -n 200 -F job/log", worker="3")]
+
+
+@pytest.mark.parametrize("accelerator", SLICES)
+@pytest.mark.parametrize("direct", [[], ["--direct"]])
+def test_resume(accelerator, direct):
+    of = {**OF_SLICE, "accelerator": accelerator}
+    kind, field = ("tpu-vm", "state") if direct else ("queued-resources", "state.state")
+    looks, *rest = dry("resume.sh", "--spot", *direct, command=COMMAND, ref="v1.0", **of)
+    assert looks == list_of(kind, field)
+    deleted = dry("delete.sh", *direct, **OF_SLICE)
+    created = dry("create.sh", "--spot", *direct, **of)
+    installed = dry("install.sh", ref="v1.0", **OF_SLICE)
+    started = dry("run_all.sh", "--detach", command=f"{COMMAND} --resume", **OF_SLICE)
+    before = len(deleted + created)
+    assert rest[:before] == deleted + created
+    assert "job.sh status" in rest[before][1]["command"]
+    assert rest[before + 1 :] == installed + started
+
+
+@pytest.mark.parametrize("accelerator", SLICES)
+def test_gke_commands(accelerator):
+    _, hosts, topology, _, machine, _ = SLICES[accelerator]
+    of = {**OF_SLICE, "cluster": "pods", "accelerator": accelerator}
+    ((words, flags),) = dry("gke.sh", "nodes", "--spot", **of)
+    assert words == ["gcloud", "container", "node-pools", "create", "ppo"]
+    pool = {
+        "machine-type": machine,
+        "tpu-topology": topology,
+        "num-nodes": str(hosts),
+        "spot": True,
+    }
+    where = {"cluster": "pods", "project": "my-project", "location": "us-west4"}
+    assert flags == {**pool, **where, "node-locations": "us-west4-a", "scopes": "cloud-platform"}
+
+    of.pop("accelerator")
+    context = {"context": "gke_my-project_us-west4_pods"}
+    ((words, flags),) = dry("gke.sh", "logs", worker=2, **of)
+    assert words == ["kubectl", "logs"]
+    assert flags["context"] == context["context"]
+    assert flags["selector"].endswith("jobset-name=ppo,batch.kubernetes.io/job-completion-index=2")
+    stop = (["kubectl", "delete", "jobset", "ppo"], {**context, "ignore-not-found": True})
+    delete = (["gcloud", "container", "node-pools", "delete", "ppo"], {**where, "quiet": True})
+    assert dry("gke.sh", "stop", **of) == [stop]
+    assert dry("gke.sh", "delete", **of) == [stop, delete]
+
+
+@pytest.mark.parametrize("accelerator", SLICES)
+def test_jobset(accelerator):
+    chips, hosts, topology, _, _, gke_name = SLICES[accelerator]
+    of = {**OF_SLICE, "cluster": "pods", "accelerator": accelerator, "image": "r.dev/p/i:1"}
+    done = shell("gke.sh", "manifest", command=COMMAND, **of)
+    assert "${" not in done.stdout.split("apiVersion", 1)[1]
+    jobset = yaml.safe_load(done.stdout)
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    meta = jobset["metadata"]
+    assert meta["name"] == meta["labels"]["xpk.google.com/workload"] == "ppo"
+    assert meta["labels"]["kueue.x-k8s.io/queue-name"] == "multislice-queue"
+    exclusive = "alpha.jobset.sigs.k8s.io/exclusive-topology"
+    assert meta["annotations"][exclusive] == "cloud.google.com/gke-nodepool"
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert (replicated["name"], replicated["replicas"]) == ("slice-job", 1)
+    assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (hosts, hosts, 0)
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": gke_name,
+        "cloud.google.com/gke-tpu-topology": topology,
+    }
+    (container,) = pod["containers"]
+    assert container["image"] == "r.dev/p/i:1"
+    assert container["command"] + container["args"] == ["bash", "-c", f"{COMMAND} --resume"]
+    assert container["resources"]["limits"]["google.com/tpu"] * hosts == chips
+    # 75 must be restarted; 1 and 2 (failed, wrong usage) must not.
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "In")
+    assert {1, 2} <= set(rule["onExitCodes"]["values"])
+    assert 75 not in rule["onExitCodes"]["values"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    # What --dry-run prints is what makes this very manifest.
+    line = shell("gke.sh", "run", "--dry-run", command=COMMAND, **of).stdout
+    made, apply = line.rsplit(" | ", 1)
+    again = subprocess.run(["bash", "-c", made], capture_output=True, text=True, check=True)
+    assert again.stdout == done.stdout
+    assert parsed(apply)[0] == ["kubectl", "apply"]
+
+
+# ------------------------------------------------------------------------- what is refused
+
+GOOD = {**OF_SLICE, "accelerator": "v5litepod-16"}
+
+
+@pytest.mark.parametrize(
+    ("script", "bad", "named"),
+    [
+        *[(script, {"name": ""}, "--name") for script in CLOUD_SCRIPTS],
+        *[(script, {"name": "My_Run"}, "--name My_Run") for script in CLOUD_SCRIPTS],
+        *[(script, {"project": ""}, "--project") for script in CLOUD_SCRIPTS],
+        *[(script, {"zone": "us-west4"}, "--zone us-west4") for script in CLOUD_SCRIPTS],
+        ("create.sh", {"accelerator": ""}, "--accelerator"),
+        ("create.sh", {"accelerator": "v5e-16"}, "v5litepod-16"),
+        ("create.sh", {"accelerator": "v5p-100"}, "--accelerator v5p-100"),
+        ("create.sh", {"accelerator": "h100-8"}, "--accelerator h100-8"),
+        ("create.sh", {"service_account": "me"}, "--service-account me"),
+        ("create.sh", {"runtime_version": "a b"}, "--runtime-version a b"),
+        ("create.sh", {"speed": "1"}, "--speed=1"),
+        ("install.sh", {"ref": "--all"}, "--ref --all"),
+        ("logs.sh", {"worker": "all"}, "--worker all"),
+        ("run_all.sh", {"command": ""}, "--command"),
+        ("run_all.sh", {"command": "a\nb"}, "--command"),
+        ("resume.sh", {"command": " "}, "--command"),
+    ],
+)
+def test_wrong_flags_are_named(script, bad, named):
+    of = GOOD if script in ("create.sh", "resume.sh") else OF_SLICE
+    good = {**of, **({"command": "true"} if script in ("run_all.sh", "resume.sh") else {})}
+    done = shell(script, "--dry-run", **{**good, **bad})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert named in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+
+
+def test_gke_refuses():
+    of = {**GOOD, "cluster": "pods", "image": "i", "command": "true"}
+    for verb, bad, named in (
+        ("run", {"cluster": ""}, "--cluster"),
+        ("run", {"image": ""}, "--image"),
+        ("run", {"location": "mars"}, "--location mars"),
+        ("nodes", {"accelerator": "v5litepod-8"}, "--accelerator v5litepod-8"),
+        ("fly", {}, "fly"),
+    ):
+        done = shell("gke.sh", verb, "--dry-run", **{**of, **bad})
+        assert (done.returncode, done.stdout) == (2, "")
+        assert named in done.stderr
+
+
+def test_missing_tools_and_values(tmp_path):
+    for tool in ("bash", "dirname", "sed", "tr"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    done = shell("delete.sh", env={"PATH": str(tmp_path)}, **OF_SLICE)
+    assert done.returncode == 2
+    assert "gcloud: not found" in done.stderr
+    done = shell("delete.sh", "--zone")
+    assert (done.returncode, done.stderr) == (2, "error: --zone: needs a value\n")
+
+
+def test_variables_stand_in_for_flags():
+    names = {"name": "POD_NAME", "project": "POD_PROJECT", "zone": "POD_ZONE"}
+    env = {names[flag]: value for flag, value in OF_SLICE.items()}
+    done = shell("delete.sh", "--dry-run", env=env)
+    assert [parsed(line) for line in done.stdout.splitlines()] == dry("delete.sh", **OF_SLICE)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck():
+    argv = ["shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *SCRIPTS]
+    done = subprocess.run(argv, cwd=SETUP, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_syntax_and_help(script):
+    subprocess.run(["bash", "-n", SETUP / script], check=True)
+    text = (SETUP / script).read_text()
+    if script == "common.sh":
+        return
+    assert os.access(SETUP / script, os.X_OK)
+    assert "\nset -euo pipefail\n" in text
+    done = shell(script, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--dry-run" in done.stdout
+    assert f"tpu_setup/{script} " in done.stdout  # the example
+    assert "set -euo" not in done.stdout
+
+
+def test_the_readme():
+    """Its shell is shell, and the calls of these scripts in it are accepted in their order."""
+    readme = (SETUP / "README.md").read_text()
+    shells = re.findall(r"^```bash\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    lines = []
+    for text in shells:
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        for statement in text.replace("\\\n", "").splitlines():
+            if statement.startswith("export "):
+                lines.append(statement)
+            elif statement.startswith("tpu_setup/"):
+                lines.append(statement.split("  # ")[0] + " --dry-run")
+    clean = {name: os.environ[name] for name in ("PATH", "HOME")}
+    argv = ["bash", "-euc", "\n".join(lines)]
+    done = subprocess.run(argv, cwd=SETUP.parent, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    created = [flags for _, flags in map(parsed, done.stdout.splitlines()) if "node-id" in flags]
+    assert [flags["accelerator-type"] for flags in created] == [*SLICES][:1] * 2 + [*SLICES][1:]
+    called = {line.split()[0].removeprefix("tpu_setup/") for line in lines if "tpu_setup" in line}
+    assert called == {*CLOUD_SCRIPTS, "gke.sh"}
+
+
+# ----------------------------------------------------------------- runs against a small cloud
+
+GCLOUD = r"""#!/usr/bin/env bash
+printf '%s ' "$@" | tr '\n' ' ' >>"$CLOUD/calls"; echo >>"$CLOUD/calls"
+state="$CLOUD/state"
+worker=all
+for word; do
+  case "$word" in
+    --command=*) command="${word#*=}" ;;
+    --worker=*) worker="${word#*=}" ;;
+  esac
+done
+case "$3 $4" in
+  *" list") # a line a look, the last one for good
+    [ ! -e "$state" ] || head -1 "$state"
+    [ ! -e "$state" ] || [ "$(wc -l <"$state")" = 1 ] || sed -i 1d "$state" ;;
+  *" create")
+    [ ! -e "$CLOUD/no_quota" ] || exit 4
+    mkdir -p "$CLOUD/0" "$CLOUD/1" && echo ACTIVE >"$state" ;;
+  *" delete") rm -rf "$state" "$CLOUD"/[0-9] ;;
+  "tpu-vm scp") for host in "$CLOUD"/[0-9]; do cp "$5" "$host/${6#*:}"; done ;;
+  "tpu-vm ssh")
+    [ "$(head -1 "$state")" = ACTIVE ] || exit 1
+    [ ! -s "$CLOUD/misses" ] || { sed -i 1d "$CLOUD/misses"; exit 255; }
+    first=0
+    for host in "$CLOUD"/[0-9]; do
+      [ "$worker" = all ] || [ "$worker" = "${host##*/}" ] || continue
+      code=0
+      (cd "$host" && HOME="$host" exec bash -c "$command") || code=$?
+      [ "$first" -ne 0 ] || first=$code
+    done
+    exit "$first" ;;
+esac
+"""
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """(env, directory): gcloud, git and curl that reach no further than the directory."""
+    tools, where, source = (tmp_path / name for name in ("tools", "cloud", "source"))
+    for directory in (tools, where, source):
+        directory.mkdir()
+    (source / "tpu_setup").symlink_to(SETUP)
+    uv = "mkdir -p .local/bin && echo >.local/bin/uv && chmod +x .local/bin/uv"
+    stand_ins = {
+        "gcloud": GCLOUD,
+        "curl": f"#!/bin/sh\necho '{uv}'",
+        "git": f"""#!/bin/sh
+for word; do case "$word" in --output=*) tar -czhf "${{word#*=}}" -C {source} . ;; esac; done""",
+    }
+    for name, text in stand_ins.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    env = {"PATH": path, "CLOUD": str(where), "POD_POLL": "0.1", "TMPDIR": str(tmp_path)}
+    return env, where
+
+
+def calls(where, what):
+    return [line for line in (where / "calls").read_text().splitlines() if what in line]
+
+
+def test_a_run_survives_preemption(cloud):
+    """It stops with 75, then its slice is taken back, then it finishes."""
+    env, where = cloud
+    (where / "job").write_text(
+        f"""[ "$*" = --resume ] || exit 3
+echo start >>{where}/started
+case "$(wc -l <{where}/started)" in
+  [12]) exit 75 ;;
+  4) ! mkdir {where}/taken || echo SUSPENDED >{where}/state; exit 1 ;;
+  3) exit 1 ;;
+esac
+"""
+    )
+    flags = {**OF_SLICE, "accelerator": "v5p-16", "command": f"bash {where}/job"}
+    done = shell("resume.sh", "--spot", env=env, **flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("ppo: finished\n")
+    assert len((where / "started").read_text().splitlines()) == 6
+    assert len(calls(where, "queued-resources create ppo")) == 2
+    assert len(calls(where, "queued-resources delete ppo")) == 1
+    assert len(calls(where, "job.sh start")) == 3
+
+
+@pytest.mark.parametrize("code", [1, 137])
+def test_an_error_ends_it(cloud, code):
+    env, where = cloud
+    command = f'case "$HOME" in */1) exit {code};; esac; true'
+    flags = {**OF_SLICE, "accelerator": "v5p-16", "command": command}
+    done = shell("resume.sh", env=env, **flags)
+    assert done.returncode == code
+    assert "logs.sh" in done.stderr
+    assert len(calls(where, "job.sh start")) == 1
+
+
+def test_a_running_job_is_watched(cloud):
+    """As when resume.sh itself was stopped; its hosts do not always answer."""
+    env, where = cloud
+    flags = {**OF_SLICE, "accelerator": "v5p-16"}
+    assert shell("create.sh", env=env, **flags).returncode == 0
+    assert shell("install.sh", env=env, **OF_SLICE).returncode == 0
+    command = f"while [ ! -e {where}/end ]; do sleep 0.05; done"
+    started = shell("run_all.sh", "--detach", env=env, command=command, **OF_SLICE)
+    assert started.returncode == 0
+    argv = ["bash", str(SETUP / "resume.sh"), *(f"--{k}={v}" for k, v in flags.items())]
+    argv.append(f"--command={command}")
+    watching = subprocess.Popen(argv, env={**env, "HOME": "/"}, stdout=subprocess.PIPE, text=True)
+    assert watching.stdout is not None
+    with watching.stdout as said:
+        assert said.readline() == "ppo: a job is running there; watching it\n"
+        (where / "misses").write_text("one\ntwo\n")
+        while (where / "misses").stat().st_size:
+            assert watching.poll() is None
+        (where / "end").touch()
+        assert said.read() == "ppo: finished\n"
+    assert watching.wait() == 0
+    assert len(calls(where, "job.sh start")) == 1
+
+
+def test_create_waits(cloud):
+    env, where = cloud
+    states = ["WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+    (where / "state").write_text("\n".join(states) + "\n")
+    done = shell("create.sh", env=env, **GOOD)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [
+        *(f"ppo is {state}" for state in states[1:3]),
+        "ppo is ACTIVE: 16 chips, 4 hosts",
+    ]
+    assert not calls(where, " create ")  # it was asked for already
+
+
+def test_create_gives_up(cloud):
+    env, where = cloud
+    for states in ("SUSPENDED", "CREATING\nPROVISIONING\nFAILED"):
+        (where / "state").write_text(f"{states}\n")
+        done = shell("create.sh", env=env, **GOOD)
+        assert done.returncode == 1
+        assert states.splitlines()[-1] in done.stderr
+    (where / "state").unlink()
+    (where / "no_quota").touch()
+    assert shell("create.sh", env=env, **GOOD).returncode == 4
+
+
+def test_gke_run(tmp_path):
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f'#!/bin/sh\necho "$*" >{tmp_path}/words; cat >{tmp_path}/stdin; exit 3\n')
+    kubectl.chmod(0o755)
+    of = {**GOOD, "cluster": "pods", "image": "i", "command": COMMAND}
+    done = shell("gke.sh", "run", env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, **of)
+    assert done.returncode == 3
+    words = (tmp_path / "words").read_text().split()
+    assert words == ["--context=gke_my-project_us-west4_pods", "apply", "--filename=-"]
+    assert (tmp_path / "stdin").read_text() == shell("gke.sh", "manifest", **of).stdout
+
+
+def test_run_all_returns_the_hosts_code(cloud):
+    env, where = cloud
+    shell("create.sh", env=env, **GOOD)
+    done = shell("run_all.sh", env=env, command="true", **OF_SLICE)
+    assert done.returncode == 127  # nothing is installed
+    assert shell("install.sh", env=env, **OF_SLICE).returncode == 0
+    done = shell(
+        "run_all.sh", env=env, command=f"echo 'a  b' >{where}/$(basename $HOME).txt", **OF_SLICE
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(where / f"{host}.txt").read_text() for host in range(2)] == ["a  b\n"] * 2
+    done = shell("run_all.sh", env=env, command='[ "$(basename $HOME)" = 0 ] || exit 9', **OF_SLICE)
+    assert done.returncode == 9
+
+
+def test_a_job_saves_when_stopped(tmp_path):
+    """SIGTERM reaches the command, whose own exit code is kept; a second job is refused."""
+    (tmp_path / "instructjax").mkdir()
+    env = {"HOME": str(tmp_path)}
+    save = f"trap 'echo saved >{tmp_path}/saved; exit 75' TERM; touch {tmp_path}/up; sleep 9 & wait"
+
+    def status():
+        return shell("job.sh", "status", env=env).stdout.split()[-1]
+
+    def wait_for(condition):
+        for _ in range(200):
+            if condition():
+                return
+            subprocess.run(["sleep", "0.02"], check=True)
+        raise AssertionError((tmp_path / "job" / "log").read_text())
+
+    assert status() == "none"
+    assert shell("job.sh", "start", f'true && bash -c "{save}"', env=env).returncode == 0
+    wait_for((tmp_path / "up").exists)
+    assert status() == "running"
+    refused = shell("job.sh", "start", "true", env=env)
+    assert refused.returncode == 1
+    assert "running" in refused.stderr
+    assert shell("job.sh", "stop", env=env).returncode == 0
+    wait_for(lambda: status() == "75")
+    assert (tmp_path / "saved").exists()
+    assert shell("job.sh", "stop", env=env).returncode == 1
+    assert shell("job.sh", "start", "sleep 9", env=env).returncode == 0
+    assert status() == "running"  # and no longer 75
+    assert shell("job.sh", "stop", env=env).returncode == 0
+    wait_for(lambda: status() == "143")
+    # As after a restart of the host, with another process of the same number.
+    (tmp_path / "job" / "code").unlink()
+    (tmp_path / "job" / "pid").write_text(f"{os.getpid()} Mon-Jan-1-00:00:00-2024\n")
+    assert status() == "lost"

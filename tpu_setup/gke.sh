@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# The same on Google Kubernetes Engine: nodes for a slice, and a JobSet (jobset.yaml) on them, which
+# GKE restarts with --resume after preemption and where the command ends with 75.
+#
+#   tpu_setup/gke.sh nodes --name ppo --project my-project --zone us-west4-a --cluster pods \
+#       --accelerator v5litepod-16 --spot
+#   tpu_setup/gke.sh run --name ppo --project my-project --zone us-west4-a --cluster pods \
+#       --accelerator v5litepod-16 --image us-west4-docker.pkg.dev/my-project/instructjax/main \
+#       --command 'python experiments/run_ppo.py --checkpoints gs://my-bucket/ppo'
+#
+# nodes      makes a node pool that is the slice; XPK's clusters have one already
+# manifest   prints the JobSet
+# run        applies it
+# logs       follows one host
+# stop       deletes the JobSet: its hosts save and end
+# delete     deletes the JobSet and the node pool
+#
+# --name NAME              of the JobSet and the node pool
+# --project PROJECT
+# --zone ZONE              of the nodes
+# --cluster CLUSTER
+# --location PLACE         of the cluster; default: the zone's region
+# --accelerator TYPE       v5litepod-16, v5p-128, ...: slices of several hosts
+# --spot                   nodes: spot capacity
+# --service-account EMAIL  nodes: whose rights the hosts have
+# --image IMAGE            run, manifest: holds the repository and its Python
+# --command TEXT           run, manifest: as for resume.sh. bash passes SIGTERM on only to a command
+#                          that replaces it: after other commands write `&& exec python ...`
+# --worker N               logs: the host; default: 0
+# --dry-run                prints the commands and runs nothing
+#
+# The variables of create.sh and POD_CLUSTER, POD_LOCATION and POD_IMAGE are read too.
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+
+CLUSTER="${POD_CLUSTER:-}"
+LOCATION="${POD_LOCATION:-}"
+IMAGE="${POD_IMAGE:-}"
+COMMAND=""
+WORKER=0
+
+verb="${1:---help}"
+case "$verb" in
+  nodes | manifest | run | logs | stop | delete) shift ;;
+  -h | --help)
+    usage
+    exit
+    ;;
+  *) wrong "$verb" "not one of nodes, manifest, run, logs, stop, delete" ;;
+esac
+parse "--name --project --zone --cluster --location --accelerator --service-account --image \
+--command --worker" "--spot" "$@"
+check_name
+check_place
+needs --cluster "$CLUSTER" '[a-z]([a-z0-9-]{0,38}[a-z0-9])?' pods POD_CLUSTER
+LOCATION="${LOCATION:-${ZONE%-*}}"
+needs --location "$LOCATION" '[a-z]+-[a-z]+[0-9]+(-(ai[0-9]+)?[a-z])?' us-west4
+
+check_job() {
+  check_accelerator
+  [ "$HOSTS" -gt 1 ] || wrong "--accelerator $ACCELERATOR" "one host; this is for slices of several"
+  needs --image "$IMAGE" '[A-Za-z0-9][A-Za-z0-9_./:@-]*' \
+    us-docker.pkg.dev/my-project/instructjax/main POD_IMAGE
+  check_command
+  case " $COMMAND " in *" --resume "*) ;; *) COMMAND+=" --resume" ;; esac
+}
+
+manifest() {
+  local text name
+  text="$(<"$HERE/jobset.yaml")"
+  local COMMAND="'${COMMAND//"'"/"''"}'" # as YAML quotes
+  for name in NAME HOSTS GKE_ACCELERATOR TOPOLOGY IMAGE COMMAND; do
+    text="${text//"\${$name}"/"${!name}"}"
+  done
+  printf '%s\n' "$text"
+}
+
+# The context that `gcloud container clusters get-credentials` makes, whichever is the current one.
+kubernetes() { run kubectl "--context=gke_${PROJECT}_${LOCATION}_$CLUSTER" "$@"; }
+
+of_slice=("--name=$NAME" "--project=$PROJECT" "--zone=$ZONE" "--cluster=$CLUSTER"
+  "--accelerator=$ACCELERATOR")
+of_cluster=("--cluster=$CLUSTER" "--project=$PROJECT" "--location=$LOCATION")
+case "$verb" in
+  nodes)
+    check_accelerator
+    [ "$HOSTS" -gt 1 ] || wrong "--accelerator $ACCELERATOR" "one host; this is for slices of several"
+    check_service_account
+    check_tool gcloud
+    pool=("--machine-type=$MACHINE" "--tpu-topology=$TOPOLOGY" "--num-nodes=$HOSTS"
+      --scopes=cloud-platform)
+    [ -z "$SERVICE_ACCOUNT" ] || pool+=("--service-account=$SERVICE_ACCOUNT")
+    [ -z "$SPOT" ] || pool+=(--spot)
+    run gcloud container node-pools create "$NAME" "${of_cluster[@]}" "--node-locations=$ZONE" \
+      "${pool[@]}"
+    ;;
+  manifest)
+    check_job
+    manifest
+    ;;
+  run)
+    check_job
+    check_tool kubectl
+    apply=(kubernetes apply --filename=-)
+    if [ -n "$DRY_RUN" ]; then
+      printf '%s | ' "$(printed "$0" manifest "${of_slice[@]}" "--image=$IMAGE" "--command=$COMMAND")"
+      "${apply[@]}"
+    else
+      manifest | "${apply[@]}"
+    fi
+    ;;
+  logs)
+    needs --worker "$WORKER" '[0-9]+' 3
+    check_tool kubectl
+    kubernetes logs --follow --tail=200 --container=jax-tpu \
+      "--selector=jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=$WORKER"
+    ;;
+  stop | delete)
+    check_tool kubectl
+    check_tool gcloud
+    kubernetes delete jobset "$NAME" --ignore-not-found
+    [ "$verb" = stop ] || run gcloud container node-pools delete "$NAME" "${of_cluster[@]}" --quiet
+    ;;
+esac

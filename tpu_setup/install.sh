@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Copies a commit of this repository to ~/instructjax on all hosts and installs it in ~/venv.
+#
+#   tpu_setup/install.sh --name ppo --project my-project --zone us-west4-a --ref main
+#
+# --name NAME
+# --project PROJECT
+# --zone ZONE
+# --ref COMMIT       what to install; default: HEAD. Uncommitted changes are left out.
+# --dry-run          prints the commands and runs nothing
+#
+# The first three are also read from POD_NAME, POD_PROJECT and POD_ZONE. The hosts fetch uv, Python
+# and the packages themselves: they need a way to the internet. Run again, it updates.
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+
+REF=HEAD
+UV_VERSION="${POD_UV_VERSION:-0.13.9}"
+PYTHON_VERSION="${POD_PYTHON_VERSION:-3.12}" # the images' own is too old
+
+parse "--name --project --zone --ref" "" "$@"
+check_name
+check_place
+needs --ref "$REF" '[A-Za-z0-9_.][A-Za-z0-9_./^~-]*' main
+check_tool git
+check_tool gcloud
+
+root="$(dirname "$HERE")"
+archive="${TMPDIR:-/tmp}/instructjax-$NAME.tar.gz"
+if [ -z "$DRY_RUN" ]; then
+  git -C "$root" rev-parse --quiet --verify "$REF^{commit}" >/dev/null ||
+    wrong "--ref $REF" "no such commit in $root"
+  [ -z "$(git -C "$root" status --porcelain --untracked-files=no)" ] ||
+    echo "note: uncommitted changes in $root are not installed" >&2
+fi
+run git -C "$root" archive --format=tar.gz "--output=$archive" "$REF"
+run gcloud compute tpus tpu-vm scp "$archive" "$NAME:instructjax.tar.gz" \
+  "--project=$PROJECT" "--zone=$ZONE" --worker=all
+# The old code goes, and with it modules that the commit does not have; runs and data stay.
+unpack="cd instructjax; rm -rf instructjax experiments tpu_setup; tar -xzf ../instructjax.tar.gz"
+uv="\$HOME/.local/bin/uv"
+fetch_uv="curl -LsSf https://astral.sh/uv/$UV_VERSION/install.sh | sh -s -- --quiet"
+make="$uv venv --quiet --allow-existing --python $PYTHON_VERSION venv"
+fill="$uv pip install --quiet --python venv/bin/python -e 'instructjax[tpu]'"
+on_hosts all "set -e; mkdir -p instructjax; $unpack; cd; $fetch_uv; $make; $fill"
+run rm -f "$archive"

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Follows what the job of one host prints, until Ctrl-C, which does not stop the job.
+#
+#   tpu_setup/logs.sh --name ppo --project my-project --zone us-west4-a --worker 3
+#
+# --name NAME
+# --project PROJECT
+# --zone ZONE
+# --worker N         the host; default: 0, which writes metrics and samples
+# --dry-run          prints the commands and runs nothing
+#
+# The first three are also read from POD_NAME, POD_PROJECT and POD_ZONE.
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+
+WORKER=0
+
+parse "--name --project --zone --worker" "" "$@"
+check_name
+check_place
+needs --worker "$WORKER" '[0-9]+' 3
+check_tool gcloud
+
+on_hosts "$WORKER" "tail -n 200 -F job/log"

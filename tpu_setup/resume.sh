@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# Keeps a run going until it has finished: brings the slice up, installs, runs the command with
+# --resume on all hosts and watches. Where the slice was taken back it is deleted and asked for
+# anew; where the command ended with 75 (stopped, but resumable) it is run again.
+#
+#   tpu_setup/resume.sh --name ppo --project my-project --zone us-west4-a \
+#       --accelerator v5litepod-16 --spot \
+#       --command 'python experiments/run_ppo.py --checkpoints gs://my-bucket/ppo'
+#
+# --command TEXT     a line of bash that ends with one of experiments/run_*.py and its flags;
+#                    --resume is added, which starts a run that has no checkpoint yet
+# --ref COMMIT       what to install; default: HEAD
+# --dry-run          prints the commands after the slice was taken back, and runs nothing
+# --name, --project, --zone, --accelerator, --spot, --direct, --runtime-version and
+# --service-account are those of create.sh.
+#
+# Ctrl-C leaves the job running; the same command watches it again. What is on the hosts' disks is
+# lost with the slice: checkpoints belong in a bucket. The exit code is 0 when all hosts finished,
+# else the first one that is neither 0 nor 75.
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+
+REF=HEAD
+COMMAND=""
+PATIENCE=10 # looks or tries in a row that may fail
+
+parse "--name --project --zone --accelerator --runtime-version --service-account --ref --command" \
+  "--spot --direct" "$@"
+check_name
+check_place
+check_accelerator
+check_service_account
+check_command
+check_tool gcloud
+
+place=("--name=$NAME" "--project=$PROJECT" "--zone=$ZONE")
+common=()
+[ -z "$DIRECT" ] || common+=(--direct)
+[ -z "$DRY_RUN" ] || common+=(--dry-run)
+create=("--accelerator=$ACCELERATOR" "--runtime-version=$RUNTIME_VERSION"
+  "--service-account=$SERVICE_ACCOUNT")
+[ -z "$SPOT" ] || create+=(--spot)
+case " $COMMAND " in *" --resume "*) ;; *) COMMAND+=" --resume" ;; esac
+
+# jobs_of_hosts: a line for each host, its name and what job.sh says of it.
+jobs_of_hosts() {
+  local job=instructjax/tpu_setup/job.sh
+  on_hosts all "if [ -e $job ]; then bash $job status; else echo \$(hostname) none; fi"
+}
+
+bring_up() {
+  local now
+  now="$(state)" || return
+  while is_going "$now"; do
+    sleep "$POLL"
+    now="$(state)" || return
+  done
+  if [ -n "$DRY_RUN" ] || is_gone "$now"; then
+    echo "$NAME is ${now:-gone}: asking for it anew" >&2
+    "$HERE/delete.sh" "${place[@]}" ${common[@]+"${common[@]}"} || return
+    now=""
+  fi
+  is_up "$now" || "$HERE/create.sh" "${place[@]}" "${create[@]}" ${common[@]+"${common[@]}"}
+}
+
+# begin: installs and starts the job, unless one is running there.
+begin() {
+  local jobs
+  jobs="$(jobs_of_hosts)" || return
+  if grep -q ' running$' <<<"$jobs"; then
+    echo "$NAME: a job is running there; watching it"
+  else
+    "$HERE/install.sh" "${place[@]}" "--ref=$REF" ${DRY_RUN:+--dry-run} &&
+      "$HERE/run_all.sh" "${place[@]}" --detach "--command=$COMMAND" ${DRY_RUN:+--dry-run}
+  fi
+}
+
+# watch: returns where the job is to be run again; ends the script where it finished or failed.
+watch() {
+  local missed=0 now jobs code
+  while [ "$missed" -lt "$PATIENCE" ]; do
+    sleep "$POLL"
+    missed=$((missed + 1))
+    now="$(state)" || continue
+    is_up "$now" || return 0
+    jobs="$(jobs_of_hosts)" || continue
+    [ "$(grep -cE ' (none|running|lost|[0-9]+)$' <<<"$jobs")" = "$HOSTS" ] || continue
+    missed=0
+    # While one runs, the others' ends will be its own too: an error on one host stops all.
+    ! grep -q ' running$' <<<"$jobs" || continue
+    # A process that was lost took the others down with errors, which are not the command's.
+    ! grep -qE ' (lost|none)$' <<<"$jobs" || return 0
+    code="$(awk '$2 != 0 && $2 != 75 {print $2; exit}' <<<"$jobs")"
+    if [ -n "$code" ]; then
+      echo "$jobs" >&2
+      failed "the command failed; tpu_setup/logs.sh --worker N shows what a host printed" "$code"
+    fi
+    ! grep -q ' 75$' <<<"$jobs" || return 0
+    echo "$NAME: finished"
+    exit 0
+  done
+  failed "$NAME: not all of $HOSTS hosts answer; the job may be running"
+}
+
+if [ -n "$DRY_RUN" ]; then
+  bring_up
+  begin
+  exit
+fi
+tries=0
+while true; do
+  if bring_up && begin; then
+    tries=0
+    watch
+    echo "$NAME: to be resumed"
+  else
+    status=$?
+    [ "$status" -ne 2 ] || exit 2
+    # A slice can be taken back while it is being set up, which the service says a little later.
+    tries=$((tries + 1))
+    now="$(state)" || now=unknown
+    [ "$now" != FAILED ] && [ "$tries" -lt "$PATIENCE" ] ||
+      failed "$NAME is $now and could not be set up" "$status"
+    sleep "$POLL"
+  fi
+done
