@@ -47,6 +47,8 @@ class RM:
     """Tokens of each response."""
     K: int = 9
     """Responses to a prompt."""
+    prompts: int = 4
+    """Prompts of the step; the optimizer's part of it is the same for any number."""
     pairs: int = 5
     """Runs of each program."""
 
@@ -129,31 +131,32 @@ def benchmark_rm(c: RM) -> None:
     config, params = models.with_scalar_head(params, lm, jax.random.key(1))
     rng = np.random.default_rng(0)
     draw = functools.partial(rng.integers, 0, config.vocab_size, dtype=np.int32)
+    B, K = c.prompts, c.K
     batch = {
-        "prompt_BP": draw((1, c.prompt)),
-        "prompt_mask_BP": np.ones((1, c.prompt), bool),
-        "responses_BKR": draw((1, c.K, c.response)),
-        "response_mask_BKR": np.ones((1, c.K, c.response), bool),
-        "ranks_BK": np.arange(1, c.K + 1, dtype=np.int32)[None],
-        "mask_BK": np.ones((1, c.K), bool),
-        "margin_B": np.zeros(1, np.float32),
+        "prompt_BP": draw((B, c.prompt)),
+        "prompt_mask_BP": np.ones((B, c.prompt), bool),
+        "responses_BKR": draw((B, K, c.response)),
+        "response_mask_BKR": np.ones((B, K, c.response), bool),
+        "ranks_BK": np.tile(np.arange(1, K + 1, dtype=np.int32), (B, 1)),
+        "mask_BK": np.ones((B, K), bool),
+        "margin_B": np.zeros(B, np.float32),
     }
 
     def separate(params, batch, key):
         del key
-        prompts = jnp.repeat(batch["prompt_BP"], c.K, axis=0)
-        tokens = jnp.concatenate([prompts, batch["responses_BKR"][0]], axis=1)
-        hidden = models.apply(params, config, tokens)
-        score = models.scalars(params, config, hidden[:, -1:]).reshape(1, c.K)
+        prompts = jnp.repeat(batch["prompt_BP"], K, axis=0)
+        responses = batch["responses_BKR"].reshape(B * K, -1)
+        hidden = models.apply(params, config, jnp.concatenate([prompts, responses], axis=1))
+        score = models.scalars(params, config, hidden[:, -1:]).reshape(B, K)
         loss = jnp.mean(losses.pairwise_ranking(score, batch["ranks_BK"], batch["mask_BK"]))
-        return loss, (jnp.float32(1), {})
+        return loss, (jnp.float32(B), {})
 
     shared = functools.partial(reward.loss_fn, config=config)
     one, nine = stepper(shared, params, batch), stepper(separate, params, batch)
     fast, slow, ratio = paired(one, nine, c.pairs)
     table = rich.table.Table("one RM step", "seconds", "ratio")
-    table.add_row(f"prompt of {c.prompt} shared by {c.K} responses", f"{fast:.3f}", "1")
-    table.add_row(f"{c.K} sequences of {c.prompt + c.response}", f"{slow:.3f}", f"{ratio:.2f}")
+    table.add_row(f"{B} x a prompt of {c.prompt} shared by {K} responses", f"{fast:.3f}", "1")
+    table.add_row(f"{B} x {K} sequences of {c.prompt + c.response}", f"{slow:.3f}", f"{ratio:.2f}")
     rich.print(table)
 
 

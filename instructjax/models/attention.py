@@ -78,7 +78,7 @@ def attend(
     # XLA on CPU copy the logits: attention took 1.4 times as long.
     q_BGTH, mask = q_BNTH.reshape(B, G, -1, H), jnp.tile(mask_BTS, (1, N // G, 1))
     logits = jnp.einsum("BGTH,BGSH->BGTS", q_BGTH, k_BGSH, preferred_element_type=jnp.float32)
-    weights = _softmax(logits, mask[:, None], softcap).astype(v_BGSH.dtype)
+    weights = jax.nn.softmax(_masked(logits, mask[:, None], softcap), axis=-1).astype(v_BGSH.dtype)
     return jnp.einsum("BGTS,BGSH->BGTH", weights, v_BGSH).reshape(q_BNTH.shape)
 
 
@@ -115,17 +115,25 @@ def attend_shared(
     mask = jnp.tile(response_mask_BKRS, (1, 1, N // G, 1))[:, None]
     f32 = {"preferred_element_type": jnp.float32}
     of_prompt = jnp.einsum("BGTH,BGPH->BGTP", q.reshape(B, G, -1, H), k_BGPH, **f32)
-    of_response = jnp.einsum("BGKTH,BGKSH->BGKTS", q, k_BGKSH, **f32)
-    logits = jnp.concatenate([of_prompt.reshape(*q.shape[:-1], P), of_response], axis=-1)
-    weights = _softmax(logits, mask, softcap).astype(q.dtype)
-    on_prompt = weights[..., :P].reshape(B, G, -1, P)
-    y = jnp.einsum("BGTP,BGPH->BGTH", on_prompt, v_BGPH).reshape(q.shape)
-    y += jnp.einsum("BGKTS,BGKSH->BGKTH", weights[..., P:], v_BGKSH)
+    of_prompt = _masked(of_prompt, mask[..., :P].reshape(B, 1, -1, P), softcap)
+    of_response = _masked(
+        jnp.einsum("BGKTH,BGKSH->BGKTS", q, k_BGKSH, **f32), mask[..., P:], softcap
+    )
+    # One softmax over both parts, which are never put together: a copy of all logits, in either
+    # direction.
+    tops = [jnp.max(x, axis=-1).reshape(q.shape[:-1]) for x in (of_prompt, of_response)]
+    top = jax.lax.stop_gradient(jnp.maximum(*tops))[..., None]
+    on_prompt = jnp.exp(of_prompt - top.reshape(*of_prompt.shape[:-1], 1))
+    on_response = jnp.exp(of_response - top)
+    total = jnp.sum(on_prompt, axis=-1).reshape(q.shape[:-1]) + jnp.sum(on_response, axis=-1)
+    y = jnp.einsum("BGTP,BGPH->BGTH", on_prompt.astype(q.dtype), v_BGPH, **f32).reshape(q.shape)
+    y += jnp.einsum("BGKTS,BGKSH->BGKTH", on_response.astype(q.dtype), v_BGKSH, **f32)
+    y = (y / total[..., None]).astype(q.dtype)
     y = y.reshape(B, G, K, -1, R, H).swapaxes(2, 3).reshape(B, N, K * R, H)
     return jnp.concatenate([prompt, y], axis=2)
 
 
-def _softmax(logits: jax.Array, mask: jax.Array, softcap: float | None) -> jax.Array:
+def _masked(logits: jax.Array, mask: jax.Array, softcap: float | None) -> jax.Array:
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    return jax.nn.softmax(jnp.where(mask, logits, NEG_INF), axis=-1)
+    return jnp.where(mask, logits, NEG_INF)
