@@ -134,6 +134,7 @@ def test_choices(start, tmp_path):
     flags += ["--ptx.microbatches", "2", "--ppo.value", "shared", "--ppo.kl_target", "0.5"]
     flags += ["--ppo.rescore", "True", "--ppo.missing_eos", "penalty", "--offload"]
     flags += ["--ppo.whiten_rewards", "--ppo.clip_score", "2", "--ppo.max_kl", "-1"]
+    flags += ["--ppo.beta", "0.02"]
     run_ppo.cli(flags)
     rows = metrics_of(out)
     assert [row["step"] for row in rows] == [0, 1]  # any KL is above -1 nats
