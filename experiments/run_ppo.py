@@ -231,7 +231,7 @@ PRESETS = {
     # larger beta.
     "miniature": Config(
         steps=50,
-        unroll=4,
+        unroll=2,
         ppo=PPO(beta=0.1),
         ptx=PTX(coef=0.1, ratio=1, length=64),
     ),

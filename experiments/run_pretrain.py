@@ -69,7 +69,7 @@ class Config(RunConfig):
 
 
 # All values are ours: the paper starts from GPT-3.
-PRESETS = {"miniature": Config(unroll=4)}
+PRESETS = {"miniature": Config(epochs=2, learning_rate=4e-3, unroll=2)}
 
 
 def run_pretrain(config: Config) -> None:
@@ -108,6 +108,7 @@ def run_pretrain(config: Config) -> None:
         schedule = optax.warmup_cosine_decay_schedule(
             peak / (warmup + 1), peak, warmup, max(total, warmup + 1), end_value=0.1 * peak
         )
+        rates = np.asarray(jax.vmap(schedule)(jnp.arange(total)))  # known before the loop
         tx = train.adam(schedule)
         shard = sharding.constrainer(mesh)
         loss_fn = functools.partial(sft.loss_fn, config=model, shard=shard)
@@ -144,9 +145,8 @@ def run_pretrain(config: Config) -> None:
         # ------------------------------------------------------------------------------- loop
 
         for step, batch in zip(run.steps(start, total), stream.iterate(start), strict=False):
-            key = jax.random.fold_in(step_key, step)
-            current, metrics = step_fn(current, jax.tree.map(put, batch), key)
-            metrics |= {"optim/learning_rate": jnp.asarray(schedule(step - 1))}
+            current, metrics = step_fn(current, jax.tree.map(put, batch), step_key)
+            metrics |= {"optim/learning_rate": rates[step - 1]}
             run.log(step, metrics, tokens=config.batch_size * config.length)
             if step % config.eval_every == 0 or step == total:
                 evaluate(step)

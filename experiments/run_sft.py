@@ -112,7 +112,7 @@ PPO_INIT = dataclasses.replace(  # App. C.3: 2 epochs, 10 % pretraining data
     PAPER, epochs=2, pretrain=DataConfig(tyro.MISSING), pretrain_share=0.1
 )
 PRESETS = {
-    "miniature": Config(unroll=4),  # ours
+    "miniature": Config(epochs=6, unroll=2),  # ours
     # App. C.1
     "instructgpt-1.3b": dataclasses.replace(BASELINE, learning_rate=9.65e-6, batch_size=32),
     "instructgpt-6b": dataclasses.replace(BASELINE, learning_rate=9.65e-6, batch_size=32),
@@ -181,6 +181,7 @@ def run_sft(config: Config) -> None:
         total = config.steps if config.steps is not None else math.ceil(config.epochs * epoch)
         eval_every = config.eval_every or epoch
         schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
+        rates = np.asarray(jax.vmap(schedule)(jnp.arange(total)))  # known before the loop
         tx = train.adam(schedule)
         dropped = dataclasses.replace(model, dropout=config.dropout)
         loss_fn = functools.partial(sft.loss_fn, config=dropped, shard=shard)
@@ -257,9 +258,8 @@ def run_sft(config: Config) -> None:
         if start == 0:
             evaluate(0)
         for step, batch in zip(run.steps(start, total), stream.iterate(start), strict=False):
-            key = jax.random.fold_in(step_key, step)
-            current, metrics = step_fn(current, jax.tree.map(put, batch), key)
-            metrics |= {"optim/learning_rate": jnp.asarray(schedule(step - 1))}
+            current, metrics = step_fn(current, jax.tree.map(put, batch), step_key)
+            metrics |= {"optim/learning_rate": rates[step - 1]}
             run.log(step, metrics, tokens=config.batch_size * config.length)
             if step % eval_every == 0 or step == total:
                 run.save(step, current, score=evaluate(step))

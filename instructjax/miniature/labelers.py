@@ -17,11 +17,11 @@ from instructjax.miniature.world import generator
 from instructjax.miniature.writers import Flaws, write
 
 TRAINING, HELD_OUT = 15, 5  # labelers
-NOISE = 1.33  # the middle of the labelers' standard deviations, in units of utility
+NOISE = 1.35  # the middle of the labelers' standard deviations, in units of utility
 GRADE = 1.0  # ratings come in steps of this much utility; equal ratings are ties
 # What a middling labeler gets wrong in a demonstration, and a middling model in a draft.
-DEMONSTRATION = Flaws(0.3, 0.06, 0.06, 0.12, 0.15, 0.12, 0.2, 0.03, 0.02)
-DRAFT = Flaws(0.45, 0.12, 0.15, 0.15, 0.22, 0.20, 0.20, 0.06, 0.06)
+DEMONSTRATION = Flaws(0.3, 0.08, 0.06, 0.15, 0.2, 0.12, 0.3, 0.05, 0.03)
+DRAFT = Flaws(0.45, 0.12, 0.15, 0.15, 0.22, 0.20, 0.20, 0.06, 0.06, 0.25)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def screens(
 
 def drafts(record: dict[str, Any], k: int, rng: random.Random) -> list[str]:
     """k different responses, as if sampled from one model: prompts vary in how hard they are."""
-    hardness = rng.uniform(0.4, 1.6)
+    hardness = rng.uniform(0.2, 0.8)
     found: dict[str, None] = {}
     while len(found) < k:
         # A little harder each time, so that a prompt with one short right answer gets k of them.

@@ -195,14 +195,15 @@ def _classification(world: World, rng: random.Random, topic: str) -> _Asked:
 
 def _other(world: World, rng: random.Random, topic: str) -> _Asked:
     numbers = WORDS["number"]
+    off = rng.choice((-1, 1))
     if rng.random() < 0.5:
         word, n = _subject(rng, topic), rng.randint(2, 4)
-        exact, wrong = [word] * n, [word] * (n - 1)
+        exact, wrong = [word] * n, [word] * (n + off)
         asks = (f"say {word} {numbers[n - 1]} times.", f"{numbers[n - 1]} times {word}.")
     else:
         start = rng.randint(0, 3)
-        end = rng.randint(start + 1, 5)
-        exact, wrong = list(numbers[start : end + 1]), list(numbers[start:end])
+        end = rng.randint(start + 1, 4)
+        exact, wrong = list(numbers[start : end + 1]), list(numbers[start : end + 1 + off])
         span = f"from {numbers[start]} to {numbers[end]}."
         asks = (f"count {span}", f"say the numbers {span}")
     return asks, {"exact": language.enumerate_(exact), "wrong": language.enumerate_(wrong)}

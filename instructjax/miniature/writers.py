@@ -36,6 +36,7 @@ class Flaws:
       pad: adds a sentence that nobody asked for.
       rude: adds a rude sentence.
       garble: loses a word.
+      derail: goes astray as a language model does: in words, sentences or altogether.
     """
 
     myth: float = 0.0
@@ -47,6 +48,7 @@ class Flaws:
     pad: float = 0.0
     rude: float = 0.0
     garble: float = 0.0
+    derail: float = 0.0
 
 
 def write(request: dict[str, Any], flaws: Flaws, rng: random.Random) -> str:
@@ -68,6 +70,8 @@ def write(request: dict[str, Any], flaws: Flaws, rng: random.Random) -> str:
         words = sentences[place].split()
         words.pop(rng.randrange(len(words)))
         sentences[place] = " ".join(words) or "the"
+    if writer.errs("derail"):
+        sentences = writer.derailed(sentences)
     return " ".join(say(sentence) for sentence in sentences)
 
 
@@ -99,6 +103,33 @@ class _Writer:
 
     def tell(self, fact: Fact) -> str:
         return state(fact, paraphrase=self.rng.random() < 0.3)
+
+    def derailed(self, sentences: list[str]) -> list[str]:
+        """The sentences with a word out of place, two of them run together, one too many, or gone.
+
+        A policy that is trained against a reward model finds all of these; a reward model that has
+        never seen them ranked does not mind them.
+        """
+        place = self.rng.randrange(len(sentences))
+        words, others = sentences[place].split(), self.unasked().split()
+        match self.rng.choice(("word", "splice", "insert", "replace")):
+            case "word":  # of the same sentence, so that "Bex and Suna" may become "Bex and Bex"
+                words[self.rng.randrange(len(words))] = self.rng.choice(words + others)
+            case "splice":
+                words = words[: self.rng.randrange(1, len(words) + 1)]
+                words += others[self.rng.randrange(len(others)) :]
+            case "insert":
+                return [*sentences[:place], " ".join(others), *sentences[place:]]
+            case "replace":
+                return [" ".join(others)]
+        return [*sentences[:place], " ".join(words), *sentences[place + 1 :]]
+
+    def unasked(self) -> str:
+        """A well-formed sentence that no request has led to."""
+        act = self.rng.choice(("fact", "story", "sympathy", "advice", "label", "unsaid"))
+        if act == "fact":
+            return self.tell(self.fact(*self.rng.choice(tuple(self.world.truth))))
+        return language.fill(self.rng.choice(FORMS[act]), self.rng)
 
     def body(self, request: dict[str, Any]) -> list[str]:
         """The sentences that answer, before tone and padding."""

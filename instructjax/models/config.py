@@ -100,12 +100,12 @@ def _gpt3(layers: int, width: int, heads: int) -> ModelConfig:
     return ModelConfig(50257, layers, width, heads, mlp_width=4 * width, max_length=2048, **ids)
 
 
-# The miniature's model and its reward model's (0.85M parameters): a small Llama, which reads the
+# The miniature's model and its reward model's (0.45M parameters): a small Llama, which reads the
 # same text to a lower loss than a GPT-2 of its size. The tokenizer sets the vocabulary.
 _MINIATURE = ModelConfig(
-    1024, layers=4, width=128, heads=4, mlp_width=352, max_length=256, family="llama",
+    1024, layers=2, width=128, heads=4, mlp_width=352, max_length=256, family="llama",
     norm="rms", activation="silu", gated=True, qkv_bias=False, out_bias=False, mlp_bias=False,
-    positions="rotary", unroll=4,
+    positions="rotary", unroll=2,
 )  # fmt: skip
 
 PRESETS: dict[str, ModelConfig] = {
