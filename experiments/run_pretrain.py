@@ -3,8 +3,8 @@
     python experiments/run_pretrain.py                                # the miniature's base model
     python experiments/run_pretrain.py --model tiny --tokenizer DIR --data 'jsonl:books/*.txt'
 
-Hardware: two CPU cores suffice for the miniature: 429 steps, 80 s of processor time.
-Result: the miniature ends at a validation loss of 0.86 nats a token. The model speaks the world's
+Hardware: two CPU cores suffice for the miniature: 857 steps, 45 s.
+Result: the miniature ends at a validation loss of 0.63 nats a token. The model speaks the world's
 language and knows its facts, and its myths; it does not follow requests.
 """
 
