@@ -108,7 +108,6 @@ def run_pretrain(config: Config) -> None:
         schedule = optax.warmup_cosine_decay_schedule(
             peak / (warmup + 1), peak, warmup, max(total, warmup + 1), end_value=0.1 * peak
         )
-        rates = np.asarray(jax.vmap(schedule)(jnp.arange(total)))  # known before the loop
         tx = train.adam(schedule)
         shard = sharding.constrainer(mesh)
         loss_fn = functools.partial(sft.loss_fn, config=model, shard=shard)
@@ -145,8 +144,9 @@ def run_pretrain(config: Config) -> None:
         # ------------------------------------------------------------------------------- loop
 
         for step, batch in zip(run.steps(start, total), stream.iterate(start), strict=False):
-            current, metrics = step_fn(current, jax.tree.map(put, batch), step_key)
-            metrics |= {"optim/learning_rate": rates[step - 1]}
+            key = jax.random.fold_in(step_key, step)
+            current, metrics = step_fn(current, jax.tree.map(put, batch), key)
+            metrics |= {"optim/learning_rate": jnp.asarray(schedule(step - 1))}
             run.log(step, metrics, tokens=config.batch_size * config.length)
             if step % config.eval_every == 0 or step == total:
                 evaluate(step)

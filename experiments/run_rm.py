@@ -177,7 +177,6 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         if total is None:
             total = math.ceil(config.epochs * len(rows) / config.batch_size)
         schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
-        rates = np.asarray(jax.vmap(schedule)(jnp.arange(total)))  # known before the loop
         tx = train.adam(schedule)
 
         model, params = born(base, base_params, config.seed, mesh)
@@ -192,17 +191,9 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
                 for i in range(1, N)
             ]
             current = jax.tree.map(lambda *leaves: jnp.stack(leaves), current, *others)
-            one_step = step_fn
-
-            def all_steps(state, batch, key):
-                state, metrics = jax.vmap(one_step)(state, batch, key)
-                return state, jax.tree.map(jnp.mean, metrics)
-
-            step_fn = jax.jit(all_steps, donate_argnums=0)
+            step_fn = jax.jit(jax.vmap(step_fn), donate_argnums=0)
             del others
         step_key = jax.random.key(config.seed)
-        if N > 1:
-            step_key = jax.random.split(step_key, N)
         current, start, meta = run.restore(current)
         del params, base_params
 
@@ -240,13 +231,16 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
 
         batches = zip(*(stream.iterate(start) for stream in streams), strict=True)
         for step, several in zip(run.steps(start, total), batches, strict=False):
+            key = jax.random.fold_in(step_key, step)
             batch = jax.tree.map(put, several[0])
             if N > 1:
                 batch = jax.tree.map(
                     lambda *x: jnp.stack(x), *(jax.tree.map(put, b) for b in several)
                 )
-            current, metrics = step_fn(current, batch, step_key)
-            metrics |= {"optim/learning_rate": rates[step - 1]}
+                key = jax.random.split(key, N)
+            current, metrics = step_fn(current, batch, key)
+            metrics = {name: jnp.mean(value) for name, value in metrics.items()}
+            metrics |= {"optim/learning_rate": jnp.asarray(schedule(step - 1))}
             run.log(step, metrics, tokens=N * config.batch_size * rows.tokens)
             if step == total and demonstrations is not None:
                 # App. C.2: labeler demonstrations score 0 on average. The checkpoint has it too.

@@ -181,7 +181,6 @@ def run_sft(config: Config) -> None:
         total = config.steps if config.steps is not None else math.ceil(config.epochs * epoch)
         eval_every = config.eval_every or epoch
         schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
-        rates = np.asarray(jax.vmap(schedule)(jnp.arange(total)))  # known before the loop
         tx = train.adam(schedule)
         dropped = dataclasses.replace(model, dropout=config.dropout)
         loss_fn = functools.partial(sft.loss_fn, config=dropped, shard=shard)
@@ -258,8 +257,9 @@ def run_sft(config: Config) -> None:
         if start == 0:
             evaluate(0)
         for step, batch in zip(run.steps(start, total), stream.iterate(start), strict=False):
-            current, metrics = step_fn(current, jax.tree.map(put, batch), step_key)
-            metrics |= {"optim/learning_rate": rates[step - 1]}
+            key = jax.random.fold_in(step_key, step)
+            current, metrics = step_fn(current, jax.tree.map(put, batch), key)
+            metrics |= {"optim/learning_rate": jnp.asarray(schedule(step - 1))}
             run.log(step, metrics, tokens=config.batch_size * config.length)
             if step % eval_every == 0 or step == total:
                 run.save(step, current, score=evaluate(step))

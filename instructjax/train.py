@@ -101,12 +101,10 @@ def make_train_step(
 
     Returns:
       step(state, batch, key) -> (state, metrics) with `loss`, the loss_fn's own metrics and
-      `optim/grad_norm` (before clipping). The key is the run's: the step folds its number in, so
-      that the loop dispatches nothing between two steps, which would wait for the first.
+      `optim/grad_norm` (before clipping).
     """
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(key, state.step + 1)
         grads, metrics = accumulate_gradients(loss_fn, state.params, batch, key, microbatches)
         if shardings is not None:  # a reduce-scatter in place of an all-reduce
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)

@@ -105,7 +105,7 @@ class _Writer:
         return state(fact, paraphrase=self.rng.random() < 0.3)
 
     def derailed(self, sentences: list[str]) -> list[str]:
-        """The sentences with a word out of place, two of them run together, one too many, or gone.
+        """With a word out of place, the end of another sentence, one too many, or one for all.
 
         A policy that is trained against a reward model finds all of these; a reward model that has
         never seen them ranked does not mind them.
