@@ -21,9 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from benchmark_ppo import Task
+from ppo_config import PPO, PTX, Config
+from ppo_programs import make_programs
 
-from instructjax import draw, models, ppo, responses, rewards, sampler, sharding, state, train
+from instructjax import draw, models, ppo, responses, rewards, sampler, sharding, state
 from instructjax.models import ModelConfig
+from instructjax.ppo import update
 from instructjax.process import keep_memory
 
 
@@ -33,7 +36,6 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
     rng = np.random.default_rng(0)
     draw_tokens = functools.partial(rng.integers, 0, task.vocab - 2, dtype=np.int32)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    shard = sharding.constrainer(mesh)
 
     # The four models. On CPU few layers are fastest unrolled, and many scanned.
     config = ModelConfig(
@@ -48,27 +50,20 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
         layout = sharding.shardings(axes, jax.eval_shape(make, jax.random.key(0)), mesh)
         return jax.jit(make, out_shardings=layout)(jax.random.key(seed))
 
-    policy_tx, value_tx = train.adam(1e-5), train.adam(1e-5)
     reference, reward = born(config, 0), born(head, 1)
+    flags = Config(
+        batch_size=rows_count,
+        ppo=PPO(minibatch=task.minibatch, learning_rate=1e-5, value_learning_rate=1e-5),
+        ptx=PTX(coef=27.8 if task.ptx_ratio else 0.0),
+    )
+    programs = make_programs(flags, config, head, reference, reward, mesh)
     current = ppo.PPOState(
-        policy=state.create(reference, policy_tx),
-        value=state.create(reward, value_tx),
+        policy=state.create(reference, programs.policy_tx),
+        value=state.create(reward, programs.value_tx),
         ema=jax.tree.map(jnp.copy, reference),
         beta=jax.device_put(jnp.float32(0.05), sharding.replicated(mesh)),
     )
-    update = ppo.make_update(
-        functools.partial(ppo.policy_loss, config=config, shard=shard),
-        functools.partial(ppo.value_loss, config=head, shard=shard),
-        functools.partial(ppo.ptx_loss, config=config, shard=shard) if task.ptx_ratio else None,
-        policy_tx,
-        value_tx,
-        layout=jax.tree.map(lambda x: x.sharding, current),
-    )
-    compiled = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    logp_of = compiled(functools.partial(responses.token_logp, config=config, shard=shard))
-    value_of = compiled(functools.partial(responses.token_values, config=head, shard=shard))
     score_of = rewards.scorer(head, mesh)
-    experience = jax.jit(ppo.make_experience)
 
     # The data. An EOS id alone makes the sampler expect that responses end early.
     prompts = draw_tokens((rows_count, task.prompt)).tolist()
@@ -103,10 +98,10 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
 
         score_B = over(rows, score_of, reward)
         assert current.value is not None
-        rows["value_BR"] = over(rows, value_of, current.value.params)
-        ref_BR = over(rows, logp_of, reference)
+        rows["value_BR"] = over(rows, programs.value_of, current.value.params)
+        ref_BR = over(rows, programs.logp_of, reference)
         arrays = rows["logp_BR"], ref_BR, rows["value_BR"], rows["mask_BR"], score_B
-        made, _ = experience(*arrays, responses.ended(rows, eos_ids), current.beta)
+        made, _ = programs.experience(*arrays, responses.ended(rows, eos_ids), current.beta)
         rows |= jax.device_get(made)
         clock.append(time.perf_counter())
 
@@ -114,7 +109,7 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
             size = task.minibatch // task.microbatches
             shares = responses.batches(rows, index, size, buckets)
             parts = [responses.put(part, mesh) for _, part in shares]
-            current, _ = update(current, parts, int(rows["mask_BR"][index].sum()), texts)
+            current, _ = programs.update(current, parts, int(rows["mask_BR"][index].sum()), texts)
         jax.block_until_ready(current)
         clock.append(time.perf_counter())
         phases = ("sampling", "scoring", "updates")
@@ -141,7 +136,7 @@ def forced_lengths(task: Task) -> Iterator[None]:
 @contextlib.contextmanager
 def clocked_gradients(seconds: dict[str, float]) -> Iterator[None]:
     """Adds up the time of each gradient of an update, by the name of its loss."""
-    real = ppo.make_adder
+    real = update.make_adder
 
     def make_adder(loss_fn: Any, layout: Any = None) -> Any:
         add, name = real(loss_fn, layout), loss_fn.func.__name__.removesuffix("_loss")
@@ -154,7 +149,7 @@ def clocked_gradients(seconds: dict[str, float]) -> Iterator[None]:
 
         return clocked
 
-    with mock.patch.object(ppo, "make_adder", make_adder):
+    with mock.patch.object(update, "make_adder", make_adder):
         yield
 
 

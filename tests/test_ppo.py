@@ -747,9 +747,9 @@ def test_an_update_on_a_mesh_equals_one_on_one_device():
     current = make_state(params, KEEPS)
     beta = jax.device_put(current.beta, sharding.replicated(mesh))
     current = dataclasses.replace(current, beta=beta)
-    layout = jax.tree.map(lambda x: x.sharding, current)
+    layout = state.shardings(params, KEEPS)
     ptx_loss = bind(ppo.ptx_loss, shard=shard)
-    update = ppo.make_update(loss, None, ptx_loss, KEEPS, None, ptx_coef=2.0, layout=layout)
+    update = ppo.make_update(loss, None, ptx_loss, KEEPS, None, ptx_coef=2.0, policy_layout=layout)
     put = functools.partial(responses.put, mesh=mesh)
     texts = [put(text_batch(0))]
     for step in range(2):
@@ -764,4 +764,5 @@ def test_an_update_on_a_mesh_equals_one_on_one_device():
             found = {name: metrics[name] for name in want_metrics}
             metrics_close(found, want_metrics)
     assert len(traces) == 2  # the first batch, and one that is added to it
-    chex.assert_trees_all_equal(jax.tree.map(lambda x: x.sharding, current), layout)
+    found = jax.tree.map(lambda x: x.sharding, current.policy)
+    chex.assert_trees_all_equal(found, layout)
