@@ -195,7 +195,7 @@ PRESETS = {
     # 125 updates would lag so short a run. A reward model of this size is soon exploited: a
     # larger beta.
     "miniature": Config(
-        steps=60,
+        steps=80,
         batch_size=256,
         eval_every=20,
         unroll=2,

@@ -116,7 +116,7 @@ PAPER = Config(
     remat="dots",  # ours
 )
 PRESETS = {
-    "miniature": Config(length=288, batch_size=6, epochs=1.5, unroll=2),  # ours
+    "miniature": Config(length=288, batch_size=6, epochs=2.4, unroll=2),  # ours
     "instructgpt-6b": PAPER,  # the paper's one RM, for policies of all sizes
 }
 TEST = 1200  # the miniature's comparisons on test customers' prompts, half by held-out labelers
@@ -176,14 +176,8 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         total = config.steps
         if total is None:
             total = math.ceil(config.epochs * len(rows) / config.batch_size)
-        schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
-        tx = train.adam(schedule)
-
         model, params = born(base, base_params, config.seed, mesh)
-        dropped = dataclasses.replace(model, dropout=config.dropout)
-        loss_fn = functools.partial(reward.loss_fn, config=dropped, shard=shard)
-        layout = state.shardings(params, tx)
-        step_fn = train.make_train_step(loss_fn, tx, config.microbatches, layout)
+        schedule, tx, step_fn = make_step(config, model, params, mesh, total)
         current = state.create(params, tx)
         if N > 1:  # each leaf, each batch and each key gets a leading axis of members
             others = [
@@ -311,6 +305,22 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         by_reward = f"--keep reward --reward_model {config.out} --out {config.out}-sft"
         run.finish(summary, wrote, f"python experiments/run_sft.py {by_reward}")
         return results
+
+
+def make_step(
+    config: Config,
+    model: models.ModelConfig,
+    params: models.Params,
+    mesh: jax.sharding.Mesh,
+    total: int,
+) -> tuple[optax.Schedule, optax.GradientTransformation, train.TrainStep]:
+    """(schedule, optimizer, jitted step) of one member; as in run_sft.py."""
+    schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
+    tx = train.adam(schedule)
+    dropped = dataclasses.replace(model, dropout=config.dropout)
+    loss_fn = functools.partial(reward.loss_fn, config=dropped, shard=sharding.constrainer(mesh))
+    layout = state.shardings(params, tx)
+    return schedule, tx, train.make_train_step(loss_fn, tx, config.microbatches, layout)
 
 
 def born(

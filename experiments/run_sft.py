@@ -144,7 +144,6 @@ def run_sft(config: Config) -> None:
         # -------------------------------------------------------------------------- model, data
 
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
-        shard = sharding.constrainer(mesh)
         model, params, tokenizer = pretrained.load(
             config.model, mesh, tokenizer=config.tokenizer, seed=config.seed
         )
@@ -180,12 +179,7 @@ def run_sft(config: Config) -> None:
         epoch = max(1, math.ceil(len(sources[0]) / (config.batch_size * (1 - share))))  # steps
         total = config.steps if config.steps is not None else math.ceil(config.epochs * epoch)
         eval_every = config.eval_every or epoch
-        schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
-        tx = train.adam(schedule)
-        dropped = dataclasses.replace(model, dropout=config.dropout)
-        loss_fn = functools.partial(sft.loss_fn, config=dropped, shard=shard)
-        layout = state.shardings(params, tx)
-        step_fn = train.make_train_step(loss_fn, tx, config.microbatches, layout)
+        schedule, tx, loss_fn, step_fn = make_step(config, model, params, mesh, total)
         loss_of = jax.jit(lambda params, batch: loss_fn(params, batch, None))
 
         step_key, sample_key = jax.random.split(jax.random.key(config.seed))
@@ -296,6 +290,27 @@ def run_sft(config: Config) -> None:
 
 
 # ------------------------------------------------------------------------------------- helpers
+
+
+def make_step(
+    config: Config,
+    model: models.ModelConfig,
+    params: models.Params,
+    mesh: jax.sharding.Mesh,
+    total: int,
+) -> tuple[optax.Schedule, optax.GradientTransformation, train.LossFn, train.TrainStep]:
+    """(schedule, optimizer, loss, jitted step); preflight.py compiles the same for a pod.
+
+    Args:
+      params: arrays, or ShapeDtypeStructs that carry shardings.
+      total: steps, at which the learning rate is a tenth of its peak.
+    """
+    schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
+    tx = train.adam(schedule)
+    dropped = dataclasses.replace(model, dropout=config.dropout)
+    loss_fn = functools.partial(sft.loss_fn, config=dropped, shard=sharding.constrainer(mesh))
+    layout = state.shardings(params, tx)
+    return schedule, tx, loss_fn, train.make_train_step(loss_fn, tx, config.microbatches, layout)
 
 
 def load_scorer(

@@ -285,7 +285,7 @@ def test_hand_judged(request_, response, found):
 
 def test_utility_is_the_weighted_sum():
     features = Features(followed=0.5, false=2, rude=1, invented=1, padding=3, garbled=2)
-    assert utility(features) == 0.5 * 4 - 2 * 1.5 - 1 - 1.5 - 3 * 0.5 - 2 * 1
+    assert utility(features) == 0.5 * 4 - 2 * 1.5 - 1 - 1.5 - 3 * 0.75 - 2 * 1
     assert utility(features, Features(1, 0, 0, 0, 0, -3)) == 0.5 - 6
 
 

@@ -25,7 +25,7 @@ from instructjax.data.errors import DataError
 Rows = Iterator[tuple[str, Any]]  # (where, row or DataError)
 
 # Records of each kind in the miniature's training half; the validation half has a tenth of it.
-MINIATURE = {"demonstrations": 8_000, "comparisons": 30_000, "prompts": 20_000, "text": 20_000}
+MINIATURE = {"demonstrations": 8_000, "comparisons": 20_000, "prompts": 20_000, "text": 20_000}
 
 
 def rows(spec: str, kind: str, split: str = "all", txt: str = "file") -> Rows:

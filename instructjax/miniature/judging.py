@@ -36,7 +36,7 @@ class Features:
     garbled: float
 
 
-GOLD = Features(followed=4.0, false=-1.5, rude=-1.0, invented=-1.5, padding=-0.5, garbled=-1.0)
+GOLD = Features(followed=4.0, false=-1.5, rude=-1.0, invented=-1.5, padding=-0.75, garbled=-1.0)
 
 
 def utility(features: Features, weights: Features = GOLD) -> float:

@@ -20,7 +20,7 @@ TRAINING, HELD_OUT = 15, 5  # labelers
 NOISE = 1.35  # the middle of the labelers' standard deviations, in units of utility
 GRADE = 1.0  # ratings come in steps of this much utility; equal ratings are ties
 # What a middling labeler gets wrong in a demonstration, and a middling model in a draft.
-DEMONSTRATION = Flaws(0.3, 0.08, 0.06, 0.15, 0.2, 0.12, 0.3, 0.05, 0.03)
+DEMONSTRATION = Flaws(0.3, 0.08, 0.06, 0.15, 0.2, 0.12, 0.45, 0.1, 0.03)
 DRAFT = Flaws(0.45, 0.12, 0.15, 0.15, 0.22, 0.20, 0.20, 0.06, 0.06, 0.25)
 
 
