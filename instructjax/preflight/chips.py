@@ -32,8 +32,11 @@ class Chip:
     config: str | None = None  # libtpu's chip_config_name
 
 
-_CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16"
-_SQUARES = tuple("2x2 2x4 4x4 4x8 8x8 8x16 16x16".split())  # libtpu describes no 1x1
+_CUBES = (
+    *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    *("8x8x16", "8x16x16", "16x16x16"),
+)
+_SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # libtpu describes no 1x1
 
 # `usable` is what libtpu 0.0.42.1 says is available when a program is too large. The bandwidths of
 # links are [book]'s; the pages' own "bidirectional bandwidth per chip" gives 11 % more: v5e 400
@@ -44,7 +47,7 @@ CHIPS = {
         # [v4]: 275 TFLOP/s, 32 GiB, 1200 GB/s. Two cores a chip, one device ("megacore").
         Chip(
             *("v4", 32 * GiB, 30.75 * GiB, 275e12, 1200e9, 45e9, 4, "v4-{cores}"),
-            slices=tuple(_CUBES.split()),
+            slices=_CUBES,
             config="megacore",
         ),
         # [v5e]: 197 TFLOP/s, 16 GB, 819 GB/s (800 GiB/s in later editions).
@@ -56,7 +59,7 @@ CHIPS = {
         # more than the page.
         Chip(
             *("v5p", 95 * GiB, 95.74 * GiB, 459e12, 2765e9, 90e9, 4, "v5p-{cores}"),
-            slices=(*_CUBES.split(), "16x16x24"),
+            slices=(*_CUBES, "16x16x24"),
             config="megacore",
         ),
         # [v6e]: 918 TFLOP/s, 32 GB, 1638 GB/s ([tpu7x]'s comparison; 1600 on the page).
@@ -69,7 +72,7 @@ CHIPS = {
         # list of slices is not verified.
         Chip(
             *("tpu7x", 192 * GiB, 189.5 * GiB, 2307e12, 7380e9, 90e9, 4, "tpu7x of GKE"),
-            slices=tuple(_CUBES.split()),
+            slices=_CUBES,
             devices=2,
         ),
     )

@@ -5,10 +5,12 @@ counts it once. FLOPs are those of matmuls, which is what a peak rate is of.
 """
 
 import collections
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from instructjax.preflight import loops
 from instructjax.preflight.flops import flops
@@ -106,22 +108,26 @@ def sent_bytes(kind: str, group: int, put_in: float) -> float:
     return put_in
 
 
+_zeros = functools.partial(collections.defaultdict, float)
+
+
 @dataclass
 class _Sum:
     flops: float = 0
-    moved: Bytes = field(default_factory=collections.Counter)
-    sent: collections.Counter[tuple[str, int]] = field(default_factory=collections.Counter)
-    count: collections.Counter[tuple[str, int]] = field(default_factory=collections.Counter)
+    moved: Bytes = field(default_factory=_zeros)
+    sent: dict[tuple[str, int], float] = field(default_factory=_zeros)  # by kind and group
+    count: dict[tuple[str, int], float] = field(default_factory=_zeros)
 
     def add(self, other: "_Sum", times: float = 1) -> None:
         self.flops += times * other.flops
-        for mine, more in (
-            (self.moved, other.moved),
-            (self.sent, other.sent),
-            (self.count, other.count),
-        ):
-            for key, value in more.items():
-                mine[key] += times * value
+        _add(self.moved, other.moved, times)
+        _add(self.sent, other.sent, times)
+        _add(self.count, other.count, times)
+
+
+def _add(mine: dict[Any, float], more: Mapping[Any, float], times: float = 1) -> None:
+    for key, value in more.items():
+        mine[key] += times * value
 
 
 class _Walk:
@@ -151,7 +157,7 @@ class _Walk:
                 total.add(self.run(self.module.called(op, key), {}))
             else:
                 self._matmuls_and_collectives(total, where, op, channels)
-                total.moved.update(traffic(self.module, where, op))
+                _add(total.moved, traffic(self.module, where, op))
                 if not is_free(op):
                     self.arrays |= {Array(str(x), x.bytes, op.where) for x in op.result}
         return total
@@ -214,7 +220,8 @@ def group_size(op: Op, devices: int) -> int:
     """How many devices take part in a collective: the size of the first of its groups.
 
     Args:
-      op: with `replica_groups` in one of HLO's three notations, or pairs of source and target.
+      op: with `replica_groups` in one of HLO's three notations, or pairs of source and target,
+        whose group is the longest chain of devices.
       devices: of the module, who all take part where no groups are listed.
     """
     text = op.attributes
@@ -228,4 +235,16 @@ def group_size(op: Op, devices: int) -> int:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
         over = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found.group(2))
         return math.prod(int(part or sizes[axis]) for axis, part in over)
+    if found := re.search(r"source_target_pairs=\{(.*?\})\}", text):  # {{0,1},{1,0}}
+        pairs = re.findall(r"\{(\d+),(\d+)\}", found.group(1))
+        return max(_chain(dict(pairs), start) for start, _ in pairs)
     return devices
+
+
+def _chain(to: dict[str, str], at: str) -> int:
+    """How many devices one gets to from one of them."""
+    passed = set()
+    while at not in passed:
+        passed.add(at)
+        at = to.get(at, at)
+    return len(passed)

@@ -10,16 +10,22 @@ import re
 
 from instructjax.preflight.hlo import Buffer, Computation, Module, Op
 
-Bytes = collections.Counter[int]  # by memory space
+Bytes = dict[int, float]  # by memory space
 COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
 # Names for what is there already, or no bytes to speak of.
-_FREE = """parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id
-opt-barrier add-dependency while call conditional async-start call-start""".split()
-_FREE_CALLS = """AllocateBuffer ConcatBitcast AsyncCollectiveStart AsyncCollectiveDone
-PrepareAsyncCallStart PrepareAsyncCallDone AssumeGatherIndicesInBound Sharding""".split()
+_FREE = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id"),
+    *("replica-id", "after-all", "add-dependency", "opt-barrier", "while", "conditional"),
+    *("call", "call-start", "async-start"),
+)
+_FREE_CALLS = (
+    *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"),
+    *("AsyncCollectiveStart", "AsyncCollectiveDone"),
+    *("PrepareAsyncCallStart", "PrepareAsyncCallDone"),
+)
 _SLICES = ("dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # which operand is the update
 
@@ -32,7 +38,7 @@ def is_free(op: Op) -> bool:
 
 def traffic(module: Module, where: Computation, op: Op) -> Bytes:
     """Bytes that an op of that computation reads and writes."""
-    moved: Bytes = collections.Counter()
+    moved: Bytes = collections.defaultdict(float)
     if is_free(op):
         return moved
     for i, name in enumerate(op.operands):

@@ -1,0 +1,195 @@
+"""What a preset needs on a TPU slice, and how long it takes at best, without having the slice.
+
+    python experiments/preflight.py --preset instructgpt-6b --topology v5e:16x16
+    python experiments/preflight.py --preset instructgpt-1.3b --topology v5e --search
+    python experiments/preflight.py --preset instructgpt-6b --model DIR --topology v5p:4x4x4 \
+--mesh fsdp=16,tensor=4 --remat full
+
+Compiles the SFT step of run_sft.py for the slice, with libtpu and no TPU: memory and collectives
+are the compiler's own, times an estimate. Nothing is run, no weights are read.
+
+Hardware: any Linux machine on x86-64 with `pip install instructjax[preflight]`.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import run_sft
+import tyro
+from jax.sharding import Mesh
+from rich.console import Console
+
+from instructjax import models, preflight, sft, sharding, state, train
+from instructjax.hf import configs
+from instructjax.models import PRESETS, ModelConfig
+from instructjax.run import main
+
+# What a preset of the paper trains; others need --model.
+MODELS = {"1.3b": "gpt3-1.3b", "6b": "gpt3-6b", "175b": "gpt3-175b"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to compile, and for what."""
+
+    topology: str
+    """A slice, as v5e:16x16 or v5p:4x4x4; with --search a type of chip, as v5e."""
+    search: bool = False
+    """Try the slices of this type, smallest first, until one fits."""
+    preset: str = "instructgpt-6b"
+    """Of run_sft.py."""
+    model: str | None = None
+    """A preset of models, or a directory with a Hugging Face config.json; default: the preset's."""
+    mesh: str = ""
+    """Devices along each axis, as `data=2,fsdp=-1`; by default all are `fsdp`."""
+    remat: Literal["none", "dots", "full"] | None = None
+    """What the backward pass recomputes; default: the preset's."""
+    batch_size: int | None = None
+    """Rows of a step; default: the preset's."""
+    microbatches: int | None = None
+    """Shares of a batch whose gradients are accumulated; default: the preset's."""
+    out: Path | None = None
+    """Write all figures to this file, as JSON."""
+
+
+class Compilable(NamedTuple):
+    """A jitted function with what it is called with."""
+
+    jitted: Any
+    args: tuple[Any, ...]  # trees of ShapeDtypeStructs with shardings
+    trips: tuple[float, ...] = ()  # of loops that run for as long as their data say
+    runs: float = 1  # in one iteration
+
+
+def run_preflight(config: Config) -> None:
+    console = Console()
+    if config.search:
+        candidates = preflight.slices(config.topology)
+    else:
+        candidates = iter([preflight.parse_topology(config.topology)])
+    found: list[preflight.Program] = []
+    try:
+        for topology in candidates:
+            mesh = preflight.make_mesh(topology, config.mesh)
+            try:
+                compilables = list(programs(config, mesh))
+            except ValueError as error:
+                if not config.search:
+                    raise
+                console.print(f"{topology.name}: {error}")
+                continue
+            found = [
+                preflight.analyse(
+                    name, each.jitted, each.args, topology, trips=each.trips, runs=each.runs
+                )
+                for name, each in compilables
+            ]
+            show(console, found)
+            if all(program.fits for program in found):
+                break
+    except ModuleNotFoundError as error:  # libtpu
+        raise ValueError(str(error)) from error
+    if config.out is not None:
+        config.out.write_text(json.dumps([each.json() for each in found], indent=2) + "\n")
+
+
+def show(console: Console, found: Sequence[preflight.Program]) -> None:
+    console.print(*preflight.tables(found))
+    console.print(preflight.ASSUMPTIONS, soft_wrap=True)
+    for program in found:
+        console.print(preflight.verdict(program), soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------ programs
+
+
+def programs(config: Config, mesh: Mesh) -> Iterator[tuple[str, Compilable]]:
+    """The jitted functions of the scripts that the preset is of, by name."""
+    yield "SFT step", sft_step(config, mesh)
+
+
+def sft_step(config: Config, mesh: Mesh) -> Compilable:
+    """As run_sft.py makes it."""
+    if config.preset not in run_sft.PRESETS:
+        raise ValueError(f"--preset {config.preset}: not one of {', '.join(run_sft.PRESETS)}")
+    script = run_sft.PRESETS[config.preset]
+    changes = {"remat": config.remat, "batch_size": config.batch_size}
+    changes |= {"microbatches": config.microbatches}
+    given = {name: value for name, value in changes.items() if value is not None}
+    script = dataclasses.replace(script, **given)
+    rows, shards = script.batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (shards * script.microbatches):
+        raise ValueError(
+            f"--batch_size {rows}: does not divide over {shards} shards of the batch, in"
+            f" {script.microbatches} microbatches; fewer data and fsdp in --mesh, more tensor"
+        )
+    model = dataclasses.replace(
+        describe(config), dtype=script.model_dtype, remat=script.remat, unroll=script.unroll
+    )
+    params = abstract_params(model, mesh)
+    tx = train.adam(optax.cosine_decay_schedule(script.learning_rate, 1000, alpha=0.1))
+    layout = state.shardings(params, tx)
+    dropped = dataclasses.replace(model, dropout=script.dropout)
+    loss_fn = functools.partial(sft.loss_fn, config=dropped, shard=sharding.constrainer(mesh))
+    step = train.make_train_step(loss_fn, tx, script.microbatches, layout)
+    start = jax.eval_shape(
+        lambda params: state.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params)), params
+    )
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, script.length), dtype, sharding=sharding.batched(mesh))
+        for name, dtype in (
+            ("tokens_BT", jnp.int32),
+            ("segments_BT", jnp.int32),
+            ("positions_BT", jnp.int32),
+            ("mask_BT", jnp.bool_),
+        )
+    }
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
+    return Compilable(step, (jax.tree.map(placed, start, layout), batch, key))
+
+
+# ------------------------------------------------------------------------------------- helpers
+
+
+def describe(config: Config) -> ModelConfig:
+    """The model's sizes; no weights.
+
+    Raises:
+      ValueError: there is no such model.
+    """
+    size = config.preset.removeprefix("instructgpt-").split("-")[0]
+    model = config.model or MODELS.get(size)
+    if model is None:
+        raise ValueError(f"--preset {config.preset} names no model of its own: --model NAME|DIR")
+    if model in PRESETS:
+        return PRESETS[model]
+    if not (Path(model) / "config.json").is_file():
+        raise ValueError(f"--model {model}: not one of {', '.join(PRESETS)}, and no config.json")
+    return configs.from_hf(configs.transformers().AutoConfig.from_pretrained(model), model)
+
+
+def abstract_params(model: ModelConfig, mesh: Mesh) -> models.Params:
+    """Parameters as ShapeDtypeStructs, laid out for training."""
+    shapes = jax.eval_shape(functools.partial(models.init, model), jax.random.key(0))
+    layout = sharding.shardings(models.logical_axes(model), shapes, mesh)
+    return jax.tree.map(placed, shapes, layout)
+
+
+def placed(shape: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+
+def cli(argv: Sequence[str] | None = None) -> None:
+    run_preflight(tyro.cli(Config, args=argv, description=__doc__, use_underscores=True))
+
+
+if __name__ == "__main__":
+    main(cli)

@@ -1,0 +1,125 @@
+"""Programs as a table, and a verdict on each."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from instructjax.preflight.chips import GiB
+from instructjax.preflight.program import Program
+
+ASSUMPTIONS = (
+    "Compiled, not run. FLOPs are those of matmuls, and every loop counts as often as it runs. The"
+    " roofline is max(FLOPs / peak, bytes / HBM bandwidth) + bytes sent / interconnect, at"
+    " published peaks: collectives overlap with nothing, and nothing waits for the host."
+)
+
+
+def tables(programs: Sequence[Program]) -> tuple[Table, Table, Table]:
+    """Memory, work and collectives; the time of all runs together, if programs are several.
+
+    Args:
+      programs: at least one, all of one slice.
+    """
+    return _memory(programs), _work(programs), _collectives(programs)
+
+
+def _memory(programs: Sequence[Program]) -> Table:
+    first = programs[0]
+    where = f"{first.topology.name} ({first.topology.cloud}), {first.topology.devices} devices"
+    made = _table(
+        f"{where}, {_gib(first.usable)} GiB of HBM usable in each",
+        *("GiB a device", "params", "optimizer", "cache", "temp", "other", "peak", "in host"),
+    )
+    for each in programs:
+        m = each.memory
+        held = (m.parameters, m.optimizer, m.cache, m.temporaries, m.other + m.outputs + m.code)
+        made.add_row(each.name, *map(_gib, (*held, m.peak, m.host)))
+    return made
+
+
+def _work(programs: Sequence[Program]) -> Table:
+    made = _table(
+        None,
+        *("a device and run", "TFLOP", "HBM GB", "sent GB", "matmul ms", "HBM ms", "sending ms"),
+        *("roofline ms", "runs"),
+    )
+    for each in programs:
+        if each.counts is None:
+            made.add_row(each.name, *["-"] * 7, f"{each.runs:g}")
+            continue
+        sent = sum(x.bytes for x in each.counts.collectives)
+        figures = (each.counts.flops / 1e12, each.counts.hbm_bytes / 1e9, sent / 1e9)
+        seconds = (each.compute_seconds, each.memory_seconds, each.network_seconds, each.seconds)
+        milliseconds = (1e3 * x for x in seconds)
+        made.add_row(each.name, *map(_short, (*figures, *milliseconds, each.runs)))
+    if len(programs) > 1:
+        made.add_section()
+        total = sum(each.runs * each.seconds for each in programs)
+        made.add_row("all runs", *[""] * 6, _short(1e3 * total), "")
+    return made
+
+
+def _collectives(programs: Sequence[Program]) -> Table:
+    made = _table(None, "collectives", "kind", "devices", "runs", "sent MB", "ms")
+    for program in programs:
+        for each in program.counts.collectives if program.counts else ():
+            took = each.bytes / program.topology.ring_bandwidth(each.group)
+            figures = (each.group, each.count, each.bytes / 1e6, 1e3 * took)
+            made.add_row(program.name, each.kind, *map(_short, figures))
+    return made
+
+
+def _table(title: str | None, first: str, *rest: str) -> Table:
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    made.add_column(first)
+    for heading in rest:
+        made.add_column(heading, justify="left" if heading == "kind" else "right")
+    return made
+
+
+def verdict(program: Program) -> str:
+    """Whether it fits; by how much not, and what helps."""
+    peak, usable = program.memory.peak, program.usable
+    if program.fits:
+        share = 100 * peak / usable
+        text = f"{program.name}: fits, {_gib(peak)} of {_gib(usable)} GiB ({share:.0f} %)"
+        counts = program.counts
+        if counts and counts.uncounted:
+            text += f"\n  FLOPs unknown, not counted: {', '.join(counts.uncounted)}"
+        if counts and counts.assumed:
+            text += f"\n  trips assumed, not known: {', '.join(counts.assumed)}"
+        return text
+    over = f"{program.name}: does not fit, {_gib(peak - usable)} GiB over {_gib(usable)}"
+    return "\n  ".join([over, *advice(program)])
+
+
+def advice(program: Program) -> list[str]:
+    """What takes most, with the knob that makes it less: the largest first."""
+    m, text = program.memory, []
+    states = m.parameters + m.optimizer
+    trained = f"{_gib(states)} GiB of parameters and optimizer: more fsdp in --mesh, which splits"
+    frozen = f"{_gib(m.parameters)} GiB of parameters: more tensor or fsdp in --mesh; of a frozen"
+    knobs = [
+        (states, f"{trained} them, or a larger slice")
+        if m.optimizer
+        else (states, f"{frozen} model, --offload between its turns"),
+        (
+            m.temporaries,
+            f"{_gib(m.temporaries)} GiB of activations and other temporaries: --remat full, more"
+            " microbatches (fewer rows at a time), a larger slice",
+        ),
+        (m.cache, f"{_gib(m.cache)} GiB of cache: more tensor in --mesh, fewer rows at a time"),
+    ]
+    for size, words in sorted(knobs, reverse=True):
+        if size > 0.1 * m.peak:
+            text.append(words)
+    return text
+
+
+def _gib(size: float) -> str:
+    return f"{size / GiB:.2f}"
+
+
+def _short(figure: float) -> str:
+    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
