@@ -18,8 +18,8 @@ from instructjax.preflight.hlo import HBM, HOST, Computation, Module, Op
 from instructjax.preflight.traffic import (
     COLLECTIVES,
     Bytes,
-    collective_operands,
     is_free,
+    operands,
     traffic,
 )
 
@@ -145,7 +145,7 @@ class _Walk:
         Args:
           known: integers among the elements of its parameter.
         """
-        total, channels = _Sum(), set()
+        total, chains = _Sum(), set()
         for op in where.ops.values():
             if op.opcode == "while":
                 self._loop(total, where, op, known)
@@ -156,7 +156,7 @@ class _Walk:
                 key = "calls" if op.opcode == "async-start" else "to_apply"
                 total.add(self.run(self.module.called(op, key), {}))
             else:
-                self._matmuls_and_collectives(total, where, op, channels)
+                self._inside(total, where, op, chains)
                 _add(total.moved, traffic(self.module, where, op))
                 if not is_free(op):
                     self.arrays |= {Array(str(x), x.bytes, op.where) for x in op.result}
@@ -178,40 +178,43 @@ class _Walk:
             return [self.module.called(op, f"{x}_computation") for x in ("true", "false")]
         return [self.module.computations[x] for x in re.findall(r"[\w.-]+", listed.group(1))]
 
-    def _matmuls_and_collectives(
-        self, total: _Sum, where: Computation, op: Op, channels: set[str | None]
+    def _inside(
+        self, total: _Sum, where: Computation, op: Op, chains: set[str], fused: bool = False
     ) -> None:
-        """Those of an op and of all that is fused into it.
+        """Matmuls and collectives of an op, and of all that is fused into it.
 
         Args:
-          channels: of the collectives that were counted.
+          chains: of the asynchronous collectives that were counted.
         """
         if op.opcode == "fusion":
-            fused = self.module.called(op, "calls")
-            for inner in fused.ops.values():
-                before = len(channels)
-                self._matmuls_and_collectives(total, fused, inner, channels)
-                if inner.opcode in COLLECTIVES and len(channels) > before:
-                    for leaf in collective_operands(fused, inner):
-                        total.moved[leaf.space] += leaf.bytes
-            return
-        made = flops(where, op)
-        if made is None:
-            self.uncounted.add(op.where)
-        total.flops += made or 0
+            inside = self.module.called(op, "calls")
+            for inner in inside.ops.values():
+                self._inside(total, inside, inner, chains, fused=True)
+        elif op.opcode.removesuffix("-start") in COLLECTIVES:
+            # An asynchronous collective is fused into all that runs beside it: one op in several
+            # places, with one number.
+            chain = re.search(r'chain_id="(\d+)"', op.attributes)
+            if chain and chain.group(1) in chains:
+                return
+            chains.update(chain.groups() if chain else ())
+            self._collective(total, where, op)
+            if fused:  # see traffic
+                for leaf in operands(where, op):
+                    total.moved[leaf.space] += leaf.bytes
+        else:
+            made = flops(where, op)
+            if made is None:
+                self.uncounted.add(op.where)
+            total.flops += made or 0
+
+    def _collective(self, total: _Sum, where: Computation, op: Op) -> None:
         kind = op.opcode.removesuffix("-start")
-        channel = op.attribute("channel_id")
-        # An asynchronous collective is fused into all that runs beside it, in several places with
-        # one channel.
-        if kind not in COLLECTIVES or (channel is not None and channel in channels):
-            return
-        channels.add(channel)
         # A TPU's reduce-scatter is written as an all-reduce of which a share is kept.
         if where.name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         group = group_size(op, self.module.partitions)
         if group > 1:
-            put_in = sum(leaf.bytes for leaf in collective_operands(where, op))
+            put_in = sum(leaf.bytes for leaf in operands(where, op))
             total.sent[kind, group] += sent_bytes(kind, group, put_in)
             total.count[kind, group] += 1
 

@@ -1,13 +1,15 @@
 """A jitted function compiled for a slice: its memory, its counts, an estimate of its time."""
 
+import contextlib
 import dataclasses
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from instructjax.preflight import hlo
 from instructjax.preflight.chips import GiB, Topology
@@ -131,7 +133,8 @@ def analyse(
     """
     sizes = _arguments(jitted, args)
     try:
-        compiled = jitted.lower(*args).compile()
+        with _uncached():
+            compiled = jitted.lower(*args).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
@@ -151,6 +154,19 @@ def analyse(
     )
     counts = count(hlo.parse(compiled.as_text()), trips)
     return Program(name, topology, memory, counts, runs)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without jax's cache on disk, which cannot read back what was compiled for no real device."""
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it looks at its settings once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def _arguments(jitted: Any, args: Sequence[Any]) -> dict[str, float]:

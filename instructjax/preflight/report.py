@@ -15,13 +15,14 @@ ASSUMPTIONS = (
 )
 
 
-def tables(programs: Sequence[Program]) -> tuple[Table, Table, Table]:
-    """Memory, work and collectives; the time of all runs together, if programs are several.
+def tables(programs: Sequence[Program]) -> list[Table]:
+    """Memory; work and collectives of what was compiled.
 
     Args:
       programs: at least one, all of one slice.
     """
-    return _memory(programs), _work(programs), _collectives(programs)
+    compiled = [program for program in programs if program.counts]
+    return [_memory(programs), *([_work(compiled), _collectives(compiled)] if compiled else [])]
 
 
 def _memory(programs: Sequence[Program]) -> Table:
@@ -40,19 +41,18 @@ def _memory(programs: Sequence[Program]) -> Table:
 
 def _work(programs: Sequence[Program]) -> Table:
     made = _table(
-        None,
-        *("a device and run", "TFLOP", "HBM GB", "sent GB", "matmul ms", "HBM ms", "sending ms"),
-        *("roofline ms", "runs"),
+        "Work of a device in one run, with the time of each part at the chip's peak",
+        *("", "TFLOP", "ms", "HBM GB", "ms", "sent GB", "ms", "roofline ms", "runs"),
     )
     for each in programs:
-        if each.counts is None:
-            made.add_row(each.name, *["-"] * 7, f"{each.runs:g}")
-            continue
+        assert each.counts is not None
         sent = sum(x.bytes for x in each.counts.collectives)
-        figures = (each.counts.flops / 1e12, each.counts.hbm_bytes / 1e9, sent / 1e9)
-        seconds = (each.compute_seconds, each.memory_seconds, each.network_seconds, each.seconds)
-        milliseconds = (1e3 * x for x in seconds)
-        made.add_row(each.name, *map(_short, (*figures, *milliseconds, each.runs)))
+        parts = (
+            *(each.counts.flops / 1e12, 1e3 * each.compute_seconds),
+            *(each.counts.hbm_bytes / 1e9, 1e3 * each.memory_seconds),
+            *(sent / 1e9, 1e3 * each.network_seconds),
+        )
+        made.add_row(each.name, *map(_short, (*parts, 1e3 * each.seconds, each.runs)))
     if len(programs) > 1:
         made.add_section()
         total = sum(each.runs * each.seconds for each in programs)
@@ -61,7 +61,7 @@ def _work(programs: Sequence[Program]) -> Table:
 
 
 def _collectives(programs: Sequence[Program]) -> Table:
-    made = _table(None, "collectives", "kind", "devices", "runs", "sent MB", "ms")
+    made = _table(None, "", "collective", "devices", "times", "sent MB", "ms")
     for program in programs:
         for each in program.counts.collectives if program.counts else ():
             took = each.bytes / program.topology.ring_bandwidth(each.group)
@@ -74,7 +74,7 @@ def _table(title: str | None, first: str, *rest: str) -> Table:
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     made.add_column(first)
     for heading in rest:
-        made.add_column(heading, justify="left" if heading == "kind" else "right")
+        made.add_column(heading, justify="left" if heading == "collective" else "right")
     return made
 
 

@@ -49,8 +49,8 @@ def traffic(module: Module, where: Computation, op: Op) -> Bytes:
     return moved
 
 
-def collective_operands(where: Computation, op: Op) -> list[Buffer]:
-    """What each device puts into a collective."""
+def operands(where: Computation, op: Op) -> list[Buffer]:
+    """The arrays that an op of that computation is given."""
     return [leaf for name in op.operands for leaf in where.ops[name].result]
 
 
@@ -72,7 +72,7 @@ def _read_inside(module: Module, fused: Computation, op: Op) -> float:
     for user, i in fused.users[op.name]:
         if user.opcode == "bitcast":
             read += _read_inside(module, fused, user)
-        # One asynchronous collective is in several fusions: its operand is read once, see count.
+        # One asynchronous collective is in several fusions; `count` counts what it reads, once.
         elif not is_free(user) and user.opcode not in COLLECTIVES:
             read += _read(module, fused, user, i)
     return read
