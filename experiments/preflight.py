@@ -65,47 +65,46 @@ class Compilable(NamedTuple):
 
     jitted: Any
     args: tuple[Any, ...]  # trees of ShapeDtypeStructs with shardings
-    trips: tuple[float, ...] = ()  # of loops that run for as long as their data say
-    runs: float = 1  # in one iteration
 
 
 def run_preflight(config: Config) -> None:
-    console = Console()
-    if config.search:
-        candidates = preflight.slices(config.topology)
+    if not config.search:
+        found = analyse(config, preflight.parse_topology(config.topology))
     else:
-        candidates = iter([preflight.parse_topology(config.topology)])
-    found: list[preflight.Program] = []
-    try:
-        for topology in candidates:
-            mesh = preflight.make_mesh(topology, config.mesh)
-            try:
-                compilables = list(programs(config, mesh))
-            except ValueError as error:
-                if not config.search:
-                    raise
-                console.print(f"{topology.name}: {error}")
-                continue
-            found = [
-                preflight.analyse(
-                    name, each.jitted, each.args, topology, trips=each.trips, runs=each.runs
-                )
-                for name, each in compilables
-            ]
-            show(console, found)
-            if all(program.fits for program in found):
-                break
-    except ModuleNotFoundError as error:  # libtpu
-        raise ValueError(str(error)) from error
+        found = search(config)
     if config.out is not None:
         config.out.write_text(json.dumps([each.json() for each in found], indent=2) + "\n")
 
 
-def show(console: Console, found: Sequence[preflight.Program]) -> None:
+def search(config: Config) -> list[preflight.Program]:
+    """The programs on the smallest slice that they fit."""
+    for topology in preflight.slices(config.topology):
+        try:
+            found = analyse(config, topology)
+        except ValueError as error:  # the mesh, or the batch, does not divide
+            print(f"{topology.name}: {error}")
+            continue
+        if all(program.fits for program in found):
+            return found
+    raise ValueError(f"--search: it fits no slice of {config.topology} with these flags")
+
+
+def analyse(config: Config, topology: preflight.Topology) -> list[preflight.Program]:
+    """Compiles the preset's programs for a slice, and prints what came of it."""
+    try:
+        mesh = preflight.make_mesh(topology, config.mesh)
+    except ModuleNotFoundError as error:  # libtpu
+        raise OSError(str(error)) from error
+    found = [
+        preflight.analyse(name, each.jitted, each.args, topology)
+        for name, each in programs(config, mesh)
+    ]
+    console = Console()
     console.print(*preflight.tables(found))
     console.print(preflight.ASSUMPTIONS, soft_wrap=True)
     for program in found:
         console.print(preflight.verdict(program), soft_wrap=True)
+    return found
 
 
 # ------------------------------------------------------------------------------------ programs

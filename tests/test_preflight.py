@@ -1,6 +1,7 @@
 """preflight: counts worked out by hand, on programs of this CPU, on HLO text, on described TPUs."""
 
 import dataclasses
+import importlib
 import importlib.util
 import io
 import json
@@ -19,12 +20,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from instructjax import preflight, sharding
+from instructjax.models import PRESETS
 from instructjax.preflight import chips, count, hlo, loops, traffic
 from instructjax.preflight.flops import _positions
 from instructjax.preflight.program import Memory, _needed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY / "experiments"))
+
+# Named like the package within instructjax, which it is not.
+script = importlib.import_module("preflight")
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -479,6 +484,9 @@ def test_traffic_of_copies_slices_and_gathers():
   %near.done = f32[64,8]{1,0:S(1)} copy-done(%near)
   %part = ((f32[64,8]{1,0}), f32[16,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:16]}
   %part.done = f32[16,8]{1,0:S(1)} slice-done(%part)
+  %there = (f32[64,8]{1,0}, f32[64,8]{1,0:S(1)}, u32[], u32[]) collective-permute-start(%x), \
+source_target_pairs={{0,1},{1,0}}
+  %there.done = f32[64,8]{1,0:S(1)} collective-permute-done(%there)
   %rows = f32[4,8]{1,0:S(1)} gather(%x, %i), offset_dims={1}
   %new = f32[64,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
   ROOT %put = f32[64,8]{1,0} scatter(%new, %i, %u), to_apply=%add
@@ -492,6 +500,7 @@ def test_traffic_of_copies_slices_and_gathers():
         "in": {hlo.HOST: 256, hlo.HBM: 256},
         "near": {hlo.HBM: 2048, 1: 2048},
         "part": {hlo.HBM: 512, 1: 512},
+        "there": {hlo.HBM: 2048, 1: 2048},
         "rows": {hlo.HBM: 128, 1: 16 + 128},
         "put": {hlo.HBM: 128, 1: 16 + 128},
     }
@@ -761,7 +770,86 @@ print(jax.devices()[0].platform)
     assert (ran.stdout, ran.stderr, ran.returncode) == ("cpu\n", "", 0)
 
 
+@needs_libtpu
+def test_a_decoding_loop_on_tpu(described):
+    """Rows of their own on each shard, weights over tensor: the loop runs as often as is said."""
+    topology, mesh = described
+    weights = on(mesh, (256, 512), None, "tensor", dtype=jnp.bfloat16)
+
+    def more(state, weights, *, limit):
+        x, n = state
+        going = (n < limit) & jnp.any(x > 0)
+        return jax.lax.psum(going.astype(jnp.int32), "fsdp") > 0
+
+    def decode(weights, x, *, limit):
+        def local(weights, x):
+            turn = lambda s: (jnp.tanh(s[0] @ weights @ weights.T), s[1] + 1)  # noqa: E731
+            going = lambda s: more(s, weights, limit=limit)  # noqa: E731
+            return jax.lax.while_loop(going, turn, (x, 0))[0]
+
+        rows = PartitionSpec("fsdp")
+        specs = {"in_specs": (PartitionSpec(), rows), "out_specs": rows, "check_vma": False}
+        return jax.shard_map(local, mesh=mesh, axis_names={"fsdp"}, **specs)(weights, x)
+
+    jitted = jax.jit(decode, static_argnames="limit")
+    x = on(mesh, (64, 256), "fsdp", dtype=jnp.bfloat16)
+    found = preflight.analyse(
+        "decode", jitted, (weights, x), topology, static={"limit": 9}, trips=(7,), runs=3
+    )
+    assert found.counts is not None
+    assert found.counts.flops == 7 * 2 * 2 * 16 * 256 * 512 / 4
+    assert found.counts.assumed == ("jit(decode)/shard_map/while",)
+    assert found.memory.parameters == 2 * 256 * 512 / 4
+    assert found.runs == 3
+
+
+# -------------------------------------------------------------------------------------- script
+
+
+@needs_libtpu
+def test_the_script_searches(tmp_path, capsys):
+    """The SFT step of a preset on the smallest slice that takes the mesh; figures go to a file."""
+    out = tmp_path / "figures.json"
+    call = "--preset miniature --model miniature --topology v5e --search --mesh fsdp=4,tensor=2"
+    script.cli([*call.split(), "--out", f"{out}"])
+    said = capsys.readouterr().out
+    assert "v5e:2x2: --mesh data=1,fsdp=4,tensor=2 does not divide 4 devices" in said
+    assert "v5e:2x4 (v5litepod-8), 8 devices" in said
+    assert "SFT step: fits" in said
+    [found] = json.loads(out.read_text())
+    counts, c = found["counts"], PRESETS["miniature"]
+    tokens, layer = 8 * 128, c.width * (4 * c.width + 3 * c.mlp_width)
+    attention = 2 * c.layers * 8 * 128 * 128 * c.width  # a matmul of scores, all heads
+    matmuls = 2 * tokens * (c.layers * layer + c.width * c.padded_vocab_size)
+    assert counts["flops"] == (3 * matmuls + 6 * attention) / 8
+    # Adam's moments are two of the parameters; all of it is float32 and split over all devices,
+    # but for norms.
+    assert found["memory"]["optimizer"] == pytest.approx(
+        2 * found["memory"]["parameters"], rel=1e-3
+    )
+    largest = max(x["bytes"] for x in counts["largest"])
+    assert largest < 4 * 8 * 128 * c.padded_vocab_size / 8  # no logits of the whole batch
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--preset", "nothing"], "--preset nothing: not one of"),
+        (["--model", "nothing"], "--model nothing: not one of .*, and no config.json"),
+        (["--preset", "miniature"], "names no model of its own"),
+        (["--batch_size", "6"], "--batch_size 6: does not divide over 4 shards"),
+        (["--batch_size", "4", "--microbatches", "2"], "in 2 microbatches"),
+    ],
+)
+@needs_libtpu
+def test_what_the_script_refuses(flags, says):
+    with pytest.raises(ValueError, match=says):
+        script.cli(["--topology", "v5e:2x2", *flags])
+
+
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"instructjax\[preflight\]"):
         preflight.make_mesh(preflight.parse_topology(V5E))
+    with pytest.raises(OSError, match=r"instructjax\[preflight\]"):
+        script.cli(["--topology", V5E])

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,7 @@ def analyse(
     args: Sequence[Any],
     topology: Topology,
     *,
+    static: Mapping[str, Any] | None = None,
     trips: Sequence[float] = (),
     runs: float = 1,
 ) -> Program:
@@ -128,13 +129,14 @@ def analyse(
       jitted: of `jax.jit`.
       args: trees of ShapeDtypeStructs whose shardings are over `topology.make_mesh`'s devices.
       topology: the slice that they are over.
+      static: the function's static arguments, by name.
       trips: see `count.count`.
       runs: see `Program`.
     """
     sizes = _arguments(jitted, args)
     try:
         with _uncached():
-            compiled = jitted.lower(*args).compile()
+            compiled = jitted.lower(*args, **(static or {})).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:

@@ -27,6 +27,9 @@ _FREE_CALLS = (
     *("PrepareAsyncCallStart", "PrepareAsyncCallDone"),
 )
 _SLICES = ("dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start")
+# Where the array that an asynchronous op makes is, among the leaves of its result.
+_MADE = {"copy-start": 0, "slice-start": -2, "dynamic-slice-start": -2}
+_MADE |= {"all-gather-start": 1, "collective-permute-start": 1}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # which operand is the update
 
 
@@ -60,7 +63,7 @@ def _read(module: Module, where: Computation, op: Op, i: int) -> float:
         fused = module.called(op, "calls")
         return _read_inside(module, fused, fused.parameters[i])
     if op.opcode in _SLICES and i == 0:
-        return _made(op).bytes
+        return op.result[_MADE.get(op.opcode, 0)].bytes
     if op.opcode in _UPDATES and i == 0:
         return 0
     return math.inf
@@ -78,19 +81,14 @@ def _read_inside(module: Module, fused: Computation, op: Op) -> float:
     return read
 
 
-def _made(op: Op) -> Buffer:
-    """The one array that an op makes, among the leaves of its result."""
-    # copy-start: (made, source, context); slice-start: ((source), made, context).
-    return op.result[-2] if op.opcode.endswith("slice-start") else op.result[0]
-
-
 def _written(module: Module, where: Computation, op: Op) -> list[float]:
     """Bytes that the op writes of each leaf of its result."""
     sizes = [leaf.bytes for leaf in op.result]
     if op.opcode in _UPDATES:
         return [where.ops[op.operands[_UPDATES[op.opcode]]].result[0].bytes]
-    if op.opcode == "copy-start" or op.opcode.endswith("slice-start"):
-        return [leaf.bytes if leaf is _made(op) else 0 for leaf in op.result]
+    if op.opcode in _MADE:
+        made = _MADE[op.opcode] % len(sizes)
+        return [size if i == made else 0 for i, size in enumerate(sizes)]
     if op.opcode != "fusion":
         return sizes
     fused = module.called(op, "calls")
