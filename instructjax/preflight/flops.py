@@ -17,8 +17,8 @@ _SPLASH |= {name.replace("mha", "mqa"): matmuls for name, matmuls in _SPLASH.ite
 def flops(where: Computation, op: Op) -> float | None:
     """FLOPs of an op of that computation: 0 of what is no matmul, None of a kernel that is silent.
 
-    A Pallas kernel's are its own `cost_estimate`; splash attention's, which has none, those of a
-    dense mask: twice what a causal one costs.
+    A Pallas kernel's are its own `cost_estimate`; of those without, the compiler's softmax and
+    splash attention are known, the latter with a dense mask: twice what a causal one costs.
     """
     if op.opcode == "dot":
         return _dot(where, op)
@@ -82,10 +82,13 @@ def _positions(
 def _kernel(where: Computation, op: Op) -> float | None:
     if stated := re.search(r'"cost_estimate":\{"flops":"?(\d+)', op.attributes):
         return float(stated.group(1))
+    arrays = [where.ops[name].result[0] for name in op.operands]
+    if "online-softmax" in op.where:  # the compiler's own: softmax(scores) @ values
+        scores, values = arrays
+        return 2 * math.prod(scores.dims) * values.dims[-1]
     matmuls = next((n for name, n in _SPLASH.items() if name in op.where), None)
     if matmuls is None:
         return None
-    arrays = [where.ops[name].result[0] for name in op.operands]
     # Masks come first, as int8; then q [.., queries, H] and k [.., keys, H], the heads before them.
     queries, keys = [x for x in arrays if x.dtype in ("f32", "bf16")][:2]
     return 2 * matmuls * math.prod(queries.dims) * keys.dims[-2]
