@@ -237,6 +237,7 @@ copy-start(%p)
         [("f32[8,128]", hlo.HOST), ("s32[]", 0), ("token[]", 0), ("s4[3]", 0)],
     ]
     assert [x.bytes for x in entry.ops["t"].result] == [4096, 4, 0, 1.5]
+    assert hlo.Buffer("pred", (3, 2), 0).bytes == 6
     assert entry.root is entry.ops["t"]
     assert entry.root.operands == ("p", "c")
     assert entry.root.attribute("custom_call_target") == "mine"
@@ -356,6 +357,12 @@ def test_positions_of_a_convolution():
             None,
         ),
         ((6, 8), (8, 4), (6, 4), "dim_labels=bf_io->bf, feature_group_count=2", 6 * 4 * 4),
+        # Positions (-3, -2), (-1, 0) and (1, 2) of 4.
+        (
+            *((7, 4, 6), (2, 6, 5), (7, 3, 5)),
+            "window={size=2 stride=2 pad=3_0}, dim_labels=b0f_0io->b0f",
+            3 * 7 * 6 * 5,
+        ),
     ],
 )
 def test_convolutions(left, right, result, attributes, want):
@@ -558,6 +565,28 @@ output_to_operand_aliasing={{}: (1, {})}, calls=%end
     assert counts.hbm_bytes == 2 * (whole + share)
 
 
+def test_collectives_of_another_core():
+    """A computation that TPU7x hands to its sparse cores."""
+    found = module(
+        """
+%called (p: bf16[4,8]) -> bf16[16,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %g = bf16[16,8]{1,0} all-gather(%p), channel_id=9, replica_groups=[2,4]<=[8]
+}, execution_thread="sparsecore"
+""",
+        """
+%main (x: bf16[4,8]) -> bf16[16,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %s = ((bf16[4,8]{1,0}, token[]), bf16[16,8]{1,0}) call-start(%x), \
+async_execution_thread="sparsecore", to_apply=%called
+  ROOT %d = bf16[16,8]{1,0} call-done(%s)
+}""",
+    )
+    counts = count.count(found)
+    assert sent(counts) == {("all-gather", 4): (1, 3 * 64)}
+    assert counts.hbm_bytes == 64 + 256
+
+
 # ------------------------------------------------------------------------------------- verdicts
 
 COUNTS = count.Counts(
@@ -755,7 +784,7 @@ def test_meshes_that_do_not_fit(text, mesh, says):
 
 @needs_libtpu
 def test_every_chip_is_described_silently():
-    """Without JAX_PLATFORMS, and with nothing on stderr, on a machine that has no TPU."""
+    """Without JAX_PLATFORMS, and with nothing on stderr; real devices are left alone."""
     code = """
 from instructjax import preflight
 from instructjax.preflight.chips import CHIPS
@@ -763,7 +792,7 @@ for kind in CHIPS:
     topology = next(preflight.slices(kind))
     assert preflight.make_mesh(topology).size == topology.devices
 import jax
-print(jax.devices()[0].platform)
+print(jax.config.jax_platforms, jax.devices()[0].platform)
 """
     hidden = ("JAX_PLATFORMS", "TPU_", "ALLOW_MULTIPLE_LIBTPU_LOAD")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
@@ -771,7 +800,7 @@ print(jax.devices()[0].platform)
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
     )
-    assert (ran.stdout, ran.stderr, ran.returncode) == ("cpu\n", "", 0)
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("cpu cpu\n", "", 0)
 
 
 @needs_libtpu

@@ -13,7 +13,7 @@ from instructjax.preflight.chips import Topology
 
 
 def load_libtpu() -> None:
-    """Settles this process for libtpu without a TPU: silent, beside others, and jax on the CPU.
+    """Settles this process for libtpu without a TPU: silent, beside others, jax on the CPU alone.
 
     To be called before jax has looked for devices.
 
