@@ -68,19 +68,21 @@ class Compilable(NamedTuple):
 
 
 def run_preflight(config: Config) -> None:
-    if not config.search:
-        found = analyse(config, preflight.parse_topology(config.topology))
+    script, model = flags(config), describe(config)
+    if config.search:
+        found = search(config, script, model)
     else:
-        found = search(config)
+        topology = preflight.parse_topology(config.topology)
+        found = analyse(topology, config.mesh, script, model)
     if config.out is not None:
         config.out.write_text(json.dumps([each.json() for each in found], indent=2) + "\n")
 
 
-def search(config: Config) -> list[preflight.Program]:
+def search(config: Config, script: run_sft.Config, model: ModelConfig) -> list[preflight.Program]:
     """The programs on the smallest slice that they fit."""
     for topology in preflight.slices(config.topology):
         try:
-            found = analyse(config, topology)
+            found = analyse(topology, config.mesh, script, model)
         except ValueError as error:  # the mesh, or the batch, does not divide
             print(f"{topology.name}: {error}")
             continue
@@ -89,15 +91,17 @@ def search(config: Config) -> list[preflight.Program]:
     raise ValueError(f"--search: it fits no slice of {config.topology} with these flags")
 
 
-def analyse(config: Config, topology: preflight.Topology) -> list[preflight.Program]:
+def analyse(
+    topology: preflight.Topology, mesh: str, script: run_sft.Config, model: ModelConfig
+) -> list[preflight.Program]:
     """Compiles the preset's programs for a slice, and prints what came of it."""
     try:
-        mesh = preflight.make_mesh(topology, config.mesh)
+        devices = preflight.make_mesh(topology, mesh)
     except ModuleNotFoundError as error:  # libtpu
         raise OSError(str(error)) from error
     found = [
         preflight.analyse(name, each.jitted, each.args, topology)
-        for name, each in programs(config, mesh)
+        for name, each in programs(script, model, devices)
     ]
     console = Console()
     console.print(*preflight.tables(found))
@@ -110,29 +114,22 @@ def analyse(config: Config, topology: preflight.Topology) -> list[preflight.Prog
 # ------------------------------------------------------------------------------------ programs
 
 
-def programs(config: Config, mesh: Mesh) -> Iterator[tuple[str, Compilable]]:
+def programs(
+    script: run_sft.Config, model: ModelConfig, mesh: Mesh
+) -> Iterator[tuple[str, Compilable]]:
     """The jitted functions of the scripts that the preset is of, by name."""
-    yield "SFT step", sft_step(config, mesh)
+    yield "SFT step", sft_step(script, model, mesh)
 
 
-def sft_step(config: Config, mesh: Mesh) -> Compilable:
-    """As run_sft.py makes it."""
-    if config.preset not in run_sft.PRESETS:
-        raise ValueError(f"--preset {config.preset}: not one of {', '.join(run_sft.PRESETS)}")
-    script = run_sft.PRESETS[config.preset]
-    changes = {"remat": config.remat, "batch_size": config.batch_size}
-    changes |= {"microbatches": config.microbatches}
-    given = {name: value for name, value in changes.items() if value is not None}
-    script = dataclasses.replace(script, **given)
-    rows, shards = script.batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % (shards * script.microbatches):
-        raise ValueError(
-            f"--batch_size {rows}: does not divide over {shards} shards of the batch, in"
-            f" {script.microbatches} microbatches; fewer data and fsdp in --mesh, more tensor"
-        )
-    model = dataclasses.replace(
-        describe(config), dtype=script.model_dtype, remat=script.remat, unroll=script.unroll
-    )
+def sft_step(script: run_sft.Config, model: ModelConfig, mesh: Mesh) -> Compilable:
+    """As run_sft.py makes it.
+
+    Raises:
+      ValueError: the batch does not divide.
+    """
+    check_rows(script.batch_size, script.microbatches, mesh)
+    computed = {"dtype": script.model_dtype, "remat": script.remat, "unroll": script.unroll}
+    model = dataclasses.replace(model, **computed)
     params = abstract_params(model, mesh)
     tx = train.adam(optax.cosine_decay_schedule(script.learning_rate, 1000, alpha=0.1))
     layout = state.shardings(params, tx)
@@ -142,20 +139,44 @@ def sft_step(config: Config, mesh: Mesh) -> Compilable:
     start = jax.eval_shape(
         lambda params: state.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params)), params
     )
+    dtypes = {"tokens_BT": "int32", "segments_BT": "int32", "positions_BT": "int32"}
+    dtypes |= {"mask_BT": "bool"}
+    shape, where = (script.batch_size, script.length), sharding.batched(mesh)
     batch = {
-        name: jax.ShapeDtypeStruct((rows, script.length), dtype, sharding=sharding.batched(mesh))
-        for name, dtype in (
-            ("tokens_BT", jnp.int32),
-            ("segments_BT", jnp.int32),
-            ("positions_BT", jnp.int32),
-            ("mask_BT", jnp.bool_),
-        )
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in dtypes.items()
     }
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
     return Compilable(step, (jax.tree.map(placed, start, layout), batch, key))
 
 
 # ------------------------------------------------------------------------------------- helpers
+
+
+def check_rows(rows: int, microbatches: int, mesh: Mesh) -> None:
+    """Raises ValueError, with a mesh that would do, unless a batch divides over this one."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (shards * microbatches):
+        said = f"--batch_size {rows}: does not divide over {shards} shards of the batch, in"
+        said += f" {microbatches} microbatches"
+        divide = [n for n in range(1, mesh.size) if mesh.size % n + rows % (n * microbatches) == 0]
+        if divide:
+            said += (
+                f"; more tensor in --mesh, as fsdp={divide[-1]},tensor={mesh.size // divide[-1]}"
+            )
+        raise ValueError(said)
+
+
+def flags(config: Config) -> run_sft.Config:
+    """The preset, with the flags that were given.
+
+    Raises:
+      ValueError: there is no such preset.
+    """
+    if config.preset not in run_sft.PRESETS:
+        raise ValueError(f"--preset {config.preset}: not one of {', '.join(run_sft.PRESETS)}")
+    changes = {name: getattr(config, name) for name in ("remat", "batch_size", "microbatches")}
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(run_sft.PRESETS[config.preset], **given)
 
 
 def describe(config: Config) -> ModelConfig:

@@ -205,9 +205,9 @@ def test_aliases():
     """Parameters whose memory a result takes over."""
     x, y = (jax.ShapeDtypeStruct((n, 8), jnp.float32) for n in (4, 2))
     fn = lambda x, y: (y + 1, x * 2)  # noqa: E731
-    assert hlo.parse(compile_text(fn, x, y)).aliased == ()
-    assert hlo.parse(compile_text(fn, x, y, donate_argnums=1)).aliased == (1,)
-    assert hlo.parse(compile_text(fn, x, y, donate_argnums=(0, 1))).aliased == (0, 1)
+    for donated, sizes in (((), 0), ((1,), 64), ((0, 1), 128 + 64)):
+        found = hlo.parse(compile_text(fn, x, y, donate_argnums=donated))
+        assert (found.aliased, count.count(found).aliased_bytes) == (donated, sizes)
 
 
 # ------------------------------------------------------------------------------------- HLO text
@@ -594,6 +594,7 @@ COUNTS = count.Counts(
     hbm_bytes=2 * 819e9,
     host_bytes=0,
     collectives=(count.Collective("all-gather", 4, 3, 90e9),),
+    aliased_bytes=0,
     largest=(count.Array("f32[8]", 32, "jit(f)/add"),),
     assumed=(),
     uncounted=(),
@@ -868,14 +869,28 @@ def test_the_script_searches(tmp_path, capsys):
         (["--preset", "nothing"], "--preset nothing: not one of"),
         (["--model", "nothing"], "--model nothing: not one of .*, and no config.json"),
         (["--preset", "miniature"], "names no model of its own"),
-        (["--batch_size", "6"], "--batch_size 6: does not divide over 4 shards"),
-        (["--batch_size", "4", "--microbatches", "2"], "in 2 microbatches"),
+        (["--batch_size", "6"], "6: does not divide over 4 shards .*, as fsdp=2,tensor=2"),
+        (["--batch_size", "4", "--microbatches", "2"], "2 microbatches; .* as fsdp=2,tensor=2"),
+        (["--batch_size", "4", "--microbatches", "3"], "in 3 microbatches$"),
     ],
 )
 @needs_libtpu
 def test_what_the_script_refuses(flags, says):
     with pytest.raises(ValueError, match=says):
         script.cli(["--topology", "v5e:2x2", *flags])
+
+
+@needs_libtpu
+def test_a_search_in_vain(capsys):
+    """It says why each slice was not it; what is wrong on every slice is said at once."""
+    call = ["--topology", "v5e", "--search", "--mesh", "fsdp=4", "--batch_size", "6"]
+    with pytest.raises(ValueError, match="it fits no slice of v5e"):
+        script.cli(call)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in said] == [f"v5e:{x}" for x in chips.CHIPS["v5e"].slices]
+    with pytest.raises(ValueError, match="--preset nothing: not one of"):
+        script.cli([*call, "--preset", "nothing"])
+    assert capsys.readouterr().out == ""
 
 
 def test_without_libtpu(monkeypatch):

@@ -162,6 +162,6 @@ def slices(kind: str) -> Iterator[Topology]:
       ValueError: there is no such type.
     """
     if kind not in CHIPS:
-        raise ValueError(f"{kind}: not one of {', '.join(CHIPS)}")
+        raise ValueError(f"--topology {kind}: not one of {', '.join(CHIPS)}")
     for grid in CHIPS[kind].slices:
         yield Topology(CHIPS[kind], tuple(map(int, grid.split("x"))))

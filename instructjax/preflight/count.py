@@ -51,6 +51,7 @@ class Counts:
     hbm_bytes: float  # read and written
     host_bytes: float  # moved to and from host memory
     collectives: tuple[Collective, ...]
+    aliased_bytes: float  # of arguments whose memory results take over
     largest: tuple[Array, ...]
     assumed: tuple[str, ...]  # the loops whose trips the caller gave
     uncounted: tuple[str, ...]  # kernels whose FLOPs nobody states: not in `flops`
@@ -84,6 +85,9 @@ def count(module: Module, trips: Sequence[float] = (), largest: int = 20) -> Cou
         collectives=tuple(
             Collective(kind, group, total.count[kind, group], sent)
             for (kind, group), sent in sorted(total.sent.items())
+        ),
+        aliased_bytes=sum(
+            leaf.bytes for i in module.aliased for leaf in module.entry.parameters[i].result
         ),
         largest=tuple(sorted(walk.arrays, key=lambda x: -x.bytes)[:largest]),
         assumed=tuple(walk.assumed),
