@@ -26,10 +26,11 @@ from instructjax.preflight.traffic import (
 
 @dataclass(frozen=True)
 class Collective:
-    """The collectives of one kind and group size."""
+    """The collectives of one kind and group size that come from one place."""
 
     kind: str  # all-gather, all-reduce, ...
     group: int  # devices that take part in each
+    where: str  # jit(step)/while/body/dot_general
     count: float  # times that one runs
     bytes: float  # sent by each device, in all
 
@@ -50,7 +51,7 @@ class Counts:
     flops: float
     hbm_bytes: float  # read and written
     host_bytes: float  # moved to and from host memory
-    collectives: tuple[Collective, ...]
+    collectives: tuple[Collective, ...]  # what sends most first
     aliased_bytes: float  # of arguments whose memory results take over
     largest: tuple[Array, ...]
     assumed: tuple[str, ...]  # the loops whose trips the caller gave
@@ -83,8 +84,8 @@ def count(module: Module, trips: Sequence[float] = (), largest: int = 20) -> Cou
         hbm_bytes=total.moved[HBM],
         host_bytes=total.moved[HOST],
         collectives=tuple(
-            Collective(kind, group, total.count[kind, group], sent)
-            for (kind, group), sent in sorted(total.sent.items())
+            Collective(*key, total.count[key], sent)
+            for key, sent in sorted(total.sent.items(), key=lambda item: -item[1])
         ),
         aliased_bytes=sum(
             leaf.bytes for i in module.aliased for leaf in module.entry.parameters[i].result
@@ -119,8 +120,8 @@ _zeros = functools.partial(collections.defaultdict, float)
 class _Sum:
     flops: float = 0
     moved: Bytes = field(default_factory=_zeros)
-    sent: dict[tuple[str, int], float] = field(default_factory=_zeros)  # by kind and group
-    count: dict[tuple[str, int], float] = field(default_factory=_zeros)
+    sent: dict[tuple[str, int, str], float] = field(default_factory=_zeros)  # kind, group, where
+    count: dict[tuple[str, int, str], float] = field(default_factory=_zeros)
 
     def add(self, other: "_Sum", times: float = 1) -> None:
         self.flops += times * other.flops
@@ -219,8 +220,8 @@ class _Walk:
         group = group_size(op, self.module.partitions)
         if group > 1:
             put_in = sum(leaf.bytes for leaf in operands(where, op))
-            total.sent[kind, group] += sent_bytes(kind, group, put_in)
-            total.count[kind, group] += 1
+            total.sent[kind, group, op.where] += sent_bytes(kind, group, put_in)
+            total.count[kind, group, op.where] += 1
 
 
 def group_size(op: Op, devices: int) -> int:

@@ -6,6 +6,7 @@ from rich import box
 from rich.table import Table
 
 from instructjax.preflight.chips import GiB
+from instructjax.preflight.count import Collective
 from instructjax.preflight.program import Program
 
 ASSUMPTIONS = (
@@ -63,10 +64,14 @@ def _work(programs: Sequence[Program]) -> Table:
 def _collectives(programs: Sequence[Program]) -> Table:
     made = _table(None, "", "collective", "devices", "times", "sent MB", "ms")
     for program in programs:
+        kinds: dict[tuple[str, int], list[Collective]] = {}
         for each in program.counts.collectives if program.counts else ():
-            took = each.bytes / program.topology.ring_bandwidth(each.group)
-            figures = (each.group, each.count, each.bytes / 1e6, 1e3 * took)
-            made.add_row(program.name, each.kind, *map(_short, figures))
+            kinds.setdefault((each.kind, each.group), []).append(each)
+        for (kind, group), those in kinds.items():
+            sent, times = sum(x.bytes for x in those), sum(x.count for x in those)
+            took = sent / program.topology.ring_bandwidth(group)
+            figures = (group, times, sent / 1e6, 1e3 * took)
+            made.add_row(program.name, kind, *map(_short, figures))
     return made
 
 
@@ -85,6 +90,11 @@ def verdict(program: Program) -> str:
         share = 100 * peak / usable
         text = f"{program.name}: fits, {_gib(peak)} of {_gib(usable)} GiB ({share:.0f} %)"
         counts = program.counts
+        total = sum(each.bytes for each in counts.collectives) if counts else 0
+        for each in counts.collectives[:3] if counts else ():
+            if each.bytes > 0.1 * total:
+                part = f"{100 * each.bytes / total:.0f} % of what it sends"
+                text += f"\n  {part}: {each.kind}, {each.count:g} times, at {each.where}"
         if counts and counts.uncounted:
             text += f"\n  FLOPs unknown, not counted: {', '.join(counts.uncounted)}"
         if counts and counts.assumed:
