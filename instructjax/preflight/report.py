@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from instructjax.preflight.chips import GiB
-from instructjax.preflight.count import Collective
+from instructjax.preflight.count import Collective, Counts
 from instructjax.preflight.program import Program
 
 ASSUMPTIONS = (
@@ -84,28 +84,36 @@ def _table(title: str | None, first: str, *rest: str) -> Table:
 
 
 def verdict(program: Program) -> str:
-    """Whether it fits; by how much not, and what helps."""
+    """Whether it fits; by how much not, and what helps; what else there is to know of it."""
     peak, usable = program.memory.peak, program.usable
     if program.fits:
         share = 100 * peak / usable
-        text = f"{program.name}: fits, {_gib(peak)} of {_gib(usable)} GiB ({share:.0f} %)"
-        counts = program.counts
-        total = sum(each.bytes for each in counts.collectives) if counts else 0
-        for each in counts.collectives[:3] if counts else ():
-            if each.bytes > 0.1 * total:
-                part = f"{100 * each.bytes / total:.0f} % of what it sends"
-                text += f"\n  {part}: {each.kind}, {each.count:g} times, at {each.where}"
-        if counts and counts.uncounted:
-            text += f"\n  FLOPs unknown, not counted: {', '.join(counts.uncounted)}"
-        if counts and counts.assumed:
-            text += f"\n  trips assumed, not known: {', '.join(counts.assumed)}"
-        return text
-    over = f"{program.name}: does not fit, {_gib(peak - usable)} GiB over {_gib(usable)}"
-    return "\n  ".join([over, *advice(program)])
+        lines = [f"{program.name}: fits, {_gib(peak)} of {_gib(usable)} GiB ({share:.0f} %)"]
+    else:
+        over = f"{_gib(peak - usable)} GiB over {_gib(usable)}"
+        lines = [f"{program.name}: does not fit, {over}", *advice(program)]
+    if program.counts:
+        lines += _notes(program.counts)
+    return "\n  ".join(lines)
+
+
+def _notes(counts: Counts) -> list[str]:
+    total = sum(each.bytes for each in counts.collectives)
+    notes = [
+        f"{100 * each.bytes / total:.0f} % of what it sends: {each.kind}, {each.count:g} times, at"
+        f" {each.where}"
+        for each in counts.collectives[:3]
+        if each.bytes > 0.1 * total
+    ]
+    if counts.uncounted:
+        notes.append(f"FLOPs unknown, not counted: {', '.join(counts.uncounted)}")
+    if counts.assumed:
+        notes.append(f"trips assumed, not known: {', '.join(counts.assumed)}")
+    return notes
 
 
 def advice(program: Program) -> list[str]:
-    """What takes most, with the knob that makes it less: the largest first."""
+    """What takes a tenth of the memory or more, largest first, with the knob that helps."""
     m, text = program.memory, []
     states = m.parameters + m.optimizer
     trained = f"{_gib(states)} GiB of parameters and optimizer: more fsdp in --mesh, which splits"
