@@ -201,6 +201,19 @@ def test_a_loop_that_depends_on_data():
             counted(fn, *args, trips=trips)
 
 
+def test_a_condition_runs_once_more_than_its_loop():
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+
+    def local(x):
+        going = lambda x: jax.lax.psum(jnp.sum(x), "fsdp") < 9  # noqa: E731
+        return jax.lax.while_loop(going, lambda x: x * 2, x)
+
+    spec = PartitionSpec("fsdp")
+    fn = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    found = counted(fn, on(mesh, (32, 16), "fsdp"), trips=(5,))
+    assert sent(found) == {("all-reduce", 4): (6, 6 * 4 * 2 * 3 / 4)}
+
+
 def test_of_a_conditional_the_costlier_branch_counts():
     args = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     for branches in ((lambda x: x @ x, jnp.sin), (jnp.sin, lambda x: x @ x)):
@@ -509,6 +522,11 @@ source_target_pairs={{0,1},{1,0}}
   %new = f32[64,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
   ROOT %put = f32[64,8]{1,0} scatter(%new, %i, %u), to_apply=%add
 }""")
+    largest = count.count(found, largest=6).largest
+    sizes = [x.bytes for x in largest]
+    assert len(sizes) == 6
+    assert sizes == sorted(sizes, reverse=True)
+    assert (largest[0].shape, sizes[0]) == ("f32[64,8]", 2048)
     by_op = {
         op.name: dict(traffic.traffic(found, found.entry, op)) for op in found.entry.ops.values()
     }
