@@ -1,6 +1,7 @@
 """What a preset needs on a TPU slice, and how long it takes at best, without having the slice.
 
-    python experiments/preflight.py --preset instructgpt-6b --topology v5e:16x16
+    python experiments/preflight.py --preset instructgpt-6b --topology v5e:8x8 \
+--mesh fsdp=16,tensor=4
     python experiments/preflight.py --preset instructgpt-1.3b --topology v5e --search
     python experiments/preflight.py --preset instructgpt-6b --model DIR --topology v5p:4x4x4 \
 --mesh fsdp=16,tensor=4 --remat full
