@@ -28,6 +28,7 @@ Read the files in this order; imports point upwards only:
     pretrained.py what --model names
     figures.py    the reward model's pictures
     data/         records -> tokens -> sharded, resumable batches
+    preflight/    what a program will need on a TPU slice, compiled without one
     miniature/    a procedural world to run the whole paper in, no download
 
 The axis alphabet. An array that crosses a function boundary carries its shape as a suffix:

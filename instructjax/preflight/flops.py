@@ -1,0 +1,94 @@
+"""FLOPs of one op: matmuls, as dots, as the convolutions that a TPU makes of them, in kernels."""
+
+import functools
+import math
+import re
+
+import numpy as np
+
+from instructjax.preflight.hlo import Buffer, Computation, Op
+
+# The matmuls of [queries, keys] in each kernel of jax.experimental.pallas.ops.tpu's splash
+# attention; its one backward kernel, where that is asked for, is `dkv` too, and makes five.
+_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+_SPLASH |= {name.replace("mha", "mqa"): matmuls for name, matmuls in _SPLASH.items()}
+
+
+def flops(where: Computation, op: Op) -> float | None:
+    """FLOPs of an op of that computation: 0 of what is no matmul, None of a kernel that is silent.
+
+    A Pallas kernel's are its own `cost_estimate`; of those without, the compiler's softmax and
+    splash attention are known, the latter with a dense mask: twice what a causal one costs.
+    """
+    if op.opcode == "dot":
+        return _dot(where, op)
+    if op.opcode == "convolution":
+        return _convolution(where, op)
+    if op.opcode == "custom-call" and op.attribute("custom_call_target") == "tpu_custom_call":
+        return _kernel(where, op)
+    return 0
+
+
+def _dot(where: Computation, op: Op) -> float:
+    left = where.ops[op.operands[0]].result[0]
+    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
+    summed = [left.dims[int(i)] for i in found.group(1).split(",") if i] if found else []
+    return 2 * math.prod(op.result[0].dims) * math.prod(summed)
+
+
+def _convolution(where: Computation, op: Op) -> float:
+    """As XLA counts it: products with padding and with holes are not made."""
+    left, right = (where.ops[name].result[0] for name in op.operands)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
+    if labels is None:
+        raise ValueError(f"a convolution without dim_labels: {op.name}")
+    of_left, of_right, of_result = labels.groups()
+    found = re.search(r"window=\{([^}]*)\}", op.attributes)
+    window = dict(part.split("=") for part in found.group(1).split()) if found else {}
+    products = 1
+    for axis in filter(str.isdigit, of_left):
+
+        def dim(key: str, default: str, axis=int(axis)) -> str:
+            return window[key].split("x")[axis] if key in window else default
+
+        products *= _positions(
+            _size(left, of_left, axis),
+            _size(right, of_right, axis),
+            _size(op.result[0], of_result, axis),
+            stride=int(dim("stride", "1")),
+            pad=int(dim("pad", "0_0").split("_")[0]),
+            lhs_dilate=int(dim("lhs_dilate", "1")),
+            rhs_dilate=int(dim("rhs_dilate", "1")),
+        )
+    batch = _size(left, of_left, "b") // int(op.attribute("batch_group_count") or 1)
+    features = _size(left, of_left, "f") // int(op.attribute("feature_group_count") or 1)
+    return 2 * products * batch * features * _size(op.result[0], of_result, "f")
+
+
+def _size(buffer: Buffer, labels: str, axis: str) -> int:
+    return buffer.dims[labels.index(axis)]
+
+
+@functools.cache
+def _positions(
+    size: int, kernel: int, result: int, *, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
+) -> int:
+    """Pairs of a result and a kernel position along an axis that meet an input, not a hole."""
+    at = np.arange(result)[:, None] * stride + np.arange(kernel)[None] * rhs_dilate - pad
+    meets = (at >= 0) & (at % lhs_dilate == 0) & (at // lhs_dilate < size)
+    return int(meets.sum())
+
+
+def _kernel(where: Computation, op: Op) -> float | None:
+    if stated := re.search(r'"cost_estimate":\{"flops":"?(\d+)', op.attributes):
+        return float(stated.group(1))
+    arrays = [where.ops[name].result[0] for name in op.operands]
+    if "online-softmax" in op.where:  # the compiler's own: softmax(scores) @ values
+        scores, values = arrays
+        return 2 * math.prod(scores.dims) * values.dims[-1]
+    matmuls = next((n for name, n in _SPLASH.items() if name in op.where), None)
+    if matmuls is None:
+        return None
+    # Masks come first, as int8; then q [.., queries, H] and k [.., keys, H], the heads before them.
+    queries, keys = [x for x in arrays if x.dtype in ("f32", "bf16")][:2]
+    return 2 * matmuls * math.prod(queries.dims) * keys.dims[-2]

@@ -1,0 +1,196 @@
+"""A jitted function compiled for a slice: its memory, its counts, an estimate of its time."""
+
+import contextlib
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from instructjax.preflight import hlo
+from instructjax.preflight.chips import GiB, Topology
+from instructjax.preflight.count import Counts, count
+
+# What an argument is, by the first of these that its path has: `state.opt_state[1][0].mu['embed']`.
+KINDS = {
+    "optimizer": r"opt_state",
+    "cache": r"cache",
+    "parameters": r"params|weights",
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. Those of arguments are their shards', without the padding of tiles."""
+
+    parameters: float
+    optimizer: float
+    cache: float
+    other: float  # batches, keys, the padding of all arguments
+    outputs: float  # that take over no argument's memory
+    temporaries: float  # activations, gradients, gathered weights; where it does not fit, all else
+    code: float
+    host: float  # arguments that rest in pinned host memory
+
+    @property
+    def peak(self) -> float:
+        """HBM at most: what the compiler laid out, arguments included."""
+        return sum(dataclasses.astuple(self)) - self.host
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is known of one program, for each device."""
+
+    name: str
+    topology: Topology
+    memory: Memory
+    counts: Counts | None  # None where the compiler gave up: it does not fit
+    runs: float  # in what the programs of a table make together, such as one iteration of PPO
+
+    @property
+    def usable(self) -> float:
+        """Bytes of HBM that there are."""
+        return self.topology.chip.usable / self.topology.chip.devices
+
+    @property
+    def fits(self) -> bool:
+        return self.counts is not None and self.memory.peak <= self.usable
+
+    @property
+    def compute_seconds(self) -> float:
+        """Of one run, at the peak rate of matmuls; nan where it was not compiled."""
+        chip = self.topology.chip
+        return self.counts.flops / (chip.flops / chip.devices) if self.counts else float("nan")
+
+    @property
+    def memory_seconds(self) -> float:
+        """Of one run, at the peak bandwidth of HBM."""
+        chip = self.topology.chip
+        rate = chip.hbm_bandwidth / chip.devices
+        return self.counts.hbm_bytes / rate if self.counts else float("nan")
+
+    @property
+    def network_seconds(self) -> float:
+        """Of one run: all its collectives one after another; see `Topology.ring_bandwidth`."""
+        if self.counts is None:
+            return float("nan")
+        rate = self.topology.ring_bandwidth
+        return sum(each.bytes / rate(each.group) for each in self.counts.collectives)
+
+    @property
+    def seconds(self) -> float:
+        """Roofline of one run: max(compute, HBM), then the network.
+
+        Not in it: latencies, moves to and from host memory, the host's own work, and matmuls whose
+        shapes fill no matrix unit. Nor that the compiler hides collectives behind compute.
+        """
+        return max(self.compute_seconds, self.memory_seconds) + self.network_seconds
+
+    def json(self) -> dict[str, Any]:
+        """For a file: bytes, FLOPs and seconds of one device and run."""
+        return {
+            "name": self.name,
+            "topology": self.topology.name,
+            "runs": self.runs,
+            "memory": dataclasses.asdict(self.memory) | {"peak": self.memory.peak},
+            "usable": self.usable,
+            "fits": self.fits,
+            "counts": self.counts and dataclasses.asdict(self.counts),
+            "seconds": {
+                "compute": self.compute_seconds,
+                "memory": self.memory_seconds,
+                "network": self.network_seconds,
+                "roofline": self.seconds,
+            }
+            if self.counts
+            else None,
+        }
+
+
+def analyse(
+    name: str,
+    jitted: Any,
+    args: Sequence[Any],
+    topology: Topology,
+    *,
+    static: Mapping[str, Any] | None = None,
+    trips: Sequence[float] = (),
+    runs: float = 1,
+) -> Program:
+    """Compiles a function for a slice and reads what came of it.
+
+    Args:
+      name: for the table.
+      jitted: of `jax.jit`.
+      args: trees of ShapeDtypeStructs whose shardings are over `topology.make_mesh`'s devices.
+      topology: the slice that they are over.
+      static: the function's static arguments, by name.
+      trips: see `count.count`.
+      runs: see `Program`.
+    """
+    sizes = _arguments(jitted, args)
+    try:
+        with _uncached():
+            compiled = jitted.lower(*args, **(static or {})).compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        host, known = sizes.pop("host"), sum(sizes.values())
+        rest = max(0.0, needed - known)
+        memory = Memory(**sizes, other=0, outputs=0, temporaries=rest, code=0, host=host)
+        return Program(name, topology, memory, None, runs)
+    stats = compiled.memory_analysis()
+    known = sizes["parameters"] + sizes["optimizer"] + sizes["cache"]
+    memory = Memory(
+        **sizes,
+        other=max(0.0, stats.argument_size_in_bytes - known),
+        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+    counts = count(hlo.parse(compiled.as_text()), trips)
+    return Program(name, topology, memory, counts, runs)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without jax's cache on disk, which cannot read back what was compiled for no real device."""
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it looks at its settings once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+def _arguments(jitted: Any, args: Sequence[Any]) -> dict[str, float]:
+    """Bytes of each kind of argument on one device, and in host memory."""
+    sizes = dict.fromkeys([*KINDS, "host"], 0.0)
+    # A pytree's path begins with a number; what the function calls the argument says more.
+    names = list(inspect.signature(jitted).parameters)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tuple(args)):
+        said = names[path[0].idx] + jax.tree_util.keystr(path[1:])
+        kind = next((kind for kind, words in KINDS.items() if re.search(words, said)), None)
+        held = leaf.dtype.itemsize
+        for size in leaf.sharding.shard_shape(leaf.shape):
+            held *= size
+        if leaf.sharding.memory_kind == "pinned_host":
+            sizes["host"] += held
+        elif kind is not None:
+            sizes[kind] += held
+    return sizes
+
+
+def _needed(error: str) -> float | None:
+    """Bytes of HBM that the compiler says a program would take; None of another error."""
+    units = {"K": 2**10, "M": 2**20, "G": GiB, "T": 2**40}
+    found = re.search(r"memory required .*?\(([\d.]+)([KMGT])\) exceeds available HBM", error)
+    return float(found.group(1)) * units[found.group(2)] if found else None

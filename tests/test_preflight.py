@@ -1,0 +1,937 @@
+"""preflight: counts worked out by hand, on programs of this CPU, on HLO text, on described TPUs."""
+
+import dataclasses
+import importlib
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+
+from instructjax import preflight, sharding
+from instructjax.models import PRESETS
+from instructjax.preflight import chips, count, hlo, loops, traffic
+from instructjax.preflight.flops import _positions
+from instructjax.preflight.program import Memory, _needed
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPOSITORY / "experiments"))
+
+# Named like the package within instructjax, which it is not.
+script = importlib.import_module("preflight")
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+V5E = "v5e:4x4"
+
+
+def compile_text(fn, *args, **options) -> str:
+    return jax.jit(fn, **options).lower(*args).compile().as_text()
+
+
+def counted(fn, *args, trips=(), **options) -> count.Counts:
+    return count.count(hlo.parse(compile_text(fn, *args, **options)), trips)
+
+
+def on(mesh, shape, *spec, dtype=jnp.float32, **options) -> jax.ShapeDtypeStruct:
+    where = NamedSharding(mesh, PartitionSpec(*spec), **options)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+
+def sent(counts: count.Counts) -> dict[tuple[str, int], tuple[float, float]]:
+    found: dict[tuple[str, int], tuple[float, float]] = {}
+    for x in counts.collectives:
+        times, sent = found.get((x.kind, x.group), (0, 0))
+        found[x.kind, x.group] = times + x.count, sent + x.bytes
+    return found
+
+
+# ---------------------------------------------------------------------------------------- chips
+
+
+def test_topologies():
+    """Chips, devices and what the cloud calls a slice; every slice that is listed parses."""
+    found = {
+        text: (t.chips, t.devices, t.cloud)
+        for text in ("v5e:4x4", "v6e:16x16", "v5p:4x4x4", "v4:2x2x4", "tpu7x:2x2x1")
+        for t in [preflight.parse_topology(text)]
+    }
+    assert found == {
+        "v5e:4x4": (16, 16, "v5litepod-16"),
+        "v6e:16x16": (256, 256, "v6e-256"),
+        "v5p:4x4x4": (64, 64, "v5p-128"),
+        "v4:2x2x4": (16, 16, "v4-32"),
+        "tpu7x:2x2x1": (4, 8, "tpu7x of GKE"),
+    }
+    for kind in chips.CHIPS:
+        listed = list(preflight.slices(kind))
+        assert [preflight.parse_topology(t.name) for t in listed] == listed
+        assert [t.chips for t in listed] == sorted(t.chips for t in listed)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("v5litepod-16", "the cloud's name; write v5e:4x4"),
+        ("v5p-128", "the cloud's name; write v5p:4x4x4"),
+        ("v9:2x2", "not one of v4, v5e, v5p, v6e, tpu7x"),
+        ("v5e", "a v5e slice has 2 dimensions"),
+        ("v5e:4x4x4", "a v5e slice has 2 dimensions"),
+        ("v5p:4x4", "a v5p slice has 3 dimensions, as v5p:2x2x4"),
+        ("v5e:4x0", "a v5e slice has 2 dimensions"),
+        ("v5e:3x3", "the first two dimensions are even"),
+    ],
+)
+def test_wrong_topologies(text, says):
+    with pytest.raises(ValueError, match=says):
+        preflight.parse_topology(text)
+
+
+def test_no_such_chip():
+    with pytest.raises(ValueError, match="v9: not one of"):
+        list(preflight.slices("v9"))
+
+
+@pytest.mark.parametrize(
+    ("text", "group", "links"),
+    [
+        ("v5e:4x4", 4, 1),  # lines: one link
+        ("v5e:4x4", 16, 2),
+        ("v5e:16x16", 16, 2),  # rings: both ways
+        ("v5e:16x16", 17, 4),
+        ("v5e:8x16", 128, 3),  # a ring and a line
+        ("v5p:4x4x4", 64, 6),
+        ("v5p:2x4x4", 16, 2),  # less than a cube of 4x4x4 has no rings
+        ("v5p:2x2x1", 4, 2),
+        ("tpu7x:2x2x1", 4, 0.5),  # two devices share a chip's links
+    ],
+)
+def test_ring_bandwidth(text, group, links):
+    topology = preflight.parse_topology(text)
+    assert topology.ring_bandwidth(group) == links * topology.chip.link
+
+
+# -------------------------------------------------------------------------- programs of this CPU
+
+
+def test_a_matmul():
+    """2 m k n FLOPs; both operands are read and the result is written."""
+    a, b = jax.ShapeDtypeStruct((24, 40), jnp.float32), jax.ShapeDtypeStruct((40, 56), jnp.float32)
+    found = counted(jnp.matmul, a, b)
+    assert found.flops == 2 * 24 * 40 * 56
+    assert found.hbm_bytes == 4 * (24 * 40 + 40 * 56 + 24 * 56)
+    assert (found.host_bytes, found.collectives, found.assumed, found.uncounted) == (0, (), (), ())
+    assert found.largest[0].shape == "f32[24,56]"
+    assert found.largest[0].bytes == 4 * 24 * 56
+
+
+def test_batched_matmul():
+    a = jax.ShapeDtypeStruct((3, 24, 40), jnp.float32)
+    assert counted(lambda a: jnp.einsum("bij,bkj->bik", a, a), a).flops == 2 * 3 * 24 * 24 * 40
+
+
+def test_a_scan_counts_as_often_as_it_runs():
+    """Nested, and with its gradient: three matmuls for one, all trips known."""
+
+    def body(x, w):
+        inner = lambda x, _: (jnp.tanh(x @ w), None)  # noqa: E731
+        return jax.lax.scan(inner, x, None, length=3)[0], None
+
+    loss = lambda ws, x: jnp.sum(jax.lax.scan(body, x, ws)[0])  # noqa: E731
+    ws = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32)
+    x = jax.ShapeDtypeStruct((8, 32), jnp.float32)
+    once = 2 * 8 * 32 * 32
+    assert counted(loss, ws, x).flops == 5 * 3 * once
+    assert counted(jax.grad(loss), ws, x).flops == 3 * 5 * 3 * once
+
+
+def test_collectives_by_hand():
+    """Each kind under shard_map in a loop of 4, over fsdp of 4: bytes that a device sends."""
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+
+    def step(x, _):  # a device has [8, 16] of float32: 512 bytes
+        x = jax.lax.psum(x, "fsdp")  # 2 * 3/4 of them
+        y = jax.lax.all_gather(x * 2, "fsdp", tiled=True)  # to three others
+        x = jax.lax.psum_scatter(y * y, "fsdp", tiled=True)  # 3/4 of [32, 16]
+        x = jax.lax.all_to_all(jnp.sin(x), "fsdp", 0, 0, tiled=True)  # 3/4
+        ring = [(i, (i + 1) % 4) for i in range(4)]
+        return jax.lax.ppermute(jnp.cos(x), "fsdp", ring), None
+
+    def local(x):
+        return jax.lax.scan(step, x, None, length=4)[0]
+
+    spec = PartitionSpec("fsdp")
+    fn = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    counts = counted(fn, on(mesh, (32, 16), "fsdp"))
+    most = [each.kind for each in counts.collectives]
+    assert most[:2] in (["all-gather", "reduce-scatter"], ["reduce-scatter", "all-gather"])
+    assert all("/while/body/" in each.where for each in counts.collectives)
+    assert sent(counts) == {
+        ("all-reduce", 4): (4, 4 * 512 * 2 * 3 / 4),
+        ("all-gather", 4): (4, 4 * 512 * 3),
+        ("reduce-scatter", 4): (4, 4 * 2048 * 3 / 4),
+        ("all-to-all", 4): (4, 4 * 512 * 3 / 4),
+        ("collective-permute", 4): (4, 4 * 512),
+    }
+
+
+def test_a_loop_that_depends_on_data():
+    def fn(x, n):
+        going = lambda s: (s[0] < n) & jnp.any(s[1] < 3)  # noqa: E731
+        return jax.lax.while_loop(going, lambda s: (s[0] + 1, s[1] @ s[1]), (0, x))
+
+    args = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    found = counted(fn, *args, trips=(7.5,))
+    assert found.flops == 7.5 * 2 * 16**3
+    assert found.assumed == ("jit(fn)/while",)
+    for trips in ((), (1, 2)):
+        with pytest.raises(ValueError, match=r"1 loops .*jit\(fn\)/while.* given for"):
+            counted(fn, *args, trips=trips)
+
+
+def test_a_condition_runs_once_more_than_its_loop():
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+
+    def local(x):
+        going = lambda x: jax.lax.psum(jnp.sum(x), "fsdp") < 9  # noqa: E731
+        return jax.lax.while_loop(going, lambda x: x * 2, x)
+
+    spec = PartitionSpec("fsdp")
+    fn = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    found = counted(fn, on(mesh, (32, 16), "fsdp"), trips=(5,))
+    assert sent(found) == {("all-reduce", 4): (6, 6 * 4 * 2 * 3 / 4)}
+
+
+def test_of_a_conditional_the_costlier_branch_counts():
+    args = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    for branches in ((lambda x: x @ x, jnp.sin), (jnp.sin, lambda x: x @ x)):
+        fn = lambda x, n, branches=branches: jax.lax.cond(n > 0, *branches, x)  # noqa: E731
+        assert counted(fn, *args).flops == 2 * 16**3
+
+
+def test_aliases():
+    """Parameters whose memory a result takes over."""
+    x, y = (jax.ShapeDtypeStruct((n, 8), jnp.float32) for n in (4, 2))
+    fn = lambda x, y: (y + 1, x * 2)  # noqa: E731
+    for donated, sizes in (((), 0), ((1,), 64), ((0, 1), 128 + 64)):
+        found = hlo.parse(compile_text(fn, x, y, donate_argnums=donated))
+        assert (found.aliased, count.count(found).aliased_bytes) == (donated, sizes)
+
+
+# ------------------------------------------------------------------------------------- HLO text
+
+
+def module(*computations: str) -> hlo.Module:
+    """A module of TPU text; the last computation is the entry."""
+    *others, entry = (text.strip("\n") for text in computations)
+    return hlo.parse("\n\n".join(["HloModule m, num_partitions=8", *others, f"ENTRY {entry}", ""]))
+
+
+def test_shapes_and_places():
+    text = """
+%main (p: f32[8,128]) -> (f32[8,128], (bf16[4], pred[3])) {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0), metadata={op_name="x"}
+  %c = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) \
+copy-start(%p)
+  ROOT %t = ((f32[8,128]{1,0:T(8,128)S(5)}, s32[]), token[], s4[3]{0}) custom-call(%p, \
+/*index=1*/%c), custom_call_target="mine", frontend_attributes={kernel_metadata={
+"xprof_metadata":"(}"
+}}, metadata={op_name="jit(f)/mine"}
+}"""
+    entry = module(text).entry
+    leaves = [[(str(x), x.space) for x in entry.ops[name].result] for name in ("c", "t")]
+    assert leaves == [
+        [("bf16[8,128]", 1), ("f32[8,128]", hlo.HBM), ("u32[]", 2)],
+        [("f32[8,128]", hlo.HOST), ("s32[]", 0), ("token[]", 0), ("s4[3]", 0)],
+    ]
+    assert [x.bytes for x in entry.ops["t"].result] == [4096, 4, 0, 1.5]
+    assert hlo.Buffer("pred", (3, 2), 0).bytes == 6
+    assert entry.root is entry.ops["t"]
+    assert entry.root.operands == ("p", "c")
+    assert entry.root.attribute("custom_call_target") == "mine"
+    assert (entry.root.where, entry.ops["c"].where) == ("jit(f)/mine", "c")
+    assert [op.name for op in entry.parameters] == ["p"]
+    assert [(op.name, i) for op, i in entry.users["p"]] == [("c", 0), ("t", 0)]
+
+
+def test_no_module():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("nothing of the kind")
+
+
+LOOP = """
+%body (p: (s32[], f32[4,4], s32[])) -> (s32[], f32[4,4], s32[]) {{
+  %p = (s32[]{{:T(128)}}, f32[4,4]{{1,0}}, s32[]{{:T(128)}}) parameter(0)
+  %i = s32[]{{:T(128)}} get-tuple-element(%p), index=0
+  %copied = s32[]{{:T(128)S(6)}} copy(%i)
+  %x = f32[4,4]{{1,0}} get-tuple-element(%p), index=1
+  %n = s32[]{{:T(128)}} get-tuple-element(%p), index=2
+  %by = s32[] constant({by})
+  %next = s32[]{{:T(128)}} add({order})
+  %y = f32[4,4]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT %t = (s32[]{{:T(128)}}, f32[4,4]{{1,0}}, s32[]{{:T(128)}}) tuple(%next, %y, {kept})
+}}
+
+%condition (q: (s32[], f32[4,4], s32[])) -> pred[] {{
+  %q = (s32[]{{:T(128)}}, f32[4,4]{{1,0}}, s32[]{{:T(128)}}) parameter(0)
+  %at = s32[]{{:T(128)}} get-tuple-element(%q), index=0
+  %to = s32[]{{:T(128)}} get-tuple-element(%q), index=2
+  ROOT %lt = pred[]{{:T(512)}} compare({compared}), direction={direction}
+}}
+
+ENTRY %main (x: f32[4,4]) -> f32[4,4] {{
+  %x = f32[4,4]{{1,0}} parameter(0)
+  %from = s32[]{{:T(128)}} constant({start})
+  %begin = s32[]{{:T(128)S(6)}} copy(%from)
+  %bound = s32[]{{:T(128)}} constant({bound})
+  %init = (s32[]{{:T(128)}}, f32[4,4]{{1,0}}, s32[]{{:T(128)}}) tuple(%begin, %x, %bound)
+  %loop = (s32[]{{:T(128)}}, f32[4,4]{{1,0}}, s32[]{{:T(128)}}) while(%init), \
+condition=%condition, body=%body, metadata={{op_name="jit(f)/while"}}
+  ROOT %out = f32[4,4]{{1,0}} get-tuple-element(%loop), index=1
+}}
+"""
+USUAL = {
+    "start": 0,
+    "bound": 6,
+    "by": 1,
+    "order": "%copied, %by",
+    "kept": "%n",
+    "compared": "%at, %to",
+    "direction": "LT",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "trips"),
+    [
+        ({}, 6),
+        ({"order": "%by, %copied"}, 6),
+        ({"start": 2}, 4),
+        ({"by": 4}, 2),  # 0, 4
+        ({"direction": "LE"}, 7),
+        ({"direction": "NE"}, 6),
+        ({"compared": "%to, %at", "direction": "GT"}, 6),
+        ({"compared": "%to, %at", "direction": "GE"}, 7),
+        ({"start": 5, "bound": 0, "by": -1, "direction": "GT"}, 5),
+        ({"start": 5, "bound": 0, "by": -1, "direction": "GE"}, 6),
+        ({"start": 9}, 0),
+        ({"direction": "GT"}, None),  # away from the bound
+        ({"kept": "%next"}, None),  # the bound changes
+        ({"order": "%n, %by"}, None),  # what is compared is no index
+        ({"order": "%copied, %copied"}, None),
+        ({"compared": "%at, %at"}, None),
+    ],
+)
+def test_trips_are_read_off_a_loop(change, trips):
+    """A TPU's text does not say them; nor is every loop one that could."""
+    found = hlo.parse("HloModule m, num_partitions=1\n" + LOOP.format(**USUAL | change))
+    loop = found.entry.ops["loop"]
+    assert loops.trips(found, found.entry, loop, {}) == trips
+    given = () if trips is not None else (11,)
+    assert count.count(found, given).flops == (11 if trips is None else trips) * 2 * 4**3
+
+
+def test_positions_of_a_convolution():
+    """Batched matmuls become convolutions with holes on TPU; against a loop."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        size, kernel, stride, lhs, rhs = rng.integers(1, 5, 5).tolist()
+        pad, result = int(rng.integers(0, 4)), int(rng.integers(1, 7))
+        want = 0
+        for o in range(result):
+            for k in range(kernel):
+                at = o * stride + k * rhs - pad
+                want += any(at == lhs * i for i in range(size))
+        found = _positions(
+            size, kernel, result, stride=stride, pad=pad, lhs_dilate=lhs, rhs_dilate=rhs
+        )
+        assert found == want
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "result", "attributes", "want"),
+    [
+        ((8, 16), (16, 32), (8, 32), "dim_labels=bf_io->bf", 8 * 16 * 32),
+        # Attention's scores, [2, 3] batches: 7 x 5 of 4.
+        (
+            *((2, 3, 7, 4), (2, 3, 5, 4), (2, 3, 7, 5)),
+            "window={size=2x3 stride=1x2 lhs_dilate=2x3}, dim_labels=01bf_01oi->01bf",
+            2 * 3 * 7 * 5 * 4,
+        ),
+        # A projection to two heads.
+        (
+            *((2, 7, 6, 1), (2, 4, 6), (2, 4, 2, 7)),
+            "window={size=1x2 pad=0_0x1_1 rhs_reversal=0x1}, dim_labels=0bf1_1oi->0o1b",
+            None,
+        ),
+        ((6, 8), (8, 4), (6, 4), "dim_labels=bf_io->bf, feature_group_count=2", 6 * 4 * 4),
+        # Positions (-3, -2), (-1, 0) and (1, 2) of 4.
+        (
+            *((7, 4, 6), (2, 6, 5), (7, 3, 5)),
+            "window={size=2 stride=2 pad=3_0}, dim_labels=b0f_0io->b0f",
+            3 * 7 * 6 * 5,
+        ),
+    ],
+)
+def test_convolutions(left, right, result, attributes, want):
+    if want is None:  # in the shapes that a TPU's compiler wrote for [2, 7, 6] x [6, 2, 4]
+        right, attributes = (2, 4, 6, 1), attributes.replace("1oi->0o1b", "1oi0->0f1b")
+        want = 2 * 7 * 6 * 2 * 4
+    shapes = [f"f32[{','.join(map(str, dims))}]" for dims in (left, right, result)]
+    found = module(f"""
+%main (a: {shapes[0]}, b: {shapes[1]}) -> {shapes[2]} {{
+  %a = {shapes[0]}{{1,0}} parameter(0)
+  %b = {shapes[1]}{{1,0}} parameter(1)
+  ROOT %c = {shapes[2]}{{1,0}} convolution(%a, %b), {attributes}
+}}""")
+    assert count.count(found).flops == 2 * want
+
+
+@pytest.mark.parametrize(
+    ("where", "config", "want"),
+    [
+        ("jit(f)/mine/pallas_call", '{"cost_estimate":{"flops":"12345"}}', 12345),
+        ("jit(f)/splash_mha_fwd_residuals/pallas_call", "{}", 2 * 2 * 2 * 5 * 7 * 128),
+        ("jit(f)/splash_mqa_dq_no_residuals/pallas_call", "{}", 3 * 2 * 2 * 5 * 7 * 128),
+        ("jit(f)/splash_mha_dkv_no_residuals/pallas_call", "{}", 4 * 2 * 2 * 5 * 7 * 128),
+        ("online-softmax", "{}", 2 * 2 * 5 * 128 * 64),
+        ("jit(f)/mine/pallas_call", "{}", None),
+    ],
+)
+def test_kernels(where, config, want):
+    """A kernel's own estimate; splash attention's matmuls; others are named as not counted."""
+    operands = "%q, %v" if where == "online-softmax" else "%m, %q, %k"
+    found = count.count(
+        module(f"""
+%main (m: s8[1,4,4], q: bf16[2,5,128], k: bf16[2,7,128], v: bf16[2,128,64]) -> bf16[2,5,128] {{
+  %m = s8[1,4,4]{{2,1,0}} parameter(0)
+  %q = bf16[2,5,128]{{2,1,0}} parameter(1)
+  %k = bf16[2,7,128]{{2,1,0}} parameter(2)
+  %v = bf16[2,128,64]{{2,1,0}} parameter(3)
+  ROOT %o = bf16[2,5,128]{{2,1,0}} custom-call({operands}), custom_call_target="tpu_custom_call", \
+metadata={{op_name="{where}"}}, backend_config={{"custom_call_config":{config}}}
+}}""")
+    )
+    assert found.flops == (want or 0)
+    assert found.uncounted == (() if want else (where,))
+    given = 2 * 2 * 128 * 64 if "%v" in operands else 16 + 2 * 2 * 7 * 128
+    assert found.hbm_bytes == given + 2 * (2 * 5 * 128 + 2 * 5 * 128)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "want"),
+    [
+        ("replica_groups={{0,4,8},{1,5,9}}, x={{1}}", 3),
+        ("replica_groups=[4,2]<=[8]", 2),
+        ("replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}", 4),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={1}", 4),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", 8),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}, x=1", 2),
+        ("replica_groups=mesh['a'=8] {'a':(2)4}", 4),
+        ("source_target_pairs={{0,1},{1,0},{2,3},{3,2}}", 2),
+        ("source_target_pairs={{0,0},{1,2},{2,3},{3,1}}", 3),
+        ("source_target_pairs={{0,1},{1,2},{2,3}}", 4),
+        ("replica_groups={}", 64),
+    ],
+)
+def test_group_sizes(attributes, want):
+    op = hlo.Op("x", "all-reduce", (), (), "", f", channel_id=1, {attributes}, metadata={{}}")
+    assert count.group_size(op, 64) == want
+
+
+FUSED = """
+%slice_update (a: f32[9,64], b: f32[9,64], i: s32[], c: f32[1,64], d: f32[2]) -> \
+(f32[1,64], f32[9,64], f32[2]) {
+  %a = f32[9,64]{1,0} parameter(0)
+  %b = f32[9,64]{1,0} parameter(1)
+  %i = s32[]{:S(6)} parameter(2)
+  %c = f32[1,64]{1,0} parameter(3)
+  %d = f32[2]{0} parameter(4)
+  %flat = f32[9,1,64]{2,1,0} bitcast(%a)
+  %slice = f32[1,1,64]{2,1,0} dynamic-slice(%flat, %i, %i, %i), dynamic_slice_sizes={1,1,64}
+  %row = f32[1,64]{1,0} bitcast(%slice)
+  %sum = f32[1,64]{1,0} add(%row, %c)
+  %updated = f32[9,64]{1,0} dynamic-update-slice(%b, %sum, %i, %i)
+  %same = f32[9,64]{1,0} bitcast(%updated)
+  ROOT %t = (f32[1,64]{1,0}, f32[9,64]{1,0}, f32[2]{0}) tuple(%sum, %same, %d)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("places", "hbm", "host"),
+    [
+        # A row of 256 bytes: sliced, read of c, written alone and into b. d goes through.
+        (("", "", ""), 4 * 256, 0),
+        (("S(1)", "", ""), 3 * 256, 0),  # the sliced array is in vector memory
+        (("S(5)", "", ""), 3 * 256, 256),  # or in the host's
+        (("", "S(1)", ""), 3 * 256, 0),  # the updated one is
+        (("", "", "S(1)"), 3 * 256, 0),
+    ],
+)
+def test_traffic_of_a_fusion(places, hbm, host):
+    a, b, row = (f"{{1,0:T(8,128){place}}}" for place in places)
+    found = module(
+        FUSED,
+        f"""
+%main (a: f32[9,64], b: f32[9,64], i: s32[], c: f32[1,64], d: f32[2]) -> f32[1,64] {{
+  %a = f32[9,64]{a} parameter(0)
+  %b = f32[9,64]{b} parameter(1)
+  %i = s32[]{{:S(6)}} parameter(2)
+  %c = f32[1,64]{{1,0:T(8,128)}} parameter(3)
+  %d = f32[2]{{0}} parameter(4)
+  %f = (f32[1,64]{row}, f32[9,64]{b}, f32[2]{{0}}) fusion(%a, %b, %i, %c, %d), kind=kLoop, \
+calls=%slice_update
+  ROOT %out = f32[1,64]{row} get-tuple-element(%f), index=0
+}}""",
+    )
+    counts = count.count(found)
+    assert (counts.hbm_bytes, counts.host_bytes) == (hbm, host)
+
+
+def test_traffic_of_copies_slices_and_gathers():
+    """Asynchronous ones count where they start; to vector memory is a read alone."""
+    found = module("""
+%main (h: f32[64], x: f32[64,8], i: s32[4,1], u: f32[4,8]) -> f32[64,8] {
+  %h = f32[64]{0:T(128)S(5)} parameter(0)
+  %x = f32[64,8]{1,0} parameter(1)
+  %i = s32[4,1]{1,0:S(1)} parameter(2)
+  %u = f32[4,8]{1,0:S(1)} parameter(3)
+  %in = (f32[64]{0:T(128)}, f32[64]{0:T(128)S(5)}, u32[]{:S(2)}) copy-start(%h)
+  %in.done = f32[64]{0:T(128)} copy-done(%in)
+  %near = (f32[64,8]{1,0:S(1)}, f32[64,8]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %near.done = f32[64,8]{1,0:S(1)} copy-done(%near)
+  %part = ((f32[64,8]{1,0}), f32[16,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:16]}
+  %part.done = f32[16,8]{1,0:S(1)} slice-done(%part)
+  %there = (f32[64,8]{1,0}, f32[64,8]{1,0:S(1)}, u32[], u32[]) collective-permute-start(%x), \
+source_target_pairs={{0,1},{1,0}}
+  %there.done = f32[64,8]{1,0:S(1)} collective-permute-done(%there)
+  %rows = f32[4,8]{1,0:S(1)} gather(%x, %i), offset_dims={1}
+  %new = f32[64,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %put = f32[64,8]{1,0} scatter(%new, %i, %u), to_apply=%add
+}""")
+    largest = count.count(found, largest=6).largest
+    sizes = [x.bytes for x in largest]
+    assert len(sizes) == 6
+    assert sizes == sorted(sizes, reverse=True)
+    assert (largest[0].shape, sizes[0]) == ("f32[64,8]", 2048)
+    by_op = {
+        op.name: dict(traffic.traffic(found, found.entry, op)) for op in found.entry.ops.values()
+    }
+    by_op = {name: {k: v for k, v in by.items() if v} for name, by in by_op.items()}
+    assert by_op == {
+        **{name: {} for name in by_op},
+        "in": {hlo.HOST: 256, hlo.HBM: 256},
+        "near": {hlo.HBM: 2048, 1: 2048},
+        "part": {hlo.HBM: 512, 1: 512},
+        "there": {hlo.HBM: 2048, 1: 2048},
+        "rows": {hlo.HBM: 128, 1: 16 + 128},
+        "put": {hlo.HBM: 128, 1: 16 + 128},
+    }
+
+
+def test_asynchronous_collectives_count_once():
+    """A TPU fuses one all-gather into whatever runs beside it; reduce-scatters are a fusion."""
+    gather = 'replica_groups=[2,4]<=[8], frontend_attributes={chain_id="3"}'
+    found = module(
+        f"""
+%begin (p: f32[8,16]) -> (f32[8,16], f32[32,16]) {{
+  %p = f32[8,16]{{1,0}} parameter(0)
+  %g = f32[32,16]{{1,0}} all-gather(%p), channel_id=7, {gather}
+  ROOT %c = (f32[8,16]{{1,0}}, f32[32,16]{{1,0}}) custom-call(%g), \
+custom_call_target="AsyncCollectiveStart"
+}}""",
+        f"""
+%end (p.1: f32[8,16], q.1: f32[32,16]) -> f32[32,16] {{
+  %p.1 = f32[8,16]{{1,0}} parameter(0)
+  %q.1 = f32[32,16]{{1,0}} parameter(1)
+  %g.1 = f32[32,16]{{1,0}} all-gather(%p.1), channel_id=7, {gather}
+  ROOT %d = f32[32,16]{{1,0}} custom-call(%p.1, %q.1, %g.1), \
+custom_call_target="AsyncCollectiveDone"
+}}""",
+        """
+%all-reduce-scatter.3 (r: f32[32,16]) -> f32[8,16] {
+  %r = f32[32,16]{1,0} parameter(0)
+  %s = f32[32,16]{1,0} all-reduce(%r), channel_id=8, replica_groups={{0,1,2,3},{4,5,6,7}}
+  %z = u32[] constant(0)
+  ROOT %mine = f32[8,16]{1,0} dynamic-slice(%s, %z, %z), dynamic_slice_sizes={8,16}
+}""",
+        """
+%main (x: f32[8,16]) -> f32[8,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %b = (f32[8,16]{1,0}, f32[32,16]{1,0}) fusion(%x), kind=kCustom, \
+output_to_operand_aliasing={{0}: (0, {})}, calls=%begin
+  %b0 = f32[8,16]{1,0} get-tuple-element(%b), index=0
+  %b1 = f32[32,16]{1,0} get-tuple-element(%b), index=1
+  %e = f32[32,16]{1,0} fusion(%b0, %b1), kind=kCustom, \
+output_to_operand_aliasing={{}: (1, {})}, calls=%end
+  ROOT %out = f32[8,16]{1,0} fusion(%e), kind=kCustom, calls=%all-reduce-scatter.3
+}""",
+    )
+    counts = count.count(found)
+    whole, share = 4 * 32 * 16, 4 * 8 * 16
+    assert sent(counts) == {
+        ("all-gather", 4): (1, 3 * share),
+        ("reduce-scatter", 4): (1, whole * 3 / 4),
+    }
+    # The gather reads its share and writes all, the reduce-scatter the other way round.
+    assert counts.hbm_bytes == 2 * (whole + share)
+
+
+def test_collectives_of_another_core():
+    """A computation that TPU7x hands to its sparse cores."""
+    found = module(
+        """
+%called (p: bf16[4,8]) -> bf16[16,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %g = bf16[16,8]{1,0} all-gather(%p), channel_id=9, replica_groups=[2,4]<=[8]
+}, execution_thread="sparsecore"
+""",
+        """
+%main (x: bf16[4,8]) -> bf16[16,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %s = ((bf16[4,8]{1,0}, token[]), bf16[16,8]{1,0}) call-start(%x), \
+async_execution_thread="sparsecore", to_apply=%called
+  ROOT %d = bf16[16,8]{1,0} call-done(%s)
+}""",
+    )
+    counts = count.count(found)
+    assert sent(counts) == {("all-gather", 4): (1, 3 * 64)}
+    assert counts.hbm_bytes == 64 + 256
+
+
+# ------------------------------------------------------------------------------------- verdicts
+
+COUNTS = count.Counts(
+    flops=197e12,
+    hbm_bytes=2 * 819e9,
+    host_bytes=0,
+    collectives=(
+        count.Collective("all-gather", 4, "jit(f)/dot", 1, 80e9),
+        count.Collective("all-gather", 4, "jit(f)/add", 2, 10e9),
+    ),
+    aliased_bytes=0,
+    largest=(count.Array("f32[8]", 32, "jit(f)/add"),),
+    assumed=(),
+    uncounted=(),
+)
+GIB = 2**30
+
+
+def program(**sizes) -> preflight.Program:
+    zeros = dict.fromkeys((field.name for field in dataclasses.fields(Memory)), 0.0)
+    memory = Memory(**zeros | {name: size * GIB for name, size in sizes.items()})
+    return preflight.Program("step", preflight.parse_topology(V5E), memory, COUNTS, runs=8)
+
+
+def test_roofline():
+    """1 s of matmuls beside 2 s of HBM, then 90 GB over one link of 45 GB/s."""
+    found = program(parameters=1)
+    parts = found.compute_seconds, found.memory_seconds, found.network_seconds
+    assert parts == pytest.approx((1, 2, 2))
+    assert found.seconds == pytest.approx(4)
+    half = dataclasses.replace(found, topology=preflight.parse_topology("tpu7x:2x2x1"))
+    assert half.compute_seconds == pytest.approx(197e12 / (2307e12 / 2))
+    assert half.memory_seconds == pytest.approx(2 * 819e9 / (7380e9 / 2))
+    assert half.usable == 94.75 * GIB
+
+
+def test_what_fits():
+    """All but host memory counts against what the compiler has to give."""
+    assert program(parameters=10, temporaries=5.5, host=99).fits
+    assert "fits, 15.50 of 15.75 GiB (98 %)" in preflight.verdict(program(other=10, outputs=5.5))
+    over = program(parameters=2, optimizer=4, temporaries=10.5)
+    assert not over.fits
+    lines = preflight.verdict(over).splitlines()
+    assert lines[0] == "step: does not fit, 0.75 GiB over 15.75"
+    assert [line.split(" of ")[0].strip() for line in lines[1:3]] == ["10.50 GiB", "6.00 GiB"]
+    assert "--remat full" in lines[1]
+    assert "more fsdp in --mesh" in lines[2]
+    frozen = preflight.verdict(program(parameters=14, cache=4, temporaries=0.1))
+    assert frozen.index("--offload") < frozen.index("of cache")
+    assert "--remat" not in frozen  # would save nothing to speak of
+    given_up = dataclasses.replace(program(temporaries=1), counts=None)
+    assert not given_up.fits
+    assert math.isnan(given_up.seconds)
+
+
+def test_a_verdict_says_where_most_is_sent_from():
+    said = preflight.verdict(program()).splitlines()
+    assert said[1:] == [
+        "  89 % of what it sends: all-gather, 1 times, at jit(f)/dot",
+        "  11 % of what it sends: all-gather, 2 times, at jit(f)/add",
+    ]
+
+
+def test_a_verdict_names_what_is_not_known():
+    counts = dataclasses.replace(COUNTS, assumed=("jit(f)/while",), uncounted=("jit(f)/mine",))
+    said = preflight.verdict(dataclasses.replace(program(), counts=counts))
+    assert "FLOPs unknown, not counted: jit(f)/mine" in said
+    assert "trips assumed, not known: jit(f)/while" in said
+
+
+def test_tables_and_json():
+    programs = [program(parameters=1, optimizer=2, host=3), dataclasses.replace(program(), runs=1)]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(*preflight.tables(programs))
+    text = console.export_text()
+    assert "v5e:4x4 (v5litepod-16), 16 devices, 15.75 GiB of HBM usable in each" in text
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith("step")]
+    assert rows[0] == ["step", "1.00", "2.00", "0.00", "0.00", "0.00", "3.00", "3.00"]
+    assert rows[2] == ["step", "197", "1,000", "1,638", "2,000", "90", "2,000", "4,000", "8"]
+    assert rows[4] == ["step", "all-gather", "4", "3", "90,000", "2,000"]
+    assert "all runs" in text
+    assert "36,000" in text  # 8 runs of 4 s, and one
+    kept = json.loads(json.dumps(programs[0].json()))
+    assert kept["memory"]["peak"] == 3 * GIB
+    assert kept["seconds"]["roofline"] == pytest.approx(4)
+    assert kept["counts"]["collectives"][0]["bytes"] == 80e9
+    lost = dataclasses.replace(programs[0], counts=None)
+    assert lost.json()["seconds"] is None
+    assert len(preflight.tables([lost])) == 1
+
+
+def test_what_the_compiler_says_of_too_large_a_program():
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
+        " temporaries (6.37T) exceeds available HBM (15.75G)."
+    )
+    assert _needed(said) == 6.37 * 2**40
+    assert _needed("INTERNAL: something else") is None
+
+
+# ------------------------------------------------------------------------------- described TPUs
+
+
+@pytest.fixture(scope="module")
+def described():
+    topology = preflight.parse_topology(V5E)
+    return topology, preflight.make_mesh(topology, "fsdp=4,tensor=4")
+
+
+def scanned(ws, x):
+    return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0])
+
+
+@needs_libtpu
+def test_a_sharded_scan_on_tpu(described):
+    """Six layers over fsdp and tensor: FLOPs to the last one, memory by kind of argument."""
+    topology, mesh = described
+
+    def fit(state, opt_state, x):
+        grads = jax.grad(scanned)(state["params"], x)
+        return {"params": state["params"] - grads}, opt_state + grads
+
+    ws = on(mesh, (6, 512, 512), None, "fsdp", "tensor")
+    x = on(mesh, (256, 512), "fsdp")
+    jitted = jax.jit(fit, donate_argnums=(0, 1))
+    found = preflight.analyse("fit", jitted, ({"params": ws}, ws, x), topology)
+    assert found.counts is not None
+    # The gradient of the first layer's input is not needed, but a scan makes it.
+    assert found.counts.flops == 3 * 6 * 2 * 256 * 512 * 512 / 16
+    assert {each.group for each in found.counts.collectives} == {4}
+    weights = 4 * 6 * 512 * 512 / 16
+    held = found.memory.parameters, found.memory.optimizer, found.memory.other
+    assert held == (weights, weights, 4 * 256 * 512 / 4)
+    assert found.memory.outputs < 1e4  # both are donated
+    assert found.fits
+    assert not found.counts.assumed
+
+
+@needs_libtpu
+def test_collectives_by_hand_on_tpu(described):
+    topology, mesh = described
+
+    def local(x):  # [1024, 1024] of bfloat16: 2 MiB a device; of small ones XLA makes all-reduces
+        x = jax.lax.psum(x, "fsdp")
+        y = jax.lax.all_gather(jnp.tanh(x), "tensor", tiled=True)
+        return jax.lax.psum_scatter(y * y, "fsdp", tiled=True, scatter_dimension=1)
+
+    fn = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=PartitionSpec("fsdp"),
+        out_specs=PartitionSpec("fsdp"),
+        check_vma=False,
+    )
+    x = on(mesh, (4096, 1024), "fsdp", dtype=jnp.bfloat16)
+    found = preflight.analyse("collectives", jax.jit(fn), (x,), topology)
+    assert found.counts is not None
+    mib = 2**20
+    assert sent(found.counts) == {
+        ("all-reduce", 4): (1, 2 * 3 / 4 * 2 * mib),
+        ("all-gather", 4): (1, 3 * 2 * mib),
+        ("reduce-scatter", 4): (1, 3 / 4 * 8 * mib),
+    }
+
+
+@needs_libtpu
+def test_host_memory_on_tpu(described):
+    """What rests in the host's memory is counted apart, and so is bringing it in."""
+    topology, mesh = described
+    weights = on(mesh, (2048, 2048), "fsdp", memory_kind="pinned_host")
+    x = on(mesh, (64, 2048), "fsdp")
+
+    def use(params, x):
+        return x @ jax.device_put(params, NamedSharding(mesh, PartitionSpec("fsdp")))
+
+    found = preflight.analyse("use", jax.jit(use), (weights, x), topology)
+    assert found.counts is not None
+    share = 4 * 2048 * 2048 / 4
+    assert (found.memory.host, found.memory.parameters) == (share, 0)
+    assert found.counts.host_bytes == share
+
+
+@needs_libtpu
+def test_too_large_for_a_tpu(described):
+    """The compiler gives up: by how much is known, and what `usable` says is its own limit."""
+    topology, mesh = described
+    x = on(mesh, (2**17, 2**17), "fsdp", "tensor")  # 4 GiB a device
+    jitted = jax.jit(lambda params: (params + 1, params * 2, params - 3))
+    found = preflight.analyse("sums", jitted, (x,), topology)
+    assert found.counts is None
+    assert not found.fits
+    assert (found.memory.parameters, found.memory.peak) == (4 * GIB, 16 * GIB)
+    limit = f"exceeds available HBM ({found.usable / GIB}G)"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(limit)):
+        jitted.lower(x).compile()
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("text", "mesh", "says"),
+    [("v5p:4x4x4", "fsdp=-1,tensor=2", "whole axes"), ("v5e:4x4", "fsdp=3", "does not divide")],
+)
+def test_meshes_that_do_not_fit(text, mesh, says):
+    with pytest.raises(ValueError, match=says):
+        preflight.make_mesh(preflight.parse_topology(text), mesh)
+
+
+@needs_libtpu
+def test_every_chip_is_described_silently():
+    """Without JAX_PLATFORMS, and with nothing on stderr; real devices are left alone."""
+    code = """
+from instructjax import preflight
+from instructjax.preflight.chips import CHIPS
+for kind in CHIPS:
+    topology = next(preflight.slices(kind))
+    assert preflight.make_mesh(topology).size == topology.devices
+import jax
+print(jax.config.jax_platforms, jax.devices()[0].platform)
+"""
+    hidden = ("JAX_PLATFORMS", "TPU_", "ALLOW_MULTIPLE_LIBTPU_LOAD")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("cpu cpu\n", "", 0)
+
+
+@needs_libtpu
+def test_a_decoding_loop_on_tpu(described):
+    """Rows of their own on each shard, weights over tensor: the loop runs as often as is said."""
+    topology, mesh = described
+    weights = on(mesh, (256, 512), None, "tensor", dtype=jnp.bfloat16)
+
+    def more(state, weights, *, limit):
+        x, n = state
+        going = (n < limit) & jnp.any(x > 0)
+        return jax.lax.psum(going.astype(jnp.int32), "fsdp") > 0
+
+    def decode(weights, x, *, limit):
+        def local(weights, x):
+            turn = lambda s: (jnp.tanh(s[0] @ weights @ weights.T), s[1] + 1)  # noqa: E731
+            going = lambda s: more(s, weights, limit=limit)  # noqa: E731
+            return jax.lax.while_loop(going, turn, (x, 0))[0]
+
+        rows = PartitionSpec("fsdp")
+        specs = {"in_specs": (PartitionSpec(), rows), "out_specs": rows, "check_vma": False}
+        return jax.shard_map(local, mesh=mesh, axis_names={"fsdp"}, **specs)(weights, x)
+
+    jitted = jax.jit(decode, static_argnames="limit")
+    x = on(mesh, (64, 256), "fsdp", dtype=jnp.bfloat16)
+    found = preflight.analyse(
+        "decode", jitted, (weights, x), topology, static={"limit": 9}, trips=(7,), runs=3
+    )
+    assert found.counts is not None
+    assert found.counts.flops == 7 * 2 * 2 * 16 * 256 * 512 / 4
+    assert found.counts.assumed == ("jit(decode)/shard_map/while",)
+    assert found.memory.parameters == 2 * 256 * 512 / 4
+    assert found.runs == 3
+
+
+# -------------------------------------------------------------------------------------- script
+
+
+@needs_libtpu
+def test_the_script_searches(tmp_path, capsys):
+    """The SFT step of a preset on the smallest slice that takes the mesh; figures go to a file."""
+    out = tmp_path / "figures.json"
+    call = "--preset miniature --model miniature --topology v5e --search --mesh fsdp=4,tensor=2"
+    script.cli([*call.split(), "--out", f"{out}"])
+    said = capsys.readouterr().out
+    assert "v5e:2x2: --mesh data=1,fsdp=4,tensor=2 does not divide 4 devices" in said
+    assert "v5e:2x4 (v5litepod-8), 8 devices" in said
+    assert "SFT step: fits" in said
+    [found] = json.loads(out.read_text())
+    counts, c = found["counts"], PRESETS["miniature"]
+    tokens, layer = 8 * 128, c.width * (4 * c.width + 3 * c.mlp_width)
+    attention = 2 * c.layers * 8 * 128 * 128 * c.width  # a matmul of scores, all heads
+    matmuls = 2 * tokens * (c.layers * layer + c.width * c.padded_vocab_size)
+    assert counts["flops"] == (3 * matmuls + 6 * attention) / 8
+    # Adam's moments are two of the parameters; all of it is float32 and split over all devices,
+    # but for norms.
+    assert found["memory"]["optimizer"] == pytest.approx(
+        2 * found["memory"]["parameters"], rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--preset", "nothing"], "--preset nothing: not one of"),
+        (["--model", "nothing"], "--model nothing: not one of .*, and no config.json"),
+        (["--preset", "miniature"], "names no model of its own"),
+        (["--batch_size", "6"], "6: does not divide over 4 shards .*, as fsdp=2,tensor=2"),
+        (["--batch_size", "4", "--microbatches", "2"], "2 microbatches; .* as fsdp=2,tensor=2"),
+        (["--batch_size", "4", "--microbatches", "3"], "in 3 microbatches$"),
+    ],
+)
+@needs_libtpu
+def test_what_the_script_refuses(flags, says):
+    with pytest.raises(ValueError, match=says):
+        script.cli(["--topology", "v5e:2x2", *flags])
+
+
+@needs_libtpu
+def test_a_search_in_vain(capsys):
+    """It says why each slice was not it; what is wrong on every slice is said at once."""
+    call = ["--topology", "v5e", "--search", "--mesh", "fsdp=4", "--batch_size", "6"]
+    with pytest.raises(ValueError, match="it fits no slice of v5e"):
+        script.cli(call)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in said] == [f"v5e:{x}" for x in chips.CHIPS["v5e"].slices]
+    with pytest.raises(ValueError, match="--preset nothing: not one of"):
+        script.cli([*call, "--preset", "nothing"])
+    assert capsys.readouterr().out == ""
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"instructjax\[preflight\]"):
+        preflight.make_mesh(preflight.parse_topology(V5E))
+    with pytest.raises(OSError, match=r"instructjax\[preflight\]"):
+        script.cli(["--topology", V5E])
