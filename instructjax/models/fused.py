@@ -73,7 +73,8 @@ def attend(
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0))) for x in (q_BNTH, k_BGTH, v_BGTH))
     keys = jnp.pad(places_B3T, ((0, 0), (0, 0), (0, short)), constant_values=PADDING)
     queries = jnp.where(keys[:, 1:2] == PADDING, NOWHERE, keys)
-    y = _attend(q, k, v, queries, keys, jnp.asarray(window, jnp.int32).reshape(1), softcap)
+    window_1 = jnp.asarray(window, jnp.int32).reshape(1)
+    y: Any = _attend(q, k, v, queries, keys, window_1, softcap)
     return y[:, :, :T]
 
 
