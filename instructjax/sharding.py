@@ -171,7 +171,7 @@ class Constrainer:
     def by_head(self, attend, q_BNTH, k_BGTH, v_BGTH, places_B3T, window) -> jax.Array:
         """attend(q, k, v, places, window) on each device for its own rows and heads.
 
-        The compiler cannot split a kernel: left to it, all devices would gather everything.
+        The compiler splits no kernel.
         """
         queries, keys = (
             self._spec(x, "batch", heads, None, None)
