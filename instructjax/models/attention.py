@@ -23,8 +23,12 @@ def sees(query_position, key_position, of_query, window: jax.Array | int | None)
 
 
 def related(query_segment, query_parent, key_segment) -> jax.Array:
-    """True where a key is in the query's segment, or in its other one: a response's prompt."""
-    return (query_segment == key_segment) | (query_parent == key_segment)
+    """True where a key is in the query's segment or, unless None, its parent: a response's prompt.
+
+    Segments are int32, of shapes that broadcast.
+    """
+    own = query_segment == key_segment
+    return own if query_parent is None else own | (query_parent == key_segment)
 
 
 def attention_mask(

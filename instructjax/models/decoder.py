@@ -135,19 +135,21 @@ def apply(
         positions_BT = positions_of(mask_BT)
 
     live_BT = mask_BT.astype(bool)
-    own_BT = jnp.zeros_like(positions_BT) if segments_BT is None else segments_BT
-    other_BT = own_BT if parents_BT is None else parents_BT
 
     def mask(window: int | None) -> jax.Array:
         seen = attention_mask(positions_BT, positions_BT, live_BT, window)
         if segments_BT is not None:
-            seen &= related(own_BT[:, :, None], other_BT[:, :, None], own_BT[:, None, :])
+            parents = None if parents_BT is None else parents_BT[:, :, None]
+            seen &= related(segments_BT[:, :, None], parents, segments_BT[:, None, :])
         return seen
 
     mix: Any
     if _fuses(config, shard):
-        placed_BT = jnp.where(live_BT, own_BT, fused.PADDING)
-        places_B3T = fused.places(positions_BT, placed_BT, other_BT)
+        segments = jnp.zeros_like(positions_BT) if segments_BT is None else segments_BT
+        own_BT = jnp.where(live_BT, segments, fused.PADDING)
+        places_B3T = fused.places(
+            positions_BT, own_BT, own_BT if parents_BT is None else parents_BT
+        )
         run = functools.partial(fused.attend, softcap=config.attention_softcap)
         mix = lambda q, k, v, window: shard.by_head(run, q, k, v, places_B3T, window)  # noqa: E731
         sights = fused.NO_WINDOW, config.window
