@@ -120,7 +120,7 @@ def apply(
       tokens_BT: int32 in [0, vocab_size).
       mask_BT: True at live tokens; the others are seen by none. Default: all.
       positions_BT: default: `positions_of(mask_BT)`. Packed documents restart at 0.
-      segments_BT: a token sees only its own segment. Default: one.
+      segments_BT: a token sees only its own segment, not negative. Default: one.
       parents_BT: with segments_BT, another one that it sees: of a response, its prompt's.
       key: turns on residual dropout at config.dropout (InstructGPT, App. C.1: 0.2 in SFT).
       shard: constrains activations on a mesh.

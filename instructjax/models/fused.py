@@ -5,9 +5,9 @@ running maximum, the sum of the weights and the weighted sum of the values. The 
 computes the weights once more from their logsumexp.
 
 Who sees whom is decided within the tile, from each token's position, segment and parent, so that
-padding, windows, packed documents and responses that share a prompt are one kernel. JAX's own
-(`jax.experimental.pallas.ops.tpu.splash_attention`) knows segments, but of parents it would have
-to be told by a mask of [T, T] a row. Tiles in which nobody sees anybody are neither loaded nor
+padding, windows, packed documents and responses that share a prompt are one kernel. (JAX's
+`splash_attention` knows segments; of parents it would be told by a mask of [T, T] in each row,
+and that it cannot take under jit.) Tiles in which nobody sees anybody are neither loaded nor
 computed.
 
 In a tile, keys are rows and queries columns: what belongs to a query lies along the lanes of a
@@ -16,7 +16,6 @@ tiles, of which q is [Q, H], k and v [S, H].
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +28,8 @@ from jax.experimental.pallas import tpu as pltpu
 from instructjax.models.attention import capped_and_masked, related, sees
 
 NO_WINDOW = np.iinfo(np.int32).max
-PADDING, NOWHERE = -1, -2  # segments of keys that none sees, of queries that see none
+PADDING = -1  # the segment of keys that none sees
+NOWHERE = -2  # of queries that see none: not padding either, so its tiles are skipped
 
 # Far below any logit and far above NEG_INF: with it as the least maximum, exp(NEG_INF - maximum)
 # is 0 also where a query sees nothing.
@@ -122,6 +122,21 @@ def _logits(window, queries_ref, keys_ref, q_ref, k_ref, softcap):
     return jax.vjp(lambda dots: capped_and_masked(dots, seen_SQ, softcap), dots_SQ)
 
 
+def _weights(
+    window, queries_ref, keys_ref, q_ref, k_ref, v_ref, dy_ref, lse_ref, mean_ref, *, softcap
+):
+    """(weights_SQ of a tile, the gradient of its dot products) in the backward pass.
+
+    Args:
+      mean_ref: the mean, by weight, of the weights' gradients: the sum of dy y.
+    """
+    logits_SQ, back = _logits(window, queries_ref, keys_ref, q_ref, k_ref, softcap)
+    weights_SQ = jnp.exp(logits_SQ - lse_ref[0, 0])
+    dweights_SQ = _dot(v_ref[0, 0], dy_ref[0, 0], (1, 1))
+    (ddots_SQ,) = back(weights_SQ * (dweights_SQ - mean_ref[0, 0]))
+    return weights_SQ, ddots_SQ
+
+
 # ---------------------------------------------------------------------------- kernels
 
 
@@ -150,24 +165,14 @@ def _forward_kernel(
 
     @pl.when(j == pl.num_programs(4) - 1)
     def end():
-        total_1Q = total_ref[...]
-        total_1Q = jnp.where(total_1Q == 0, 1, total_1Q)
+        total_1Q = jnp.where(total_ref[...] == 0, 1, total_ref[...])
         y_ref[0, 0] = (sum_ref[...] / total_1Q).T.astype(y_ref.dtype)
         lse_ref[0, 0] = top_ref[...] + jnp.log(total_1Q)
 
 
-def _weights_and_gradient(logits_of, v_ref, dy_ref, lse_ref, mean_ref):
-    """(weights_SQ, the gradient of k q, [S, Q]) of a tile; mean_ref: the sum of dy y."""
-    logits_SQ, back = logits_of
-    weights_SQ = jnp.exp(logits_SQ - lse_ref[0, 0])
-    (d_SQ,) = back(weights_SQ * (_dot(v_ref[0, 0], dy_ref[0, 0], (1, 1)) - mean_ref[0, 0]))
-    return weights_SQ, d_SQ
-
-
-def _query_kernel(
-    window_ref, live_ref, queries_ref, keys_ref, q_ref, k_ref, v_ref, dy_ref, lse_ref, mean_ref,
-    dq_ref, sum_ref, *, softcap
-):  # fmt: skip
+def _query_kernel(window_ref, live_ref, *refs, softcap):
+    *read, dq_ref, sum_ref = refs
+    _, _, _, k_ref, *_ = read
     b, i, j = (pl.program_id(axis) for axis in (0, 3, 4))
 
     @pl.when(j == 0)
@@ -176,20 +181,17 @@ def _query_kernel(
 
     @pl.when(live_ref[b, i, j] == j)
     def add():
-        logits_of = _logits(window_ref[0], queries_ref, keys_ref, q_ref, k_ref, softcap)
-        _, d_SQ = _weights_and_gradient(logits_of, v_ref, dy_ref, lse_ref, mean_ref)
-        k_SH = k_ref[0, 0]
-        sum_ref[...] += _dot(d_SQ.astype(k_SH.dtype), k_SH, (0, 0))
+        _, ddots_SQ = _weights(window_ref[0], *read, softcap=softcap)
+        sum_ref[...] += _dot(ddots_SQ.astype(k_ref.dtype), k_ref[0, 0], (0, 0))
 
     @pl.when(j == pl.num_programs(4) - 1)
     def end():
         dq_ref[0, 0] = sum_ref[...].astype(dq_ref.dtype)
 
 
-def _key_kernel(
-    window_ref, live_ref, queries_ref, keys_ref, q_ref, k_ref, v_ref, dy_ref, lse_ref, mean_ref,
-    dk_ref, dv_ref, dk_sum_ref, dv_sum_ref, *, softcap
-):  # fmt: skip
+def _key_kernel(window_ref, live_ref, *refs, softcap):
+    *read, dk_ref, dv_ref, dk_sum_ref, dv_sum_ref = refs
+    _, _, q_ref, _, _, dy_ref, *_ = read
     b, j, m, i = (pl.program_id(axis) for axis in (0, 2, 3, 4))
 
     @pl.when((m == 0) & (i == 0))
@@ -199,11 +201,9 @@ def _key_kernel(
 
     @pl.when(live_ref[b, j, i] == i)
     def add():
-        logits_of = _logits(window_ref[0], queries_ref, keys_ref, q_ref, k_ref, softcap)
-        weights_SQ, d_SQ = _weights_and_gradient(logits_of, v_ref, dy_ref, lse_ref, mean_ref)
-        q_QH, dy_QH = q_ref[0, 0], dy_ref[0, 0]
-        dk_sum_ref[...] += _dot(d_SQ.astype(q_QH.dtype), q_QH, (1, 0))
-        dv_sum_ref[...] += _dot(weights_SQ.astype(dy_QH.dtype), dy_QH, (1, 0))
+        weights_SQ, ddots_SQ = _weights(window_ref[0], *read, softcap=softcap)
+        dk_sum_ref[...] += _dot(ddots_SQ.astype(q_ref.dtype), q_ref[0, 0], (1, 0))
+        dv_sum_ref[...] += _dot(weights_SQ.astype(dy_ref.dtype), dy_ref[0, 0], (1, 0))
 
     @pl.when((m == pl.num_programs(3) - 1) & (i == pl.num_programs(4) - 1))
     def end():
@@ -214,64 +214,60 @@ def _key_kernel(
 # ---------------------------------------------------------------------------- grids
 
 
-def _blocks(tile: int, head_dim: int, at: Callable[..., Any]) -> dict[str, pl.BlockSpec]:
-    """The block of each kind of array, in a grid where `at` says what a step is about.
+# What all kernels read: the name of each array's blocks.
+_READ = "queries", "keys", "of q", "of k", "of k"
+
+
+def _run(kernel, read, arrays, outputs, scratch, window_1, live, *, by_key, softcap) -> Any:
+    """A kernel over all rows, heads and tiles.
 
     Args:
-      at: (grid indices, window, live) -> (row, query head, its tile, key head, its tile).
+      read, arrays: what it reads, beginning with `_READ`.
+      outputs: (the name of its blocks, its shape) of each.
+      scratch: shapes of its float32 sums.
+      live: see `_live_tiles`.
+      by_key: a tile of keys meets one of queries after another, of every head of its group;
+        otherwise a tile of queries meets one of keys after another.
     """
+    (B, N, T, H), G = arrays[2].shape, arrays[3].shape[1]
+    group, tile = N // G, _tile(T)
+    tiles = T // tile
 
-    def block(shape: tuple[int, ...], index: Callable[..., Any]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *step: index(*at(*step)))
+    def block(shape, index):
+        """A block, and which one a step has: of its row, head, tile, key head and key tile."""
 
-    return {
+        def of_step(b, g, *rest):
+            if by_key:
+                j, m, i, _, last = rest
+                i = jnp.maximum(last[b, j, i], 0)
+            else:
+                m, i, j, _, last = rest
+                j = jnp.maximum(last[b, i, j], 0)
+            return index(b, g * group + m, i, g, j)
+
+        return pl.BlockSpec(shape, of_step)
+
+    blocks = {
         "queries": block((1, 3, tile), lambda b, n, i, g, j: (b, 0, i)),
         "keys": block((1, 3, tile), lambda b, n, i, g, j: (b, 0, j)),
-        "q": block((1, 1, tile, head_dim), lambda b, n, i, g, j: (b, n, i, 0)),
-        "kv": block((1, 1, tile, head_dim), lambda b, n, i, g, j: (b, g, j, 0)),
-        "lse": block((1, 1, 1, tile), lambda b, n, i, g, j: (b, n, 0, i)),
+        "of q": block((1, 1, tile, H), lambda b, n, i, g, j: (b, n, i, 0)),
+        "of k": block((1, 1, tile, H), lambda b, n, i, g, j: (b, g, j, 0)),
+        "numbers of q": block((1, 1, 1, tile), lambda b, n, i, g, j: (b, n, 0, i)),
     }
-
-
-def _run(kernel, grid, blocks, inputs, outputs, scratch, prefetched, arrays) -> Any:
-    """One kernel over its grid, whose last axis is summed over in float32 scratch."""
-    kinds, shapes = zip(*outputs, strict=True)
     return pl.pallas_call(
-        kernel,
-        out_shape=shapes,
+        functools.partial(kernel, softcap=softcap),
+        out_shape=[shape for _, shape in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(prefetched),
-            grid=grid,
-            in_specs=[blocks[kind] for kind in inputs],
-            out_specs=[blocks[kind] for kind in kinds],
+            num_scalar_prefetch=2,
+            grid=(B, G, tiles, group, tiles) if by_key else (B, G, group, tiles, tiles),
+            in_specs=[blocks[name] for name in read],
+            out_specs=[blocks[name] for name, _ in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary")
         ),
-    )(*prefetched, *arrays)
-
-
-def _by_query(q, k):
-    """(grid, blocks) where each tile of queries, of every head, meets the keys."""
-    (B, N, T, H), G, tile = q.shape, k.shape[1], _tile(q.shape[2])
-    group = N // G
-
-    def at(b, g, m, i, j, window, live):
-        return b, g * group + m, i, g, jnp.maximum(live[b, i, j], 0)
-
-    return (B, G, group, T // tile, T // tile), _blocks(tile, H, at)
-
-
-def _by_key(q, k):
-    """(grid, blocks) where each tile of keys meets the queries, of every head of its group."""
-    (B, N, T, H), G, tile = q.shape, k.shape[1], _tile(q.shape[2])
-    group = N // G
-
-    def at(b, g, j, m, i, window, live):
-        return b, g * group + m, jnp.maximum(live[b, j, i], 0), g, j
-
-    return (B, G, T // tile, group, T // tile), _blocks(tile, H, at)
+    )(window_1, _last_live(live.swapaxes(1, 2) if by_key else live), *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -280,45 +276,29 @@ def _attend(q, k, v, queries, keys, window_1, softcap):
 
 
 def _forward(q, k, v, queries, keys, window_1, softcap):
-    B, N, T, H = q.shape
-    tile = _tile(T)
-    live = _live_tiles(queries, keys, window_1)
-    y, lse_BN1T = _run(
-        functools.partial(_forward_kernel, softcap=softcap),
-        *_by_query(q, k),
-        inputs=("queries", "keys", "q", "kv", "kv"),
-        outputs=[("q", q), ("lse", jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32))],
-        scratch=[(1, tile), (1, tile), (H, tile)],
-        prefetched=(window_1, _last_live(live)),
-        arrays=(queries, keys, q, k, v),
-    )
-    return y, (q, k, v, queries, keys, window_1, live, y, lse_BN1T)
+    (B, N, T, H), tile = q.shape, _tile(q.shape[2])
+    arrays, live = (queries, keys, q, k, v), _live_tiles(queries, keys, window_1)
+    outputs = [("of q", q), ("numbers of q", jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32))]
+    sums = [(1, tile), (1, tile), (H, tile)]
+    how: Any = {"by_key": False, "softcap": softcap}
+    y, lse_BN1T = _run(_forward_kernel, _READ, arrays, outputs, sums, window_1, live, **how)
+    return y, (arrays, window_1, live, y, lse_BN1T)
 
 
 def _backward(softcap, kept, dy):
-    q, k, v, queries, keys, window_1, live, y, lse_BN1T = kept
-    H, tile = q.shape[3], _tile(q.shape[2])
+    arrays, window_1, live, y, lse_BN1T = kept
+    _, _, q, k, v = arrays
+    one = [(_tile(q.shape[2]), q.shape[3])]
     mean_BN1T = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)[:, :, None]
-    read: Any = {
-        "inputs": ("queries", "keys", "q", "kv", "kv", "q", "lse", "lse"),
-        "arrays": (queries, keys, q, k, v, dy, lse_BN1T, mean_BN1T),
-    }
-    (dq,) = _run(
-        functools.partial(_query_kernel, softcap=softcap),
-        *_by_query(q, k),
-        outputs=[("q", q)],
-        scratch=[(tile, H)],
-        prefetched=(window_1, _last_live(live)),
-        **read,
-    )
-    dk, dv = _run(
-        functools.partial(_key_kernel, softcap=softcap),
-        *_by_key(q, k),
-        outputs=[("kv", k), ("kv", v)],
-        scratch=[(tile, H), (tile, H)],
-        prefetched=(window_1, _last_live(live.swapaxes(1, 2))),
-        **read,
-    )
+    arrays = *arrays, dy, lse_BN1T, mean_BN1T
+    read = *_READ, "of q", "numbers of q", "numbers of q"
+
+    def run(kernel, outputs, sums, by_key):
+        how: Any = {"by_key": by_key, "softcap": softcap}
+        return _run(kernel, read, arrays, outputs, sums, window_1, live, **how)
+
+    (dq,) = run(_query_kernel, [("of q", q)], one, by_key=False)
+    dk, dv = run(_key_kernel, [("of k", k), ("of k", v)], one * 2, by_key=True)
     return dq, dk, dv, None, None, None
 
 
