@@ -5,12 +5,14 @@ heads, MLP and vocabulary within a layer. The model names its axes logically; th
 only place where they meet the mesh.
 """
 
+import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -147,16 +149,51 @@ def batched(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def constrainer(mesh: Mesh, rules: Rules = RULES) -> Callable[..., jax.Array]:
-    """The model's `shard`: constrains an activation by the logical names of its axes."""
+@dataclasses.dataclass(frozen=True, eq=False)  # compared, like a function, by identity
+class Constrainer:
+    """The model's `Shard` on a mesh."""
 
-    def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-        spec = partition_spec(axes, x.shape, mesh, "activation", rules)
+    mesh: Mesh
+    rules: Rules
+    fused: bool
+
+    def _spec(self, x: jax.Array, *axes: str | None) -> PartitionSpec:
+        return partition_spec(axes, x.shape, self.mesh, "activation", self.rules)
+
+    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """x, constrained by the logical names of its axes."""
+        spec = self._spec(x, *axes)
         # Within a shard_map the mesh is the context's, some of whose axes are dealt with.
         inside = not jax.sharding.get_abstract_mesh().empty
-        return jax.lax.with_sharding_constraint(x, spec if inside else NamedSharding(mesh, spec))
+        layout = spec if inside else NamedSharding(self.mesh, spec)
+        return jax.lax.with_sharding_constraint(x, layout)
 
-    return shard
+    def by_head(self, attend, q_BNTH, k_BGTH, v_BGTH, places_B3T, window) -> jax.Array:
+        """attend(q, k, v, places, window) on each device for its own rows and heads.
+
+        The compiler splits no kernel.
+        """
+        queries, keys = (
+            self._spec(x, "batch", heads, None, None)
+            for x, heads in ((q_BNTH, "heads"), (k_BGTH, "kv_heads"))
+        )
+        if queries != keys:  # Key heads too few to split: to each query head its own.
+            group = q_BNTH.shape[1] // k_BGTH.shape[1]
+            k_BGTH, v_BGTH = (jnp.repeat(x, group, axis=1) for x in (k_BGTH, v_BGTH))
+        places = self._spec(places_B3T, "batch", None, None)
+        run = jax.shard_map(
+            attend,
+            mesh=self.mesh,
+            in_specs=(queries, queries, queries, places, PartitionSpec()),
+            out_specs=queries,
+            check_vma=False,
+        )
+        return run(q_BNTH, k_BGTH, v_BGTH, places_B3T, jnp.asarray(window, jnp.int32))
+
+
+def constrainer(mesh: Mesh, rules: Rules = RULES) -> Constrainer:
+    """The model's `shard` on a mesh: on TPUs, with fused attention."""
+    return Constrainer(mesh, rules, fused=mesh.devices.flat[0].platform == "tpu")
 
 
 def fetch(array: jax.Array) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 config.py     sizes, switches, presets
 attention.py  who sees whom, rotary embeddings, attention
+fused.py      the same attention of whole sequences, as a kernel for TPUs
 layer.py      the layer, its parameters and their logical axes
 decoder.py    whole sequences; a KV cache
 heads.py      logits, log-probabilities without logits, scalars

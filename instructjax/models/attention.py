@@ -9,13 +9,35 @@ from instructjax.models.config import Rope
 NEG_INF = -1e30
 
 
+def sees(query_position, key_position, of_query, window: jax.Array | int | None) -> jax.Array:
+    """True where a query sees a key: one of its own, not after it, inside the window.
+
+    Args:
+      query_position, key_position: int32, of shapes that broadcast.
+      of_query: True where the key may be seen as far as padding and segments go.
+      window: a query sees this many positions, its own included.
+    """
+    distance = query_position - key_position
+    seen = (distance >= 0) & of_query
+    return seen if window is None else seen & (distance < window)
+
+
+def related(query_segment, query_parent, key_segment) -> jax.Array:
+    """True where a key is in the query's segment or, unless None, its parent: a response's prompt.
+
+    Segments are int32, of shapes that broadcast.
+    """
+    own = query_segment == key_segment
+    return own if query_parent is None else own | (query_parent == key_segment)
+
+
 def attention_mask(
     query_positions_BT: jax.Array,
     key_positions_BS: jax.Array,
     key_live_BS: jax.Array,
     window: int | None = None,
 ) -> jax.Array:
-    """True where a query sees a key: a live key, not after the query, inside the window.
+    """`sees` of every query and every live key.
 
     Order is by position, not by column, so that one rule serves left padding, packed documents,
     a KV cache filled in any order, and responses that share a prompt.
@@ -28,9 +50,8 @@ def attention_mask(
     Returns:
       mask_BTS, bool.
     """
-    distance_BTS = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
-    mask_BTS = (distance_BTS >= 0) & key_live_BS[:, None, :]
-    return mask_BTS if window is None else mask_BTS & (distance_BTS < window)
+    keys = key_positions_BS[:, None, :], key_live_BS[:, None, :]
+    return sees(query_positions_BT[:, :, None], *keys, window)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
@@ -78,7 +99,9 @@ def attend(
     # XLA on CPU copy the logits: attention took 1.4 times as long.
     q_BGTH, mask = q_BNTH.reshape(B, G, -1, H), jnp.tile(mask_BTS, (1, N // G, 1))
     logits = jnp.einsum("BGTH,BGSH->BGTS", q_BGTH, k_BGSH, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(_masked(logits, mask[:, None], softcap), axis=-1).astype(v_BGSH.dtype)
+    weights = jax.nn.softmax(capped_and_masked(logits, mask[:, None], softcap), axis=-1).astype(
+        v_BGSH.dtype
+    )
     return jnp.einsum("BGTS,BGSH->BGTH", weights, v_BGSH).reshape(q_BNTH.shape)
 
 
@@ -115,8 +138,8 @@ def attend_shared(
     mask = jnp.tile(response_mask_BKRS, (1, 1, N // G, 1))[:, None]
     f32 = {"preferred_element_type": jnp.float32}
     of_prompt = jnp.einsum("BGTH,BGPH->BGTP", q.reshape(B, G, -1, H), k_BGPH, **f32)
-    of_prompt = _masked(of_prompt, mask[..., :P].reshape(B, 1, -1, P), softcap)
-    of_response = _masked(
+    of_prompt = capped_and_masked(of_prompt, mask[..., :P].reshape(B, 1, -1, P), softcap)
+    of_response = capped_and_masked(
         jnp.einsum("BGKTH,BGKSH->BGKTS", q, k_BGKSH, **f32), mask[..., P:], softcap
     )
     # One softmax over both parts, which are never put together: a copy of all logits, in either
@@ -133,7 +156,7 @@ def attend_shared(
     return jnp.concatenate([prompt, y], axis=2)
 
 
-def _masked(logits: jax.Array, mask: jax.Array, softcap: float | None) -> jax.Array:
+def capped_and_masked(logits: jax.Array, mask: jax.Array, softcap: float | None) -> jax.Array:
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     return jnp.where(mask, logits, NEG_INF)

@@ -11,7 +11,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from instructjax.models.attention import attend, attend_shared, attention_mask, rotation
+from instructjax.models import fused
+from instructjax.models.attention import (
+    attend,
+    attend_shared,
+    attention_mask,
+    related,
+    rotation,
+)
 from instructjax.models.config import ModelConfig
 from instructjax.models.layer import Layer, Norm, Params, Shard, unsharded
 
@@ -55,12 +62,12 @@ def _final_norm(params: Params, c: ModelConfig, x_BTD: jax.Array) -> Any:
     return Norm(c).apply({"params": params["final_norm"]}, x_BTD)
 
 
-def _scan(params: Params, c: ModelConfig, tokens_BT, positions_BT, masks, mix, key, shard) -> Any:
+def _scan(params: Params, c: ModelConfig, tokens_BT, positions_BT, sights, mix, key, shard) -> Any:
     """Hidden states of whole sequences.
 
     Args:
-      masks: of full and of windowed layers, a pytree each; the layer's own goes to `mix`.
-      mix: attention, (q_BNTH, k_BGTH, v_BGTH, mask) -> y_BNTH.
+      sights: what full and what windowed layers see, a pytree each; the layer's own goes to `mix`.
+      mix: attention, (q_BNTH, k_BGTH, v_BGTH, sight) -> y_BNTH.
     """
     rotations = _rotations(c, positions_BT)
     layer = Layer(c)
@@ -73,8 +80,8 @@ def _scan(params: Params, c: ModelConfig, tokens_BT, positions_BT, masks, mix, k
             choose = functools.partial(jnp.where, windowed)
             return jax.tree.map(choose, local, full) if any(c.windowed) else full
 
-        mask, cos_sin = pick(masks), pick(rotations)
-        run_mix = lambda q, k, v: (mix(q, k, v, mask), None)  # noqa: E731
+        sight, cos_sin = pick(sights), pick(rotations)
+        run_mix = lambda q, k, v: (mix(q, k, v, sight), None)  # noqa: E731
         variables = {"params": layer_params}
         return layer.apply(variables, x_BTD, cos_sin, layer_key, mix=run_mix, shard=shard)
 
@@ -88,6 +95,10 @@ def _scan(params: Params, c: ModelConfig, tokens_BT, positions_BT, masks, mix, k
     stacked = (params["layers"], windowed_L, keys)
     x_BTD, _ = jax.lax.scan(body, x_BTD, stacked, unroll=c.unroll)
     return _final_norm(params, c, x_BTD)
+
+
+def _fuses(config: ModelConfig, shard: Shard) -> bool:
+    return shard.fused and config.dtype != "float16"  # which the kernel's compiler cannot load
 
 
 def apply(
@@ -109,7 +120,7 @@ def apply(
       tokens_BT: int32 in [0, vocab_size).
       mask_BT: True at live tokens; the others are seen by none. Default: all.
       positions_BT: default: `positions_of(mask_BT)`. Packed documents restart at 0.
-      segments_BT: a token sees only its own segment. Default: one.
+      segments_BT: a token sees only its own segment, not negative. Default: one.
       parents_BT: with segments_BT, another one that it sees: of a response, its prompt's.
       key: turns on residual dropout at config.dropout (InstructGPT, App. C.1: 0.2 in SFT).
       shard: constrains activations on a mesh.
@@ -123,18 +134,29 @@ def apply(
         _check_length(config, tokens_BT.shape[1])
         positions_BT = positions_of(mask_BT)
 
+    live_BT = mask_BT.astype(bool)
+
     def mask(window: int | None) -> jax.Array:
-        seen = attention_mask(positions_BT, positions_BT, mask_BT.astype(bool), window)
+        seen = attention_mask(positions_BT, positions_BT, live_BT, window)
         if segments_BT is not None:
-            related = segments_BT[:, :, None] == segments_BT[:, None, :]
-            if parents_BT is not None:
-                related |= parents_BT[:, :, None] == segments_BT[:, None, :]
-            seen &= related
+            parents = None if parents_BT is None else parents_BT[:, :, None]
+            seen &= related(segments_BT[:, :, None], parents, segments_BT[:, None, :])
         return seen
 
-    mix = functools.partial(attend, softcap=config.attention_softcap)
-    masks = mask(None), mask(config.window)
-    return _scan(params, config, tokens_BT, positions_BT, masks, mix, key, shard)
+    mix: Any
+    if _fuses(config, shard):
+        segments = jnp.zeros_like(positions_BT) if segments_BT is None else segments_BT
+        own_BT = jnp.where(live_BT, segments, fused.PADDING)
+        places_B3T = fused.places(
+            positions_BT, own_BT, own_BT if parents_BT is None else parents_BT
+        )
+        run = functools.partial(fused.attend, softcap=config.attention_softcap)
+        mix = lambda q, k, v, window: shard.by_head(run, q, k, v, places_B3T, window)  # noqa: E731
+        sights = fused.NO_WINDOW, config.window
+    else:
+        mix = functools.partial(attend, softcap=config.attention_softcap)
+        sights = mask(None), mask(config.window)
+    return _scan(params, config, tokens_BT, positions_BT, sights, mix, key, shard)
 
 
 def apply_shared(
@@ -169,6 +191,23 @@ def apply_shared(
     length_B11 = jnp.sum(prompt_live, axis=-1, dtype=jnp.int32).reshape(B, 1, 1)
     response_at = length_B11 + positions_of(response_live)
 
+    tokens_BT, positions_BT, live_BT = (
+        jnp.concatenate([prompt, responses.reshape(B, K * R)], axis=1)
+        for prompt, responses in (
+            (prompt_BP, responses_BKR),
+            (prompt_at, response_at),
+            (prompt_live, response_live),
+        )
+    )
+    if _fuses(config, shard):  # the prompt is segment 0, which each response also sees
+        segments_T = jnp.concatenate([jnp.zeros(P, int), jnp.repeat(jnp.arange(1, K + 1), R)])
+        segments_BT = jnp.broadcast_to(segments_T, (B, P + K * R))
+        hidden = apply(
+            params, config, tokens_BT, mask_BT=live_BT, positions_BT=positions_BT,
+            segments_BT=segments_BT, parents_BT=jnp.zeros_like(segments_BT), key=key, shard=shard,
+        )  # fmt: skip
+        return hidden[:, :P], hidden[:, P:].reshape(B, K, R, -1)
+
     def masks(window: int | None) -> tuple[jax.Array, jax.Array]:
         behind = attention_mask(response_at.reshape(B, K * R), prompt_at, prompt_live, window)
         flat_at, flat_live = (x.reshape(B * K, R) for x in (response_at, response_live))
@@ -180,10 +219,6 @@ def apply_shared(
     def mix(q, k, v, mask):
         return attend_shared(q, k, v, *mask, softcap=config.attention_softcap)
 
-    tokens_BT, positions_BT = (
-        jnp.concatenate([prompt, responses.reshape(B, K * R)], axis=1)
-        for prompt, responses in ((prompt_BP, responses_BKR), (prompt_at, response_at))
-    )
     both = masks(None), masks(config.window)
     hidden = _scan(params, config, tokens_BT, positions_BT, both, mix, key, shard)
     return hidden[:, :P], hidden[:, P:].reshape(B, K, R, -1)

@@ -13,7 +13,7 @@ Each parameter is declared with the logical names of its axes; `sharding.py` map
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -24,8 +24,39 @@ from instructjax.models.attention import rotate, rotation
 from instructjax.models.config import ModelConfig
 
 Params = dict[str, Any]
-# Called as shard(x, *logical axes of x) on activations; see sharding.constrainer.
-Shard = Callable[..., jax.Array]
+
+
+class Shard(Protocol):
+    """Where activations lie: `unsharded` on one device, `sharding.Constrainer` on a mesh."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether the devices run the attention kernel of fused.py."""
+        ...
+
+    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """x, laid out by the logical names of its axes."""
+        ...
+
+    def by_head(self, attend, q_BNTH, k_BGTH, v_BGTH, places_B3T, window, /) -> jax.Array:
+        """attend(q, k, v, places, window), in which rows and heads do not meet."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsharded:
+    """The `Shard` of a program on one device: leaves activations as they are."""
+
+    fused: bool = False
+
+    def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        return x
+
+    def by_head(self, attend, *arguments: Any) -> jax.Array:
+        return attend(*arguments)
+
+
+unsharded = Unsharded()
 
 _ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -34,12 +65,6 @@ _ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-
-
-def unsharded(x: jax.Array, *axes: str | None) -> jax.Array:
-    """The `shard` of a program on one device: leaves x as it is."""
-    del axes
-    return x
 
 
 def _named(initializer: Callable, *axes: str) -> Any:
