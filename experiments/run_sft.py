@@ -298,7 +298,7 @@ def make_step(
     params: models.Params,
     mesh: jax.sharding.Mesh,
     total: int,
-) -> tuple[optax.Schedule, optax.GradientTransformation, train.LossFn, train.TrainStep]:
+) -> tuple[optax.Schedule, optax.GradientTransformation, Callable[..., Any], train.TrainStep]:
     """(schedule, optimizer, loss, jitted step); preflight.py compiles the same for a pod.
 
     Args:

@@ -49,6 +49,16 @@ class Settings(NamedTuple):
     samples: int
     slots: int  # of one data shard
 
+    @property
+    def sizes(self) -> list[int]:
+        """Slots of each loop.
+
+        At the end most slots would be idle, if some responses are long: two more programs take
+        the time of half as many slots, and of a quarter.
+        """
+        several = bool(self.eos_ids) and self.slots >= 16
+        return [self.slots, self.slots // 2, self.slots // 4] if several else [self.slots]
+
 
 class Batch(NamedTuple):
     """Prompts padded on the left. The rows that fill up the mesh have the index -1."""
@@ -103,10 +113,7 @@ def run(
 
         return unfinished
 
-    # At the end most slots would be idle, if some responses are long: two more programs take the
-    # time of half as many slots, and of a quarter.
-    sizes = [s.slots, s.slots // 2, s.slots // 4] if s.eos_ids and s.slots >= 16 else [s.slots]
-    for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
+    for size, smaller in zip(s.sizes, [*s.sizes[1:], 0], strict=True):
         turn = more
         if size < s.slots:
             state = compact(state, size)

@@ -60,21 +60,49 @@ def generate(
       ValueError: a prompt is empty, leaves no room in the model's context or is wider than all of
         `widths`; a setting is out of range.
     """
-    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    eos_ids = tuple(eos_ids) or config.eos_ids
-    per_shard = -(-len(prompts) // shards)
+    per_shard, settings = plan(
+        len(prompts),
+        max_new_tokens,
+        tuple(eos_ids) or config.eos_ids,
+        mesh,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        samples_per_prompt=samples_per_prompt,
+        slots=slots,
+    )
+    batch = _padded(config, settings, prompts, indices, per_shard * _shards(mesh), widths)
+    if mesh is not None:
+        batch = jax.device_put(batch, sharding.batched(mesh))
+    static = {"config": config, "settings": settings, "mesh": mesh}
+    out, live_fraction = generate_on_device(params, batch, key, **static)
+    out = jax.tree.map(lambda x: x[: len(prompts) * samples_per_prompt], out)
+    return out.replace(live_fraction=live_fraction)
+
+
+def plan(
+    prompts: int,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    mesh: Mesh | None = None,
+    *,
+    min_new_tokens: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    samples_per_prompt: int = 1,
+    slots: int | None = None,
+) -> tuple[int, Settings]:
+    """(prompts of a data shard, what its program is compiled for); see `generate`."""
+    shards = _shards(mesh)
+    per_shard = -(-prompts // shards)
     rows = per_shard * samples_per_prompt
     can_end = bool(eos_ids) and min_new_tokens < max_new_tokens
     default = shards * (max(8, -(-rows // 4)) if can_end else rows)
     shape = samples_per_prompt, min(-(-(default if slots is None else slots) // shards), rows)
     sizes = max_new_tokens, min_new_tokens
-    settings = Settings(*sizes, temperature, top_k, top_p, eos_ids, *shape)
-    batch = _padded(config, settings, prompts, indices, per_shard * shards, widths)
-    if mesh is not None:
-        batch = jax.device_put(batch, sharding.batched(mesh))
-    out, live_fraction = _generate(params, batch, key, config=config, settings=settings, mesh=mesh)
-    out = jax.tree.map(lambda x: x[: len(prompts) * samples_per_prompt], out)
-    return out.replace(live_fraction=live_fraction)
+    return per_shard, Settings(*sizes, temperature, top_k, top_p, eos_ids, *shape)
 
 
 def stream(
@@ -120,6 +148,10 @@ def buckets(lengths: Sequence[int], most: int = 4, multiple: int = 16) -> tuple[
     return tuple(sorted(chosen))
 
 
+def _shards(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def _padded(config, s: Settings, prompts, indices, rows: int, widths: Sequence[int]) -> Batch:
     """A batch of `rows` rows, once all is known to be in range."""
     if not prompts or not all(prompts):
@@ -152,8 +184,8 @@ def _padded(config, s: Settings, prompts, indices, rows: int, widths: Sequence[i
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "mesh"))
-def _generate(params, batch: Batch, key, *, config, settings, mesh: Mesh | None):
-    """Responses, and the share of live slots."""
+def generate_on_device(params, batch: Batch, key, *, config, settings, mesh: Mesh | None):
+    """`generate`'s program: the Rollout of all rows, and the share of live slots."""
     weights = _lay_out(params, config, mesh)
     run = functools.partial(decode.run, config=config, s=settings)
     if mesh is not None:

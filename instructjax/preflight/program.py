@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from instructjax.preflight.count import Counts, count
 
 # What an argument is, by the first of these that its path has: `state.opt_state[1][0].mu['embed']`.
 KINDS = {
-    "optimizer": r"opt_state",
+    "optimizer": r"opt_state|ema",
+    "gradients": r"grads",
     "cache": r"cache",
     "parameters": r"params|weights",
 }
@@ -28,13 +30,15 @@ class Memory:
     """Bytes on one device. Those of arguments are their shards', without the padding of tiles."""
 
     parameters: float
-    optimizer: float
+    optimizer: float  # moments, and an average of the parameters
+    gradients: float  # that are arguments: of several batches, added up
     cache: float
     other: float  # batches, keys, the padding of all arguments
     outputs: float  # that take over no argument's memory
     temporaries: float  # activations, gradients, gathered weights; where it does not fit, all else
     code: float
     host: float  # arguments that rest in pinned host memory
+    resident: float = 0.0  # what is no argument and stays in HBM all the while: other models
 
     @property
     def peak(self) -> float:
@@ -121,6 +125,7 @@ def analyse(
     static: Mapping[str, Any] | None = None,
     trips: Sequence[float] = (),
     runs: float = 1,
+    resident: float = 0.0,
 ) -> Program:
     """Compiles a function for a slice and reads what came of it.
 
@@ -132,8 +137,9 @@ def analyse(
       static: the function's static arguments, by name.
       trips: see `count.count`.
       runs: see `Program`.
+      resident: see `Memory`; `shard_bytes` of those trees.
     """
-    sizes = _arguments(jitted, args)
+    sizes = _arguments(jitted, args) | {"resident": resident}
     try:
         with _uncached():
             compiled = jitted.lower(*args, **(static or {})).compile()
@@ -141,12 +147,12 @@ def analyse(
         needed = _needed(str(error))
         if needed is None:
             raise
-        host, known = sizes.pop("host"), sum(sizes.values())
+        host, known = sizes.pop("host"), sum(sizes.values()) - resident
         rest = max(0.0, needed - known)
         memory = Memory(**sizes, other=0, outputs=0, temporaries=rest, code=0, host=host)
         return Program(name, topology, memory, None, runs)
     stats = compiled.memory_analysis()
-    known = sizes["parameters"] + sizes["optimizer"] + sizes["cache"]
+    known = sum(sizes[kind] for kind in KINDS)
     memory = Memory(
         **sizes,
         other=max(0.0, stats.argument_size_in_bytes - known),
@@ -171,6 +177,16 @@ def _uncached() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
+def shard_bytes(tree: Any) -> float:
+    """Bytes on one device of a tree of ShapeDtypeStructs with shardings."""
+    return float(
+        sum(
+            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
+
+
 def _arguments(jitted: Any, args: Sequence[Any]) -> dict[str, float]:
     """Bytes of each kind of argument on one device, and in host memory."""
     sizes = dict.fromkeys([*KINDS, "host"], 0.0)
@@ -179,9 +195,7 @@ def _arguments(jitted: Any, args: Sequence[Any]) -> dict[str, float]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tuple(args)):
         said = names[path[0].idx] + jax.tree_util.keystr(path[1:])
         kind = next((kind for kind, words in KINDS.items() if re.search(words, said)), None)
-        held = leaf.dtype.itemsize
-        for size in leaf.sharding.shard_shape(leaf.shape):
-            held *= size
+        held = shard_bytes(leaf)
         if leaf.sharding.memory_kind == "pinned_host":
             sizes["host"] += held
         elif kind is not None:

@@ -31,11 +31,30 @@ def _memory(programs: Sequence[Program]) -> Table:
     where = f"{first.topology.name} ({first.topology.cloud}), {first.topology.devices} devices"
     made = _table(
         f"{where}, {_gib(first.usable)} GiB of HBM usable in each",
-        *("GiB a device", "params", "optimizer", "cache", "temp", "other", "peak", "in host"),
+        *(
+            "GiB a device",
+            "params",
+            "optimizer",
+            "grads",
+            "cache",
+            "temp",
+            "other",
+            "resident",
+            "peak",
+            "in host",
+        ),
     )
     for each in programs:
         m = each.memory
-        held = (m.parameters, m.optimizer, m.cache, m.temporaries, m.other + m.outputs + m.code)
+        held = (
+            m.parameters,
+            m.optimizer,
+            m.gradients,
+            m.cache,
+            m.temporaries,
+            m.other + m.outputs + m.code,
+            m.resident,
+        )
         made.add_row(each.name, *map(_gib, (*held, m.peak, m.host)))
     return made
 
@@ -128,6 +147,11 @@ def advice(program: Program) -> list[str]:
             " microbatches (fewer rows at a time), a larger slice",
         ),
         (m.cache, f"{_gib(m.cache)} GiB of cache: more tensor in --mesh, fewer rows at a time"),
+        (
+            m.resident,
+            f"{_gib(m.resident)} GiB of the other models: --offload for those that are frozen,"
+            " more fsdp in --mesh for those that are trained",
+        ),
     ]
     for size, words in sorted(knobs, reverse=True):
         if size > 0.1 * m.peak:

@@ -1,0 +1,272 @@
+"""The programs of the scripts, on arguments that are shapes alone: what preflight.py compiles."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ppo_config
+import run_rm
+import run_sft
+from jax.sharding import Mesh, Sharding
+from ppo_programs import make_programs
+
+from instructjax import models, offload, preflight, rewards, sampler, sharding, state
+from instructjax.decode import Batch
+from instructjax.models import ModelConfig, Params
+
+SHAPE = jax.ShapeDtypeStruct
+
+
+@dataclass(frozen=True)
+class Compilable:
+    """A jitted function, with what it is called with; see `preflight.analyse`."""
+
+    name: str
+    jitted: Any
+    args: tuple[Any, ...]
+    static: Mapping[str, Any] = field(default_factory=dict)
+    trips: Sequence[float] = ()
+    runs: float = 1  # in an iteration of PPO; of SFT and RM, in a step
+    resident: float = 0  # bytes of the models that are no arguments and stay in HBM
+
+
+# ------------------------------------------------------------------------------------ SFT and RM
+
+
+def sft_step(config: run_sft.Config, model: ModelConfig, mesh: Mesh) -> Compilable:
+    """As run_sft.py makes it.
+
+    Raises:
+      ValueError: the batch does not divide over the mesh.
+    """
+    check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
+    model = computed(model, config)
+    params = abstract_params(model, mesh)
+    _, tx, _, step = run_sft.make_step(config, model, params, mesh, 1000)
+    batch = text_batch(config.batch_size, config.length, mesh)
+    return Compilable("SFT step", step, (abstract_state(params, tx), batch, abstract_key(mesh)))
+
+
+def rm_step(config: run_rm.Config, model: ModelConfig, mesh: Mesh) -> Compilable:
+    """As run_rm.py makes it, each prompt with 9 responses of the greatest length.
+
+    Raises:
+      ValueError: as `sft_step`.
+    """
+    check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
+    model = computed(dataclasses.replace(model, scalar_head=True), config)
+    params = abstract_params(model, mesh)
+    _, tx, step = run_rm.make_step(config, model, params, mesh, 1000)
+    B, K = config.batch_size, 9
+    P, R = lengths(config.data.max_prompt, config.data.max_response, model)
+    shapes = {
+        "prompt_BP": (B, P),
+        "prompt_mask_BP": (B, P),
+        "responses_BKR": (B, K, R),
+        "response_mask_BKR": (B, K, R),
+        "ranks_BK": (B, K),
+        "mask_BK": (B, K),
+        "margin_B": (B,),
+    }
+    args = abstract_state(params, tx), abstract_rows(shapes, mesh), abstract_key(mesh)
+    return Compilable("RM step", step, args)
+
+
+# ------------------------------------------------------------------------------------ PPO
+
+
+def ppo_programs(
+    config: ppo_config.Config, model: ModelConfig, reward_model: ModelConfig, mesh: Mesh
+) -> Iterator[Compilable]:
+    """An iteration of run_ppo.py: every response has --max_new_tokens tokens and every prompt the
+    greatest length, so all is at its largest.
+
+    Args:
+      reward_model: of the reward model and of the value net.
+
+    Raises:
+      ValueError: a batch does not divide over the mesh.
+    """
+    flags, text = config.ppo, config.ptx
+    check_rows("--ppo.minibatch", flags.minibatch, flags.microbatches, mesh)
+    if text.coef:
+        name = "--ppo.minibatch x --ptx.ratio"
+        check_rows(name, flags.minibatch * text.ratio, text.microbatches, mesh)
+    model = computed(model, config)
+    value_model = computed(dataclasses.replace(reward_model, scalar_head=True), config)
+    policy, value = abstract_params(model, mesh), abstract_params(value_model, mesh)
+    programs = make_programs(config, model, value_model, policy, value, mesh)
+    policy_state = abstract_state(policy, programs.policy_tx)
+    value_state = abstract_state(value, programs.value_tx)
+    frozen, frozen_rm = (abstract_frozen(x, config.model_dtype) for x in (policy, value))
+
+    size = preflight.shard_bytes
+    states = size(policy_state) + size(policy) + size(value_state)  # the average is one more
+    asleep = 0 if config.offload else size(frozen) + size(frozen_rm)
+
+    P, R = lengths(config.data.max_prompt, config.max_new_tokens, model)
+    for name, new in (("prefill", 1), ("rollout", R)):
+        batch, static, trips = rollout(config, model, P, new, mesh)
+        yield Compilable(
+            *(name, sampler.generate_on_device, (policy, batch, abstract_key(mesh))),
+            static=static,
+            trips=trips,
+            runs=float(new == R),
+            resident=states - size(policy) + asleep,
+        )
+
+    B, B_update = flags.minibatch, flags.minibatch // flags.microbatches
+    rows = response_rows(B, P, R, mesh)
+    passes = config.batch_size / B
+    # A frozen model that rests in host memory is awake alone.
+    rescored = config.model_dtype != "float32" if flags.rescore is None else flags.rescore
+    scored = {
+        "reference": (programs.logp_of, frozen, passes),
+        "reward model": (rewards.scorer(computed(value_model, config), mesh), frozen_rm, passes),
+        "value net": (programs.value_of, value, passes),
+        "policy, re-scored": (programs.logp_of, policy, passes * rescored),
+    }
+    for name, (jitted, params, runs) in scored.items():
+        of_state = params is value or params is policy
+        others = states + asleep - (size(params) if of_state or not config.offload else 0)
+        if runs:
+            yield Compilable(name, jitted, (params, rows), runs=runs, resident=others)
+
+    update, updates = programs.update, float(config.updates)
+    rows = response_rows(B_update, P, R, mesh)
+    number = placed(SHAPE((), jnp.float32), sharding.replicated(mesh))
+    text_rows = flags.minibatch * text.ratio // text.microbatches
+    batches = {
+        "policy gradient": (update.add_policy, policy, rows, flags.microbatches),
+        "text gradient": (
+            update.add_ptx,
+            policy,
+            text_batch(text_rows, text.length, mesh),
+            text.microbatches,
+        ),
+        "value gradient": (update.add_value, value, rows, flags.microbatches),
+    }
+    for name, (add, params, batch, count) in batches.items():
+        if add is None:
+            continue
+        # The last of several: those before it are in `grads` and `sums`.
+        _, sums = jax.eval_shape(add, None, None, params, batch, number, number)
+        sums = jax.tree.map(lambda x: placed(x, number.sharding), sums)
+        args = params, sums, params, batch, number, number
+        others = states + asleep - size(params)
+        yield Compilable(name, add, args, runs=updates * count, resident=others)
+    for name, step, args in (
+        ("policy step", update.step_policy, (policy_state, policy, policy)),
+        ("value step", update.step_value, (value_state, None, value)),
+    ):
+        grads = size(args[-1])
+        others = states + asleep - size(args) + grads
+        yield Compilable(name, step, args, runs=updates, resident=others)
+
+
+def rollout(
+    config: ppo_config.Config, model: ModelConfig, P: int, R: int, mesh: Mesh
+) -> tuple[Batch, dict[str, Any], list[float]]:
+    """(prompts, static arguments, trips of the loops) of the sampler's program."""
+    rows, settings = sampler.plan(
+        config.batch_size, R, model.eos_ids, mesh, temperature=config.temperature
+    )
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    whole = Batch(
+        np.empty((rows * shards, P), np.int32),
+        np.empty((rows * shards, P), bool),
+        np.empty(rows * shards, np.int32),
+    )
+    batch = jax.tree.map(lambda x: SHAPE(x.shape, x.dtype, sharding=sharding.batched(mesh)), whole)
+    # Responses of one length leave nothing for the loops of the last few slots, if there are any;
+    # a slot is refilled once a response.
+    turns = R * rows / settings.slots
+    trips = [turns]
+    if settings.slots < rows:
+        trips.append(settings.slots / R)
+    trips += [0.0] * (len(settings.sizes) - 1)
+    return batch, {"config": model, "settings": settings, "mesh": mesh}, trips
+
+
+# ------------------------------------------------------------------------------------ arguments
+
+
+def check_rows(name: str, rows: int, microbatches: int, mesh: Mesh) -> None:
+    """Raises ValueError, with a mesh that would do, unless a batch divides over this one."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (shards * microbatches) == 0:
+        return
+    said = f"{name} {rows}: does not divide over {shards} shards of the batch, in {microbatches}"
+    said += " microbatches"
+    divide = [n for n in range(1, mesh.size) if mesh.size % n + rows % (n * microbatches) == 0]
+    if divide:
+        said += f"; more tensor in --mesh, as fsdp={divide[-1]},tensor={mesh.size // divide[-1]}"
+    raise ValueError(said)
+
+
+def computed(model: ModelConfig, config: Any) -> ModelConfig:
+    """The model as a script computes it."""
+    how = {"dtype": config.model_dtype, "remat": config.remat, "unroll": config.unroll}
+    return dataclasses.replace(model, **how)
+
+
+def lengths(prompt: int | None, response: int | None, model: ModelConfig) -> tuple[int, int]:
+    """(P, R), which fill the model's context where the flags set no bound."""
+    R = min(response or model.max_length // 2, model.max_length)
+    return min(prompt or model.max_length, model.max_length - R), R
+
+
+def abstract_params(model: ModelConfig, mesh: Mesh) -> Params:
+    """Parameters laid out for training."""
+    shapes = jax.eval_shape(functools.partial(models.init, model), jax.random.key(0))
+    layout = sharding.shardings(models.logical_axes(model), shapes, mesh)
+    return jax.tree.map(placed, shapes, layout)
+
+
+def abstract_frozen(params: Params, dtype: str) -> Params:
+    """What `offload.freeze` makes of them."""
+    shapes = jax.eval_shape(functools.partial(offload.freeze, dtype=dtype), params)
+    return jax.tree.map(lambda x, like: placed(x, like.sharding), shapes, params)
+
+
+def abstract_state(params: Params, tx: Any) -> state.TrainState:
+    """What `state.create` makes of them."""
+    shapes = state.TrainState(SHAPE((), jnp.int32), params, jax.eval_shape(tx.init, params))
+    return jax.tree.map(placed, shapes, state.shardings(params, tx))
+
+
+def abstract_key(mesh: Mesh) -> Any:
+    return placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
+
+
+def abstract_rows(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> dict[str, Any]:
+    """A batch by its arrays' names: of masks, of floating-point numbers, of ids."""
+    floats = ("logp_BR", "value_BR", "advantage_BR", "return_BR", "margin_B")
+
+    def dtype(name: str) -> Any:
+        return jnp.bool_ if "mask" in name else jnp.float32 if name in floats else jnp.int32
+
+    where = sharding.batched(mesh)
+    return {name: SHAPE(shape, dtype(name), sharding=where) for name, shape in shapes.items()}
+
+
+def text_batch(rows: int, length: int, mesh: Mesh) -> dict[str, Any]:
+    """Rows of `data.PackedRows`."""
+    names = "tokens_BT", "segments_BT", "positions_BT", "mask_BT"
+    return abstract_rows(dict.fromkeys(names, (rows, length)), mesh)
+
+
+def response_rows(rows: int, P: int, R: int, mesh: Mesh) -> dict[str, Any]:
+    """Rows of a rollout once it is scored; see responses.py."""
+    of_responses = "tokens_BR", "mask_BR", "logp_BR", "value_BR", "advantage_BR", "return_BR"
+    of_prompts = dict.fromkeys(("prompt_BP", "prompt_mask_BP"), (rows, P))
+    return abstract_rows({**of_prompts, **dict.fromkeys(of_responses, (rows, R))}, mesh)
+
+
+def placed(shape: Any, where: Sharding) -> Any:
+    return SHAPE(shape.shape, shape.dtype, sharding=where)
