@@ -11,6 +11,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from instructjax import models, reward, sft, sharding, state, train
@@ -56,7 +57,17 @@ def compiled_step(objective, config, shapes):
 
 
 @pytest.fixture(scope="module")
-def sft_step():
+def uncached():
+    """What is compiled for devices that are not there can be cached, but not read back."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # which settles at its first use whether it is one
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def sft_step(uncached):
     row = ((B, T), "int32")
     shapes = {
         "tokens_BT": row,
@@ -68,7 +79,7 @@ def sft_step():
 
 
 @pytest.fixture(scope="module")
-def rm_step():
+def rm_step(uncached):
     shapes = {
         "prompt_BP": ((B, P), "int32"),
         "prompt_mask_BP": ((B, P), "bool"),

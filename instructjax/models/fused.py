@@ -7,7 +7,7 @@ computes the weights once more from their logsumexp.
 Who sees whom is decided within the tile, from each token's position, segment and parent, so that
 padding, windows, packed documents and responses that share a prompt are one kernel. (JAX's
 `splash_attention` knows segments; of parents it would be told by a mask of [T, T] in each row,
-and that it cannot take under jit.) Tiles in which nobody sees anybody are neither loaded nor
+and that, in jax 0.10.2, not under jit.) Tiles in which nobody sees anybody are neither loaded nor
 computed.
 
 In a tile, keys are rows and queries columns: what belongs to a query lies along the lanes of a
