@@ -28,11 +28,11 @@ import run_sft
 
 SMALL = {"demonstrations": 80, "comparisons": 60, "prompts": 40, "text": 200}
 FEW = ["--batch_size", "8", "--unroll", "1", "--data.cache", "None"]
-SFT = [*FEW, "--mesh", "data=4,fsdp=2", "--max_new_tokens", "4", "--eval_prompts", "16"]
+SFT = [*FEW, "--mesh", "fsdp=8", "--max_new_tokens", "4", "--eval_prompts", "16"]
 RM = [*FEW, "--mesh", "data=2,fsdp=2,tensor=2"]
 PPO = [*FEW, "--mesh", "data=2,fsdp=4", "--pretrain.cache", "None", "--ppo.minibatch", "8"]
 PPO += ["--ppo.buckets", "1", "--max_new_tokens", "6", "--eval_prompts", "8"]
-PPO += ["--final_prompts", "8"]
+PPO += ["--final_prompts", "8", "--ppo.value", "shared"]
 
 
 # ------------------------------------------------------------------------------ the program
@@ -99,19 +99,17 @@ class Pair:
             "JAX_NUM_PROCESSES": "2",
             "JAX_NUM_CPU_DEVICES": "4",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONUNBUFFERED": "1",
         }
         self.logs = [cache / f"{port}-{host}.log" for host in range(2)]
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, json.dumps(what[host % len(what)])],
-                env={**os.environ, **shared, "JAX_PROCESS_ID": str(host)},
-                stdout=log.open("w"),
-                stderr=subprocess.STDOUT,
-            )
-            for host, log in enumerate(self.logs)
-        ]
+        self.processes = []
+        for host, log in enumerate(self.logs):
+            command = [sys.executable, __file__, json.dumps(what[host % len(what)])]
+            env = {**os.environ, **shared, "JAX_PROCESS_ID": str(host)}
+            with log.open("w") as file:
+                process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
+            self.processes.append(process)
 
     def __enter__(self) -> "Pair":
         return self
@@ -160,7 +158,7 @@ def start(tmp_path_factory) -> Path:
     """A policy and a reward model of random weights."""
     out, tokenizer = tmp_path_factory.mktemp("models"), miniature.tokenizer()
     ids = {"eos_ids": (tokenizer.eos_token_id,), "pad_id": tokenizer.pad_token_id}
-    config = ModelConfig(len(tokenizer), 2, 16, heads=2, mlp_width=32, max_length=128, **ids)
+    config = ModelConfig(len(tokenizer), 1, 16, heads=2, mlp_width=32, max_length=128, **ids)
     params = models.init(config, jax.random.key(0))
     hf.save(out / "sft", config, params, tokenizer)
     config, params = models.with_scalar_head(params, config, jax.random.key(1))
@@ -179,21 +177,13 @@ def commands(start: Path, out: Path) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def alone(start, tmp_path_factory) -> Path:
-    """All three scripts in this process, on its eight devices."""
-    out = tmp_path_factory.mktemp("alone")
-    scripts(*commands(start, out))
-    return out
-
-
-@pytest.fixture(scope="module")
-def together(start, cache, tmp_path_factory) -> Path:
-    """The same in two processes."""
-    out = tmp_path_factory.mktemp("together")
-    with Pair(cache, ["scripts", *commands(start, out)]) as pair:
-        pair.end(0, 0, timeout=120)
-        (out / "said.json").write_text(json.dumps(pair.said()))
-    return out
+def runs(start, cache, tmp_path_factory) -> tuple[Path, Path]:
+    """All three scripts in this process, on its eight devices, and at once in two processes."""
+    alone, together = (tmp_path_factory.mktemp(name) for name in ("alone", "together"))
+    with Pair(cache, ["scripts", *commands(start, together)]) as pair:
+        scripts(*commands(start, alone))
+        pair.end(0, 0, timeout=100)
+    return alone, together
 
 
 def metrics_of(out: Path) -> list[dict]:
@@ -211,7 +201,7 @@ def assert_close(one: Path, two: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
-def test_two_processes_give_the_metrics_of_one(alone, together, stage):
-    assert_close(alone / stage, together / stage)
-    names = {path.name for path in (alone / stage).iterdir()}
-    assert {path.name for path in (together / stage).iterdir()} == names
+def test_two_processes_give_the_metrics_of_one(runs, stage):
+    alone, together = (out / stage for out in runs)
+    assert_close(alone, together)
+    assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
