@@ -11,6 +11,7 @@ config = parse(Config, {"default": Config(), "short": Config(steps=10)}, __doc__
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import platform
 import shlex
@@ -81,6 +82,10 @@ class RunConfig:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.steps is not None and self.steps < 0:
             raise ValueError(f"--steps {self.steps}: must not be negative")
+        if (self.checkpoints or "").startswith("gs://") and not importlib.util.find_spec("gcsfs"):
+            raise ValueError(
+                f"--checkpoints {self.checkpoints} needs: pip install 'instructjax[gcs]'"
+            )
         parse_mesh(self.mesh)
         _ = self.profile_window
 

@@ -43,7 +43,8 @@ def choose_platform() -> None:
         Path(device).exists()
         for device in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
     )
-    if jax.config.jax_platforms is None and not accelerators and importlib.util.find_spec("libtpu"):
+    chosen = jax.config.values["jax_platforms"]
+    if chosen is None and not accelerators and importlib.util.find_spec("libtpu"):
         jax.config.update("jax_platforms", "cpu")
 
 
@@ -100,7 +101,7 @@ def joined() -> Iterator[None]:
         yield
         watch.leave()
     except BaseException as error:
-        if isinstance(error, SystemExit) and error.code in AGREED:
+        if isinstance(error, SystemExit) and (error.code or 0) in AGREED:
             watch.leave()
             raise
         watch.fail(error)
@@ -130,7 +131,7 @@ class _Watch:
         reason, code = error, 1
         if isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else 1
-            reason = error.__cause__ or f"it exited with {code}"  # printed already
+            reason = error.__cause__ or f"it exited with {error.code}"  # printed already
         else:
             traceback.print_exception(error)
             reason = f"{type(error).__name__}: {error}"
@@ -160,7 +161,7 @@ class _Watch:
             self._end(code)
 
     def _end(self, code: int) -> NoReturn:
-        """Exits at once, as jax's own end would wait for the others. Host 0, the service, is last."""
+        """Exits at once: jax's own end waits for the others. Host 0, the service, goes last."""
         with suppress(JaxRuntimeError):
             self._client.key_value_set(f"{HEARD}/{self._host}", "", allow_overwrite=True)
             deadline = time.monotonic() + HEARTBEAT / 2
@@ -191,13 +192,18 @@ class AgreedSignals:
 
     Args:
       notify: called with the count, 1, on each host when it learns of the signal.
+      start: steps made before; the next is `start + 1`.
     """
 
-    def __init__(self, notify: Callable[[int], None]):
-        self.count, self._notify = 0, notify
+    def __init__(self, notify: Callable[[int], None], start: int):
+        self.count, self._notify, self._start = 0, notify, start
 
     def __enter__(self) -> "AgreedSignals":
         self._old = signal.signal(signal.SIGINT, self._pass_on)
+        # The step that jax picks for a signal is the one after the last that any host has named, so
+        # of an earlier signal one of those made before: none may be left out.
+        for step in range(self._start + 1):
+            self.before(step)
         return self
 
     def _pass_on(self, *_: Any) -> None:
@@ -214,9 +220,9 @@ class AgreedSignals:
             self._notify(1)
 
 
-def agree(here: bool) -> bool:
-    """Host 0's answer, on all hosts: what they then do together must not depend on their own."""
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(here)))
+def agree(here: np.ndarray | bool | int) -> np.ndarray:
+    """Host 0's value on all hosts: what they do together must not depend on their own."""
+    return multihost_utils.broadcast_one_to_all(np.asarray(here))
 
 
 def wait_for_all(name: str) -> None:

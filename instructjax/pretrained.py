@@ -70,7 +70,7 @@ def load(
 
 def finished(run: Path) -> bool:
     """Whether a run has its export, as host 0 sees it."""
-    return hosts.agree((run / "export" / "config.json").is_file())
+    return bool(hosts.agree((run / "export" / "config.json").is_file()))
 
 
 def _random(

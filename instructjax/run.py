@@ -124,7 +124,7 @@ class Run:
             stack.callback(self.metrics.close)
             signals = Signals(self._on_signal, self._stop_asked)
             if jax.process_count() > 1:
-                signals = hosts.AgreedSignals(self._stop_asked)
+                signals = hosts.AgreedSignals(self._stop_asked, self._latest or 0)
             self._signals = stack.enter_context(signals)
             stack.callback(self._stop_display)
             self._stack = stack.pop_all()
@@ -187,6 +187,8 @@ class Run:
         window = self.config.profile_window
         if window and window[0] > total:
             raise ValueError(f"--profile {self.config.profile}: the run has {total} steps")
+        if total != (theirs := int(hosts.agree(total))):
+            raise ValueError(f"the data give {total} steps here, and {theirs} on host 0")
         self._total, self._saved, self._training = total, start, True
         self._line = ProgressLine(self.console, self.stage, start, total)
         self._clock = time.perf_counter()
@@ -309,7 +311,8 @@ class Run:
     def _stop_asked(self, count: int) -> None:
         if count == 1:
             when = " after this step" if self._training else ""
-            self._say(f"stopping{when}; a second signal stops at once")
+            again = "" if jax.process_count() > 1 else "; a second signal stops at once"
+            self._say(f"stopping{when}{again}")
         else:
             self.console.show_cursor(True)
 

@@ -1,6 +1,6 @@
 """Two processes with four emulated devices each are one process with eight; they end together.
 
-This file is also the program that the processes run: `python tests/test_hosts.py WHAT ARGUMENTS`.
+This file is also the program that the processes run: `python tests/test_hosts.py TASKS`.
 """
 
 import json
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from instructjax import hf, hosts, miniature, models, run, sharding
+from instructjax.config import parse
 from instructjax.data import Stream, sources
 from instructjax.models import ModelConfig
 
@@ -25,6 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 import run_ppo
 import run_rm
 import run_sft
+import test_run
 
 SMALL = {"demonstrations": 80, "comparisons": 60, "prompts": 40, "text": 200}
 FEW = ["--batch_size", "8", "--unroll", "1", "--data.cache", "None"]
@@ -38,28 +40,45 @@ PPO += ["--final_prompts", "8", "--ppo.value", "shared"]
 # ------------------------------------------------------------------------------ the program
 
 
-def scripts(*commands: list[str]) -> None:
-    """`["sft", FLAG, ...]`, one after the other."""
+def tasks(*commands: list[str]) -> None:
+    """`[NAME, FLAG, ...]` of the functions below, one after the other."""
     sources.MINIATURE, run_rm.TEST = SMALL, 24
+    known = {"sft": run_sft.cli, "rm": run_rm.cli, "ppo": run_ppo.cli}
+    known |= {"toy": toy, "rows": rows, "slowly": slowly}
     for name, *flags in commands:
-        {"sft": run_sft, "rm": run_rm, "ppo": run_ppo}[name].cli(flags)
+        known[name](flags)
 
 
-def shuffled_hosts() -> None:
+def toy(flags: list[str]) -> None:
+    test_run.fit(parse(test_run.Toy, {}, "", flags))
+
+
+def slowly(seconds: list[str]) -> None:
+    """Makes every step of the tasks that follow take so long."""
+    steps = run.Run.steps
+
+    def slow(self, start, total):
+        for step in steps(self, start, total):
+            yield step
+            time.sleep(float(seconds[0]))
+
+    run.Run.steps = slow
+
+
+def rows(_: list[str]) -> None:
     """Rows of a batch where the devices of a host are scattered, and where hosts share rows."""
     devices = np.array(jax.devices())
     for order, shape in (
-        ([0, 4, 1, 5, 6, 2, 3, 7], {"data": 2, "fsdp": 4}),
-        ([4, 5, 6, 7, 0, 1, 2, 3], {"fsdp": 8}),
-        ([0, 1, 4, 5, 2, 3, 6, 7], {"fsdp": 2, "tensor": 4}),
+        ([0, 4, 1, 5, 6, 2, 3, 7], (2, 4, 1)),
+        ([4, 5, 6, 7, 0, 1, 2, 3], (1, 8, 1)),
+        ([0, 1, 4, 5, 2, 3, 6, 7], (1, 2, 4)),
     ):
         types = (jax.sharding.AxisType.Auto,) * 3
-        sizes = [shape.get(axis, 1) for axis in sharding.AXES]
-        mesh = jax.sharding.Mesh(devices[order].reshape(sizes), sharding.AXES, axis_types=types)
+        mesh = jax.sharding.Mesh(devices[order].reshape(shape), sharding.AXES, axis_types=types)
         own = sharding.own_rows(mesh, 16)
         (batch,) = Stream(Numbers(), 16, seed=0, own=own).once()
         batch = jax.make_array_from_process_local_data(sharding.batched(mesh), batch["n_B"])
-        print(len(own), sharding.fetch(batch).tolist())
+        print(f"rows: {len(own)}, {sharding.fetch(batch).tolist()}")
 
 
 class Numbers:
@@ -75,22 +94,17 @@ class Numbers:
         return {"n_B": np.asarray(index)}
 
 
-def program() -> None:
-    what, *arguments = json.loads(sys.argv[1])
-    {"scripts": scripts, "shuffled_hosts": shuffled_hosts}[what](*arguments)
-
-
 if __name__ == "__main__":
-    run.main(program)
+    run.main(lambda: tasks(*json.loads(sys.argv[1])))
 
 
 # ------------------------------------------------------------------------------ its processes
 
 
 class Pair:
-    """Two processes of the program; each may be told something else."""
+    """Two processes of the program, which do the same tasks unless each is given its own."""
 
-    def __init__(self, cache: Path, *what: list):
+    def __init__(self, cache: Path, *tasks: list[list[str]]):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
@@ -105,7 +119,7 @@ class Pair:
         self.logs = [cache / f"{port}-{host}.log" for host in range(2)]
         self.processes = []
         for host, log in enumerate(self.logs):
-            command = [sys.executable, __file__, json.dumps(what[host % len(what)])]
+            command = [sys.executable, __file__, json.dumps(tasks[host % len(tasks)])]
             env = {**os.environ, **shared, "JAX_PROCESS_ID": str(host)}
             with log.open("w") as file:
                 process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
@@ -171,7 +185,7 @@ def commands(start: Path, out: Path) -> list[list[str]]:
     model = ["--model", f"{start}/sft", "--steps"]
     return [
         ["sft", *model, "3", *SFT, "--out", f"{out}/sft", "--eval_every", "2"],
-        ["rm", *model, "3", *RM, "--out", f"{out}/rm", "--save_every", "1"],
+        ["rm", *model, "9", *RM, "--out", f"{out}/rm", "--save_every", "2"],
         ["ppo", *model, "1", *PPO, "--out", f"{out}/ppo", "--reward", f"{start}/rm"],
     ]
 
@@ -180,9 +194,10 @@ def commands(start: Path, out: Path) -> list[list[str]]:
 def runs(start, cache, tmp_path_factory) -> tuple[Path, Path]:
     """All three scripts in this process, on its eight devices, and at once in two processes."""
     alone, together = (tmp_path_factory.mktemp(name) for name in ("alone", "together"))
-    with Pair(cache, ["scripts", *commands(start, together)]) as pair:
-        scripts(*commands(start, alone))
-        pair.end(0, 0, timeout=100)
+    with Pair(cache, [["rows", ""], *commands(start, together)]) as pair:
+        tasks(*commands(start, alone))
+        for host, text in enumerate(pair.end(0, 0, timeout=240)):
+            (together / f"said-{host}").write_text(text)
     return alone, together
 
 
@@ -205,3 +220,133 @@ def test_two_processes_give_the_metrics_of_one(runs, stage):
     alone, together = (out / stage for out in runs)
     assert_close(alone, together)
     assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
+
+
+def test_each_row_is_read_where_its_device_is(runs):
+    """Also where the rows of a host are no block, and where two hosts have the same ones."""
+    for host in range(2):
+        said = (runs[1] / f"said-{host}").read_text().splitlines()
+        found = [line for line in said if line.startswith("rows: ")]
+        assert found == [f"rows: {count}, {list(range(16))}" for count in (8, 8, 16)]
+
+
+def test_a_signal_to_one_stops_both_and_any_number_resumes(start, runs, cache, tmp_path):
+    """One process, from step 2 two of them, and after SIGTERM to one of these again one."""
+    (rm,) = [command for command in commands(start, tmp_path) if command[0] == "rm"]
+    metrics = tmp_path / "rm" / "metrics.jsonl"
+
+    class StopError(Exception):
+        pass
+
+    def steps(self, begin, total, whole=run.Run.steps):
+        for step in whole(self, begin, total):
+            if step == 3:
+                raise StopError
+            yield step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Run, "steps", steps)
+        with pytest.raises(StopError):
+            tasks(rm)
+    with Pair(cache, [["slowly", "0.3"], [*rm, "--resume", "--save_every", "100"]]) as pair:
+        pair.reaches(metrics, 4)
+        pair.processes[1].send_signal(signal.SIGTERM)
+        said = pair.end(75, 75)
+    step = max(int(path.name) for path in (tmp_path / "rm" / "checkpoints").iterdir())
+    assert 4 < step < 9
+    assert f"stopped after step {step}; continue with" in said[0]
+    assert "continue with" not in said[1]
+    assert metrics_of(tmp_path / "rm")[-1]["step"] == step
+    tasks([*rm, "--resume"])
+    assert_close(runs[0] / "rm", tmp_path / "rm")
+
+
+def test_an_error_on_one_ends_both_with_its_message(start, cache, tmp_path):
+    """Host 1 reads a broken file; host 0, whose own is whole, would wait for it in a collective."""
+    row = {"prompt": "who is Olmo?", "completion": "Olmo is here."}
+    lines = [json.dumps({**row, "prompt": f"{row['prompt']} {i}"}) for i in range(40)]
+    (tmp_path / "0.jsonl").write_text("\n".join(lines))
+    (tmp_path / "1.jsonl").write_text("\n".join([*lines[:3], '{"prompt": 1}', *lines[3:]]))
+    (sft,) = [command for command in commands(start, tmp_path) if command[0] == "sft"]
+    with Pair(
+        cache, *([[*sft, "--data", f"jsonl:{tmp_path}/{host}.jsonl"]] for host in "01")
+    ) as pair:
+        said = pair.end(1, 1)
+    assert f"\nerror on host 1: {tmp_path}/1.jsonl:4" in "\n" + said[0]
+    assert f"\nerror: {tmp_path}/1.jsonl:4" in "\n" + said[1]
+    assert "Traceback" not in said[0] + said[1]
+
+
+def test_a_killed_process_ends_the_other(cache, tmp_path):
+    out = tmp_path / "toy"
+    with Pair(cache, [["toy", "--out", str(out), "--pause", "0.2", "--steps", "900"]]) as pair:
+        pair.reaches(out / "metrics.jsonl", 3)
+        pair.processes[1].kill()
+        pair.processes[0].wait(60)
+    assert pair.processes[0].returncode != 0
+    assert "stopped sending heartbeats" in pair.said()[0]
+
+
+def test_an_interrupt_of_one_stops_both(cache, tmp_path):
+    out = tmp_path / "toy"
+    with Pair(cache, [["toy", "--out", str(out), "--pause", "0.2", "--steps", "900"]]) as pair:
+        pair.reaches(out / "metrics.jsonl", 3)
+        pair.processes[0].send_signal(signal.SIGINT)
+        said = pair.end(75, 75)
+    assert "stopping after this step\n" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, {"num_processes": None, "process_id": None}),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "a:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "0",
+            },
+            {"num_processes": 2, "process_id": 0},
+        ),
+        ({"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "2"}, {}),
+        ({"SLURM_STEP_NODELIST": "a1", "SLURM_NTASKS": "1"}, None),
+        ({"SLURM_NTASKS": "2"}, None),  # within sbatch, without srun
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1", "OMPI_COMM_WORLD_SIZE": "2"}, {}),
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1", "OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, None),  # and no TPU
+    ],
+)
+def test_whether_there_are_others(environment, expected):
+    assert hosts.arguments(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, {}),  # the metadata server knows
+        ({"TPU_SKIP_MDS_QUERY": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, {}),
+    ],
+)
+def test_whether_there_are_others_on_a_tpu(monkeypatch, environment, expected):
+    monkeypatch.setattr(hosts, "running_in_cloud_tpu_vm", True)
+    assert hosts.arguments(environment) == expected
+
+
+def test_a_process_that_is_no_number_is_named():
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID=one: expected a number"):
+        hosts.arguments({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "one"})
+
+
+def test_without_a_tpu_libtpu_says_nothing():
+    pytest.importorskip("libtpu", reason="libtpu is not installed")
+    if hosts.running_in_cloud_tpu_vm:
+        pytest.skip("this machine has a TPU")
+    code = "import jax; from instructjax.run import main; main(lambda: print(jax.devices()))"
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "hostname" not in done.stderr
+    assert done.stdout.startswith("[")
