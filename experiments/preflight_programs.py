@@ -236,7 +236,8 @@ def abstract_frozen(params: Params, dtype: str) -> Params:
 
 def abstract_state(params: Params, tx: Any) -> state.TrainState:
     """What `state.create` makes of them."""
-    shapes = state.TrainState(SHAPE((), jnp.int32), params, jax.eval_shape(tx.init, params))
+    step: Any = SHAPE((), jnp.int32)
+    shapes = state.TrainState(step, params, jax.eval_shape(tx.init, params))
     return jax.tree.map(placed, shapes, state.shardings(params, tx))
 
 

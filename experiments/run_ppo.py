@@ -102,13 +102,9 @@ def run_ppo(config: Config) -> dict[str, Any]:
             pretrain = dataclasses.replace(pretrain, spec="miniature")
         if pretrain.spec:
             packed = functools.partial(PackedRows, length=config.ptx.length)
-            streamed = functools.partial(
-                Stream,
-                batch_size=config.ptx.ratio * flags.minibatch,
-                seed=config.seed,
-                host_index=jax.process_index(),
-                host_count=jax.process_count(),
-            )
+            size = config.ptx.ratio * flags.minibatch
+            own = sharding.own_rows(mesh, size)
+            streamed = functools.partial(Stream, batch_size=size, seed=config.seed, own=own)
             text = streamed(packed(read(pretrain, "text", split="train")))
             unseen_text = streamed(packed(read(pretrain, "text", split="validation")))
         put_text = functools.partial(jax.make_array_from_process_local_data, sharding.batched(mesh))
@@ -325,7 +321,7 @@ def ensure_sft_and_rm(config: Config) -> None:
     ):
         if Path(path) != default:
             continue
-        if (default / "export" / "config.json").exists():
+        if pretrained.finished(default):
             print(f"{default} is there: {script} is not run again")
             continue
         print(f"{default} is not there yet: running {script} first")

@@ -30,7 +30,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from instructjax import figures, hf, models, pretrained, reward, sharding, state, train
+from instructjax import figures, hf, hosts, models, pretrained, reward, sharding, state, train
 from instructjax.config import RunConfig, parse
 from instructjax.data import (
     ComparisonRows,
@@ -160,8 +160,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         streamed = functools.partial(
             Stream,
             batch_size=config.batch_size,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            own=sharding.own_rows(mesh, config.batch_size),
         )
         rows_of = functools.partial(ComparisonRows, multiple=config.multiple)
         if config.length is not None:
@@ -340,14 +339,14 @@ def born(
 def run_folds(config: Config) -> None:
     """A run for each fold, in OUT/fold-N; accuracy on values of --by that it trained on or not."""
     assert config.folds is not None
-    found = []
-    for fold in range(config.folds):
-        out = config.out / f"fold-{fold}"
+    outs = [config.out / f"fold-{fold}" for fold in range(config.folds)]
+    for fold, out in enumerate(outs):
         print(f"--- fold {fold + 1} of {config.folds}: {out}")
-        if config.resume and (out / "results.json").exists():
-            found.append(json.loads((out / "results.json").read_text()))
-        else:
-            found.append(run_rm(dataclasses.replace(config, out=out), fold))
+        if not (config.resume and hosts.agree((out / "results.json").exists())):
+            run_rm(dataclasses.replace(config, out=out), fold)
+    if jax.process_index() != 0:
+        return
+    found = [json.loads((out / "results.json").read_text()) for out in outs]
     results = folds.summary([one["accuracy"] for one in found], config.by)
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     table = Table("", "mean, %", "+-", title=f"{config.folds} folds over {config.by}: {config.out}")
@@ -360,7 +359,7 @@ def run_folds(config: Config) -> None:
 def ensure_sft(model: str) -> None:
     """Runs run_sft.py with its defaults, or finishes it, if `model` is to come from it."""
     out = run_sft.Config().out
-    if Path(model) == out and not (out / "export" / "config.json").exists():
+    if Path(model) == out and not pretrained.finished(out):
         print(f"{out} is not there yet: running run_sft.py first")
         preset = dataclasses.replace(run_sft.PRESETS["miniature"], preset="miniature")
         run_sft.run_sft(dataclasses.replace(preset, resume=True))

@@ -127,7 +127,7 @@ PRESETS = {
 def ensure_base(model: str) -> None:
     """Runs run_pretrain.py with its defaults, or finishes it, if `model` is to come from it."""
     out = run_pretrain.Config().out
-    if Path(model) == out and not (out / "export" / "config.json").exists():
+    if Path(model) == out and not pretrained.finished(out):
         print(f"{out} is not there yet: running run_pretrain.py first")
         preset = dataclasses.replace(run_pretrain.PRESETS["miniature"], preset="miniature")
         run_pretrain.run_pretrain(dataclasses.replace(preset, resume=True))
@@ -167,8 +167,7 @@ def run_sft(config: Config) -> None:
             Stream,
             batch_size=config.batch_size,
             seed=config.seed,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
+            own=sharding.own_rows(mesh, config.batch_size),
         )
         stream = streamed(sources, weights=weights)
         validation = streamed(PackedRows(unseen, config.length))
@@ -268,8 +267,6 @@ def run_sft(config: Config) -> None:
             jax.tree.map(lambda leaf: leaf.delete(), current)
             current, _ = run.checkpoints.restore(best, target)
         hf.save(config.out / "export", model, current.params, tokenizer)
-        if jax.process_index() != 0:
-            return
         panels: dict[str, Sequence[str]] = {"nats a token": ("loss", "validation/loss")}
         summary = {"steps": total, "kept checkpoint": best, "by": score_name}
         if best is not None:
@@ -283,6 +280,8 @@ def run_sft(config: Config) -> None:
             summary["gold utility, this model"] = interval(tuned)
             summary["prompts behind them"] = len(asked)
         summary["seconds"] = time.perf_counter() - began
+        if jax.process_index() != 0:
+            return
         plot_curves(config.out, panels, config.out / "curves.png")
         files = [config.out / name for name in ("metrics.jsonl", "samples.jsonl", "curves.png")]
         next_command = f"python experiments/run_rm.py --model {config.out}"

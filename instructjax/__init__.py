@@ -5,6 +5,7 @@ Read the files in this order; imports point upwards only:
     models/       one decoder with family switches; KV cache; scalar head; log-probs without logits
     hf/           Hugging Face checkpoints in and out, without torch
     sharding.py   mesh, logical axes -> mesh axes
+    hosts.py      several processes as one run
     state.py      TrainState
     train.py      make_train_step(loss_fn, tx, microbatches)
     masked.py     the only reductions

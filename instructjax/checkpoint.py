@@ -1,5 +1,6 @@
 """Checkpoints of one run: written in the background, whole or not at all, the last and the best."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 
@@ -18,21 +20,25 @@ class Checkpoints:
     directory.
 
     Args:
-      directory: made if it is not there.
+      directory: made if it is not there; on several hosts one that all see, such as gs://....
       keep_last: the latest checkpoints to keep.
       best_metric: what `meta["score"]` is a score of. If given, the best checkpoint is kept too.
         Scores are stored under this name, and those of another name are not compared.
       best_mode: whether the best score is the least or the greatest.
+
+    Raises:
+      OSError: another host made the directory where this one does not see it.
     """
 
     def __init__(
         self,
-        directory: Path | str,
+        directory: os.PathLike[str] | str,
         keep_last: int,
         best_metric: str | None = None,
         best_mode: Literal["min", "max"] = "min",
     ):
-        self.directory = Path(directory).absolute()
+        self._on_disk = "://" not in os.fspath(directory)
+        self.directory = epath.Path(Path(directory).absolute() if self._on_disk else directory)
         self.best_metric = best_metric
         self._kept = keep_last + (best_metric is not None)
         worst = float("inf") if best_mode == "min" else -float("inf")
@@ -53,6 +59,11 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        if not self.directory.exists():
+            raise OSError(
+                f"{self.directory}: host 0 made it, and host {jax.process_index()} does not see it:"
+                " give --checkpoints a directory that all hosts share"
+            )
 
     def check_space(self, state: Any) -> None:
         """Finds out before training whether the disk can hold all that will be kept.
@@ -60,8 +71,10 @@ class Checkpoints:
         Raises:
           OSError: it cannot hold those, and the one being written.
         """
-        size, count = nbytes(state), self._kept + 1
-        there = sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
+        if not self._on_disk:
+            return
+        size, count, directory = nbytes(state), self._kept + 1, Path(self.directory)
+        there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         space = shutil.disk_usage(self.directory).free + there
         if count * size > space:
             raise OSError(
@@ -86,9 +99,10 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():
             raise ValueError(f"{self.directory}: there is a checkpoint of step {step} already")
-        size, free = nbytes(state), shutil.disk_usage(self.directory).free
-        if size > free:
-            raise self._failed(step, f"it takes {size:,} bytes, and {free:,} are free")
+        if self._on_disk:
+            size, free = nbytes(state), shutil.disk_usage(self.directory).free
+            if size > free:
+                raise self._failed(step, f"it takes {size:,} bytes, and {free:,} are free")
         scored = self.best_metric is not None and meta.get("score") is not None
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))

@@ -11,6 +11,7 @@ config = parse(Config, {"default": Config(), "short": Config(steps=10)}, __doc__
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import platform
 import shlex
@@ -23,11 +24,12 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import tyro
+from etils import epath
 
 from instructjax.sharding import parse_mesh
 
 PACKAGES = ("instructjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-UNCOMPARED = ("command", "out", "resume", "data.cache")  # none of them changes a run
+UNCOMPARED = ("command", "out", "checkpoints", "resume", "data.cache")  # none of them changes a run
 
 ConfigT = TypeVar("ConfigT", bound="RunConfig")
 
@@ -58,6 +60,9 @@ class RunConfig:
     """Devices along each axis, as `data=2,fsdp=-1,tensor=2`; by default all are `fsdp`."""
     resume: bool = False
     """Continue the run in --out from its latest checkpoint, or start it if it has none."""
+    checkpoints: str | None = None
+    """Where checkpoints go, if not to OUT/checkpoints. Several hosts need one place that all see: a
+    shared directory, or gs://BUCKET/NAME (install instructjax[gcs]), which has not been tested."""
     save_every: int = 500
     """Steps from one checkpoint to the next."""
     keep_last: int = 2
@@ -77,8 +82,17 @@ class RunConfig:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.steps is not None and self.steps < 0:
             raise ValueError(f"--steps {self.steps}: must not be negative")
+        if (self.checkpoints or "").startswith("gs://") and not importlib.util.find_spec("gcsfs"):
+            raise ValueError(
+                f"--checkpoints {self.checkpoints} needs: pip install 'instructjax[gcs]'"
+            )
         parse_mesh(self.mesh)
         _ = self.profile_window
+
+    @property
+    def checkpoint_directory(self) -> epath.Path:
+        """Where checkpoints go, on a disk or not."""
+        return epath.Path(self.checkpoints or self.out / "checkpoints")
 
     @property
     def profile_window(self) -> range:
@@ -128,7 +142,7 @@ def write(config: RunConfig, stage: str) -> list[str]:
 
     Raises:
       ValueError: --resume would make another run of it.
-      FileExistsError: --out holds a run, and --resume was not given.
+      FileExistsError: --out or --checkpoints holds a run, and --resume was not given.
     """
     file, metrics = config.out / "config.json", config.out / "metrics.jsonl"
     record = {
@@ -138,11 +152,16 @@ def write(config: RunConfig, stage: str) -> list[str]:
         "versions": {"python": platform.python_version(), **{x: version(x) for x in PACKAGES}},
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
     }
-    checkpoints = [path for path in config.out.glob("checkpoints/*") if path.name.isdecimal()]
-    holds_run = checkpoints or (metrics.exists() and metrics.stat().st_size > 0)
+    directory = config.checkpoint_directory
+    steps = [path.name for path in directory.iterdir()] if directory.exists() else []
+    saved = any(name.isdecimal() for name in steps)
+    holds_run = saved or (metrics.exists() and metrics.stat().st_size > 0)
     if holds_run and not config.resume:
+        flag, where = "--out", config.out
+        if saved and config.checkpoints is not None:
+            flag, where = "--checkpoints", config.checkpoints
         raise FileExistsError(
-            f"--out {config.out} holds a run: continue it with --resume, or give another --out"
+            f"{flag} {where} holds a run: continue it with --resume, or give another {flag}"
         )
     printed, refused = [], []
     if holds_run and file.exists():

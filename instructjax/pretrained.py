@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from instructjax import hf, models, sharding
+from instructjax import hf, hosts, models, sharding
 from instructjax.models import PRESETS, ModelConfig, Params
 
 
@@ -66,6 +66,11 @@ def load(
             f"{flag} {model} has {config.vocab_size:,} tokens, its tokenizer {len(found):,}"
         )
     return config, params, found
+
+
+def finished(run: Path) -> bool:
+    """Whether a run has its export, as host 0 sees it."""
+    return bool(hosts.agree((run / "export" / "config.json").is_file()))
 
 
 def _random(

@@ -49,6 +49,9 @@ class Signals:
                 if self.count > 1:
                     os._exit(128 + byte[0])
 
+    def before(self, step: int) -> None:
+        """A step begins; there is no other process to agree with."""
+
     def __exit__(self, *exc: Any) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)

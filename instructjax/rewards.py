@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from instructjax import pretrained, reward, sharding
+from instructjax import hosts, pretrained, reward, sharding
 from instructjax.data import Record
 from instructjax.models import ModelConfig, Params
 from instructjax.offload import Resting, freeze, rest
@@ -87,7 +87,8 @@ class Rewards:
             each = [over(functools.partial(fn, resting.awake())) for fn, resting in self.models]
             terms["model"] = self.of_models(np.stack(each))
         for name, function in self.functions:
-            terms[name.rpartition(":")[2]] = _call(name, function, prompts, responses, records)
+            scores_B = _call(name, function, prompts, responses, records)
+            terms[name.rpartition(":")[2]] = hosts.agree(scores_B)  # it may be random, or a service
         total_B = np.zeros(len(responses), np.float32)
         for weight, term in zip(self.weights, terms.values(), strict=True):
             total_B += weight * term.astype(np.float32)

@@ -34,6 +34,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from instructjax import hosts
 from instructjax.checkpoint import Checkpoints, abstract
 from instructjax.config import RunConfig, write
 from instructjax.metrics import Metrics, ProgressLine, to_numbers
@@ -47,15 +48,19 @@ def main(fn: Callable[[], None]) -> NoReturn:
 
     An error of input, files or training is one line on stderr and FAILED; with
     INSTRUCTJAX_TRACEBACK=1 its traceback. Anything else is a bug, and shows its traceback anyway.
+    On several hosts, all of which run the script, an error on one ends all.
     """
     keep_memory()
-    try:
-        fn()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("INSTRUCTJAX_TRACEBACK") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(FAILED)
+    hosts.choose_platform()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hosts.joined())
+            fn()
+        except (ValueError, OSError, FloatingPointError) as error:
+            if os.environ.get("INSTRUCTJAX_TRACEBACK") == "1":
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(FAILED) from error
     sys.exit(FINISHED)
 
 
@@ -63,7 +68,8 @@ class Run:
     """A context: the run directory, its files and checkpoints, signals, and what is printed.
 
     On SIGTERM or SIGINT the step is finished and saved, and the program ends with RESUMABLE;
-    a second signal ends it at once.
+    a second signal ends it at once. On several hosts host 0 writes the files, and a signal to any
+    of them stops all after one step; before the first step it waits for that.
 
     Args:
       config: the script's.
@@ -107,7 +113,7 @@ class Run:
             absl.setLevel(logging.CRITICAL)
             best_metric, best_mode = self._best
             self.checkpoints = Checkpoints(
-                self.out / "checkpoints", self.config.keep_last, best_metric, best_mode
+                self.config.checkpoint_directory, self.config.keep_last, best_metric, best_mode
             )
             stack.callback(self.checkpoints.close)
             self._latest = self.checkpoints.latest() if self.config.resume else None
@@ -116,13 +122,18 @@ class Run:
                 self.out, self._latest, self.config.tensorboard, self.config.wandb
             )
             stack.callback(self.metrics.close)
-            self._signals = stack.enter_context(Signals(self._on_signal, self._stop_asked))
+            signals = Signals(self._on_signal, self._stop_asked)
+            if jax.process_count() > 1:
+                signals = hosts.AgreedSignals(self._stop_asked, self._latest or 0)
+            self._signals = stack.enter_context(signals)
             stack.callback(self._stop_display)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         stopped = kind is SystemExit and error.code == RESUMABLE
+        if kind is not None and not stopped and jax.process_count() > 1:
+            return  # to end the others: closing would wait for them
         try:
             with self._stack:
                 if kind is None:
@@ -176,12 +187,15 @@ class Run:
         window = self.config.profile_window
         if window and window[0] > total:
             raise ValueError(f"--profile {self.config.profile}: the run has {total} steps")
+        if total != (theirs := int(hosts.agree(total))):
+            raise ValueError(f"the data give {total} steps here, and {theirs} on host 0")
         self._total, self._saved, self._training = total, start, True
         self._line = ProgressLine(self.console, self.stage, start, total)
         self._clock = time.perf_counter()
         for step in range(start + 1, total + 1):
             if self.stopping and self._saved == step - 1:
                 sys.exit(RESUMABLE)
+            self._signals.before(step)
             if window and step == window[0]:
                 self._flush()
                 jax.profiler.start_trace(self.out / "profile")
@@ -280,7 +294,7 @@ class Run:
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if bad:
             last = self.checkpoints.latest()
-            where = self.out / "checkpoints" / str(last)
+            where = self.checkpoints.directory / str(last)
             good = "no checkpoint was saved" if last is None else f"last good checkpoint: {where}"
             raise FloatingPointError(f"step {step}: {', '.join(bad)}; {good}")
         self._written = step
@@ -297,7 +311,8 @@ class Run:
     def _stop_asked(self, count: int) -> None:
         if count == 1:
             when = " after this step" if self._training else ""
-            self._say(f"stopping{when}; a second signal stops at once")
+            again = "" if jax.process_count() > 1 else "; a second signal stops at once"
+            self._say(f"stopping{when}{again}")
         else:
             self.console.show_cursor(True)
 

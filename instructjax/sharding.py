@@ -149,6 +149,27 @@ def batched(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
+def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that lie on this host's devices, ascending: all that it has to read.
+
+    They depend on the mesh. A pod's hosts are squares of its grid, so that the rows of one host
+    need be no block (on a v5e-16 host 0 may have rows 0, 1, 6 and 15), and hosts that share a
+    tensor axis have the same ones. `jax.make_array_from_process_local_data` puts them, in this
+    order, where they belong.
+
+    Raises:
+      ValueError: the devices that split a batch do not divide it.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if batch_size % parts:
+        raise ValueError(
+            f"a batch of {batch_size} rows does not divide over data x fsdp of {parts} devices"
+        )
+    places = batched(mesh).addressable_devices_indices_map((batch_size,)).values()
+    slices = {place[0].indices(batch_size) for place in places if place is not None}
+    return [row for part in sorted(slices) for row in range(*part)]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # compared, like a function, by identity
 class Constrainer:
     """The model's `Shard` on a mesh."""

@@ -230,6 +230,27 @@ def test_directory_of_another_run_is_refused(tmp_path, capsys):
         Run(Toy(out=tmp_path, resume=True), stage="toy").__enter__()
 
 
+def test_checkpoints_may_lie_elsewhere(tmp_path, capsys, monkeypatch):
+    """And outlive the run directory's disk."""
+    monkeypatch.chdir(tmp_path)
+    fit(Toy(out=Path("a"), checkpoints="there", steps=5))
+    assert not Path("a/checkpoints").exists()
+    assert run_main(Toy(out=Path("b"), checkpoints="there", steps=8)) == FAILED
+    error = "--checkpoints there holds a run: continue it with --resume, or give another --checkp"
+    assert error in capsys.readouterr().err
+    assert run_main(Toy(out=Path("b"), checkpoints="there", steps=8, resume=True)) == FINISHED
+    assert "b: resumed after step 5" in capsys.readouterr().out
+    assert [row["step"] for row in lines_of(Path("b/metrics.jsonl"))] == [6, 7, 8]
+    assert run_main(Toy(out=Path("c"), checkpoints="there", nan_at=9, resume=True)) == FAILED
+    assert f"last good checkpoint: {tmp_path}/there/8" in capsys.readouterr().err
+
+
+def test_a_bucket_needs_its_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"--checkpoints gs://b/x needs: .*instructjax\[gcs\]"):
+        Toy(checkpoints="gs://b/x")
+
+
 def test_allowed_changes_are_printed(tmp_path, capsys):
     fit(Toy(out=tmp_path, steps=3))
     changed = Toy(out=tmp_path, steps=8, resume=True, log_every=4, learning_rate=0.1)

@@ -239,7 +239,8 @@ class Stream:
       seed: of the order, which is new in each epoch.
       weights: the share of rows from each source, in proportion; equal if None. It is kept to in
         every stretch of the stream, not only on average.
-      host_index, host_count: this host takes the rows from `host_index * batch_size / host_count`.
+      own: the rows of each batch that this host takes, ascending, as `sharding.own_rows` finds
+        them; all if None.
     """
 
     def __init__(
@@ -249,16 +250,11 @@ class Stream:
         *,
         seed: int,
         weights: Sequence[float] | None = None,
-        host_index: int = 0,
-        host_count: int = 1,
+        own: Sequence[int] | None = None,
     ):
         import grain  # and with it jax, so not before it is needed
 
         self.sources = list(sources) if isinstance(sources, Sequence) else [sources]
-        if batch_size % host_count:
-            raise ValueError(
-                f"a batch of {batch_size} rows does not divide among {host_count} hosts"
-            )
         shapes = {str({k: np.shape(v) for k, v in _arrays(s.filler)}) for s in self.sources}
         if len(shapes) > 1:
             raise ValueError(f"rows of several shapes cannot be mixed: {sorted(shapes)}")
@@ -270,13 +266,11 @@ class Stream:
         ]
         one = len(shuffled) == 1
         self.rows: Any = shuffled[0] if one else grain.MapDataset.mix(shuffled, weights)
-        self.batch_size, self.share = batch_size, batch_size // host_count
-        self.offset = host_index * self.share
+        self.batch_size, self.own = batch_size, range(batch_size) if own is None else own
 
     def batch(self, n: int) -> Batch:
         """This host's rows of batch n, stacked along a leading B."""
-        first = n * self.batch_size + self.offset
-        return _stack([self.rows[i] for i in range(first, first + self.share)])
+        return _stack([self.rows[n * self.batch_size + i] for i in self.own])
 
     def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Batches from number `start` on, prepared in the background."""
@@ -293,7 +287,7 @@ class Stream:
         for _ in range(-(-total // self.batch_size)):
             batch = list(islice(rows, self.batch_size))
             batch += [self.sources[0].filler] * (self.batch_size - len(batch))
-            yield _stack(batch[self.offset : self.offset + self.share])
+            yield _stack([batch[i] for i in self.own])
 
 
 def _source_seed(seed: int, source: int) -> int:

@@ -22,7 +22,7 @@ import rich.progress
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from instructjax import sharding
+from instructjax import hosts, sharding
 from instructjax.hf import configs, tensors
 from instructjax.hf.families import FAMILIES
 from instructjax.models import ModelConfig, Params, init, logical_axes
@@ -114,7 +114,8 @@ def save(
     families with LayerNorm take it into the final norm, families with RMSNorm keep it in
     `config.json` as `reward_bias`, to be added to their scores. It scores the rightmost token
     that is not padding, so it gets a pad id that is no EOS, and a row of the embedding for it
-    where there is none. On several hosts all must call this; the first writes.
+    where there is none. On several hosts all must call this; the first writes, and all return when
+    it has.
 
     Args:
       path: a directory; made if missing. Weights of an earlier export in it are replaced.
@@ -160,8 +161,20 @@ def save(
         content = dict(tensors.file_tensors(group, leaves, config, file_dtype))
         if writer:
             save_file(content, directory / f"{name}.part", metadata={"format": "pt"})
-    if not writer:
-        return
+    if writer:
+        _publish(directory, files, config, hf_config, tokenizer, reward_bias)
+    hosts.wait_for_all(f"{directory} is written")
+
+
+def _publish(
+    directory: Path,
+    files: huggingface_hub.StateDictSplit,
+    config: ModelConfig,
+    hf_config: Any,
+    tokenizer: Any,
+    reward_bias: float,
+) -> None:
+    """Puts new weights in the place of old ones, and all else beside them."""
     # An earlier export stays whole until here. From here to config.json, which comes last, the
     # directory is none: what an interruption leaves does not load.
     for pattern in ("config.json", "generation_config.json", "model*.safetensors", "*.index.json"):

@@ -1,0 +1,349 @@
+"""Two processes with four emulated devices each are one process with eight; they end together.
+
+This file is also the program that the processes run: `python tests/test_hosts.py TASKS`.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from instructjax import hf, hosts, miniature, models, run, sharding
+from instructjax.config import parse
+from instructjax.data import Stream, sources
+from instructjax.models import ModelConfig
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+
+import run_ppo
+import run_rm
+import run_sft
+import test_run
+
+SMALL = {"demonstrations": 80, "comparisons": 60, "prompts": 40, "text": 200}
+FEW = ["--batch_size", "8", "--unroll", "1", "--data.cache", "None"]
+SFT = [*FEW, "--mesh", "fsdp=8", "--max_new_tokens", "4", "--eval_prompts", "16"]
+RM = [*FEW, "--mesh", "data=4,tensor=2"]
+PPO = [*FEW, "--mesh", "data=2,fsdp=4", "--pretrain.cache", "None", "--ppo.minibatch", "8"]
+PPO += ["--ppo.buckets", "1", "--max_new_tokens", "6", "--eval_prompts", "8"]
+PPO += ["--final_prompts", "8", "--ppo.value", "shared"]
+
+
+# ------------------------------------------------------------------------------ the program
+
+
+def tasks(*commands: list[str]) -> None:
+    """`[NAME, FLAG, ...]` of the functions below, one after the other."""
+    sources.MINIATURE, run_rm.TEST = SMALL, 24
+    known = {"sft": run_sft.cli, "rm": run_rm.cli, "ppo": run_ppo.cli}
+    known |= {"toy": toy, "rows": rows}
+    for name, *flags in commands:
+        known[name](flags)
+
+
+def toy(flags: list[str]) -> None:
+    test_run.fit(parse(test_run.Toy, {}, "", flags))
+
+
+def rows(_: list[str]) -> None:
+    """Rows of a batch where the devices of a host are scattered, and where hosts share rows."""
+    devices = np.array(jax.devices())
+    for order, shape in (
+        ([0, 4, 1, 5, 6, 2, 3, 7], (2, 4, 1)),
+        ([4, 5, 6, 7, 0, 1, 2, 3], (1, 8, 1)),
+        ([0, 1, 4, 5, 2, 3, 6, 7], (1, 2, 4)),
+    ):
+        types = (jax.sharding.AxisType.Auto,) * 3
+        mesh = jax.sharding.Mesh(devices[order].reshape(shape), sharding.AXES, axis_types=types)
+        own = sharding.own_rows(mesh, 16)
+        (batch,) = Stream(Numbers(), 16, seed=0, own=own).once()
+        batch = jax.make_array_from_process_local_data(sharding.batched(mesh), batch["n_B"])
+        print(f"rows: {len(own)}, {sharding.fetch(batch).tolist()}")
+
+
+class Numbers:
+    """Rows that are their own number."""
+
+    def __init__(self):
+        self.filler = self[0]
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"n_B": np.asarray(index)}
+
+
+if __name__ == "__main__":
+    run.main(lambda: tasks(*json.loads(sys.argv[1])))
+
+
+# ------------------------------------------------------------------------------ its processes
+
+
+class Pair:
+    """Two processes of the program, which do the same tasks unless each is given its own."""
+
+    def __init__(self, cache: Path, *tasks: list[list[str]]):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        shared = {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_NUM_CPU_DEVICES": "4",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.logs = [cache / f"{port}-{host}.log" for host in range(2)]
+        self.processes = []
+        for host, log in enumerate(self.logs):
+            command = [sys.executable, __file__, json.dumps(tasks[host % len(tasks)])]
+            env = {**os.environ, **shared, "JAX_PROCESS_ID": str(host)}
+            with log.open("w") as file:
+                process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
+            self.processes.append(process)
+
+    def __enter__(self) -> "Pair":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def says(self, text: str) -> None:
+        """Waits until host 0 has printed it."""
+        deadline = time.monotonic() + 60
+        while text not in self.said()[0]:
+            assert [process.poll() for process in self.processes] == [None, None], self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+
+    def end(self, *codes: int, timeout: float = 60) -> list[str]:
+        """Waits for both; returns what each printed."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.wait(max(1, deadline - time.monotonic()))
+        assert [process.returncode for process in self.processes] == list(codes), self.said()
+        return self.said()
+
+    def said(self) -> list[str]:
+        return [log.read_text() for log in self.logs]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Of compiled programs, and for the processes' logs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "MINIATURE", SMALL)
+        patch.setattr(run_rm, "TEST", 24)
+        yield
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """A policy and a reward model of random weights."""
+    out, tokenizer = tmp_path_factory.mktemp("models"), miniature.tokenizer()
+    ids = {"eos_ids": (tokenizer.eos_token_id,), "pad_id": tokenizer.pad_token_id}
+    config = ModelConfig(len(tokenizer), 1, 16, heads=2, mlp_width=32, max_length=128, **ids)
+    params = models.init(config, jax.random.key(0))
+    hf.save(out / "sft", config, params, tokenizer)
+    config, params = models.with_scalar_head(params, config, jax.random.key(1))
+    params["score"]["kernel"] = 10 * params["score"]["kernel"]
+    hf.save(out / "rm", config, params, tokenizer)
+    return out
+
+
+def commands(start: Path, out: Path) -> list[list[str]]:
+    model = ["--model", f"{start}/sft", "--steps"]
+    return [
+        ["sft", *model, "3", *SFT, "--out", f"{out}/sft", "--eval_every", "2"],
+        ["rm", *model, "9", *RM, "--out", f"{out}/rm", "--save_every", "2"],
+        ["ppo", *model, "1", *PPO, "--out", f"{out}/ppo", "--reward", f"{start}/rm"],
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(start, cache, tmp_path_factory) -> tuple[Path, Path]:
+    """All three scripts in this process, on its eight devices, and at once in two processes."""
+    alone, together = (tmp_path_factory.mktemp(name) for name in ("alone", "together"))
+    with Pair(cache, [["rows", ""], *commands(start, together)]) as pair:
+        tasks(*commands(start, alone))
+        for host, text in enumerate(pair.end(0, 0, timeout=240)):
+            (together / f"said-{host}").write_text(text)
+    return alone, together
+
+
+def metrics_of(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "throughput/")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+def assert_close(one: Path, two: Path) -> None:
+    one, two = metrics_of(one), metrics_of(two)
+    assert [list(row) for row in one] == [list(row) for row in two]
+    for row, other in zip(one, two, strict=True):
+        for name, value in row.items():
+            assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-4), (row["step"], name)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_two_processes_give_the_metrics_of_one(runs, stage):
+    alone, together = (out / stage for out in runs)
+    assert_close(alone, together)
+    assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
+
+
+def test_each_row_is_read_where_its_device_is(runs):
+    """Also where the rows of a host are no block, and where two hosts have the same ones."""
+    for host in range(2):
+        said = (runs[1] / f"said-{host}").read_text().splitlines()
+        found = [line for line in said if line.startswith("rows: ")]
+        assert found == [f"rows: {count}, {list(range(16))}" for count in (8, 8, 16)]
+
+
+def test_a_signal_to_one_stops_both_and_any_number_resumes(start, runs, cache, tmp_path):
+    """One process, from step 2 two of them, and after SIGTERM to one of these again one."""
+    (rm,) = [command for command in commands(start, tmp_path) if command[0] == "rm"]
+
+    class StopError(Exception):
+        pass
+
+    def steps(self, begin, total, whole=run.Run.steps):
+        for step in whole(self, begin, total):
+            if step == 3:
+                raise StopError
+            yield step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Run, "steps", steps)
+        with pytest.raises(StopError):
+            tasks(rm)
+    with Pair(cache, [[*rm, "--resume", "--save_every", "100"]]) as pair:
+        pair.says("miniature (train)")  # before the first step
+        pair.processes[1].send_signal(signal.SIGTERM)
+        said = pair.end(75, 75)
+    step = metrics_of(tmp_path / "rm")[-1]["step"]
+    assert step in (3, 4)  # the notice takes a moment
+    assert {path.name for path in (tmp_path / "rm/checkpoints").iterdir()} == {"2", f"{step}"}
+    assert f"stopped after step {step}; continue with" in said[0]
+    assert "continue with" not in said[1]
+    tasks([*rm, "--resume"])
+    assert_close(runs[0] / "rm", tmp_path / "rm")
+
+
+@pytest.fixture(scope="module")
+def killed(cache, tmp_path_factory) -> Iterator[Pair]:
+    """A pair of which one process has just been killed."""
+    out = tmp_path_factory.mktemp("killed")
+    with Pair(cache, [["toy", "--out", f"{out}/toy", "--pause", "0.2", "--steps", "900"]]) as pair:
+        pair.says("toy  step 1/900")
+        pair.processes[1].kill()
+        yield pair
+
+
+@pytest.mark.usefixtures("killed")  # whose 20 seconds pass meanwhile
+def test_an_error_on_one_ends_both_with_its_message(start, cache, tmp_path):
+    """Host 1 reads a broken file; host 0, whose own is whole, would wait for it in a collective."""
+    row = {"prompt": "who is Olmo?", "completion": "Olmo is here."}
+    lines = [json.dumps({**row, "prompt": f"{row['prompt']} {i}"}) for i in range(40)]
+    (tmp_path / "0.jsonl").write_text("\n".join(lines))
+    (tmp_path / "1.jsonl").write_text("\n".join([*lines[:3], '{"prompt": 1}', *lines[3:]]))
+    (sft,) = [command for command in commands(start, tmp_path) if command[0] == "sft"]
+    with Pair(cache, *([[*sft, "--data", f"jsonl:{tmp_path}/{i}.jsonl"]] for i in "01")) as pair:
+        said = pair.end(1, 1)
+    assert f"\nerror on host 1: {tmp_path}/1.jsonl:4" in "\n" + said[0]
+    assert f"\nerror: {tmp_path}/1.jsonl:4" in "\n" + said[1]
+    assert "Traceback" not in said[0] + said[1]
+
+
+def test_a_killed_process_ends_the_other(killed):
+    assert killed.processes[0].wait(60) != 0
+    assert "stopped sending heartbeats" in killed.said()[0]
+
+
+def test_an_interrupt_is_passed_on_and_a_second_one_ends_the_process():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
+    try:
+        with hosts.AgreedSignals(print, start=3):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert heard == ["SIGTERM"]
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, {"num_processes": None, "process_id": None}),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "a:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "0",
+            },
+            {"num_processes": 2, "process_id": 0},
+        ),
+        ({"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "2"}, {}),
+        ({"SLURM_STEP_NODELIST": "a1", "SLURM_NTASKS": "1"}, None),
+        ({"SLURM_NTASKS": "2"}, None),  # within sbatch, without srun
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1", "OMPI_COMM_WORLD_SIZE": "2"}, {}),
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1", "OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, None),  # and no TPU
+    ],
+)
+def test_whether_there_are_others(environment, expected):
+    assert hosts.arguments(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, {}),  # the metadata server knows
+        ({"TPU_SKIP_MDS_QUERY": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, {}),
+    ],
+)
+def test_whether_there_are_others_on_a_tpu(monkeypatch, environment, expected):
+    monkeypatch.setattr(hosts, "running_in_cloud_tpu_vm", True)
+    assert hosts.arguments(environment) == expected
+
+
+def test_a_process_that_is_no_number_is_named():
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID=one: expected a number"):
+        hosts.arguments({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "one"})
+
+
+def test_without_a_tpu_libtpu_says_nothing():
+    pytest.importorskip("libtpu", reason="libtpu is not installed")
+    if hosts.running_in_cloud_tpu_vm:
+        pytest.skip("this machine has a TPU")
+    code = "import jax; from instructjax.run import main; main(lambda: print(jax.devices()))"
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "hostname" not in done.stderr
+    assert done.stdout.startswith("[")
