@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -85,7 +86,9 @@ def make_mesh(
     # Auto: the compiler shards what is between constraints. Explicit axis types, the default,
     # refuse about half of ordinary RLHF operations.
     types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    # As jax.make_mesh, which refuses a mesh that cuts an axis of a three-dimensional slice.
+    grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def partition_spec(

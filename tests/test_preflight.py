@@ -812,11 +812,17 @@ def test_too_large_for_a_tpu(described):
 @needs_libtpu
 @pytest.mark.parametrize(
     ("text", "mesh", "says"),
-    [("v5p:4x4x4", "fsdp=-1,tensor=2", "whole axes"), ("v5e:4x4", "fsdp=3", "does not divide")],
+    [("v5p:4x4x4", "fsdp=-1,tensor=3", "does not divide"), ("v5e:4x4", "fsdp=3", "not divide")],
 )
 def test_meshes_that_do_not_fit(text, mesh, says):
     with pytest.raises(ValueError, match=says):
         preflight.make_mesh(preflight.parse_topology(text), mesh)
+
+
+@needs_libtpu
+def test_a_mesh_may_cut_an_axis_of_the_slice():
+    mesh = preflight.make_mesh(preflight.parse_topology("v5p:4x4x4"), "fsdp=-1,tensor=2")
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 32, "tensor": 2}
 
 
 @needs_libtpu
