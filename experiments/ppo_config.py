@@ -195,9 +195,10 @@ PRESETS = {
     # 125 updates would lag so short a run. A reward model of this size is soon exploited: a
     # larger beta.
     "miniature": Config(
-        steps=80,
+        steps=120,
         batch_size=256,
-        eval_every=20,
+        eval_every=30,
+        final_prompts=1024,
         unroll=2,
         ppo=PPO(minibatch=64, learning_rate=3e-4, value_learning_rate=1e-3, beta=0.15),
         ptx=PTX(coef=0.03, ratio=1, length=64),
