@@ -84,6 +84,7 @@ def search(config: Config) -> list[preflight.Program]:
     Meshes are tried from all `fsdp` on, with `tensor` twice as large each time: what it splits
     has more collectives.
     """
+    check(config)
     for topology in preflight.slices(config.topology):
         meshes = [config.mesh] if config.mesh else meshes_of(topology.devices)
         for mesh in meshes:
@@ -95,6 +96,15 @@ def search(config: Config) -> list[preflight.Program]:
             if all(program.fits for program in found):
                 return found
     raise ValueError(f"--search: it fits no slice of {config.topology} with these flags")
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for what is wrong on every slice."""
+    for stage, presets in (("sft", run_sft.PRESETS), ("ppo", ppo_config.PRESETS)):
+        if stage in config.stages:
+            preset(config, presets)
+    describe(config)
+    describe_reward_model(config)
 
 
 def meshes_of(devices: int) -> list[str]:

@@ -312,7 +312,7 @@ def test_no_parameter_is_gathered_in_the_loop(axes):
         )
     )
     settings = decode.Settings(R, 0, 1.0, 0, 1.0, (3,), samples=1, slots=2)
-    program = sampler._generate.lower(
+    program = sampler.generate_on_device.lower(
         placed, batch, jax.random.key(0), config=config, settings=settings, mesh=mesh
     ).compile()
     within, before = collectives(program.as_text())
@@ -340,9 +340,9 @@ def test_weights_for_decoding():
 
 def test_one_program_for_all_prompts_of_a_bucket():
     generate([[5] * 3, [6]], widths=(8, 16))
-    before = sampler._generate._cache_size()
+    before = sampler.generate_on_device._cache_size()
     generate([[5] * 8, [6] * 2], seed=3, indices=[7, 9], widths=(8, 16))
-    assert sampler._generate._cache_size() == before
+    assert sampler.generate_on_device._cache_size() == before
 
 
 def test_buckets():

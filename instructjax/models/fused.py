@@ -16,6 +16,7 @@ tiles, of which q is [Q, H], k and v [S, H].
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -218,7 +219,9 @@ def _key_kernel(window_ref, live_ref, *refs, softcap):
 _READ = "queries", "keys", "of q", "of k", "of k"
 
 
-def _run(kernel, read, arrays, outputs, scratch, window_1, live, *, by_key, softcap) -> Any:
+def _run(
+    kernel, read, arrays, outputs, scratch, window_1, live, *, by_key, matmuls, softcap
+) -> Any:
     """A kernel over all rows, heads and tiles.
 
     Args:
@@ -228,6 +231,7 @@ def _run(kernel, read, arrays, outputs, scratch, window_1, live, *, by_key, soft
       live: see `_live_tiles`.
       by_key: a tile of keys meets one of queries after another, of every head of its group;
         otherwise a tile of queries meets one of keys after another.
+      matmuls: of [queries, keys] in a tile.
     """
     (B, N, T, H), G = arrays[2].shape, arrays[3].shape[1]
     group, tile = N // G, _tile(T)
@@ -254,8 +258,13 @@ def _run(kernel, read, arrays, outputs, scratch, window_1, live, *, by_key, soft
         "of k": block((1, 1, tile, H), lambda b, n, i, g, j: (b, g, j, 0)),
         "numbers of q": block((1, 1, 1, tile), lambda b, n, i, g, j: (b, n, 0, i)),
     }
+    # What a causal mask alone leaves of the tiles; how many more are empty only the data know.
+    met = B * N * tiles * (tiles + 1) // 2 * tile**2
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *(x for _, x in outputs)))
+    cost = pl.CostEstimate(flops=2 * matmuls * met * H, transcendentals=met, bytes_accessed=moved)
     return pl.pallas_call(
         functools.partial(kernel, softcap=softcap),
+        cost_estimate=cost,
         out_shape=[shape for _, shape in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -280,7 +289,7 @@ def _forward(q, k, v, queries, keys, window_1, softcap):
     arrays, live = (queries, keys, q, k, v), _live_tiles(queries, keys, window_1)
     outputs = [("of q", q), ("numbers of q", jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32))]
     sums = [(1, tile), (1, tile), (H, tile)]
-    how: Any = {"by_key": False, "softcap": softcap}
+    how: Any = {"by_key": False, "matmuls": 2, "softcap": softcap}
     y, lse_BN1T = _run(_forward_kernel, _READ, arrays, outputs, sums, window_1, live, **how)
     return y, (arrays, window_1, live, y, lse_BN1T)
 
@@ -293,12 +302,12 @@ def _backward(softcap, kept, dy):
     arrays = *arrays, dy, lse_BN1T, mean_BN1T
     read = *_READ, "of q", "numbers of q", "numbers of q"
 
-    def run(kernel, outputs, sums, by_key):
-        how: Any = {"by_key": by_key, "softcap": softcap}
+    def run(kernel, outputs, sums, by_key, matmuls):
+        how: Any = {"by_key": by_key, "matmuls": matmuls, "softcap": softcap}
         return _run(kernel, read, arrays, outputs, sums, window_1, live, **how)
 
-    (dq,) = run(_query_kernel, [("of q", q)], one, by_key=False)
-    dk, dv = run(_key_kernel, [("of k", k), ("of k", v)], one * 2, by_key=True)
+    (dq,) = run(_query_kernel, [("of q", q)], one, by_key=False, matmuls=3)
+    dk, dv = run(_key_kernel, [("of k", k), ("of k", v)], one * 2, by_key=True, matmuls=4)
     return dq, dk, dv, None, None, None
 
 

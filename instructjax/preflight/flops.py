@@ -8,17 +8,12 @@ import numpy as np
 
 from instructjax.preflight.hlo import Buffer, Computation, Op
 
-# The matmuls of [queries, keys] in each kernel of jax.experimental.pallas.ops.tpu's splash
-# attention; its one backward kernel, where that is asked for, is `dkv` too, and makes five.
-_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
-_SPLASH |= {name.replace("mha", "mqa"): matmuls for name, matmuls in _SPLASH.items()}
-
 
 def flops(where: Computation, op: Op) -> float | None:
     """FLOPs of an op of that computation: 0 of what is no matmul, None of a kernel that is silent.
 
-    A Pallas kernel's are its own `cost_estimate`; of those without, the compiler's softmax and
-    splash attention are known, the latter with a dense mask: twice what a causal one costs.
+    A Pallas kernel's are its own `cost_estimate`; of those without one the compiler's softmax is
+    known.
     """
     if op.opcode == "dot":
         return _dot(where, op)
@@ -86,9 +81,4 @@ def _kernel(where: Computation, op: Op) -> float | None:
     if "online-softmax" in op.where:  # the compiler's own: softmax(scores) @ values
         scores, values = arrays
         return 2 * math.prod(scores.dims) * values.dims[-1]
-    matmuls = next((n for name, n in _SPLASH.items() if name in op.where), None)
-    if matmuls is None:
-        return None
-    # Masks come first, as int8; then q [.., queries, H] and k [.., keys, H], the heads before them.
-    queries, keys = [x for x in arrays if x.dtype in ("f32", "bf16")][:2]
-    return 2 * matmuls * math.prod(queries.dims) * keys.dims[-2]
+    return None
