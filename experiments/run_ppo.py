@@ -5,10 +5,10 @@
         --data jsonl:prompts.jsonl --pretrain 'jsonl:books/*.txt'
     python experiments/run_ppo.py --reward my_file.py:my_function --loss my_file.py:my_policy_loss
 
-Hardware: two CPU cores suffice for the miniature: 60 iterations, 100 s, after those
-of run_sft.py and run_rm.py, which run first where their runs are not there.
-Result: by the gold judge the policy wins 62 % (58 to 65) against SFT on held-out prompts, at 1.2
-nats of KL, and its loss on pretraining text falls from 3.8 to 1.8.
+Hardware: two CPU cores suffice for the miniature: 120 iterations, 195 s, after those of
+run_sft.py and run_rm.py, which run first where their runs are not there.
+Result: by the gold judge the policy wins 70 % (67 to 72) against SFT on held-out prompts, at 1.7
+nats of KL, and its loss on pretraining text falls from 3.7 to 1.5.
 """
 
 import dataclasses
