@@ -21,6 +21,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from instructjax import hf, pretrained, sampler, sft, sharding, state, train
 from instructjax.config import RunConfig, parse
@@ -68,7 +69,7 @@ class Config(RunConfig):
 
 
 # All values are ours: the paper starts from GPT-3.
-PRESETS = {"miniature": Config(batch_size=8, epochs=2, learning_rate=2e-3, unroll=2)}
+PRESETS = {"miniature": Config(epochs=2, learning_rate=4e-3, unroll=2)}
 
 
 def run_pretrain(config: Config) -> None:
@@ -102,7 +103,10 @@ def run_pretrain(config: Config) -> None:
         total = config.steps
         if total is None:
             total = math.ceil(config.epochs * len(rows) / config.batch_size)
-        schedule = train.cosine(config.learning_rate, total, config.warmup)
+        peak, warmup = config.learning_rate, min(config.warmup, total)
+        schedule = optax.warmup_cosine_decay_schedule(
+            peak / (warmup + 1), peak, warmup, max(total, warmup + 1), end_value=0.1 * peak
+        )
         tx = train.adam(schedule)
         shard = sharding.constrainer(mesh)
         loss_fn = functools.partial(sft.loss_fn, config=model, shard=shard)

@@ -53,7 +53,7 @@ class Config(RunConfig):
 
     FIXED = (
         *(*RunConfig.FIXED, "tokenizer", "demonstrations", "epochs", "learning_rate", "dropout"),
-        *("warmup", "length", "multiple", "ensemble", "folds", "by"),
+        *("length", "multiple", "ensemble", "folds", "by"),
     )
 
     out: Path = Path("runs/rm")
@@ -75,10 +75,7 @@ class Config(RunConfig):
     epochs: float = 1.0
     """Passes over the comparisons; --steps overrides it."""
     learning_rate: float = 5e-4
-    """The peak, from which a cosine goes to 10 %."""
-    warmup: int = 0
-    """Steps of linear warm-up. Adam moves all weights alike, however little a new head's first
-    gradients tell: without a warm-up a small model may lose what it knew."""
+    """The peak, from which a cosine goes to 10 %, without warm-up."""
     dropout: float = 0.0
     """Of what each sublayer adds to the residual."""
     ensemble: int = 1
@@ -119,7 +116,7 @@ PAPER = Config(
     remat="dots",  # ours
 )
 PRESETS = {
-    "miniature": Config(length=288, batch_size=6, epochs=2.1, warmup=150, unroll=2),  # ours
+    "miniature": Config(length=288, batch_size=6, epochs=2.4, unroll=2),  # ours
     "instructgpt-6b": PAPER,  # the paper's one RM, for policies of all sizes
 }
 TEST = 1200  # the miniature's comparisons on test customers' prompts, half by held-out labelers
@@ -317,7 +314,7 @@ def make_step(
     total: int,
 ) -> tuple[optax.Schedule, optax.GradientTransformation, train.TrainStep]:
     """(schedule, optimizer, jitted step) of one member; as in run_sft.py."""
-    schedule = train.cosine(config.learning_rate, total, config.warmup)
+    schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
     tx = train.adam(schedule)
     dropped = dataclasses.replace(model, dropout=config.dropout)
     loss_fn = functools.partial(reward.loss_fn, config=dropped, shard=sharding.constrainer(mesh))

@@ -112,7 +112,7 @@ PPO_INIT = dataclasses.replace(  # App. C.3: 2 epochs, 10 % pretraining data
     PAPER, epochs=2, pretrain=DataConfig(tyro.MISSING), pretrain_share=0.1
 )
 PRESETS = {
-    "miniature": Config(epochs=5, unroll=2),  # ours
+    "miniature": Config(epochs=6, unroll=2),  # ours
     # App. C.1
     "instructgpt-1.3b": dataclasses.replace(BASELINE, learning_rate=9.65e-6, batch_size=32),
     "instructgpt-6b": dataclasses.replace(BASELINE, learning_rate=9.65e-6, batch_size=32),
@@ -304,7 +304,7 @@ def make_step(
       params: arrays, or ShapeDtypeStructs that carry shardings.
       total: steps, at which the learning rate is a tenth of its peak.
     """
-    schedule = train.cosine(config.learning_rate, total)
+    schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
     tx = train.adam(schedule)
     dropped = dataclasses.replace(model, dropout=config.dropout)
     loss_fn = functools.partial(sft.loss_fn, config=dropped, shard=sharding.constrainer(mesh))

@@ -35,18 +35,6 @@ def adam(
     )
 
 
-def cosine(peak: float, total: int, warmup: int = 0) -> optax.Schedule:
-    """Learning rate by step: from its peak to a tenth of it at step `total` (App. C.1, C.2).
-
-    Args:
-      warmup: steps of linear warm-up; the paper has none before its cosines.
-    """
-    warmup = min(warmup, total)
-    return optax.warmup_cosine_decay_schedule(
-        peak / (warmup + 1), peak, warmup, max(total, warmup + 1), end_value=0.1 * peak
-    )
-
-
 def accumulate_gradients(
     loss_fn: LossFn, params: Params, batch: Batch, key: jax.Array, microbatches: int = 1
 ) -> tuple[Params, Metrics]:

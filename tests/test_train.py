@@ -344,15 +344,6 @@ def test_a_step_equals_sgd_by_hand():
     np.testing.assert_allclose(got["loss"], metrics["loss"], rtol=1e-6)
 
 
-def test_cosine_by_hand():
-    """From the peak by half of 0.9 at half time to a tenth; a warm-up of 3 climbs by quarters."""
-    plain, warm = train.cosine(2.0, 100), train.cosine(2.0, 103, warmup=3)
-    np.testing.assert_allclose([plain(i) for i in (0, 50, 100, 200)], [2, 1.1, 0.2, 0.2], rtol=1e-6)
-    rates = [warm(i) for i in (0, 1, 2, 3, 53, 103)]
-    np.testing.assert_allclose(rates, [0.5, 1, 1.5, 2, 1.1, 0.2], rtol=1e-6)
-    np.testing.assert_allclose(train.cosine(2.0, 1, warmup=9)(0), 1.0)  # no longer than the run
-
-
 def test_adam_clips_the_global_norm():
     """A gradient of norm 50 gives the update of the same gradient scaled to norm 1."""
     grads, params = {"a": jnp.array([30.0]), "b": jnp.array([40.0])}, {"a": 0.0, "b": 0.0}
