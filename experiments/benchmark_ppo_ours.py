@@ -27,7 +27,7 @@ from ppo_programs import make_programs
 from instructjax import draw, models, ppo, responses, rewards, sampler, sharding, state
 from instructjax.models import ModelConfig
 from instructjax.ppo import update
-from instructjax.process import keep_memory
+from instructjax.process import keep_memory, return_memory
 
 
 def iterations(task: Task) -> Iterator[dict[str, float]]:
@@ -89,11 +89,13 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
 
     for step in range(sys.maxsize):
         clock = [time.perf_counter()]
+        return_memory()
         sampled = sample(R, step)
         names = ("tokens_BR", "mask_BR", "logp_BR")
         rows = dict(zip(names, jax.device_get([getattr(sampled, x) for x in names]), strict=True))
         rows |= responses.left_padded(prompts, task.prompt)
         assert rows["mask_BR"].sum(1).tolist() == task.lengths
+        return_memory()
         clock.append(time.perf_counter())
 
         score_B = over(rows, score_of, reward)

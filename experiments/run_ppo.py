@@ -46,6 +46,7 @@ from instructjax.evaluation import policies
 from instructjax.evaluation.policies import Sampled
 from instructjax.metrics import plot_curves
 from instructjax.offload import freeze, rest
+from instructjax.process import return_memory
 from instructjax.responses import Rows
 from instructjax.run import Run, main
 
@@ -219,9 +220,11 @@ def run_ppo(config: Config) -> dict[str, Any]:
         shuffled_text = text.iterate(start * config.updates) if text and config.ptx.coef else None
         for step, asked in zip(run.steps(start, total), stream.iterate(start), strict=False):
             clock = [time.perf_counter()]
+            return_memory()
             policy_params = current.policy.params
             key = jax.random.fold_in(seed_key, step)
             rows, live = roll_out(policy_params, asked["prompts"], asked["indices"], key)
+            return_memory()
             clock.append(time.perf_counter())
 
             score_B, terms = score(rows, asked["records"])
