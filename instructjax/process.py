@@ -122,8 +122,6 @@ def return_memory() -> None:
     Elsewhere than on glibc it does nothing.
     """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if (
-        malloc_trim is not None
-        and 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > LARGE
-    ):
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if malloc_trim is not None and peak > LARGE:
         malloc_trim(0)
