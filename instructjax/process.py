@@ -81,7 +81,7 @@ def claim(directory: Path, stack: ExitStack) -> None:
     except BlockingIOError as error:
         raise OSError(f"--out {directory}: another process is training there") from error
     except OSError:  # a file system without locks
-        malloc_trim(0)
+        pass
     if (free := shutil.disk_usage(directory).free) < MIN_FREE:
         raise OSError(f"--out {directory}: the disk is full, {free:,} bytes are free")
 
