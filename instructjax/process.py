@@ -122,6 +122,9 @@ def return_memory() -> None:
     Elsewhere than on glibc it does nothing.
     """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if malloc_trim is not None and peak > LARGE:
+    if malloc_trim is None:
+        return
+    # Not the peak that getrusage tells, which a process inherits from the one that started it.
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    if pages * resource.getpagesize() > LARGE:
         malloc_trim(0)

@@ -281,16 +281,18 @@ def test_a_killed_process_ends_the_other(killed):
 
 def test_an_interrupt_is_passed_on_and_a_second_one_ends_the_process():
     heard = []
-    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
+    terminate = signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind nohup
     try:
         with hosts.AgreedSignals(print, start=3):
             os.kill(os.getpid(), signal.SIGINT)
             assert heard == ["SIGTERM"]
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.mark.parametrize(
