@@ -105,7 +105,6 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
         arrays = rows["logp_BR"], ref_BR, rows["value_BR"], rows["mask_BR"], score_B
         made, _ = programs.experience(*arrays, responses.ended(rows, eos_ids), current.beta)
         rows |= jax.device_get(made)
-        return_memory()
         clock.append(time.perf_counter())
 
         for index in rng.permutation(rows_count).reshape(-1, task.minibatch):

@@ -249,7 +249,6 @@ def run_ppo(config: Config) -> dict[str, Any]:
             )
             rows |= jax.device_get(made)
             metrics |= {f"reward/{name}": value for name, value in terms.items()}
-            return_memory()
             clock.append(time.perf_counter())
 
             found: list[dict[str, float]] = []

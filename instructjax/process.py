@@ -108,9 +108,12 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # malloc.h
-        for option, value in ((arena_max, 1), (mmap_threshold, KEPT), (trim_threshold, UNUSED)):
-            mallopt(option, value)
+        arena_max, mmap_max, mmap_threshold, trim_threshold = -8, -4, -3, -1  # malloc.h
+        mallopt(arena_max, 1)
+        mallopt(trim_threshold, UNUSED)
+        # Its documented limit is 32 MB; where that is enforced, nothing is mapped anew.
+        if not mallopt(mmap_threshold, KEPT):
+            mallopt(mmap_max, 0)
 
 
 def return_memory() -> None:
