@@ -101,10 +101,9 @@ def keep_memory() -> None:
     XLA on CPU allocates all of a step's temporaries at each call. By default large blocks are
     mapped anew, and bringing in their pages took a third of a small step's processor time; from
     one arena they come back warm. Blocks above KEPT are mapped as ever, and an end of the arena
-    above UNUSED goes back: their pages are a small part of such a step, and the holes that large
-    blocks leave in an arena, into which smaller ones go, raised the peak of PPO at 124M
-    parameters by a quarter. To be called before JAX starts its threads, each of which would get
-    an arena. Elsewhere than on glibc it does nothing.
+    above UNUSED goes back: the holes that large blocks leave in an arena, into which smaller ones
+    go, raised the peak of PPO at 124M parameters by a quarter. To be called before JAX starts its
+    threads, each of which would get an arena. Elsewhere than on glibc it does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -120,8 +119,9 @@ def return_memory() -> None:
     """Gives what is free in the middle of the arena back to the system, if the process is large.
 
     To be called between the phases of a run, whose blocks differ in size: what one phase, or its
-    compilation, leaves free is of little use to the next. It takes under 0.1 s, and its pages as
-    much again; a small process, of whose steps that would be a large part, keeps what it has.
+    compilation, leaves free is of little use to the next. The call took up to 0.1 s at 124M
+    parameters, and pages that are needed again must be brought in; a small process, of whose steps
+    that would be a large part, keeps what it has.
     Elsewhere than on glibc it does nothing.
     """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
