@@ -53,14 +53,15 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
     reference, reward = born(config, 0), born(head, 1)
     flags = Config(
         batch_size=rows_count,
-        ppo=PPO(minibatch=task.minibatch, learning_rate=1e-5, value_learning_rate=1e-5),
+        # No average of the weights: TRL keeps none.
+        ppo=PPO(minibatch=task.minibatch, learning_rate=1e-5, value_learning_rate=1e-5, ema=0),
         ptx=PTX(coef=27.8 if task.ptx_ratio else 0.0),
     )
     programs = make_programs(flags, config, head, reference, reward, mesh)
     current = ppo.PPOState(
         policy=state.create(reference, programs.policy_tx),
         value=state.create(reward, programs.value_tx),
-        ema=jax.tree.map(jnp.copy, reference),
+        ema=None,
         beta=jax.device_put(jnp.float32(0.05), sharding.replicated(mesh)),
     )
     score_of = rewards.scorer(head, mesh)

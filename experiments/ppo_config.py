@@ -65,7 +65,8 @@ class PPO:
     warmup: int = 10
     """Iterations from a tenth of the learning rates up to them [App. C.4: 10]."""
     ema: float = 0.95
-    """Decay of the exported average of the policy's weights, an update [App. C.4: 0.992]."""
+    """Decay of the exported average of the policy's weights, an update; 0 keeps none and
+    exports the last ones [App. C.4: 0.992]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +148,8 @@ class Config(RunConfig):
             )
         if self.ptx.coef and not self.pretrain.spec and self.data.spec != "miniature":
             raise ValueError("--pretrain SPEC is needed for PPO-ptx; --ptx.coef 0 is plain PPO")
+        if not 0 <= self.ppo.ema < 1:
+            raise ValueError(f"--ppo.ema {self.ppo.ema}: must be at least 0 and below 1")
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: must be positive")
 

@@ -106,7 +106,9 @@ def ppo_programs(
     frozen, frozen_rm = (abstract_frozen(x, config.model_dtype) for x in (policy, value))
 
     size = preflight.shard_bytes
-    states = size(policy_state) + size(policy) + size(value_state)  # the average is one more
+    states = size(policy_state) + size(value_state)
+    if flags.ema:
+        states += size(policy)  # the average
     asleep = 0 if config.offload else size(frozen) + size(frozen_rm)
 
     P, R = lengths(config.data.max_prompt, config.max_new_tokens, model)
@@ -161,7 +163,7 @@ def ppo_programs(
         others = states + asleep - size(params)
         yield Compilable(name, add, args, runs=updates * count, resident=others)
     for name, step, args in (
-        ("policy step", update.step_policy, (policy_state, policy, policy)),
+        ("policy step", update.step_policy, (policy_state, policy if flags.ema else None, policy)),
         ("value step", update.step_value, (value_state, None, value)),
     ):
         grads = size(args[-1])

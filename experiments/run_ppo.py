@@ -117,7 +117,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
         current = ppo.PPOState(
             policy=state.create(policy, programs.policy_tx),
             value=None if value is None else state.create(value, programs.value_tx),
-            ema=jax.tree.map(jnp.copy, policy),
+            ema=jax.tree.map(jnp.copy, policy) if flags.ema else None,
             beta=jax.device_put(jnp.float32(flags.beta), sharding.replicated(mesh)),
         )
         seed_key = jax.random.key(config.seed)
@@ -299,12 +299,13 @@ def run_ppo(config: Config) -> dict[str, Any]:
 
         # ------------------------------------------------------------------------ what came of it
 
-        strip = ppo.without_value_head
-        hf.save(config.out / "export", model, strip(current.ema), tokenizer)
+        after = {"PPO, averaged weights": current.ema, "PPO, last weights": current.policy.params}
         after = {
-            "PPO, averaged weights": strip(current.ema),
-            "PPO, last weights": strip(current.policy.params),
+            name: ppo.without_value_head(trained)
+            for name, trained in after.items()
+            if trained is not None
         }
+        hf.save(config.out / "export", model, next(iter(after.values())), tokenizer)
         sampled = {"SFT": before}
         losses_of_text = {"SFT": before_text}
         for name, trained in after.items():

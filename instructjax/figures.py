@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from instructjax.evaluation import ranking
 from instructjax.evaluation.ranking import Pairs
+from instructjax.metrics import blank_figure
 
 
 def reliability(pairs: Pairs, file: Path | str, bins: int = 10) -> None:
@@ -18,7 +18,7 @@ def reliability(pairs: Pairs, file: Path | str, bins: int = 10) -> None:
       file: the PNG.
     """
     predicted, observed, count = ranking.calibration(pairs, bins)
-    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    figure = blank_figure(4.2, 4.2)
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--", label="calibrated")
     axes.plot(predicted, observed, marker="o", markersize=4, label="reward model")
@@ -46,7 +46,7 @@ def accuracies(rows: Mapping[str, tuple[float, float, float]], file: Path | str)
       rows: label -> (accuracy, low, high), each 0 to 1, from top to bottom.
       file: the PNG.
     """
-    figure = Figure(figsize=(6, 0.9 + 0.27 * len(rows)), layout="constrained")
+    figure = blank_figure(6, 0.9 + 0.27 * len(rows))
     axes = figure.add_subplot()
     at = np.arange(len(rows))[::-1]
     share, low, high = 100 * np.array(list(rows.values())).reshape(-1, 3).T

@@ -13,7 +13,6 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -196,6 +195,16 @@ class ProgressLine:
             self._bar.stop()
 
 
+def blank_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of so many inches, for `savefig`."""
+    # Not imported above: without its cache of fonts matplotlib starts a thread on import, which has
+    # an arena of its own before `process.keep_memory` can deny it one. The threads that come later
+    # share all arenas there are, and those are too small for what a step needs.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def plot_curves(
     directory: Path | str, keys_by_panel: Mapping[str, Sequence[str]], file: Path | str
 ) -> None:
@@ -208,7 +217,7 @@ def plot_curves(
     with (Path(directory) / "metrics.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     count = len(keys_by_panel)
-    figure = Figure(figsize=(4.8 * min(count, 3), 3.4 * -(-count // 3)), layout="constrained")
+    figure = blank_figure(4.8 * min(count, 3), 3.4 * -(-count // 3))
     for number, (title, keys) in enumerate(keys_by_panel.items(), start=1):
         axes = figure.add_subplot(-(-count // 3), min(count, 3), number)
         for key in keys:

@@ -16,8 +16,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 MIN_FREE = 2**26  # bytes, below which no run starts
-KEPT = 100 * 2**20  # bytes of the largest block that is not mapped anew
-UNUSED = 2**28  # bytes at an arena's end that are given back
+KEPT = 2**28  # bytes of the largest block that is not mapped anew
+UNUSED = 2**30  # bytes at an arena's end that are given back
 LARGE = 2**31  # bytes of a process that gives back all that is free, between a run's phases
 
 
@@ -102,8 +102,10 @@ def keep_memory() -> None:
     mapped anew, and bringing in their pages took a third of a small step's processor time; from
     one arena they come back warm. Blocks above KEPT are mapped as ever, and an end of the arena
     above UNUSED goes back: the holes that large blocks leave in an arena, into which smaller ones
-    go, raised the peak of PPO at 124M parameters by a quarter. To be called before JAX starts its
-    threads, each of which would get an arena. Elsewhere than on glibc it does nothing.
+    go, raised the peak of PPO at 124M parameters by a quarter. Both are well above what the two
+    steps in flight of a small model free together, or the arena would shrink and grow at each.
+    To be called before JAX starts its threads, each of which would get an arena. Elsewhere than on
+    glibc it does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

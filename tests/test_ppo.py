@@ -706,6 +706,24 @@ def test_ema_and_two_optimizers(updates):
         assert new.beta == old.beta
 
 
+def test_without_an_average_the_policy_is_the_same(updates):
+    config, value = value_net()
+    tx = optax.sgd(0.01)
+    update = ppo.make_update(
+        bind(ppo.policy_loss),
+        bind(ppo.value_loss, config=config),
+        bind(ppo.ptx_loss),
+        *(tx, optax.sgd(0.02)),
+        ptx_coef=2.0,
+        ema_decay=0,
+    )
+    current = dataclasses.replace(make_state(policy(), tx, value, optax.sgd(0.02)), ema=None)
+    texts = [text_batch(0), text_batch(1), text_batch(2)]
+    current, _ = update(current, cut(make_rows(), 3, [4, 8]), 36, texts)
+    assert current.ema is None
+    chex.assert_trees_all_equal(current.policy.params, updates["states"][1].policy.params)
+
+
 def test_each_program_compiles_once_a_shape(updates):
     """The first batch, and one of the other shape to add; so for texts: then none again."""
     first, *later = updates["counts"]

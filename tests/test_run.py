@@ -344,20 +344,21 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_kept_memory_is_not_mapped_again():
-    """Page faults of a block that is freed and wanted again: none after keep_memory, unless it is
-    one of those that would leave holes."""
+    """Page faults of blocks freed together and wanted again: none after keep_memory, but of one
+    that would leave a hole."""
     program = """
 import ctypes, resource
 from instructjax.process import KEPT, keep_memory
 
-def faults(size):
+def faults(size, count):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    b"x" * size
+    blocks = [b"x" * size for _ in range(count)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-anew = max(faults(2**26) for _ in range(3))
+anew = max(faults(2**26, 6) for _ in range(3))
 keep_memory()
-kept, large = (min(faults(size) for _ in range(3)) for size in (2**26, 2**27))
+blocks = (2**26, 6), (2 * KEPT, 1)
+kept, large = (min(faults(*block) for _ in range(3)) for block in blocks)
 print(anew, kept, large, ctypes.CDLL(None).mallopt(-3, KEPT))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
@@ -366,6 +367,32 @@ print(anew, kept, large, ctypes.CDLL(None).mallopt(-3, KEPT))
         pytest.skip("with huge pages there is nothing to keep")
     assert kept < anew / 100
     assert large > anew or not obeyed
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_script_has_one_arena(tmp_path):
+    """On a new machine too, where matplotlib has no cache of fonts. An arena that some thread took
+    before keep_memory is shared by later threads, and is too small for a step's temporaries."""
+    program = """
+import ctypes, sys
+import jax
+import run_ppo
+from instructjax.process import keep_memory
+
+keep_memory()
+jax.block_until_ready(jax.numpy.ones(8) + 1)
+libc = ctypes.CDLL(None)
+libc.fopen.restype, libc.fclose.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+file = libc.fopen(sys.argv[1].encode(), b"w")
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+    experiments = Path(__file__).resolve().parents[1] / "experiments"
+    new = {"MPLCONFIGDIR": str(tmp_path / "mpl"), "PYTHONPATH": str(experiments)}
+    file = tmp_path / "arenas.xml"
+    subprocess.run([sys.executable, "-c", program, file], env=os.environ | new, check=True)
+    assert file.read_text().count("<heap nr=") == 1
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")

@@ -145,7 +145,8 @@ def test_choices(start, tmp_path):
 
 
 def test_plain_ppo_without_reference_on_a_function(start, tmp_path, capsys):
-    """Neither text nor reference nor reward model; the value net is the policy with a new head."""
+    """Neither text, reference, reward model nor average; the value net is the policy with a new
+    head."""
     file = tmp_path / "mine.py"
     file.write_text(
         "def length(prompts, responses, records):\n"
@@ -154,8 +155,11 @@ def test_plain_ppo_without_reference_on_a_function(start, tmp_path, capsys):
     )
     out = tmp_path / "ppo"
     flags = [*start, "--out", str(out), "--steps", "1", "--reward", f"{file}:length"]
-    run_ppo.cli([*flags, "--ptx.coef", "0", "--ppo.beta", "0"])
+    run_ppo.cli([*flags, "--ptx.coef", "0", "--ppo.beta", "0", "--ppo.ema", "0"])
     row = metrics_of(out)[1]
+    results = json.loads((out / "results.json").read_text())
+    assert set(results) == {"SFT", "PPO, last weights", "seconds"}
+    assert (out / "export" / "model.safetensors").exists()
     assert "ptx/loss" not in row
     assert row["objective/kl"] == 0
     assert row["reward/length"] == pytest.approx(row["objective/score"], rel=1e-6)
@@ -168,6 +172,7 @@ def test_plain_ppo_without_reference_on_a_function(start, tmp_path, capsys):
         (["--ppo.minibatch", "12"], "--batch_size 16: not a multiple of --ppo.minibatch 12"),
         (["--ppo.microbatches", "3"], "--ppo.minibatch 8: not a multiple"),
         (["--temperature", "0"], "--temperature 0.0: must be positive"),
+        (["--ppo.ema", "1"], "--ppo.ema 1.0: must be at least 0 and below 1"),
         (["--data", "jsonl:x.jsonl"], "--pretrain SPEC is needed"),
     ],
 )

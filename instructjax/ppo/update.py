@@ -22,7 +22,7 @@ class PPOState:
 
     policy: TrainState
     value: TrainState | None  # None where the value head is on the policy's trunk
-    ema: Params  # exponential moving average of the policy, what is exported
+    ema: Params | None  # exponential moving average of the policy, what is exported; or none kept
     beta: jax.Array  # float32 [], of the KL penalty
 
 
@@ -150,7 +150,7 @@ def make_update(
         the value in it, no ptx_loss for plain PPO.
       policy_tx, value_tx: the optimizers that made the state's.
       ptx_coef: gamma of the paper's eq. 2 (App. C.4: 27.8), of a mean over tokens.
-      ema_decay: of the weights, an update (App. C.4: 0.992).
+      ema_decay: of the weights, an update (App. C.4: 0.992); 0 where the state has no average.
       policy_layout, value_layout: `state.shardings(params, tx)` on a mesh.
     """
 
