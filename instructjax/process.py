@@ -16,8 +16,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 MIN_FREE = 2**26  # bytes, below which no run starts
-KEPT = 2**28  # bytes of the largest block that is not mapped anew
-UNUSED = 2**30  # bytes at an arena's end that are given back
+KEPT = 2**27  # bytes of the largest block that is not mapped anew
+UNUSED = 2**29  # bytes at an arena's end that are given back
 LARGE = 2**31  # bytes of a process that gives back all that is free, between a run's phases
 
 

@@ -366,7 +366,7 @@ print(anew, kept, large, ctypes.CDLL(None).mallopt(-3, KEPT))
     if anew < 100:
         pytest.skip("with huge pages there is nothing to keep")
     assert kept < anew / 100
-    assert large > anew or not obeyed
+    assert large > anew / 4 or not obeyed
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
