@@ -1,12 +1,14 @@
-"""Train steps compiled for a slice of TPUs, which takes no TPU; nothing is run.
+"""What the scripts run, compiled for a slice of TPUs, which takes no TPU; nothing is run.
 
-What the compiler made of them is read from its HLO: the attention kernel, and what it moves.
+What the compiler made of it is read from its HLO: the attention kernel, what moves, what is kept.
 """
 
 import dataclasses
 import functools
 import os
 import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
-from instructjax import models, reward, sft, sharding, state, train
+from instructjax import models, preflight, reward, sft, sharding, state, train
+from instructjax.data import DataConfig
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+
+import ppo_config
+import preflight_programs
 
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install libtpu")
 
@@ -113,3 +121,80 @@ def test_only_weights_are_gathered(step, request):
     assert gathered
     assert not [array for array in gathered if T in array or CONFIG.layers in array]
     assert " all-to-all(" not in hlo
+
+
+# ---------------------------------------------------------------------------- PPO
+
+# So many words that the logits of all tokens of a shard are over the 64 MB of a chunk.
+WORDS, CHUNK = 2**18, 2**26
+POLICY = dataclasses.replace(
+    CONFIG, vocab_size=WORDS, layers=3, windowed=(), window=None, eos_ids=(1,)
+)  # fmt: skip
+PPO = ppo_config.Config(
+    model="policy",
+    data=DataConfig("jsonl:prompts", max_prompt=256),
+    pretrain=DataConfig("jsonl:text"),
+    batch_size=64,
+    max_new_tokens=256,
+    ppo=ppo_config.PPO(minibatch=16),
+    ptx=ppo_config.PTX(ratio=1, length=384),
+    model_dtype="bfloat16",
+    remat="dots",
+)
+
+
+@pytest.fixture(scope="module")
+def ppo():
+    """The rollout, a gradient and a step of run_ppo.py on 16 chips: (arguments, what is known)."""
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    topology = preflight.parse_topology("v5e:4x4")
+    mesh = preflight.make_mesh(topology, "fsdp=4,tensor=4")
+    names = ("rollout", "policy gradient", "policy step")
+    found = {}
+    for each in preflight_programs.ppo_programs(PPO, POLICY, POLICY, mesh):
+        if each.name in names:
+            fields = {x.name: getattr(each, x.name) for x in dataclasses.fields(each)}
+            found[each.name] = each.args, preflight.analyse(**fields, topology=topology)
+    assert set(found) == set(names)
+    return found
+
+
+def test_decoding_moves_activations_alone(ppo):
+    """Weights are laid out before the loop, in which nothing goes to the host; what shards send
+    each other at a token is less than the least matrix of a layer."""
+    (params, *_), rollout = ppo["rollout"]
+    each_token = [each for each in rollout.counts.collectives if each.count >= PPO.max_new_tokens]
+    assert len(each_token) >= 2  # attention's and the MLP's
+    assert all("/while/" in each.where for each in each_token)
+    assert not [each for each in each_token if each.kind == "all-gather"]
+    kernels = [leaf.size // POLICY.layers for leaf in jax.tree.leaves(params["layers"])]
+    least = min(size for size in kernels if size > POLICY.width**2 / 2)
+    in_bfloat16_over_tensor = 2 * least / 4
+    assert max(each.bytes / each.count for each in each_token) < in_bfloat16_over_tensor
+    assert rollout.counts.host_bytes == 0
+
+
+def test_no_program_has_all_logits(ppo):
+    """[4 rows, 256, words / 4] in float32 would be 268 MB."""
+    for _, program in ppo.values():
+        arrays = [(sizes(x.shape.split("[")[1][:-1]), x.bytes) for x in program.counts.largest]
+        of_words = [bytes for shape, bytes in arrays if {WORDS, WORDS // 4} & set(shape)]
+        assert of_words
+        weights = WORDS * POLICY.width  # a gathered table, in float32 over tensor
+        assert max(of_words) <= max(CHUNK, weights)
+
+
+@pytest.mark.parametrize("name", ["policy gradient", "policy step"])
+def test_state_and_gradients_are_donated_and_sharded(ppo, name):
+    """What goes in comes out in the same memory, and a chip holds a sixteenth of it: of the sum of
+    gradients and of metrics; of the state and of the average."""
+    (one, other, *_), program = ppo[name]
+    kept = preflight.shard_bytes((one, other))
+    assert program.counts.aliased_bytes >= 0.95 * kept
+    layers = (
+        (one["layers"],) if name == "policy gradient" else (one.params["layers"], one.opt_state)
+    )
+    for tree in (one, other, *layers):
+        whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        if whole > 2**10:  # metrics are scalars, on all chips
+            assert preflight.shard_bytes(tree) <= 1.05 * whole / 16
