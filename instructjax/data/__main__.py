@@ -14,6 +14,7 @@ from instructjax.data.errors import DataError
 from instructjax.data.load import Dataset, Split, load, read
 from instructjax.data.prepare import gpt2_tokenizer, train_tokenizer, write_tfds
 from instructjax.data.records import Kind
+from instructjax.hf import configs
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,8 @@ def _tokenizer(name: str | None, spec: str) -> Any:
         return miniature.tokenizer()
     if name is None:
         raise DataError("--tokenizer", None, "is needed, except for the miniature")
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return configs.transformers().AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise DataError(f"--tokenizer {name}", None, str(error)) from error
 

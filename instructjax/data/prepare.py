@@ -10,6 +10,7 @@ import numpy as np
 
 from instructjax.data.errors import DataError
 from instructjax.data.records import Kind, Record
+from instructjax.hf import configs
 
 
 def write_tfds(
@@ -89,14 +90,12 @@ def gpt2_tokenizer(source: str, out: str) -> Path:
     Raises:
       DataError: a file is missing.
     """
-    from transformers import GPT2Tokenizer
-
     vocab = json.loads(_either(Path(source), "encoder.json", "vocab.json"))
     lines = _either(Path(source), "vocab.bpe", "merges.txt").split("\n")
     merges: Any = [
         tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
     ]
-    GPT2Tokenizer(vocab=vocab, merges=merges).save_pretrained(out)
+    configs.transformers().GPT2Tokenizer(vocab=vocab, merges=merges).save_pretrained(out)
     return Path(out)
 
 
@@ -109,12 +108,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str) -> Path:
       out: the folder to write.
     """
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
 
     end = "<|endoftext|>"
     backend = ByteLevelBPETokenizer()
     backend.train_from_iterator(texts, vocab_size, special_tokens=[end], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, eos_token=end)
+    fast = configs.transformers().PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_object=backend._tokenizer, eos_token=end)
     tokenizer.save_pretrained(out)
     return Path(out)
 

@@ -5,9 +5,11 @@ a text or a line has no space before it and gets one, which decoding takes away 
 the miniature writes comes back from `decode(encode(text))` letter by letter.
 """
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from typing import Any
 
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from instructjax.hf import configs
 from instructjax.miniature.language import FORMS
 from instructjax.miniature.world import KIND, PLURAL, RELATIONS
 
@@ -30,8 +32,8 @@ def vocabulary() -> list[str]:
     return [PAD, EOS, UNK, *_MARKS, *(f" {word}" for word in sorted(words))]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, the same for every seed; `save_pretrained` writes a Hugging Face one."""
+def tokenizer() -> Any:
+    """A PreTrainedTokenizerFast, the same for every seed; its `save_pretrained` writes it."""
     ids = {token: i for i, token in enumerate(vocabulary())}
     core = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     core.normalizer = normalizers.Replace(Regex(r"(?<![^\n])(?=[A-Za-z])"), " ")
@@ -39,7 +41,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.Sequence(
         [decoders.Fuse(), decoders.Replace("\n ", "\n"), decoders.Strip(" ", 1, 0)]
     )
-    return PreTrainedTokenizerFast(
+    return configs.transformers().PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,
         eos_token=EOS,
