@@ -357,8 +357,8 @@ def faults(size, count):
 
 anew = max(faults(2**26, 6) for _ in range(3))
 keep_memory()
-blocks = (2**26, 6), (2 * KEPT, 1)
-kept, large = (min(faults(*block) for _ in range(3)) for block in blocks)
+blocks = (2 * KEPT, 1), (2**26, 6)  # the large one while nothing is free that could hold it
+large, kept = (min(faults(*block) for _ in range(3)) for block in blocks)
 print(anew, kept, large, ctypes.CDLL(None).mallopt(-3, KEPT))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
