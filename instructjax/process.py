@@ -102,8 +102,9 @@ def keep_memory() -> None:
     mapped anew, and bringing in their pages took a third of a small step's processor time; from
     one arena they come back warm. Blocks above KEPT are mapped as ever, and an end of the arena
     above UNUSED goes back: the holes that large blocks leave in an arena, into which smaller ones
-    go, raised the peak of PPO at 124M parameters by a quarter. Both are well above what the two
-    steps in flight of a small model free together, or the arena would shrink and grow at each.
+    go, raised the peak of PPO at 124M parameters by a quarter. KEPT is above the temporaries of a
+    step of the miniature, and UNUSED above those of the steps in flight, which are free together:
+    or the arena would shrink and grow at each.
     To be called before JAX starts its threads, each of which would get an arena. Elsewhere than on
     glibc it does nothing.
     """
