@@ -146,7 +146,6 @@ PPO = ppo_config.Config(
 @pytest.fixture(scope="module")
 def ppo():
     """The rollout, a gradient and a step of run_ppo.py on 16 chips: (arguments, what is known)."""
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     topology = preflight.parse_topology("v5e:4x4")
     mesh = preflight.make_mesh(topology, "fsdp=4,tensor=4")
     names = ("rollout", "policy gradient", "policy step")
