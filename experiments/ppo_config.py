@@ -150,6 +150,11 @@ class Config(RunConfig):
             raise ValueError("--pretrain SPEC is needed for PPO-ptx; --ptx.coef 0 is plain PPO")
         if not 0 <= self.ppo.ema < 1:
             raise ValueError(f"--ppo.ema {self.ppo.ema}: must be at least 0 and below 1")
+        if self.eval_prompts > self.final_prompts:  # evaluations compare with the report's "before"
+            raise ValueError(
+                f"--eval_prompts {self.eval_prompts}: more than --final_prompts"
+                f" {self.final_prompts}"
+            )
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: must be positive")
 

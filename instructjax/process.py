@@ -16,8 +16,10 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 MIN_FREE = 2**26  # bytes, below which no run starts
-KEPT = 2**27  # bytes of the largest block that is not mapped anew
+KEPT = 2**28  # bytes of the largest block that is not mapped anew
+KEPT_IF_LARGE = 2**27  # the same in a process above LARGE
 UNUSED = 2**29  # bytes at an arena's end that are given back
+MMAP_THRESHOLD = -3  # of glibc's malloc.h
 LARGE = 2**31  # bytes of a process that gives back all that is free, between a run's phases
 
 
@@ -103,18 +105,19 @@ def keep_memory() -> None:
     one arena they come back warm. Blocks above KEPT are mapped as ever, and an end of the arena
     above UNUSED goes back: the holes that large blocks leave in an arena, into which smaller ones
     go, raised the peak of PPO at 124M parameters by a quarter. KEPT is above the temporaries of a
-    step of the miniature, and UNUSED above those of the steps in flight, which are free together:
-    or the arena would shrink and grow at each.
+    step of the miniature (PPO's have 187 MB), and UNUSED above those of the steps in flight, which
+    are free together: or the arena would shrink and grow at each. A large process keeps less, see
+    `return_memory`.
     To be called before JAX starts its threads, each of which would get an arena. Elsewhere than on
     glibc it does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        arena_max, mmap_max, mmap_threshold, trim_threshold = -8, -4, -3, -1  # malloc.h
+        arena_max, mmap_max, trim_threshold = -8, -4, -1  # malloc.h
         mallopt(arena_max, 1)
         mallopt(trim_threshold, UNUSED)
         # Its documented limit is 32 MB; where that is enforced, nothing is mapped anew.
-        if not mallopt(mmap_threshold, KEPT):
+        if not mallopt(MMAP_THRESHOLD, KEPT):
             mallopt(mmap_max, 0)
 
 
@@ -124,13 +127,15 @@ def return_memory() -> None:
     To be called between the phases of a run, whose blocks differ in size: what one phase, or its
     compilation, leaves free is of little use to the next. The call took up to 0.1 s at 124M
     parameters, and pages that are needed again must be brought in; a small process, of whose steps
-    that would be a large part, keeps what it has.
+    that would be a large part, keeps what it has. For the same reason a large one maps blocks
+    above KEPT_IF_LARGE anew from then on.
     Elsewhere than on glibc it does nothing.
     """
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
         return
     # Not the peak that getrusage tells, which a process inherits from the one that started it.
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     if pages * resource.getpagesize() > LARGE:
-        malloc_trim(0)
+        libc.mallopt(MMAP_THRESHOLD, KEPT_IF_LARGE)
+        libc.malloc_trim(0)

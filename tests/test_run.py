@@ -397,24 +397,40 @@ libc.fclose(file)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_a_large_process_returns_what_is_free():
-    """Every second of 200 blocks of 1 MB is freed: 100 MB lie free between the others."""
+    """Every second of 200 blocks of 1 MB is freed: 100 MB lie free between the others. And a block
+    that a small process would keep is mapped anew."""
     program = """
+import ctypes, resource
 from instructjax import process
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+def faults(size):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = b"x" * size
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 process.keep_memory()
 blocks = [b"x" * 2**20 for _ in range(200)]
 del blocks[::2]
 before = resident()
 process.return_memory()
-small = resident()
+small = before - resident()
 process.LARGE = 0
 process.return_memory()
-print(before - small, before - resident())
+large = before - resident()
+process.keep_memory()
+size = (process.KEPT + process.KEPT_IF_LARGE) // 2
+kept = min(faults(size) for _ in range(3))
+process.return_memory()
+anew = min(faults(size) for _ in range(3))
+obeyed = ctypes.CDLL(None).mallopt(process.MMAP_THRESHOLD, process.KEPT)
+print(small, large, kept, anew, obeyed)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    small, large = map(float, done.stdout.split())
+    small, large, kept, anew, obeyed = map(float, done.stdout.split())
     assert abs(small) < 10
     assert large > 80
+    assert kept < 20
+    assert anew > kept or not obeyed

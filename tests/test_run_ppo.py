@@ -1,5 +1,6 @@
 """run_ppo.py from its command line to its run directory: toy sizes, eight emulated devices."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -8,12 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from instructjax import hf, miniature, models
+from instructjax import hf, miniature, models, process, sharding
 from instructjax.data import sources
 from instructjax.models import ModelConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 
+import ppo_config
+import preflight_programs
 import run_ppo
 
 SMALL = {"demonstrations": 80, "comparisons": 60, "prompts": 40, "text": 200}
@@ -125,6 +128,22 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(start, whole, t
         np.testing.assert_array_equal(a, b)
 
 
+def test_the_miniatures_temporaries_are_not_mapped_anew():
+    """What `process.keep_memory` keeps is above them; two steps in flight are free together."""
+    flags = ppo_config.PRESETS["miniature"]
+    flags = dataclasses.replace(flags, data=dataclasses.replace(flags.data, max_prompt=48))
+    model = models.PRESETS["miniature"]
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    found = {}
+    for each in preflight_programs.ppo_programs(flags, model, model, mesh):
+        if each.name in ("policy gradient", "value gradient"):
+            compiled = each.jitted.lower(*each.args).compile()
+            found[each.name] = compiled.memory_analysis().temp_size_in_bytes
+    assert len(found) == 2
+    assert max(found.values()) < process.KEPT
+    assert 2 * max(found.values()) < process.UNUSED
+
+
 def test_choices(start, tmp_path):
     """Two epochs, uneven lengths in buckets and shares, a head on the trunk, adaptive beta,
     re-scored behaviour, a penalty for no EOS, models at rest on the host, and an early stop."""
@@ -172,6 +191,7 @@ def test_plain_ppo_without_reference_on_a_function(start, tmp_path, capsys):
         (["--ppo.minibatch", "12"], "--batch_size 16: not a multiple of --ppo.minibatch 12"),
         (["--ppo.microbatches", "3"], "--ppo.minibatch 8: not a multiple"),
         (["--temperature", "0"], "--temperature 0.0: must be positive"),
+        (["--final_prompts", "7"], "--eval_prompts 8: more than --final_prompts 7"),
         (["--ppo.ema", "1"], "--ppo.ema 1.0: must be at least 0 and below 1"),
         (["--data", "jsonl:x.jsonl"], "--pretrain SPEC is needed"),
     ],
