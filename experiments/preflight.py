@@ -11,8 +11,10 @@ are read.
 Hardware: any Linux machine on x86-64 with `pip install instructjax[preflight]`.
 """
 
+import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ import run_rm
 import run_sft
 import tyro
 from jax.sharding import Mesh
-from preflight_programs import Compilable, ppo_programs, rm_step, sft_step
+from preflight_programs import ppo_programs, rm_step, sft_step
 from rich.console import Console
 
 from instructjax import preflight
@@ -133,14 +135,17 @@ def analyse(
         found: list[preflight.Program] = []
         # All of a stage first: what does not divide is known before anything is compiled.
         programs = list(programs_of(stage, config, devices))
-        for number, each in enumerate(programs, start=1):
-            with console.status(
-                f"{topology.name}, {stage}: {each.name} ({number}/{len(programs)})"
-            ):
-                fields = {x.name: getattr(each, x.name) for x in dataclasses.fields(each)}
-                found.append(preflight.analyse(**fields, topology=topology))
-            if until(found[-1]):
-                break
+        where, began = f"{topology.name}, {stage}", time.perf_counter()
+        compiled = preflight.analyse(programs, topology)
+        with contextlib.closing(compiled), console.status(f"{where}: compiling") as status:
+            for number, (each, those) in enumerate(zip(programs, compiled, strict=True), start=1):
+                found += those
+                seconds = time.perf_counter() - began
+                status.update(f"{where}: {number} of {len(programs)} compiled, {seconds:.0f} s")
+                if not console.is_terminal:
+                    print(f"{where}: {each.name} compiled, {seconds:.0f} s", flush=True)
+                if until(found[-1]):
+                    break
         console.print(*preflight.tables(found))
         for program in found:
             console.print(preflight.verdict(program), soft_wrap=True)
@@ -151,7 +156,7 @@ def analyse(
     return every
 
 
-def programs_of(stage: Stage, config: Config, mesh: Mesh) -> Iterator[Compilable]:
+def programs_of(stage: Stage, config: Config, mesh: Mesh) -> Iterator[preflight.Compilable]:
     """The jitted functions of a script, as the preset has them.
 
     Raises:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,21 +17,9 @@ from ppo_programs import make_programs
 from instructjax import models, offload, preflight, rewards, sampler, sharding, state
 from instructjax.decode import Batch
 from instructjax.models import ModelConfig, Params
+from instructjax.preflight import Compilable
 
 SHAPE = jax.ShapeDtypeStruct
-
-
-@dataclass(frozen=True)
-class Compilable:
-    """A jitted function, with what it is called with; see `preflight.analyse`."""
-
-    name: str
-    jitted: Any
-    args: tuple[Any, ...]
-    static: Mapping[str, Any] = field(default_factory=dict)
-    trips: Sequence[float] = ()
-    runs: float = 1  # in an iteration of PPO; of SFT and RM, in a step
-    resident: float = 0  # bytes of the models that are no arguments and stay in HBM
 
 
 # ------------------------------------------------------------------------------------ SFT and RM
@@ -112,15 +99,14 @@ def ppo_programs(
     asleep = 0 if config.offload else size(frozen) + size(frozen_rm)
 
     P, R = lengths(config.data.max_prompt, config.max_new_tokens, model)
-    for name, new in (("prefill", 1), ("rollout", R)):
-        batch, static, trips = rollout(config, model, P, new, mesh)
-        yield Compilable(
-            *(name, sampler.generate_on_device, (policy, batch, abstract_key(mesh))),
-            static=static,
-            trips=trips,
-            runs=float(new == R),
-            resident=states - size(policy) + asleep,
-        )
+    batch, static, trips = rollout(config, model, P, R, mesh)
+    yield Compilable(
+        *("rollout", sampler.generate_on_device, (policy, batch, abstract_key(mesh))),
+        static=static,
+        trips=trips,
+        resident=states - size(policy) + asleep,
+        parts={"prefill": [0.0] * len(trips)},
+    )
 
     B, B_update = flags.minibatch, flags.minibatch // flags.microbatches
     rows = response_rows(B, P, R, mesh)
@@ -185,13 +171,13 @@ def rollout(
         np.empty(rows * shards, np.int32),
     )
     batch = jax.tree.map(lambda x: SHAPE(x.shape, x.dtype, sharding=sharding.batched(mesh)), whole)
-    # Responses of one length leave nothing for the loops of the last few slots, if there are any;
-    # a slot is refilled once a response.
-    turns = R * rows / settings.slots
-    trips = [turns]
+    # No response ends early: the loops of the last few slots, which take less memory, would have
+    # no turns, and deep models would compile twice as long for them. A slot is refilled once a
+    # response.
+    settings = settings._replace(eos_ids=())
+    trips = [R * rows / settings.slots]
     if settings.slots < rows:
         trips.append(settings.slots / R)
-    trips += [0.0] * (len(settings.sizes) - 1)
     return batch, {"config": model, "settings": settings, "mesh": mesh}, trips
 
 

@@ -149,13 +149,11 @@ def ppo():
     topology = preflight.parse_topology("v5e:4x4")
     mesh = preflight.make_mesh(topology, "fsdp=4,tensor=4")
     names = ("rollout", "policy gradient", "policy step")
-    found = {}
-    for each in preflight_programs.ppo_programs(PPO, POLICY, POLICY, mesh):
-        if each.name in names:
-            fields = {x.name: getattr(each, x.name) for x in dataclasses.fields(each)}
-            found[each.name] = each.args, preflight.analyse(**fields, topology=topology)
-    assert set(found) == set(names)
-    return found
+    every = preflight_programs.ppo_programs(PPO, POLICY, POLICY, mesh)
+    programs = [each for each in every if each.name in names]
+    assert len(programs) == len(names)
+    found = preflight.analyse(programs, topology)
+    return {each.name: (each.args, known[-1]) for each, known in zip(programs, found, strict=True)}
 
 
 def test_decoding_moves_activations_alone(ppo):

@@ -718,6 +718,11 @@ def described():
     return topology, preflight.make_mesh(topology, "fsdp=4,tensor=4")
 
 
+def analysed(name, jitted, args, topology) -> preflight.Program:
+    [[found]] = preflight.analyse([preflight.Compilable(name, jitted, args)], topology)
+    return found
+
+
 def scanned(ws, x):
     return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0])
 
@@ -734,7 +739,7 @@ def test_a_sharded_scan_on_tpu(described):
     ws = on(mesh, (6, 512, 512), None, "fsdp", "tensor")
     x = on(mesh, (256, 512), "fsdp")
     jitted = jax.jit(fit, donate_argnums=(0, 1))
-    found = preflight.analyse("fit", jitted, ({"params": ws}, ws, x), topology)
+    found = analysed("fit", jitted, ({"params": ws}, ws, x), topology)
     assert found.counts is not None
     # The gradient of the first layer's input is not needed, but a scan makes it.
     assert found.counts.flops == 3 * 6 * 2 * 256 * 512 * 512 / 16
@@ -764,7 +769,7 @@ def test_collectives_by_hand_on_tpu(described):
         check_vma=False,
     )
     x = on(mesh, (4096, 1024), "fsdp", dtype=jnp.bfloat16)
-    found = preflight.analyse("collectives", jax.jit(fn), (x,), topology)
+    found = analysed("collectives", jax.jit(fn), (x,), topology)
     assert found.counts is not None
     mib = 2**20
     assert sent(found.counts) == {
@@ -784,11 +789,33 @@ def test_host_memory_on_tpu(described):
     def use(params, x):
         return x @ jax.device_put(params, NamedSharding(mesh, PartitionSpec("fsdp")))
 
-    found = preflight.analyse("use", jax.jit(use), (weights, x), topology)
+    found = analysed("use", jax.jit(use), (weights, x), topology)
     assert found.counts is not None
     share = 4 * 2048 * 2048 / 4
     assert (found.memory.host, found.memory.parameters) == (share, 0)
     assert found.counts.host_bytes == share
+
+
+@needs_libtpu
+def test_programs_come_in_their_order(described):
+    """Whichever is compiled first; an error of one comes when its turn does."""
+    topology, mesh = described
+    x = on(mesh, (64, 64), "fsdp")
+
+    def slow(x):
+        for _ in range(20):
+            x = jnp.tanh(x @ x.T @ x)
+        return x
+
+    def wrong(x):
+        raise ValueError("it is wrong")
+
+    fns = {"slow": slow, "fast": jnp.tanh, "wrong": wrong, "never": jnp.tanh}
+    programs = [preflight.Compilable(name, jax.jit(fn), (x,)) for name, fn in fns.items()]
+    found = preflight.analyse(programs, topology)
+    assert [next(found)[0].name, next(found)[0].name] == ["slow", "fast"]
+    with pytest.raises(ValueError, match="it is wrong"):
+        next(found)
 
 
 @needs_libtpu
@@ -797,7 +824,7 @@ def test_too_large_for_a_tpu(described):
     topology, mesh = described
     x = on(mesh, (2**17, 2**17), "fsdp", "tensor")  # 4 GiB a device
     jitted = jax.jit(lambda params: (params + 1, params * 2, params - 3))
-    found = preflight.analyse("sums", jitted, (x,), topology)
+    found = analysed("sums", jitted, (x,), topology)
     assert found.counts is None
     assert not found.fits
     assert (found.memory.parameters, found.memory.peak) == (4 * GIB, 16 * GIB)
@@ -866,9 +893,16 @@ def test_a_decoding_loop_on_tpu(described):
 
     jitted = jax.jit(decode, static_argnames="limit")
     x = on(mesh, (64, 256), "fsdp", dtype=jnp.bfloat16)
-    found = preflight.analyse(
-        "decode", jitted, (weights, x), topology, static={"limit": 9}, trips=(7,), runs=3
+    decode = preflight.Compilable(
+        *("decode", jitted, (weights, x)),
+        static={"limit": 9},
+        trips=(7,),
+        runs=3,
+        parts={"nothing": (0,)},
     )
+    [[nothing, found]] = preflight.analyse([decode], topology)
+    assert (nothing.name, nothing.runs, nothing.counts.flops) == ("nothing", 0, 0)
+    assert nothing.memory == found.memory
     assert found.counts is not None
     assert found.counts.flops == 7 * 2 * 2 * 16 * 256 * 512 / 4
     assert found.counts.assumed == ("jit(decode)/shard_map/while",)

@@ -1,4 +1,4 @@
-"""A jitted function compiled for a slice: its memory, its counts, an estimate of its time."""
+"""Jitted functions compiled for a slice: their memory, their counts, an estimate of their time."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,8 @@ import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -23,6 +24,21 @@ KINDS = {
     "cache": r"cache",
     "parameters": r"params|weights",
 }
+
+
+@dataclass(frozen=True)
+class Compilable:
+    """A jitted function, with what it is called with."""
+
+    name: str  # for the table
+    jitted: Any  # of `jax.jit`
+    args: tuple[Any, ...]  # trees of ShapeDtypeStructs, sharded over `topology.make_mesh`'s devices
+    static: Mapping[str, Any] = field(default_factory=dict)  # the static arguments, by name
+    trips: Sequence[float] = ()  # see `count.count`
+    runs: float = 1  # in an iteration of PPO; of SFT and RM, in a step
+    resident: float = 0  # see `Memory`; `shard_bytes` of those trees
+    # Calls of the same program that do less, by name: their trips. They are listed with no runs.
+    parts: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,41 +132,36 @@ class Program:
         }
 
 
-def analyse(
-    name: str,
-    jitted: Any,
-    args: Sequence[Any],
-    topology: Topology,
-    *,
-    static: Mapping[str, Any] | None = None,
-    trips: Sequence[float] = (),
-    runs: float = 1,
-    resident: float = 0.0,
-) -> Program:
-    """Compiles a function for a slice and reads what came of it.
+def analyse(programs: Sequence[Compilable], topology: Topology) -> Iterator[list[Program]]:
+    """Compiles functions for a slice; of each in turn, its parts and itself.
+
+    Two are compiled at a time; those that nobody asks for any more are not begun.
 
     Args:
-      name: for the table.
-      jitted: of `jax.jit`.
-      args: trees of ShapeDtypeStructs whose shardings are over `topology.make_mesh`'s devices.
-      topology: the slice that they are over.
-      static: the function's static arguments, by name.
-      trips: see `count.count`.
-      runs: see `Program`.
-      resident: see `Memory`; `shard_bytes` of those trees.
+      topology: the slice that the arguments are over.
     """
-    sizes = _arguments(jitted, args) | {"resident": resident}
+    with _uncached(), ThreadPoolExecutor(max_workers=2) as pool:
+        found = [pool.submit(_analyse, each, topology) for each in programs]
+        try:
+            for each in found:
+                yield each.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _analyse(program: Compilable, topology: Topology) -> list[Program]:
+    name, jitted, args = program.name, program.jitted, program.args
+    sizes = _arguments(jitted, args) | {"resident": program.resident}
     try:
-        with _uncached():
-            compiled = jitted.lower(*args, **(static or {})).compile()
+        compiled = jitted.lower(*args, **program.static).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
             raise
-        host, known = sizes.pop("host"), sum(sizes.values()) - resident
+        host, known = sizes.pop("host"), sum(sizes.values()) - program.resident
         rest = max(0.0, needed - known)
         memory = Memory(**sizes, other=0, outputs=0, temporaries=rest, code=0, host=host)
-        return Program(name, topology, memory, None, runs)
+        return [Program(name, topology, memory, None, program.runs)]
     stats = compiled.memory_analysis()
     known = sum(sizes[kind] for kind in KINDS)
     memory = Memory(
@@ -160,8 +171,14 @@ def analyse(
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
-    counts = count(hlo.parse(compiled.as_text()), trips)
-    return Program(name, topology, memory, counts, runs)
+    module = hlo.parse(compiled.as_text())
+    calls: list[tuple[str, Sequence[float], float]]
+    calls = [(part, trips, 0) for part, trips in program.parts.items()]
+    calls.append((name, program.trips, program.runs))
+    return [
+        Program(called, topology, memory, count(module, trips), runs)
+        for called, trips, runs in calls
+    ]
 
 
 @contextlib.contextmanager
