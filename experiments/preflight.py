@@ -130,7 +130,10 @@ def analyse(
         devices = preflight.make_mesh(topology, mesh)
     except ModuleNotFoundError as error:  # libtpu
         raise OSError(str(error)) from error
-    console, every = Console(), []
+    console = Console()
+    if not console.is_terminal:  # in a file the tables need not fit a terminal
+        console = Console(width=120)
+    every = []
     for stage in config.stages:
         found: list[preflight.Program] = []
         # All of a stage first: what does not divide is known before anything is compiled.
