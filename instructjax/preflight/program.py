@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,7 +132,7 @@ class Program:
         }
 
 
-def analyse(programs: Sequence[Compilable], topology: Topology) -> Iterator[list[Program]]:
+def analyse(programs: Sequence[Compilable], topology: Topology) -> Generator[list[Program]]:
     """Compiles functions for a slice; of each in turn, its parts and itself.
 
     Two are compiled at a time; those that nobody asks for any more are not begun.
