@@ -34,7 +34,7 @@ def sft_step(config: run_sft.Config, model: ModelConfig, mesh: Mesh) -> Compilab
     check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
     model = computed(model, config)
     params = abstract_params(model, mesh)
-    _, tx, _, step = run_sft.make_step(config, model, params, mesh, 1000)
+    tx, _, step = run_sft.make_step(config, model, params, mesh, 1000)
     batch = text_batch(config.batch_size, config.length, mesh)
     return Compilable("SFT step", step, (abstract_state(params, tx), batch, abstract_key(mesh)))
 
@@ -48,7 +48,7 @@ def rm_step(config: run_rm.Config, model: ModelConfig, mesh: Mesh) -> Compilable
     check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
     model = computed(dataclasses.replace(model, scalar_head=True), config)
     params = abstract_params(model, mesh)
-    _, tx, step = run_rm.make_step(config, model, params, mesh, 1000)
+    tx, step = run_rm.make_step(config, model, params, mesh, 1000)
     B, K = config.batch_size, 9
     P, R = lengths(config.data.max_prompt, config.data.max_response, model)
     shapes = {

@@ -111,7 +111,7 @@ def run_pretrain(config: Config) -> None:
         shard = sharding.constrainer(mesh)
         loss_fn = functools.partial(sft.loss_fn, config=model, shard=shard)
         layout = state.shardings(params, tx)
-        step_fn = train.make_train_step(loss_fn, tx, config.microbatches, layout)
+        step_fn = train.make_train_step(loss_fn, tx, config.microbatches, layout, schedule)
         loss_of = jax.jit(lambda params, batch: loss_fn(params, batch, None))
 
         step_key, sample_key = jax.random.split(jax.random.key(config.seed))
@@ -145,7 +145,6 @@ def run_pretrain(config: Config) -> None:
         for step, batch in zip(run.steps(start, total), stream.iterate(start), strict=False):
             key = jax.random.fold_in(step_key, step)
             current, metrics = step_fn(current, jax.tree.map(put, batch), key)
-            metrics |= {"optim/learning_rate": jnp.asarray(schedule(step - 1))}
             run.log(step, metrics, tokens=config.batch_size * config.length)
             if step % config.eval_every == 0 or step == total:
                 evaluate(step)

@@ -176,7 +176,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         if total is None:
             total = math.ceil(config.epochs * len(rows) / config.batch_size)
         model, params = born(base, base_params, config.seed, mesh)
-        schedule, tx, step_fn = make_step(config, model, params, mesh, total)
+        tx, step_fn = make_step(config, model, params, mesh, total)
         current = state.create(params, tx)
         if N > 1:  # each leaf, each batch and each key gets a leading axis of members
             others = [
@@ -184,7 +184,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
                 for i in range(1, N)
             ]
             current = jax.tree.map(lambda *leaves: jnp.stack(leaves), current, *others)
-            step_fn = jax.jit(jax.vmap(step_fn), donate_argnums=0)
+            step_fn = together(step_fn)
             del others
         step_key = jax.random.key(config.seed)
         current, start, meta = run.restore(current)
@@ -232,8 +232,6 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
                 )
                 key = jax.random.split(key, N)
             current, metrics = step_fn(current, batch, key)
-            metrics = {name: jnp.mean(value) for name, value in metrics.items()}
-            metrics |= {"optim/learning_rate": jnp.asarray(schedule(step - 1))}
             run.log(step, metrics, tokens=N * config.batch_size * rows.tokens)
             if step == total and demonstrations is not None:
                 # App. C.2: labeler demonstrations score 0 on average. The checkpoint has it too.
@@ -312,14 +310,26 @@ def make_step(
     params: models.Params,
     mesh: jax.sharding.Mesh,
     total: int,
-) -> tuple[optax.Schedule, optax.GradientTransformation, train.TrainStep]:
-    """(schedule, optimizer, jitted step) of one member; as in run_sft.py."""
+) -> tuple[optax.GradientTransformation, train.TrainStep]:
+    """(optimizer, jitted step) of one member; as in run_sft.py."""
     schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
     tx = train.adam(schedule)
     dropped = dataclasses.replace(model, dropout=config.dropout)
     loss_fn = functools.partial(reward.loss_fn, config=dropped, shard=sharding.constrainer(mesh))
     layout = state.shardings(params, tx)
-    return schedule, tx, train.make_train_step(loss_fn, tx, config.microbatches, layout)
+    return tx, train.make_train_step(loss_fn, tx, config.microbatches, layout, schedule)
+
+
+def together(step_fn: train.TrainStep) -> train.TrainStep:
+    """A step of each member in one program; their metrics are averaged."""
+
+    def step(
+        members: state.TrainState, batch: train.Batch, keys: jax.Array
+    ) -> tuple[state.TrainState, train.Metrics]:
+        members, metrics = jax.vmap(step_fn)(members, batch, keys)
+        return members, jax.tree.map(jnp.mean, metrics)
+
+    return jax.jit(step, donate_argnums=0)
 
 
 def born(

@@ -178,7 +178,7 @@ def run_sft(config: Config) -> None:
         epoch = max(1, math.ceil(len(sources[0]) / (config.batch_size * (1 - share))))  # steps
         total = config.steps if config.steps is not None else math.ceil(config.epochs * epoch)
         eval_every = config.eval_every or epoch
-        schedule, tx, loss_fn, step_fn = make_step(config, model, params, mesh, total)
+        tx, loss_fn, step_fn = make_step(config, model, params, mesh, total)
         loss_of = jax.jit(lambda params, batch: loss_fn(params, batch, None))
 
         step_key, sample_key = jax.random.split(jax.random.key(config.seed))
@@ -252,7 +252,6 @@ def run_sft(config: Config) -> None:
         for step, batch in zip(run.steps(start, total), stream.iterate(start), strict=False):
             key = jax.random.fold_in(step_key, step)
             current, metrics = step_fn(current, jax.tree.map(put, batch), key)
-            metrics |= {"optim/learning_rate": jnp.asarray(schedule(step - 1))}
             run.log(step, metrics, tokens=config.batch_size * config.length)
             if step % eval_every == 0 or step == total:
                 run.save(step, current, score=evaluate(step))
@@ -297,8 +296,8 @@ def make_step(
     params: models.Params,
     mesh: jax.sharding.Mesh,
     total: int,
-) -> tuple[optax.Schedule, optax.GradientTransformation, Callable[..., Any], train.TrainStep]:
-    """(schedule, optimizer, loss, jitted step); preflight.py compiles the same for a pod.
+) -> tuple[optax.GradientTransformation, Callable[..., Any], train.TrainStep]:
+    """(optimizer, loss, jitted step); preflight.py compiles the same for a pod.
 
     Args:
       params: arrays, or ShapeDtypeStructs that carry shardings.
@@ -309,7 +308,8 @@ def make_step(
     dropped = dataclasses.replace(model, dropout=config.dropout)
     loss_fn = functools.partial(sft.loss_fn, config=dropped, shard=sharding.constrainer(mesh))
     layout = state.shardings(params, tx)
-    return schedule, tx, loss_fn, train.make_train_step(loss_fn, tx, config.microbatches, layout)
+    step = train.make_train_step(loss_fn, tx, config.microbatches, layout, schedule)
+    return tx, loss_fn, step
 
 
 def load_scorer(

@@ -89,6 +89,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     microbatches: int = 1,
     shardings: Any = None,
+    schedule: optax.Schedule | None = None,
 ) -> TrainStep:
     """Compiles a train step, which donates its state.
 
@@ -98,10 +99,11 @@ def make_train_step(
       microbatches: see `accumulate_gradients`.
       shardings: `state.shardings(params, tx)` on a mesh: gradients and the new state are laid
         out as the old one, so that the step compiles once.
+      schedule: the optimizer's, of its learning rate.
 
     Returns:
-      step(state, batch, key) -> (state, metrics) with `loss`, the loss_fn's own metrics and
-      `optim/grad_norm` (before clipping).
+      step(state, batch, key) -> (state, metrics) with `loss`, the loss_fn's own metrics,
+      `optim/grad_norm` (before clipping) and, with a schedule, `optim/learning_rate`.
     """
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -111,6 +113,8 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         metrics = {**metrics, "optim/grad_norm": optax.tree.norm(grads)}
+        if schedule is not None:
+            metrics["optim/learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
