@@ -1,6 +1,6 @@
 """What a preset needs on a TPU slice, and how long it takes at best, without having the slice.
 
-    python experiments/preflight.py --topology v5e:16x16 --mesh fsdp=32,tensor=8     instructgpt-6b
+    python experiments/preflight.py --topology v5e:16x16 --mesh fsdp=32,tensor=8   # instructgpt-6b
     python experiments/preflight.py --preset instructgpt-1.3b --topology v5e --search
     python experiments/preflight.py --stages sft --model DIR --topology v5p:4x4x4 --remat full
 

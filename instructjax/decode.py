@@ -128,8 +128,7 @@ def prefill(weights, batch: Batch, config, s: Settings, shard: Shard) -> Prompts
     B, P = batch.tokens_BP.shape
 
     def some(tokens_live):
-        cache = Cache.create(config, len(tokens_live[0]), P)
-        hidden, cache = models.extend(weights, config, cache, *tokens_live, column=0, shard=shard)
+        hidden, cache = models.extend(weights, config, None, *tokens_live, column=0, shard=shard)
         return hidden[:, -1], cache
 
     n = -(-B // s.slots)
@@ -146,7 +145,7 @@ def start(prompts: Prompts, rows: int, config: ModelConfig, s: Settings) -> Stat
     zero = jnp.int32(0)
     return State(
         hidden_BD=jnp.zeros((s.slots, config.width), hidden_BD.dtype),
-        cache=Cache.create(config, s.slots, P + R),
+        cache=Cache.create(config, s.slots, P + R, cache.stacked),
         row_B=idle_B,
         length_B=jnp.zeros_like(idle_B),
         waiting=zero,

@@ -209,15 +209,25 @@ def generate_on_device(params, batch: Batch, key, *, config, settings, mesh: Mes
 
 
 def _lay_out(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
-    """Weights for decoding: a tree a layer, in the compute dtype, gathered over data and fsdp."""
-    weights = {**models.unstack(params, config), "unembed": {"kernel": models.unembedding(params)}}
-    # All but the norms' vectors, which compute in float32.
-    weights = jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, weights)
+    """Weights for decoding, in the compute dtype, gathered over data and fsdp.
+
+    A tree a layer; on TPUs stacked (see `models.extend`), so that deep models compile soon.
+    """
+
+    def cast(tree: Params, vector: int) -> Params:
+        """All but the norms' vectors, which compute in float32."""
+        return jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > vector else x, tree)
+
+    weights = cast({**params, "unembed": {"kernel": models.unembedding(params)}}, vector=1)
+    weights |= {"layers": cast(params["layers"], vector=2)}
+    axes = models.logical_axes(config) | {"unembed": {"kernel": ("vocab", "width")}}
+    if mesh is None or not sharding.constrainer(mesh).fused:
+        weights = models.unstack(weights, config)
+        names = axes["layers"]
+        layer = jax.tree.map(lambda x: x[1:], names, is_leaf=lambda x: isinstance(x, tuple))
+        axes |= {"layers": [layer] * config.layers}
     if mesh is None:
         return weights
-    axes = models.logical_axes(config)
-    layer = jax.tree.map(lambda x: x[1:], axes["layers"], is_leaf=lambda x: isinstance(x, tuple))
-    axes |= {"layers": [layer] * config.layers, "unembed": {"kernel": ("vocab", "width")}}
     layout = sharding.shardings(axes, weights, mesh, sharding.GENERATION)
     return jax.lax.with_sharding_constraint(weights, layout)
 

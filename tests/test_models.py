@@ -164,7 +164,8 @@ def test_rope_frequencies_by_hand():
 
 
 @CONFIGS
-def test_greedy_decoding_through_the_cache(config):
+@pytest.mark.parametrize("stacked", [False, True], ids=["unstacked", "stacked"])
+def test_greedy_decoding_through_the_cache(config, stacked):
     """Token for token the same as decoding without one, from prompts padded on the left."""
     params, steps = params_of(config), 10
     prompt, mask = tokens_of(3, 6), jnp.array(np.arange(6)[None] >= np.array([[0], [2], [5]]))
@@ -176,15 +177,28 @@ def test_greedy_decoding_through_the_cache(config):
         best = jnp.argmax(logits(params, config, tokens, live)[:, t - 1], -1)
         tokens, live = tokens.at[:, t].set(best), live.at[:, t].set(True)
 
-    unstacked = models.unstack(params, config)
-    cache = models.Cache.create(config, batch=3, columns=6 + steps)
-    hidden, cache = extend(unstacked, config, cache, prompt, mask, column=0)
+    weights = params if stacked else models.unstack(params, config)
+    cache = models.Cache.create(config, batch=3, columns=6 + steps, stacked=stacked)
+    hidden, cache = extend(weights, config, cache, prompt, mask, column=0)
     cached = []
     for column in range(6, 6 + steps):
         cached.append(jnp.argmax(pick(params, hidden), -1))
-        hidden, cache = extend(unstacked, config, cache, cached[-1][:, None], column=column)
+        hidden, cache = extend(weights, config, cache, cached[-1][:, None], column=column)
     np.testing.assert_array_equal(jnp.stack(cached, 1), tokens[:, 6:])
     assert len({tuple(row) for row in np.asarray(tokens[:, 6:])}) == 3  # the prompts matter
+
+
+@CONFIGS
+def test_what_a_column_held_is_overwritten(config):
+    """With stacked weights as without them; nothing there is seen any more."""
+    params = params_of(config)
+    found = []
+    for weights in (params, models.unstack(params, config)):
+        stacked = weights is params
+        cache = models.Cache.create(config, batch=3, columns=6, stacked=stacked)
+        _, cache = extend(weights, config, cache, tokens_of(3, 6), column=0)
+        found.append(extend(weights, config, cache, tokens_of(3, 2), column=3)[0])
+    np.testing.assert_allclose(*found, atol=2e-5)
 
 
 # ---------------------------------------------------------------------------- heads

@@ -229,6 +229,24 @@ def test_continuous_batching_changes_no_token(family):
         np.testing.assert_allclose(got.logp_BR, plain.logp_BR, atol=5e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stacked_weights_give_the_same_tokens(family):
+    """As on TPUs: one layer scanned, in prefill, decoding, refills and the last few slots."""
+    config, prompts = FAMILIES[family], many(48)
+    index = np.arange(48, dtype=np.int32)
+    tokens, live = np.zeros((48, 8), np.int32), np.zeros((48, 8), bool)
+    for i, prompt in enumerate(prompts):
+        tokens[i, 8 - len(prompt) :], live[i, 8 - len(prompt) :] = prompt, True
+    batch = decode.Batch(tokens, live, index)
+    _, settings = sampler.plan(48, R, config.eos_ids, slots=16)
+    weights = {**params(config), "unembed": {"kernel": models.unembedding(params(config))}}
+    run = jax.jit(functools.partial(decode.run, config=config, s=settings))
+    one, _ = run(models.unstack(weights, config), batch, jax.random.key(0))
+    other, _ = run(weights, batch, jax.random.key(0))
+    assert other.responses() == one.responses()
+    np.testing.assert_allclose(other.logp_BR, one.logp_BR, atol=5e-5)
+
+
 def schedule(lengths, slots, sizes):
     """The share of live slots by a plain simulation."""
     left, queue, spent, size = [0] * slots, list(lengths), 0, slots

@@ -1,5 +1,8 @@
 """Which positions see which, rotary embeddings, and attention itself."""
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -103,6 +106,40 @@ def attend(
         v_BGSH.dtype
     )
     return jnp.einsum("BGTS,BGSH->BGTH", weights, v_BGSH).reshape(q_BNTH.shape)
+
+
+def attend_parts(
+    q_BNTH: jax.Array,
+    parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+    softcap: float | None = None,
+) -> jax.Array:
+    """`attend` to keys that lie in several arrays, which are never put together.
+
+    Args:
+      parts: (k_BGSH, v_BGSH, mask_BTS) of each.
+
+    Returns:
+      y_BNTH.
+    """
+    B, N, _, H = q_BNTH.shape
+    G = parts[0][0].shape[1]
+    q_BGTH, f32 = q_BNTH.reshape(B, G, -1, H), {"preferred_element_type": jnp.float32}
+    logits = [
+        capped_and_masked(
+            jnp.einsum("BGTH,BGSH->BGTS", q_BGTH, k_BGSH, **f32),
+            jnp.tile(mask_BTS, (1, N // G, 1))[:, None],
+            softcap,
+        )
+        for k_BGSH, _, mask_BTS in parts
+    ]
+    top = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in logits])
+    weights = [jnp.exp(x - top) for x in logits]
+    total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
+    y = sum(
+        jnp.einsum("BGTS,BGSH->BGTH", x.astype(v_BGSH.dtype), v_BGSH, **f32)
+        for x, (_, v_BGSH, _) in zip(weights, parts, strict=True)
+    )
+    return (y / total).astype(q_BNTH.dtype).reshape(q_BNTH.shape)
 
 
 def attend_shared(

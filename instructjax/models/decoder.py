@@ -1,7 +1,7 @@
 """Running the decoder: whole sequences, and new tokens against a KV cache.
 
 `apply` runs whole sequences under `lax.scan`, to train and to score. `extend` runs new tokens
-against a cache, layer by layer: a cache that is scanned over would be copied whole at each token.
+against a cache: layer by layer, or under `lax.scan` too, where the layers' weights are stacked.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from instructjax.models import fused
 from instructjax.models.attention import (
     attend,
+    attend_parts,
     attend_shared,
     attention_mask,
     related,
@@ -58,6 +59,13 @@ def _rotations(c: ModelConfig, positions_BT: jax.Array):
     return full, rotation(c.local_rope, c.head_dim, positions_BT) if c.local_rope else full
 
 
+def _pick(c: ModelConfig, windowed: Any, full_and_local: tuple[Any, Any]) -> Any:
+    """What a layer has of two trees; both kinds of layer share one scanned body."""
+    full, local = full_and_local
+    choose = functools.partial(jnp.where, windowed)
+    return jax.tree.map(choose, local, full) if any(c.windowed) else full
+
+
 def _final_norm(params: Params, c: ModelConfig, x_BTD: jax.Array) -> Any:
     return Norm(c).apply({"params": params["final_norm"]}, x_BTD)
 
@@ -74,13 +82,7 @@ def _scan(params: Params, c: ModelConfig, tokens_BT, positions_BT, sights, mix, 
 
     def body(x_BTD, per_layer):
         layer_params, windowed, layer_key = per_layer
-
-        def pick(full_and_local):  # both kinds of layer share one scanned body
-            full, local = full_and_local
-            choose = functools.partial(jnp.where, windowed)
-            return jax.tree.map(choose, local, full) if any(c.windowed) else full
-
-        sight, cos_sin = pick(sights), pick(rotations)
+        sight, cos_sin = (_pick(c, windowed, both) for both in (sights, rotations))
         run_mix = lambda q, k, v: (mix(q, k, v, sight), None)  # noqa: E731
         variables = {"params": layer_params}
         return layer.apply(variables, x_BTD, cos_sin, layer_key, mix=run_mix, shard=shard)
@@ -231,26 +233,42 @@ def apply_shared(
 class Cache:
     """Keys and values of the tokens so far, in any order of columns: positions tell it."""
 
-    keys: tuple[jax.Array, ...]  # a layer each: [B, G, S, H], rotated
-    values: tuple[jax.Array, ...]  # a layer each: [B, G, S, H]
+    keys: Any  # rotated: a tuple of [B, G, S, H], a layer each, or stacked: [B, L, G, S, H]
+    values: Any  # likewise
     positions_BS: jax.Array  # int32, of the token in each column
     live_BS: jax.Array  # bool, False at padding and at columns not yet written
 
     @classmethod
-    def create(cls, config: ModelConfig, batch: int, columns: int) -> "Cache":
-        """An empty cache in config.dtype for `batch` rows of at most `columns` tokens."""
+    def create(
+        cls, config: ModelConfig, batch: int, columns: int, stacked: bool = False
+    ) -> "Cache":
+        """An empty cache in config.dtype for `batch` rows of at most `columns` tokens.
+
+        Args:
+          stacked: as the weights are that `extend` is given with it.
+        """
         _check_length(config, columns)
-        shape = (batch, config.kv_heads, columns, config.head_dim)
+
+        def empty() -> Any:
+            shape = (config.kv_heads, columns, config.head_dim)
+            if stacked:
+                return jnp.zeros((batch, config.layers, *shape), config.dtype)
+            return tuple(jnp.zeros((batch, *shape), config.dtype) for _ in range(config.layers))
+
         return cls(
-            keys=tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers)),
-            values=tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers)),
+            keys=empty(),
+            values=empty(),
             positions_BS=jnp.zeros((batch, columns), jnp.int32),
             live_BS=jnp.zeros((batch, columns), bool),
         )
 
+    @property
+    def stacked(self) -> bool:
+        return not isinstance(self.keys, tuple)
+
 
 def unstack(params: Params, config: ModelConfig) -> Params:
-    """Layers as a list of trees in place of stacked leaves, so that `extend` slices nothing."""
+    """Layers as a list of trees in place of stacked leaves: see `extend`."""
     layers = [
         jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(config.layers)
     ]
@@ -260,7 +278,7 @@ def unstack(params: Params, config: ModelConfig) -> Params:
 def extend(
     params: Params,
     config: ModelConfig,
-    cache: Cache,
+    cache: Cache | None,
     tokens_BT: jax.Array,
     mask_BT: jax.Array | None = None,
     *,
@@ -269,9 +287,14 @@ def extend(
 ) -> tuple[jax.Array, Cache]:
     """Runs T more tokens of each row: a prompt (prefill) or, with T = 1, a decoding step.
 
+    Stacked weights are scanned: one layer is compiled, and on TPUs it reads its weights and its
+    part of the cache where they lie, within the matmuls. XLA on CPU copies them first, at each
+    token: there the weights should be unstacked.
+
     Args:
-      params: of `init`, or its `unstack`, as a loop should be given.
-      cache: of the tokens before; a row's positions go on from the number of its live columns.
+      params: of `init`, or its `unstack`.
+      cache: of the tokens before, stacked if the weights are; None is an empty one of T columns.
+        A row's positions go on from the number of its live columns.
       tokens_BT, mask_BT: the new tokens; padding may lie anywhere and is never seen.
       column: where the cache takes them, T columns from here; what was there is overwritten.
 
@@ -281,20 +304,59 @@ def extend(
     c = config
     if mask_BT is None:
         mask_BT = jnp.ones(tokens_BT.shape, bool)
+    stacked, live_BT = isinstance(params["layers"], dict), mask_BT.astype(bool)
+    alone = cache is None
+    if cache is None:
+        cache = Cache.create(c, *tokens_BT.shape, stacked)
     before_B1 = jnp.sum(cache.live_BS, axis=-1, keepdims=True, dtype=jnp.int32)
     positions_BT = before_B1 + positions_of(mask_BT)
     put, at = jax.lax.dynamic_update_slice, (0, 0, column, 0)
     positions_BS = put(cache.positions_BS, positions_BT, (0, column))
-    live_BS = put(cache.live_BS, mask_BT.astype(bool), (0, column))
+    live_BS = put(cache.live_BS, live_BT, (0, column))
     rotations = _rotations(c, positions_BT)
-    masks = [attention_mask(positions_BT, positions_BS, live_BS, w) for w in (None, c.window)]
-
-    layers = params["layers"]
-    if isinstance(layers, dict):
-        layers = unstack(params, c)["layers"]
     x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
+
+    if stacked:
+        # What is before them and the new tokens themselves are seen apart, and all layers written
+        # to the cache at once: a cache that the scan carried would be copied, at each token, from
+        # the layout that its slots are refilled in to the one that the scan's body likes.
+        others = cache.positions_BS, put(cache.live_BS, jnp.zeros_like(live_BT), (0, column))
+        parts = [(positions_BT, live_BT)] if alone else [others, (positions_BT, live_BT)]
+        sights = tuple(
+            [attention_mask(positions_BT, *part, window) for part in parts]
+            for window in (None, c.window)
+        )
+
+        def body(x_BTD, per_layer):
+            layer_params, windowed, i = per_layer
+            masks, cos_sin = (_pick(c, windowed, both) for both in (sights, rotations))
+
+            def mix(q, k, v):
+                of_layer = functools.partial(
+                    jax.lax.dynamic_index_in_dim, index=i, axis=1, keepdims=False
+                )
+                before = [] if alone else [(of_layer(cache.keys), of_layer(cache.values))]
+                seen = zip([*before, (k, v)], masks, strict=True)
+                return attend_parts(q, [(*kv, mask) for kv, mask in seen], c.attention_softcap), (
+                    k,
+                    v,
+                )
+
+            variables = {"params": layer_params}
+            return Layer(c).apply(variables, x_BTD, cos_sin, None, mix=mix, shard=shard)
+
+        windowed_L = jnp.array(c.windowed or (False,) * c.layers)
+        per_layer = params["layers"], windowed_L, jnp.arange(c.layers)
+        x_BTD, news = jax.lax.scan(body, x_BTD, per_layer, unroll=c.unroll)
+        keys, values = (
+            put(old_BLGSH, jnp.moveaxis(new_LBGTH, 0, 1), (0, *at))
+            for old_BLGSH, new_LBGTH in zip((cache.keys, cache.values), news, strict=True)
+        )
+        return _final_norm(params, c, x_BTD), Cache(keys, values, positions_BS, live_BS)
+
+    masks = [attention_mask(positions_BT, positions_BS, live_BS, w) for w in (None, c.window)]
     kept = []
-    for i, layer_params in enumerate(layers):
+    for i, layer_params in enumerate(params["layers"]):
         windowed = bool(c.windowed) and c.windowed[i]
 
         def mix(q, k, v, i=i, mask=masks[windowed]):
