@@ -706,6 +706,12 @@ def test_what_the_compiler_says_of_too_large_a_program():
         " temporaries (6.37T) exceeds available HBM (15.75G)."
     )
     assert _needed(said) == 6.37 * 2**40
+    said = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of"
+        " memory in memory space hbm. Used 15.75G of 15.75G hbm. Exceeded hbm capacity by 7.41M."
+        "\n\nTotal hbm usage >= 16.01G:\n    reserved        258.12M"
+    )
+    assert _needed(said) == 15.75 * 2**30 + 7.41 * 2**20
     assert _needed("INTERNAL: something else") is None
 
 

@@ -134,11 +134,10 @@ def attend_parts(
     ]
     top = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in logits])
     weights = [jnp.exp(x - top) for x in logits]
-    total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
-    y = sum(
-        jnp.einsum("BGTS,BGSH->BGTH", x.astype(v_BGSH.dtype), v_BGSH, **f32)
-        for x, (_, v_BGSH, _) in zip(weights, parts, strict=True)
-    )
+    total, y = jnp.zeros_like(top), jnp.zeros(q_BGTH.shape, jnp.float32)
+    for x, (_, v_BGSH, _) in zip(weights, parts, strict=True):
+        total += jnp.sum(x, axis=-1, keepdims=True)
+        y += jnp.einsum("BGTS,BGSH->BGTH", x.astype(v_BGSH.dtype), v_BGSH, **f32)
     return (y / total).astype(q_BNTH.dtype).reshape(q_BNTH.shape)
 
 

@@ -59,31 +59,30 @@ def _rotations(c: ModelConfig, positions_BT: jax.Array):
     return full, rotation(c.local_rope, c.head_dim, positions_BT) if c.local_rope else full
 
 
-def _pick(c: ModelConfig, windowed: Any, full_and_local: tuple[Any, Any]) -> Any:
-    """What a layer has of two trees; both kinds of layer share one scanned body."""
-    full, local = full_and_local
-    choose = functools.partial(jnp.where, windowed)
-    return jax.tree.map(choose, local, full) if any(c.windowed) else full
-
-
 def _final_norm(params: Params, c: ModelConfig, x_BTD: jax.Array) -> Any:
     return Norm(c).apply({"params": params["final_norm"]}, x_BTD)
 
 
 def _scan(params: Params, c: ModelConfig, tokens_BT, positions_BT, sights, mix, key, shard) -> Any:
-    """Hidden states of whole sequences.
+    """(hidden states after the final norm, what `mix` kept of each layer, stacked).
 
     Args:
       sights: what full and what windowed layers see, a pytree each; the layer's own goes to `mix`.
-      mix: attention, (q_BNTH, k_BGTH, v_BGTH, sight) -> y_BNTH.
+      mix: attention, (q_BNTH, k_BGTH, v_BGTH, sight, number of the layer) -> (y_BNTH, to keep).
     """
     rotations = _rotations(c, positions_BT)
     layer = Layer(c)
 
     def body(x_BTD, per_layer):
-        layer_params, windowed, layer_key = per_layer
-        sight, cos_sin = (_pick(c, windowed, both) for both in (sights, rotations))
-        run_mix = lambda q, k, v: (mix(q, k, v, sight), None)  # noqa: E731
+        layer_params, windowed, number, layer_key = per_layer
+
+        def pick(full_and_local):  # both kinds of layer share one scanned body
+            full, local = full_and_local
+            choose = functools.partial(jnp.where, windowed)
+            return jax.tree.map(choose, local, full) if any(c.windowed) else full
+
+        sight, cos_sin = pick(sights), pick(rotations)
+        run_mix = functools.partial(mix, sight=sight, layer=number)
         variables = {"params": layer_params}
         return layer.apply(variables, x_BTD, cos_sin, layer_key, mix=run_mix, shard=shard)
 
@@ -94,9 +93,9 @@ def _scan(params: Params, c: ModelConfig, tokens_BT, positions_BT, sights, mix, 
     x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
     keys = None if key is None else jax.random.split(key, c.layers)
     windowed_L = jnp.array(c.windowed or (False,) * c.layers)
-    stacked = (params["layers"], windowed_L, keys)
-    x_BTD, _ = jax.lax.scan(body, x_BTD, stacked, unroll=c.unroll)
-    return _final_norm(params, c, x_BTD)
+    stacked = params["layers"], windowed_L, jnp.arange(c.layers), keys
+    x_BTD, kept = jax.lax.scan(body, x_BTD, stacked, unroll=c.unroll)
+    return _final_norm(params, c, x_BTD), kept
 
 
 def _fuses(config: ModelConfig, shard: Shard) -> bool:
@@ -145,7 +144,6 @@ def apply(
             seen &= related(segments_BT[:, :, None], parents, segments_BT[:, None, :])
         return seen
 
-    mix: Any
     if _fuses(config, shard):
         segments = jnp.zeros_like(positions_BT) if segments_BT is None else segments_BT
         own_BT = jnp.where(live_BT, segments, fused.PADDING)
@@ -153,12 +151,18 @@ def apply(
             positions_BT, own_BT, own_BT if parents_BT is None else parents_BT
         )
         run = functools.partial(fused.attend, softcap=config.attention_softcap)
-        mix = lambda q, k, v, window: shard.by_head(run, q, k, v, places_B3T, window)  # noqa: E731
+
+        def mix(q, k, v, sight, layer):
+            return shard.by_head(run, q, k, v, places_B3T, sight), None
+
         sights = fused.NO_WINDOW, config.window
     else:
-        mix = functools.partial(attend, softcap=config.attention_softcap)
+
+        def mix(q, k, v, sight, layer):
+            return attend(q, k, v, sight, config.attention_softcap), None
+
         sights = mask(None), mask(config.window)
-    return _scan(params, config, tokens_BT, positions_BT, sights, mix, key, shard)
+    return _scan(params, config, tokens_BT, positions_BT, sights, mix, key, shard)[0]
 
 
 def apply_shared(
@@ -218,11 +222,11 @@ def apply_shared(
         prompt = attention_mask(prompt_at, prompt_at, prompt_live, window)
         return prompt, jnp.concatenate(parts, axis=-1)
 
-    def mix(q, k, v, mask):
-        return attend_shared(q, k, v, *mask, softcap=config.attention_softcap)
+    def mix(q, k, v, sight, layer):
+        return attend_shared(q, k, v, *sight, softcap=config.attention_softcap), None
 
     both = masks(None), masks(config.window)
-    hidden = _scan(params, config, tokens_BT, positions_BT, both, mix, key, shard)
+    hidden, _ = _scan(params, config, tokens_BT, positions_BT, both, mix, key, shard)
     return hidden[:, :P], hidden[:, P:].reshape(B, K, R, -1)
 
 
@@ -305,54 +309,46 @@ def extend(
     if mask_BT is None:
         mask_BT = jnp.ones(tokens_BT.shape, bool)
     stacked, live_BT = isinstance(params["layers"], dict), mask_BT.astype(bool)
-    alone = cache is None
-    if cache is None:
-        cache = Cache.create(c, *tokens_BT.shape, stacked)
-    before_B1 = jnp.sum(cache.live_BS, axis=-1, keepdims=True, dtype=jnp.int32)
+    B, T = tokens_BT.shape
+    old = Cache.create(c, B, T, stacked) if cache is None else cache
+    before_B1 = jnp.sum(old.live_BS, axis=-1, keepdims=True, dtype=jnp.int32)
     positions_BT = before_B1 + positions_of(mask_BT)
     put, at = jax.lax.dynamic_update_slice, (0, 0, column, 0)
-    positions_BS = put(cache.positions_BS, positions_BT, (0, column))
-    live_BS = put(cache.live_BS, live_BT, (0, column))
-    rotations = _rotations(c, positions_BT)
-    x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
+    positions_BS = put(old.positions_BS, positions_BT, (0, column))
+    live_BS = put(old.live_BS, live_BT, (0, column))
 
     if stacked:
-        # What is before them and the new tokens themselves are seen apart, and all layers written
-        # to the cache at once: a cache that the scan carried would be copied, at each token, from
-        # the layout that its slots are refilled in to the one that the scan's body likes.
-        others = cache.positions_BS, put(cache.live_BS, jnp.zeros_like(live_BT), (0, column))
-        parts = [(positions_BT, live_BT)] if alone else [others, (positions_BT, live_BT)]
-        sights = tuple(
-            [attention_mask(positions_BT, *part, window) for part in parts]
-            for window in (None, c.window)
-        )
+        # What is before the new tokens and they themselves are seen apart, and all layers written
+        # at once: a cache that the scan carried would be copied at each token, from the layout in
+        # which slots are refilled to the one that the scan's body likes.
+        parts = [(positions_BT, live_BT)]
+        if cache is not None:
+            gone = put(old.live_BS, jnp.zeros_like(live_BT), (0, column))
+            parts.append((old.positions_BS, gone))
 
-        def body(x_BTD, per_layer):
-            layer_params, windowed, i = per_layer
-            masks, cos_sin = (_pick(c, windowed, both) for both in (sights, rotations))
+        def sight(window: int | None) -> list[jax.Array]:
+            return [attention_mask(positions_BT, *part, window) for part in parts]
 
-            def mix(q, k, v):
-                of_layer = functools.partial(
-                    jax.lax.dynamic_index_in_dim, index=i, axis=1, keepdims=False
-                )
-                before = [] if alone else [(of_layer(cache.keys), of_layer(cache.values))]
-                seen = zip([*before, (k, v)], masks, strict=True)
-                return attend_parts(q, [(*kv, mask) for kv, mask in seen], c.attention_softcap), (
-                    k,
-                    v,
-                )
+        def of_layer(every_BLGSH: jax.Array, layer: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_index_in_dim(every_BLGSH, layer, axis=1, keepdims=False)
 
-            variables = {"params": layer_params}
-            return Layer(c).apply(variables, x_BTD, cos_sin, None, mix=mix, shard=shard)
+        def mix_parts(q, k, v, sight, layer):
+            seen = [(k, v)]
+            if cache is not None:
+                seen.append((of_layer(old.keys, layer), of_layer(old.values, layer)))
+            several = [(*kv, mask) for kv, mask in zip(seen, sight, strict=True)]
+            return attend_parts(q, several, c.attention_softcap), (k, v)
 
-        windowed_L = jnp.array(c.windowed or (False,) * c.layers)
-        per_layer = params["layers"], windowed_L, jnp.arange(c.layers)
-        x_BTD, news = jax.lax.scan(body, x_BTD, per_layer, unroll=c.unroll)
+        sights = sight(None), sight(c.window)
+        hidden_BTD, new = _scan(params, c, tokens_BT, positions_BT, sights, mix_parts, None, shard)
         keys, values = (
-            put(old_BLGSH, jnp.moveaxis(new_LBGTH, 0, 1), (0, *at))
-            for old_BLGSH, new_LBGTH in zip((cache.keys, cache.values), news, strict=True)
+            put(every_BLGSH, jnp.moveaxis(new_LBGTH, 0, 1), (0, *at))
+            for every_BLGSH, new_LBGTH in zip((old.keys, old.values), new, strict=True)
         )
-        return _final_norm(params, c, x_BTD), Cache(keys, values, positions_BS, live_BS)
+        return hidden_BTD, Cache(keys, values, positions_BS, live_BS)
+
+    rotations = _rotations(c, positions_BT)
+    x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
 
     masks = [attention_mask(positions_BT, positions_BS, live_BS, w) for w in (None, c.window)]
     kept = []
@@ -360,7 +356,7 @@ def extend(
         windowed = bool(c.windowed) and c.windowed[i]
 
         def mix(q, k, v, i=i, mask=masks[windowed]):
-            k, v = put(cache.keys[i], k, at), put(cache.values[i], v, at)
+            k, v = put(old.keys[i], k, at), put(old.values[i], v, at)
             return attend(q, k, v, mask, c.attention_softcap), (k, v)
 
         variables = {"params": layer_params}

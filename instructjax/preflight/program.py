@@ -223,5 +223,12 @@ def _arguments(jitted: Any, args: Sequence[Any]) -> dict[str, float]:
 def _needed(error: str) -> float | None:
     """Bytes of HBM that the compiler says a program would take; None of another error."""
     units = {"K": 2**10, "M": 2**20, "G": GiB, "T": 2**40}
-    found = re.search(r"memory required .*?\(([\d.]+)([KMGT])\) exceeds available HBM", error)
+    size = r"([\d.]+)([KMGT])"
+    total = rf"memory required .*?\({size}\) exceeds available HBM"
+    # Of what nearly fits it says more, with what the chip reserves for itself in the total.
+    excess = rf"memory space hbm\. Used {size} of {size} hbm\. Exceeded hbm capacity by {size}"
+    if found := re.search(excess, error):
+        _, _, number, unit, *over = found.groups()
+        return float(number) * units[unit] + float(over[0]) * units[over[1]]
+    found = re.search(total, error)
     return float(found.group(1)) * units[found.group(2)] if found else None
