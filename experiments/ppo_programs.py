@@ -52,7 +52,7 @@ def make_programs(
       value_model, value: None where the value head is on the policy's trunk.
       policy, value: arrays, or ShapeDtypeStructs that carry shardings.
     """
-    flags, shard = config.ppo, sharding.constrainer(mesh)
+    flags, shard = config.ppo, config.constrainer(mesh)
     bound = {"config": model, "temperature": config.temperature, "shard": shard}
 
     def schedule(peak: float) -> optax.Schedule:

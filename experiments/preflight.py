@@ -65,6 +65,8 @@ class Config:
     microbatches: int | None = None
     """Shares of a batch, or of a minibatch and of its text, whose gradients are accumulated;
     default: the preset's."""
+    shard_sequence: bool = False
+    """As in the scripts: activations between sublayers are split over `tensor` too."""
     offload: bool = False
     """As in run_ppo.py."""
     out: Path | None = None
@@ -183,7 +185,7 @@ def preset(config: Config, presets: dict[str, Any]) -> Any:
     if config.preset not in presets:
         raise ValueError(f"--preset {config.preset}: not one of {', '.join(presets)}")
     found = presets[config.preset]
-    names = {"remat", "batch_size"}
+    names = {"remat", "batch_size", "shard_sequence"}
     if isinstance(found, ppo_config.Config):
         found = dataclasses.replace(found, offload=config.offload)
         if config.microbatches:

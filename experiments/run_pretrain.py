@@ -107,7 +107,7 @@ def run_pretrain(config: Config) -> None:
             peak / (warmup + 1), peak, warmup, max(total, warmup + 1), end_value=0.1 * peak
         )
         tx = train.adam(schedule)
-        shard = sharding.constrainer(mesh)
+        shard = config.constrainer(mesh)
         loss_fn = functools.partial(sft.loss_fn, config=model, shard=shard)
         layout = state.shardings(params, tx)
         step_fn = train.make_train_step(loss_fn, tx, config.microbatches, layout, schedule)

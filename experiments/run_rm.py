@@ -315,7 +315,7 @@ def make_step(
     schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
     tx = train.adam(schedule)
     dropped = dataclasses.replace(model, dropout=config.dropout)
-    loss_fn = functools.partial(reward.loss_fn, config=dropped, shard=sharding.constrainer(mesh))
+    loss_fn = functools.partial(reward.loss_fn, config=dropped, shard=config.constrainer(mesh))
     layout = state.shardings(params, tx)
     return tx, train.make_train_step(loss_fn, tx, config.microbatches, layout, schedule)
 

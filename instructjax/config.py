@@ -25,8 +25,9 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import tyro
 from etils import epath
+from jax.sharding import Mesh
 
-from instructjax.sharding import parse_mesh
+from instructjax import sharding
 
 PACKAGES = ("instructjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 UNCOMPARED = ("command", "out", "checkpoints", "resume", "data.cache")  # none of them changes a run
@@ -58,6 +59,9 @@ class RunConfig:
     """Of initial values, data order, dropout and sampling."""
     mesh: str = ""
     """Devices along each axis, as `data=2,fsdp=-1,tensor=2`; by default all are `fsdp`."""
+    shard_sequence: bool = False
+    """Between sublayers, split activations over `tensor` too, along the sequence: less memory, more
+    to send."""
     resume: bool = False
     """Continue the run in --out from its latest checkpoint, or start it if it has none."""
     checkpoints: str | None = None
@@ -86,8 +90,13 @@ class RunConfig:
             raise ValueError(
                 f"--checkpoints {self.checkpoints} needs: pip install 'instructjax[gcs]'"
             )
-        parse_mesh(self.mesh)
+        sharding.parse_mesh(self.mesh)
         _ = self.profile_window
+
+    def constrainer(self, mesh: Mesh) -> sharding.Constrainer:
+        """Of activations in training."""
+        rules = sharding.SEQUENCE if self.shard_sequence else sharding.RULES
+        return sharding.constrainer(mesh, rules)
 
     @property
     def checkpoint_directory(self) -> epath.Path:

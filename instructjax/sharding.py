@@ -23,6 +23,7 @@ AXES = ("data", "fsdp", "tensor")
 Rules = dict[str, tuple[str, ...]]
 RULES: Rules = {
     "batch": ("data", "fsdp"),
+    "sequence": (),
     "layers": (),
     "vocab": ("tensor",),
     "position": (),
@@ -33,6 +34,10 @@ RULES: Rules = {
     "mlp": ("tensor",),
     "norm": (),  # vectors of one layer's width: not worth a collective
 }
+
+# Between sublayers the sequence is split over tensor too (Korthikanti et al. 2022): a chip keeps a
+# share of each layer's residuals, and all-gathers and reduce-scatters take the all-reduces' place.
+SEQUENCE = {**RULES, "sequence": ("tensor",)}
 
 # For decoding, which reads all weights at each token: whole on every data shard, whose rows are
 # its own affair (see sampler.py), and split over tensor as ever.
@@ -100,13 +105,14 @@ def partition_spec(
 ) -> PartitionSpec:
     """Where the dimensions of one array lie.
 
-    A vocabulary that does not divide the axis, and KV heads fewer than it, are replicated.
+    A vocabulary or a sequence that does not divide the axis, and KV heads fewer than it, are
+    replicated.
 
     Args:
       axes: the logical name of each dimension; None is not sharded.
       shape: its sizes.
       name: of the tensor, for errors.
-      rules: RULES or GENERATION.
+      rules: RULES, SEQUENCE or GENERATION.
 
     Raises:
       ValueError: an axis without a rule, or a size that its mesh axis does not divide.
@@ -117,7 +123,9 @@ def partition_spec(
             raise ValueError(f"{name}: no sharding rule for the logical axis {axis!r}")
         over = rules[axis] if axis is not None else ()
         parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in over)
-        if size % parts and (axis == "vocab" or (axis == "kv_heads" and size < parts)):
+        if size % parts and (
+            axis in ("vocab", "sequence") or (axis == "kv_heads" and size < parts)
+        ):
             over = ()
         elif size % parts:
             at = "x".join(over)

@@ -35,7 +35,7 @@ CONFIG = models.ModelConfig(
 )  # fmt: skip
 
 
-def compiled_step(objective, config, shapes):
+def compiled_step(objective, config, shapes, rules=sharding.RULES):
     """The HLO of objective.loss_fn's train step on 16 chips of v5e, fsdp=4 by tensor=4."""
     # Several processes may compile at once; libtpu takes them all for users of one TPU.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -59,7 +59,8 @@ def compiled_step(objective, config, shapes):
         for name, (shape, dtype) in shapes.items()
     }
     key = like(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, PartitionSpec()))
-    loss_fn = functools.partial(objective.loss_fn, config=config, shard=sharding.constrainer(mesh))
+    shard = sharding.constrainer(mesh, rules)
+    loss_fn = functools.partial(objective.loss_fn, config=config, shard=shard)
     step = train.make_train_step(loss_fn, tx, shardings=layout)
     return step.lower(jax.tree.map(like, start, layout), batch, key).compile().as_text()
 
@@ -74,16 +75,13 @@ def uncached():
     compilation_cache.reset_cache()
 
 
+TEXT = dict.fromkeys(("tokens_BT", "segments_BT", "positions_BT"), ((B, T), "int32"))
+TEXT |= {"mask_BT": ((B, T), "bool")}
+
+
 @pytest.fixture(scope="module")
 def sft_step(uncached):
-    row = ((B, T), "int32")
-    shapes = {
-        "tokens_BT": row,
-        "segments_BT": row,
-        "positions_BT": row,
-        "mask_BT": ((B, T), "bool"),
-    }
-    return compiled_step(sft, CONFIG, shapes)
+    return compiled_step(sft, CONFIG, TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +119,17 @@ def test_only_weights_are_gathered(step, request):
     assert gathered
     assert not [array for array in gathered if T in array or CONFIG.layers in array]
     assert " all-to-all(" not in hlo
+
+
+def test_a_split_sequence_leaves_a_share_of_each_layers_residuals(uncached):
+    """What is kept for the backward pass: of 2 rows, a fourth of the tokens."""
+    config = dataclasses.replace(CONFIG, remat="full")
+    whole, share = f"[{CONFIG.layers},2,{T},256]", f"[{CONFIG.layers},2,{T // 4},256]"
+    found = {}
+    for rules in (sharding.RULES, sharding.SEQUENCE):
+        hlo = compiled_step(sft, config, TEXT, rules)
+        found[rules["sequence"]] = whole in hlo, share in hlo
+    assert found == {(): (True, False), ("tensor",): (False, True)}
 
 
 # ---------------------------------------------------------------------------- PPO

@@ -47,8 +47,8 @@ def params_of(config, mesh=None):
     return init(jax.random.key(0))
 
 
-def gradient(config, mesh=None, microbatches=1):
-    shard = models.unsharded if mesh is None else sharding.constrainer(mesh)
+def gradient(config, mesh=None, microbatches=1, rules=sharding.RULES):
+    shard = models.unsharded if mesh is None else sharding.constrainer(mesh, rules)
     batch = batch_of(config)
     if mesh is not None:
         batch = jax.device_put(batch, sharding.batched(mesh))
@@ -89,6 +89,20 @@ MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8, "fsdp": 1}, {"fsdp": 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_eight_devices_equal_one(axes):
     assert_same(gradient(CONFIG, sharding.make_mesh(**axes)), reference(CONFIG), 1e-5)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_a_sequence_split_between_sublayers_changes_nothing(tensor):
+    mesh = sharding.make_mesh(tensor=tensor)
+    split = gradient(CONFIG, mesh, rules=sharding.SEQUENCE)
+    assert_same(split, reference(CONFIG), 1e-5)
+
+
+def test_a_sequence_that_does_not_divide_is_whole():
+    mesh = sharding.make_mesh(tensor=8)
+    spec = functools.partial(sharding.partition_spec, mesh=mesh, rules=sharding.SEQUENCE)
+    assert spec(("batch", "sequence", None), (2, 16, 4))[1] == "tensor"
+    assert spec(("batch", "sequence", None), (2, 12, 4))[1] is None
 
 
 @pytest.mark.parametrize("axes", [*MESHES, {"tensor": 8}], ids=str)

@@ -48,7 +48,7 @@ def _embed(params: Params, c: ModelConfig, tokens_BT, positions_BT, shard: Shard
     if c.positions == "learned":
         table = shard(params["embed"]["positions"].astype(c.dtype), None, None)
         x += table[positions_BT + c.position_offset]
-    return shard(x, "batch", None, None)
+    return shard(x, "batch", "sequence", None)
 
 
 def _rotations(c: ModelConfig, positions_BT: jax.Array):

@@ -178,6 +178,7 @@ class Layer(nn.Module):
 
         def branch(name, y_BTD, key):
             """What a sublayer adds to the residual."""
+            y_BTD = shard(y_BTD, "batch", "sequence", None)
             if c.post_norms:
                 y_BTD = Norm(c, name=f"{name}_post_norm")(y_BTD)
             if key is None or c.dropout == 0:
@@ -186,12 +187,14 @@ class Layer(nn.Module):
             return jnp.where(keep, y_BTD / (1 - c.dropout), 0)
 
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        normed = Norm(c, name="attention_norm")(x_BTD)
+        # Where the sequence is split between sublayers, it is whole within them.
+        normed = shard(Norm(c, name="attention_norm")(x_BTD), "batch", None, None)
         y_BTD, kept = Attention(c, name="attention")(normed, cos_sin, mix, shard)
         after = x_BTD + branch("attention", y_BTD, attention_key)
         normed = Norm(c, name="mlp_norm")(x_BTD if c.parallel else after)
+        normed = shard(normed, "batch", None, None)
         after += branch("mlp", MLP(c, name="mlp")(normed, shard), mlp_key)
-        return shard(after, "batch", None, None), kept
+        return shard(after, "batch", "sequence", None), kept
 
 
 # ---------------------------------------------------------------------------- parameters

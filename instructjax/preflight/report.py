@@ -144,7 +144,7 @@ def advice(program: Program) -> list[str]:
         (
             m.temporaries,
             f"{_gib(m.temporaries)} GiB of activations and other temporaries: --remat full, more"
-            " microbatches (fewer rows at a time), a larger slice",
+            " microbatches (fewer rows at a time), --shard_sequence, a larger slice",
         ),
         (m.cache, f"{_gib(m.cache)} GiB of cache: more tensor in --mesh, fewer rows at a time"),
         (
