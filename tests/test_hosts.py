@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructjax import hf, hosts, miniature, models, run, sharding
+from instructjax import decode, hf, hosts, miniature, models, run, sharding
 from instructjax.config import parse
 from instructjax.data import Stream, sources
 from instructjax.models import ModelConfig
@@ -45,13 +46,31 @@ def tasks(*commands: list[str]) -> None:
     """`[NAME, FLAG, ...]` of the functions below, one after the other."""
     sources.MINIATURE, run_rm.TEST = SMALL, 24
     known = {"sft": run_sft.cli, "rm": run_rm.cli, "ppo": run_ppo.cli}
-    known |= {"toy": toy, "rows": rows}
+    known |= {"toy": toy, "rows": rows, "replayed": replayed}
     for name, *flags in commands:
         known[name](flags)
 
 
 def toy(flags: list[str]) -> None:
     test_run.fit(parse(test_run.Toy, {}, "", flags))
+
+
+def replayed(flags: list[str]) -> None:
+    """run_ppo.py on responses that are known before: a sampled token is one or another, so that
+    the last bit of a logit can change all that follows."""
+
+    def generate(params, config, prompts, key, *, max_new_tokens, indices, **_):
+        rng, R = np.random.default_rng(list(indices)), max_new_tokens
+        tokens = rng.integers(4, config.vocab_size, (len(prompts), R)).astype(np.int32)
+        lengths = rng.integers(2, R + 1, (len(prompts), 1))
+        tokens[np.arange(R) == lengths - 1] = config.eos_ids[0]
+        mask = np.arange(R) < lengths
+        drawn = tokens * mask, mask, np.zeros((len(prompts), R), np.float32)
+        return decode.Rollout(*map(jnp.asarray, drawn), live_fraction=1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_ppo.sampler, "generate", generate)
+        run_ppo.cli([*flags, "--ppo.rescore", "True"])
 
 
 def rows(_: list[str]) -> None:
@@ -176,6 +195,7 @@ def commands(start: Path, out: Path) -> list[list[str]]:
         ["sft", *model, "3", *SFT, "--out", f"{out}/sft", "--eval_every", "2"],
         ["rm", *model, "9", *RM, "--out", f"{out}/rm", "--save_every", "2"],
         ["ppo", *model, "1", *PPO, "--out", f"{out}/ppo", "--reward", f"{start}/rm"],
+        ["replayed", *model, "5", *PPO, "--out", f"{out}/replayed", "--reward", f"{start}/rm"],
     ]
 
 
@@ -204,7 +224,7 @@ def assert_close(one: Path, two: Path) -> None:
             assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-4), (row["step"], name)
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "replayed"])
 def test_two_processes_give_the_metrics_of_one(runs, stage):
     alone, together = (out / stage for out in runs)
     assert_close(alone, together)
