@@ -100,8 +100,7 @@ def test_scores_are_not_cut_to_integers(whole):
         assert row["objective/score"] != round(row["objective/score"])
 
 
-@pytest.mark.parametrize("step", [1, 2])
-def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(start, whole, tmp_path, step):
+def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(start, whole, tmp_path):
     """Beta, average, both optimizers, both streams and keys are the checkpoint's."""
 
     class StopError(Exception):
@@ -109,7 +108,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(start, whole, t
 
     def steps(self, begin, total, all_steps=run_ppo.Run.steps):
         for number in all_steps(self, begin, total):
-            if number == step + 1 and begin == 0:
+            if number == 2 and begin == 0:
                 raise StopError
             yield number
 
