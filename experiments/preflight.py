@@ -83,23 +83,36 @@ def run_preflight(config: Config) -> None:
 
 
 def search(config: Config) -> list[preflight.Program]:
-    """The programs on the smallest slice, and its first mesh, that they fit.
+    """The programs on the smallest slice, and its first mesh and microbatches, that they fit.
 
     Meshes are tried from all `fsdp` on, with `tensor` twice as large each time: what it splits
-    has more collectives.
+    has more collectives. Microbatches are doubled, unless --microbatches is given, while what does
+    not fit is the work on a batch and the batch divides.
     """
     check(config)
     for topology in preflight.slices(config.topology):
         meshes = [config.mesh] if config.mesh else meshes_of(topology.devices)
         for mesh in meshes:
-            try:
-                found = analyse(config, topology, mesh, until=lambda program: not program.fits)
-            except ValueError as error:  # the mesh, or the batch, does not divide
-                print(f"{topology.name} {mesh}: {error}")
-                continue
-            if all(program.fits for program in found):
-                return found
+            tried, more = config, True
+            while more:
+                try:
+                    found = analyse(tried, topology, mesh, until=lambda program: not program.fits)
+                except ValueError as error:  # the mesh, or the batch, does not divide
+                    print(f"{topology.name} {mesh}: {error}")
+                    break
+                if all(program.fits for program in found):
+                    return found
+                more = config.microbatches is None and batches_help(found[-1])
+                tried = dataclasses.replace(tried, microbatches=2 * (tried.microbatches or 1))
+                if more:
+                    print(f"{topology.name} {mesh}: again with --microbatches {tried.microbatches}")
     raise ValueError(f"--search: it fits no slice of {config.topology} with these flags")
+
+
+def batches_help(program: preflight.Program) -> bool:
+    """Whether a program that does not fit has a batch to share, and would fit without its work."""
+    shared = program.name.endswith("gradient") or program.name in ("SFT step", "RM step")
+    return shared and program.memory.peak - program.memory.temporaries <= program.usable
 
 
 def check(config: Config) -> None:

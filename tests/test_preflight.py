@@ -961,6 +961,35 @@ def test_what_the_script_refuses(flags, says):
         script.cli(["--topology", "v5e:2x2", *flags])
 
 
+@pytest.mark.parametrize(
+    ("name", "held", "given", "tried"),
+    [
+        ("value gradient", 4, None, [None, 2, 4]),  # then it fits
+        ("value gradient", 4, 2, [2]),
+        ("rollout", 4, None, [None]),
+        ("value gradient", 16, None, [None]),  # too large without any work
+    ],
+)
+def test_a_search_doubles_microbatches(monkeypatch, name, held, given, tried):
+    """While that can help: the next mesh is tried where it cannot, or where it was forbidden."""
+    asked = []
+
+    def analyse(config, topology, mesh, until):
+        asked.append((mesh, config.microbatches))
+        if mesh != "fsdp=4,tensor=1":
+            return []  # all of them fit
+        work = 24 * GIB / (config.microbatches or 1)
+        memory = Memory(held * GIB, *[0.0] * 5, temporaries=work, code=0.0, host=0.0)
+        program = preflight.Program(name, topology, memory, COUNTS, 1)
+        assert until(program) != program.fits
+        return [program]
+
+    monkeypatch.setattr(script, "analyse", analyse)
+    flags = {} if given is None else {"microbatches": given}
+    script.search(script.Config(topology="v5e", search=True, **flags))
+    assert [shares for mesh, shares in asked if mesh == "fsdp=4,tensor=1"] == tried
+
+
 @needs_libtpu
 def test_a_search_in_vain(capsys):
     """It says why each slice was not it; what is wrong on every slice is said at once."""
