@@ -126,7 +126,7 @@ def dpo(config: DPO, start: Start) -> Algorithm:
     read = functools.partial(load, config.data, "comparisons", start.tokenizer)
     context = start.model.max_length
     seen, unseen = (read(split=split, context=context) for split in ("train", "validation"))
-    model: Any = {"config": start.model, "shard": sharding.constrainer(start.mesh)}
+    model: Any = {"config": start.model, "shard": config.constrainer(start.mesh)}
     logp_of = jax.jit(functools.partial(response_logp, **model))
 
     def prepare(params: Params, batch: dict[str, Any], key: jax.Array):
@@ -174,7 +174,7 @@ def online(config: Online, start: Start, advantage: Advantage, loss: Any) -> Alg
     seen, unseen = (read(split=split, context=context) for split in ("train", "validation"))
     P = min(-(-int(seen.prompt.lengths.max()) // 32) * 32, start.model.max_length - R)
     reward = rewards.load(config.reward, start.mesh, start.tokenizer, "float32")
-    model: Any = {"config": start.model, "shard": sharding.constrainer(start.mesh)}
+    model: Any = {"config": start.model, "shard": config.constrainer(start.mesh)}
     everywhere = sharding.replicated(start.mesh)
     logp_of = jax.jit(functools.partial(responses.token_logp, **model), out_shardings=everywhere)
 

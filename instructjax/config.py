@@ -94,7 +94,7 @@ class RunConfig:
         _ = self.profile_window
 
     def constrainer(self, mesh: Mesh) -> sharding.Constrainer:
-        """Of activations in training."""
+        """Of activations, in training and in scoring with trained weights."""
         rules = sharding.SEQUENCE if self.shard_sequence else sharding.RULES
         return sharding.constrainer(mesh, rules)
 

@@ -105,8 +105,8 @@ def partition_spec(
 ) -> PartitionSpec:
     """Where the dimensions of one array lie.
 
-    A vocabulary or a sequence that does not divide the axis, and KV heads fewer than it, are
-    replicated.
+    A vocabulary or a sequence that does not divide the axis (`models.apply` pads it, the einsums
+    of `apply_shared` do not), and KV heads fewer than it, are replicated.
 
     Args:
       axes: the logical name of each dimension; None is not sharded.
@@ -188,6 +188,11 @@ class Constrainer:
     mesh: Mesh
     rules: Rules
     fused: bool
+
+    @property
+    def sequence(self) -> int:
+        """Into how many parts the sequence is split between sublayers."""
+        return math.prod(self.mesh.shape[axis] for axis in self.rules["sequence"])
 
     def _spec(self, x: jax.Array, *axes: str | None) -> PartitionSpec:
         return partition_spec(axes, x.shape, self.mesh, "activation", self.rules)

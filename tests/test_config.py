@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from instructjax import sharding
 from instructjax.config import RunConfig, parse, write
 from instructjax.data.config import DataConfig
 
@@ -28,6 +29,12 @@ PRESETS = {
 
 def read(*argv: str) -> Config:
     return parse(Config, PRESETS, "Fine-tunes.\n", argv)
+
+
+def test_the_sequence_is_split_where_it_is_asked_for():
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    assert read().constrainer(mesh).sequence == 1
+    assert read("--shard_sequence").constrainer(mesh).sequence == 4
 
 
 def test_first_preset_is_the_default():

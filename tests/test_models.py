@@ -188,6 +188,12 @@ def test_greedy_decoding_through_the_cache(config, stacked):
     assert len({tuple(row) for row in np.asarray(tokens[:, 6:])}) == 3  # the prompts matter
 
 
+def test_weights_and_cache_are_both_stacked_or_neither():
+    cache = models.Cache.create(GPT2, batch=2, columns=3)
+    with pytest.raises(ValueError, match="both be stacked, or neither"):
+        models.extend(params_of(GPT2), GPT2, cache, tokens_of(2, 3), column=0)
+
+
 @CONFIGS
 def test_what_a_column_held_is_overwritten(config):
     """With stacked weights as without them; nothing there is seen any more."""

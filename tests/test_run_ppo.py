@@ -145,14 +145,15 @@ def test_the_miniatures_temporaries_are_not_mapped_anew():
 
 def test_choices(start, tmp_path):
     """Two epochs, uneven lengths in buckets and shares, a head on the trunk, adaptive beta,
-    re-scored behaviour, a penalty for no EOS, models at rest on the host, and an early stop."""
+    re-scored behaviour, a penalty for no EOS, models at rest on the host, sequences split between
+    sublayers, and an early stop."""
     out = tmp_path / "ppo"
     flags = [*start, "--out", str(out), "--steps", "9", "--mesh", "data=1,fsdp=4,tensor=2"]
     flags += ["--ppo.epochs", "2", "--ppo.buckets", "2", "--ppo.microbatches", "2"]
     flags += ["--ptx.microbatches", "2", "--ppo.value", "shared", "--ppo.kl_target", "0.5"]
     flags += ["--ppo.rescore", "True", "--ppo.missing_eos", "penalty", "--offload"]
     flags += ["--ppo.whiten_rewards", "--ppo.clip_score", "2", "--ppo.max_kl", "-1"]
-    flags += ["--ppo.beta", "0.02"]
+    flags += ["--ppo.beta", "0.02", "--shard_sequence"]
     run_ppo.cli(flags)
     rows = metrics_of(out)
     assert [row["step"] for row in rows] == [0, 1]  # any KL is above -1 nats

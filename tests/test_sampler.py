@@ -229,21 +229,30 @@ def test_continuous_batching_changes_no_token(family):
         np.testing.assert_allclose(got.logp_BR, plain.logp_BR, atol=5e-5)
 
 
-def test_stacked_weights_give_the_same_tokens():
+@pytest.mark.parametrize(("family", "axes"), [("windows", (1, 4, 1)), ("learned", (1, 2, 2))])
+def test_stacked_weights_give_the_same_tokens(family, axes, monkeypatch):
     """As on TPUs: one layer scanned, in prefill, decoding, refills and the last few slots."""
-    config, prompts = WINDOWS, many(48)
-    index = np.arange(48, dtype=np.int32)
-    tokens, live = np.zeros((48, 8), np.int32), np.zeros((48, 8), bool)
-    for i, prompt in enumerate(prompts):
-        tokens[i, 8 - len(prompt) :], live[i, 8 - len(prompt) :] = prompt, True
-    batch = decode.Batch(tokens, live, index)
-    _, settings = sampler.plan(48, R, config.eos_ids, slots=16)
-    weights = {**params(config), "unembed": {"kernel": models.unembedding(params(config))}}
-    run = jax.jit(functools.partial(decode.run, config=config, s=settings))
-    one, _ = run(models.unstack(weights, config), batch, jax.random.key(0))
-    other, _ = run(weights, batch, jax.random.key(0))
-    assert other.responses() == one.responses()
-    np.testing.assert_allclose(other.logp_BR, one.logp_BR, atol=5e-5)
+    config = dataclasses.replace(FAMILIES[family], max_length=127)  # no program of another test
+    mesh = sharding.make_mesh(*axes, devices=jax.devices()[:4])
+    layout = sharding.shardings(models.logical_axes(config), params(config), mesh)
+    placed, prompts = jax.device_put(params(config), layout), many(72)
+    plain = generate(prompts, config=config)
+    as_on_tpu = functools.partial(sharding.Constrainer, fused=True)
+    monkeypatch.setattr(sharding, "constrainer", lambda mesh, rules=None: as_on_tpu(mesh, rules))
+    laid_out = []
+    extend = decode.models.extend
+
+    def seen(weights, *args, **named):
+        laid_out.append(isinstance(weights["layers"], dict))
+        return extend(weights, *args, **named)
+
+    monkeypatch.setattr(decode.models, "extend", seen)
+    key = jax.random.key(0)
+    got = sampler.generate(placed, config, prompts, key, max_new_tokens=R, slots=64, mesh=mesh)
+    assert laid_out
+    assert all(laid_out)
+    assert got.responses() == plain.responses()
+    np.testing.assert_allclose(got.logp_BR, plain.logp_BR, atol=5e-5)
 
 
 def schedule(lengths, slots, sizes):

@@ -98,6 +98,19 @@ def test_a_sequence_split_between_sublayers_changes_nothing(tensor):
     assert_same(split, reference(CONFIG), 1e-5)
 
 
+def test_a_sequence_that_does_not_divide_is_padded_and_split():
+    """12 tokens over 8 devices are 16, 2 on each; a response's scores have an odd number."""
+    config = dataclasses.replace(GPT2_VOCABULARY, vocab_size=136)
+    mesh = sharding.make_mesh(tensor=8)
+    split = gradient(config, mesh, rules=sharding.SEQUENCE)
+    assert_same(split, gradient(config), 1e-5)
+    shard, tokens = sharding.constrainer(mesh, sharding.SEQUENCE), batch_of(config)["tokens_BT"]
+    run = jax.jit(functools.partial(models.apply, config=config, shard=shard))
+    params = params_of(config, mesh)
+    assert "f32[8,2,16]" in run.lower(params, tokens_BT=tokens).compile().as_text()
+    assert run(params, tokens_BT=tokens).shape == (8, 12, 16)
+
+
 def test_a_sequence_that_does_not_divide_is_whole():
     mesh = sharding.make_mesh(tensor=8)
     spec = functools.partial(sharding.partition_spec, mesh=mesh, rules=sharding.SEQUENCE)

@@ -129,11 +129,16 @@ def apply(
     Returns:
       hidden_BTD in config.dtype.
     """
+    T = tokens_BT.shape[1]
     if mask_BT is None:
         mask_BT = jnp.ones(tokens_BT.shape, bool)
     if positions_BT is None:
-        _check_length(config, tokens_BT.shape[1])
+        _check_length(config, T)
         positions_BT = positions_of(mask_BT)
+    if short := -T % shard.sequence:  # what does not divide could not be split
+        pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, short)))
+        tokens_BT, mask_BT, positions_BT = pad(tokens_BT), pad(mask_BT), pad(positions_BT)
+        segments_BT, parents_BT = (None if x is None else pad(x) for x in (segments_BT, parents_BT))
 
     live_BT = mask_BT.astype(bool)
 
@@ -162,7 +167,7 @@ def apply(
             return attend(q, k, v, sight, config.attention_softcap), None
 
         sights = mask(None), mask(config.window)
-    return _scan(params, config, tokens_BT, positions_BT, sights, mix, key, shard)[0]
+    return _scan(params, config, tokens_BT, positions_BT, sights, mix, key, shard)[0][:, :T]
 
 
 def apply_shared(
@@ -304,11 +309,16 @@ def extend(
 
     Returns:
       (hidden_BTD of the new tokens after the final norm, the cache with them).
+
+    Raises:
+      ValueError: of weights and cache one is stacked.
     """
     c = config
     if mask_BT is None:
         mask_BT = jnp.ones(tokens_BT.shape, bool)
     stacked, live_BT = isinstance(params["layers"], dict), mask_BT.astype(bool)
+    if cache is not None and cache.stacked != stacked:
+        raise ValueError("weights and cache must both be stacked, or neither (models.unstack)")
     B, T = tokens_BT.shape
     old = Cache.create(c, B, T, stacked) if cache is None else cache
     before_B1 = jnp.sum(old.live_BS, axis=-1, keepdims=True, dtype=jnp.int32)

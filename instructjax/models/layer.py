@@ -34,6 +34,11 @@ class Shard(Protocol):
         """Whether the devices run the attention kernel of fused.py."""
         ...
 
+    @property
+    def sequence(self) -> int:
+        """Into how many parts the sequence is split between sublayers."""
+        ...
+
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """x, laid out by the logical names of its axes."""
         ...
@@ -48,6 +53,7 @@ class Unsharded:
     """The `Shard` of a program on one device: leaves activations as they are."""
 
     fused: bool = False
+    sequence: int = 1
 
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
         return x
