@@ -155,7 +155,11 @@ def test_every_preset_has_a_rule_for_each_axis(name):
     config = models.PRESETS[name]
     shapes = jax.eval_shape(lambda key: models.init(config, key), jax.random.key(0))
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    sharding.shardings(models.logical_axes(config), shapes, mesh)
+    layout = sharding.shardings(models.logical_axes(config), shapes, mesh)
+    placed = jax.tree_util.tree_leaves_with_path(layout["layers"])
+    kernels = [x.spec for path, x in placed if "kernel" in jax.tree_util.keystr(path)]
+    assert len(kernels) == (7 if config.gated else 6)  # four of attention, the rest of the MLP
+    assert all({"fsdp", "tensor"} <= set(spec) for spec in kernels)
 
 
 @pytest.mark.parametrize(
