@@ -94,7 +94,13 @@ class RunConfig:
         _ = self.profile_window
 
     def constrainer(self, mesh: Mesh) -> sharding.Constrainer:
-        """Of activations, in training and in scoring with trained weights."""
+        """Of activations, in training and in scoring with trained weights.
+
+        Raises:
+          ValueError: the sequence is to be split over an axis of one device.
+        """
+        if self.shard_sequence and mesh.shape["tensor"] == 1:
+            raise ValueError("--shard_sequence: there is no tensor axis in --mesh to split it over")
         rules = sharding.SEQUENCE if self.shard_sequence else sharding.RULES
         return sharding.constrainer(mesh, rules)
 

@@ -35,6 +35,8 @@ def test_the_sequence_is_split_where_it_is_asked_for():
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
     assert read().constrainer(mesh).sequence == 1
     assert read("--shard_sequence").constrainer(mesh).sequence == 4
+    with pytest.raises(ValueError, match="--shard_sequence: there is no tensor axis in --mesh"):
+        read("--shard_sequence").constrainer(sharding.make_mesh(fsdp=8))
 
 
 def test_first_preset_is_the_default():
