@@ -190,9 +190,17 @@ class Constrainer:
     fused: bool
 
     @property
+    def batch(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return self._parts("batch")
+
+    @property
     def sequence(self) -> int:
         """Into how many parts the sequence is split between sublayers."""
-        return math.prod(self.mesh.shape[axis] for axis in self.rules["sequence"])
+        return self._parts("sequence")
+
+    def _parts(self, axis: str) -> int:
+        return math.prod(self.mesh.shape[over] for over in self.rules[axis])
 
     def _spec(self, x: jax.Array, *axes: str | None) -> PartitionSpec:
         return partition_spec(axes, x.shape, self.mesh, "activation", self.rules)

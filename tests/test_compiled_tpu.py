@@ -199,6 +199,17 @@ def test_no_program_has_all_logits(ppo):
         assert max(of_words) <= CHUNK
 
 
+@pytest.mark.parametrize("name", ["policy gradient", "text gradient"])
+def test_the_table_moves_once_for_all_chunks(ppo, name):
+    """It is gathered once, and its gradient summed over the shards once, perhaps in two halves;
+    there are four chunks and more."""
+    (params, *_), program = ppo[name]
+    share = params["embed"]["tokens"].size // 4  # over tensor
+    large = [each for each in program.counts.collectives if each.bytes / each.count > share]
+    assert len(large) >= 2
+    assert max(each.count for each in large) <= 2
+
+
 @pytest.mark.parametrize("name", [*GRADIENTS, "policy step", "value step"])
 def test_state_and_gradients_are_donated_and_sharded(ppo, name):
     """What goes in comes out in the same memory, and a chip holds a sixteenth of it: of the sum of

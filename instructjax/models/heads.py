@@ -5,6 +5,7 @@ B=64, T=1024, V=50257. Nothing here holds more than `chunk` positions of them, i
 direction; `logits` does, and is for looking at a model.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -29,16 +30,23 @@ def unembedding(params: Params) -> jax.Array:
 def token_logits(
     hidden_BTD: jax.Array, unembed_VD: jax.Array, config: ModelConfig, temperature: float = 1.0
 ) -> jax.Array:
-    """float32 logits_BTV / temperature; rows of the table beyond the vocabulary get -inf."""
+    """float32 logits_BTV / temperature; rows of the table beyond the vocabulary get -inf.
+
+    Both may have a leading axis of shards, each of which has a table of its own.
+    """
     kernel = unembed_VD.astype(hidden_BTD.dtype)
-    logits = jnp.einsum("BTD,VD->BTV", hidden_BTD, kernel, preferred_element_type=jnp.float32)
+    f32 = {"preferred_element_type": jnp.float32}
+    logits = jnp.einsum("...BTD,...VD->...BTV", hidden_BTD, kernel, **f32)
     if config.final_softcap is not None:
         logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
     logits /= temperature
-    if config.vocab_size == unembed_VD.shape[0]:
+    if config.vocab_size == logits.shape[-1]:
         return logits
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-    return jnp.where(ids < config.vocab_size, logits, NEG_INF)
+    return jnp.where(_ids(logits) < config.vocab_size, logits, NEG_INF)
+
+
+def _ids(logits: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
 
 
 def logits(
@@ -62,28 +70,65 @@ def scalars(params: Params, config: ModelConfig, hidden_BTD: jax.Array) -> jax.A
 
 
 def _chunk_size(B: int, T: int, V: int) -> int:
-    """Positions whose logits come to about 64 MB, but at least 64: B may be spread over a mesh."""
+    """Positions whose logits come to about 64 MB, but at least 64: V may be spread over a mesh."""
     most = 2**24 // (B * V)
     return max(1, min(T, max(64, 2 ** int(math.log2(max(most, 1))))))
 
 
-def _chunked(x_BT: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [T / chunk, B, chunk, ...], T padded with zeros; B stays whole and sharded."""
-    B, T = x_BT.shape[:2]
-    n = -(-T // chunk)
-    padding = [(0, 0), (0, n * chunk - T)] + [(0, 0)] * (x_BT.ndim - 2)
-    return jnp.pad(x_BT, padding).reshape(B, n, chunk, *x_BT.shape[2:]).swapaxes(0, 1)
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """How rows [B, T, ...] are cut: [n, B, chunk, ...], T padded with zeros.
 
+    On a mesh the rows of each shard stay apart, [n, shards, B / shards, chunk, ...], and each shard
+    has its own copy of the table. Of one table for all, the compiler would gather the parts, and
+    sum the gradient over the shards, at each chunk.
+    """
 
-def _unchunked(x: jax.Array, T: int) -> jax.Array:
-    n, B, chunk = x.shape[:3]
-    return x.swapaxes(0, 1).reshape(B, n * chunk, *x.shape[3:])[:, :T]
+    T: int
+    chunk: int
+    shard: Shard
+
+    @classmethod
+    def of(cls, targets_BT: jax.Array, V: int, chunk: int | None, shard: Shard) -> "_Chunks":
+        B, T = targets_BT.shape
+        return cls(T, chunk or _chunk_size(-(-B // shard.batch), T, V), shard)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Logical names of the axes of rows."""
+        return ("batch",) if self.shard.batch == 1 else ("batch", None)
+
+    def tables(self, unembed_VD: jax.Array, dtype: Any) -> jax.Array:
+        """The table in `dtype`, of each shard."""
+        table = unembed_VD.astype(dtype)
+        if self.shard.batch == 1:
+            return table
+        # Of its own layout first: so its gradient is summed to where it belongs, not everywhere.
+        table = self.shard(table, "vocab", "width")
+        copies = jnp.broadcast_to(table, (self.shard.batch, *table.shape))
+        return self.shard(copies, "batch", "vocab", None)
+
+    def cut(self, x_BT: jax.Array) -> jax.Array:
+        x, at = x_BT, len(self.axes)  # of T
+        if self.shard.batch > 1:
+            x = x.reshape(self.shard.batch, -1, *x.shape[1:])
+            x = self.shard(x, *self.axes, *(None for _ in x.shape[at:]))
+        n = -(-self.T // self.chunk)
+        padding = [(0, n * self.chunk - self.T if axis == at else 0) for axis in range(x.ndim)]
+        x = jnp.pad(x, padding).reshape(*x.shape[:at], n, self.chunk, *x.shape[at + 1 :])
+        return jnp.moveaxis(x, at, 0)
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] of what `cut` made."""
+        at = len(self.axes)
+        x = jnp.moveaxis(x, 0, at)
+        return x.reshape(-1, x.shape[at] * self.chunk, *x.shape[at + 2 :])[:, : self.T]
 
 
 def _is_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     # A comparison with iota fuses into what uses it and partitions over a sharded vocabulary; a
     # gather does neither.
-    return jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2) == targets_BT[..., None]
+    return _ids(logits_BTV) == targets_BT[..., None]
 
 
 def token_logp(
@@ -118,11 +163,12 @@ def token_logp(
       logp_BT float32, or (logp_BT, entropy_BT).
     """
     chex.assert_rank([hidden_BTD, unembed_VD, targets_BT], [3, 2, 2])
+    chunks = _Chunks.of(targets_BT, unembed_VD.shape[0], chunk, shard)
 
     @jax.checkpoint
     def one(unembed_VD, hidden_BTD, targets_BT):
         logits = token_logits(hidden_BTD, unembed_VD, config, temperature)
-        logits = shard(logits, "batch", None, "vocab")
+        logits = shard(logits, *chunks.axes, None, "vocab")
         norm = jax.nn.logsumexp(logits, axis=-1)
         target = jnp.sum(jnp.where(_is_target(logits, targets_BT), logits, 0), axis=-1)
         if not entropy:
@@ -130,11 +176,11 @@ def token_logp(
         mean = jnp.sum(jnp.exp(logits - norm[..., None]) * logits, axis=-1)
         return target - norm, norm - mean
 
-    B, T = targets_BT.shape
-    chunk = chunk or _chunk_size(B, T, unembed_VD.shape[0])
-    xs = (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk))
-    _, (logp, ent) = jax.lax.scan(lambda _, x: ((), one(unembed_VD, *x)), (), xs)
-    return (_unchunked(logp, T), _unchunked(ent, T)) if entropy else _unchunked(logp, T)
+    # Rounded before it is gathered; of float32 again, in which gradients of chunks are summed.
+    tables = chunks.tables(unembed_VD, hidden_BTD.dtype).astype(unembed_VD.dtype)
+    xs = chunks.cut(hidden_BTD), chunks.cut(targets_BT)
+    _, (logp, ent) = jax.lax.scan(lambda _, x: ((), one(tables, *x)), (), xs)
+    return (chunks.join(logp), chunks.join(ent)) if entropy else chunks.join(logp)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -164,28 +210,29 @@ def cross_entropy(
 
 
 def _cross_entropy_forward(hidden_BTD, unembed_VD, targets_BT, weights_BT, config, chunk, shard):
-    B, T = targets_BT.shape
-    chunk = chunk or _chunk_size(B, T, unembed_VD.shape[0])
-    unembed = unembed_VD.astype(hidden_BTD.dtype)
+    chunks = _Chunks.of(targets_BT, unembed_VD.shape[0], chunk, shard)
+    tables = chunks.tables(unembed_VD, hidden_BTD.dtype)
 
     def one(carry, x):
-        loss, d_unembed_VD = carry
+        loss, d_tables = carry
         hidden, targets, weights = x
-        logits, pullback = jax.vjp(lambda h, w: token_logits(h, w, config), hidden, unembed)
-        logits = shard(logits, "batch", None, "vocab")
+        logits, pullback = jax.vjp(lambda h, w: token_logits(h, w, config), hidden, tables)
+        logits = shard(logits, *chunks.axes, None, "vocab")
         norm = jax.nn.logsumexp(logits, axis=-1)
         hit = _is_target(logits, targets)
         nll = norm - jnp.sum(jnp.where(hit, logits, 0), axis=-1)
         d_logits = (jnp.exp(logits - norm[..., None]) - hit) * weights[..., None]
-        d_hidden, d_unembed = pullback(d_logits)
-        carry = loss + jnp.sum(nll * weights), d_unembed_VD + d_unembed.astype(jnp.float32)
+        d_hidden, d_table = pullback(d_logits)
+        carry = loss + jnp.sum(nll * weights), d_tables + d_table.astype(jnp.float32)
         return carry, (d_hidden, nll)
 
-    xs = (_chunked(hidden_BTD, chunk), _chunked(targets_BT, chunk), _chunked(weights_BT, chunk))
-    start = jnp.zeros(()), jnp.zeros(unembed_VD.shape, jnp.float32)
-    (loss, d_unembed_VD), (d_hidden, nll) = jax.lax.scan(one, start, xs)
-    d_unembed_VD = d_unembed_VD.astype(unembed_VD.dtype)
-    return loss, (_unchunked(d_hidden, T), d_unembed_VD, _unchunked(nll, T))
+    xs = chunks.cut(hidden_BTD), chunks.cut(targets_BT), chunks.cut(weights_BT)
+    start = jnp.zeros(()), jnp.zeros_like(tables, jnp.float32)
+    (loss, d_tables), (d_hidden, nll) = jax.lax.scan(one, start, xs)
+    if shard.batch > 1:
+        d_tables = shard(jnp.sum(d_tables, axis=0), "vocab", "width")
+    d_unembed_VD = d_tables.astype(unembed_VD.dtype)
+    return loss, (chunks.join(d_hidden), d_unembed_VD, chunks.join(nll))
 
 
 def _cross_entropy_backward(config, chunk, shard, saved, g):

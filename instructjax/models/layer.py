@@ -35,6 +35,11 @@ class Shard(Protocol):
         ...
 
     @property
+    def batch(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        ...
+
+    @property
     def sequence(self) -> int:
         """Into how many parts the sequence is split between sublayers."""
         ...
@@ -53,6 +58,7 @@ class Unsharded:
     """The `Shard` of a program on one device: leaves activations as they are."""
 
     fused: bool = False
+    batch: int = 1
     sequence: int = 1
 
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
