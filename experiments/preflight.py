@@ -45,6 +45,8 @@ class Config:
 
     topology: str
     """A slice, as v5e:16x16 or v5p:4x4x4; with --search a type of chip, as v5e."""
+    num_slices: int = 1
+    """How many such slices, joined by the data-centre network, whose time is not estimated."""
     search: bool = False
     """Try the slices of this type, smallest first, and on each all meshes, until one fits."""
     stages: tuple[Stage, ...] = ("sft", "rm", "ppo")
@@ -77,7 +79,8 @@ def run_preflight(config: Config) -> None:
     if config.search:
         found = search(config)
     else:
-        found = analyse(config, preflight.parse_topology(config.topology), config.mesh)
+        topology = preflight.parse_topology(config.topology, config.num_slices)
+        found = analyse(config, topology, config.mesh)
     if config.out is not None:
         config.out.write_text(json.dumps([each.json() for each in found], indent=2) + "\n")
 
@@ -90,7 +93,8 @@ def search(config: Config) -> list[preflight.Program]:
     not fit is the work on a batch and the batch divides.
     """
     check(config)
-    for topology in preflight.slices(config.topology):
+    for one in preflight.slices(config.topology):
+        topology = dataclasses.replace(one, num_slices=config.num_slices)
         meshes = [config.mesh] if config.mesh else meshes_of(topology.devices)
         for mesh in meshes:
             tried, more = config, True
@@ -101,6 +105,12 @@ def search(config: Config) -> list[preflight.Program]:
                     print(f"{topology.name} {mesh}: {error}")
                     break
                 if all(program.fits for program in found):
+                    flags = f"--topology {topology.slice} --mesh {mesh}"
+                    if topology.num_slices > 1:
+                        flags += f" --num_slices {topology.num_slices}"
+                    if tried.microbatches is not None:
+                        flags += f" --microbatches {tried.microbatches}"
+                    print(f"all of it fits with {flags}")
                     return found
                 more = config.microbatches is None and batches_help(found[-1])
                 tried = dataclasses.replace(tried, microbatches=2 * (tried.microbatches or 1))
@@ -125,8 +135,8 @@ def check(config: Config) -> None:
 
 
 def meshes_of(devices: int) -> list[str]:
-    """`fsdp` and `tensor` of up to 16 that make so many devices."""
-    sizes = [1, 2, 4, 8, 16]
+    """`fsdp` and `tensor` of up to 32 that make so many devices."""
+    sizes = [1, 2, 4, 8, 16, 32]
     return [f"fsdp={devices // t},tensor={t}" for t in sizes if devices % t == 0]
 
 
@@ -153,6 +163,11 @@ def analyse(
         found: list[preflight.Program] = []
         # All of a stage first: what does not divide is known before anything is compiled.
         programs = list(programs_of(stage, config, devices))
+        # Nor is the rest, if one is enough and it has no room for its arguments alone.
+        held = [preflight.held(each, topology) for each in programs]
+        too_large = [known.memory.peak > known.usable and until(known) for known in held]
+        if any(too_large):
+            programs = [programs[too_large.index(True)]]
         where, began = f"{topology.name}, {stage}", time.perf_counter()
         compiled = preflight.analyse(programs, topology)
         with contextlib.closing(compiled), console.status(f"{where}: compiling") as status:
@@ -160,7 +175,7 @@ def analyse(
                 found += those
                 seconds = time.perf_counter() - began
                 status.update(f"{where}: {number} of {len(programs)} compiled, {seconds:.0f} s")
-                if not console.is_terminal:
+                if not console.is_terminal and not any(too_large):
                     print(f"{where}: {each.name} compiled, {seconds:.0f} s", flush=True)
                 if until(found[-1]):
                     break

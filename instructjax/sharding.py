@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -73,11 +73,15 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over all devices, or those given; -1 is what the other axes leave.
 
+    Slices of TPUs that only the data-centre network joins lie along `data`, whose copies of the
+    parameters meet once a step; where `data` does not divide, along `fsdp`.
+
     Args:
       fsdp: default: -1, if no other axis is.
 
     Raises:
-      ValueError: the axes' product is not the number of devices.
+      ValueError: the axes' product is not the number of devices, or neither axis divides over the
+        slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     if fsdp is None:
@@ -85,14 +89,23 @@ def make_mesh(
     asked = [data, fsdp, tensor]
     given = math.prod(size for size in asked if size != -1)
     sizes = [len(devices) // given if size == -1 else size for size in asked]
+    wanted = "--mesh " + ",".join(f"{name}={size}" for name, size in zip(AXES, asked, strict=True))
     if math.prod(sizes) != len(devices):
-        wanted = ",".join(f"{name}={size}" for name, size in zip(AXES, asked, strict=True))
-        raise ValueError(f"--mesh {wanted} does not divide {len(devices)} devices")
+        raise ValueError(f"{wanted} does not divide {len(devices)} devices")
     # Auto: the compiler shards what is between constraints. Explicit axis types, the default,
     # refuse about half of ordinary RLHF operations.
     types = (AxisType.Auto,) * len(AXES)
-    # As jax.make_mesh, which refuses a mesh that cuts an axis of a three-dimensional slice.
-    grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    slices = len({getattr(x, "slice_index", 0) for x in devices if x.platform == "tpu"})
+    if slices > 1:
+        joined = next((axis for axis in (0, 1) if sizes[axis] % slices == 0), None)
+        if joined is None:
+            raise ValueError(f"{wanted}: neither data nor fsdp divides over {slices} slices")
+        across = [slices if axis == joined else 1 for axis in range(3)]
+        within = [size // over for size, over in zip(sizes, across, strict=True)]
+        grid = create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    else:
+        # As jax.make_mesh, which refuses a mesh that cuts an axis of a three-dimensional slice.
+        grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=types)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +81,21 @@ def test_topologies():
         listed = list(preflight.slices(kind))
         assert [preflight.parse_topology(t.name) for t in listed] == listed
         assert [t.chips for t in listed] == sorted(t.chips for t in listed)
+
+
+def test_several_slices():
+    """Their chips add up; how fast they send is not known, and no figure of it is given."""
+    two = preflight.parse_topology("v5e:4x4", 2)
+    assert (two.chips, two.name, two.slice) == (32, "2 x v5e:4x4", "v5e:4x4")
+    assert two.cloud == "2 x v5litepod-16"
+    found = dataclasses.replace(program(parameters=1), topology=two)
+    assert np.isnan([found.network_seconds, found.seconds]).all()
+    assert (found.memory_seconds, found.fits) == (pytest.approx(2), True)
+    assert found.json()["seconds"]["roofline"] is None
+    console = Console(width=120, file=io.StringIO())
+    console.print(*preflight.tables([found]))
+    [row] = [x for x in console.file.getvalue().splitlines() if x.split()[:2] == ["step", "197"]]
+    assert row.split()[-3:] == ["?", "?", "8"]
 
 
 @pytest.mark.parametrize(
@@ -856,6 +873,43 @@ def test_a_mesh_may_cut_an_axis_of_the_slice():
 
 
 @needs_libtpu
+@pytest.mark.parametrize(
+    ("mesh", "across"), [("data=2,fsdp=4", "data"), ("fsdp=8", "fsdp"), ("fsdp=4,tensor=2", "fsdp")]
+)
+def test_slices_lie_along_data_or_fsdp(mesh, across):
+    """Within a slice is whatever else there is."""
+    made = preflight.make_mesh(preflight.parse_topology("v5e:2x2", 2), mesh)
+    slices = np.vectorize(lambda device: device.slice_index)(made.devices)
+    axis = made.axis_names.index(across)
+    first, second = np.split(slices, 2, axis)
+    assert (set(first.flat), set(second.flat)) == ({0}, {1})
+
+
+@needs_libtpu
+def test_slices_lie_along_no_tensor():
+    with pytest.raises(ValueError, match="tensor=8: neither data nor fsdp divides over 2 slices"):
+        preflight.make_mesh(preflight.parse_topology("v5e:2x2", 2), "fsdp=1,tensor=8")
+
+
+@needs_libtpu
+def test_what_has_no_room_for_its_arguments_is_not_compiled():
+    topology = preflight.parse_topology("v5e:2x2")
+    mesh = preflight.make_mesh(topology)
+
+    def f(params):
+        return jnp.sum(params)
+
+    x = on(mesh, (2**32,), "fsdp")  # float32, 4 GiB in each of four
+    for resident, compiled in ((11 * GIB, True), (12 * GIB, False)):
+        jitted = mock.Mock(wraps=jax.jit(f), __signature__=inspect.signature(f))
+        asked = preflight.Compilable("f", jitted, (x,), resident=resident)
+        [[found]] = preflight.analyse([asked], topology)
+        assert (found.fits, jitted.lower.called) == (compiled, compiled)
+        assert found.memory.peak >= 4 * GIB + resident
+        assert preflight.held(asked, topology).memory.peak == 4 * GIB + resident
+
+
+@needs_libtpu
 def test_every_chip_is_described_silently():
     """Without JAX_PLATFORMS, and with nothing on stderr; real devices are left alone."""
     code = """
@@ -930,6 +984,7 @@ def test_the_script_searches(tmp_path, capsys):
     assert "v5e:2x2 fsdp=4,tensor=2: --mesh data=1,fsdp=4,tensor=2 does not divide 4" in said
     assert "v5e:2x4 (v5litepod-8), 8 devices" in said
     assert "SFT step: fits" in said
+    assert said.splitlines()[-1] == "all of it fits with --topology v5e:2x4 --mesh fsdp=4,tensor=2"
     [found] = json.loads(out.read_text())
     counts, c = found["counts"], PRESETS["miniature"]
     tokens, layer = 8 * 128, c.width * (4 * c.width + 3 * c.mlp_width)
@@ -970,7 +1025,7 @@ def test_what_the_script_refuses(flags, says):
         ("value gradient", 16, None, [None]),  # too large without any work
     ],
 )
-def test_a_search_doubles_microbatches(monkeypatch, name, held, given, tried):
+def test_a_search_doubles_microbatches(monkeypatch, capsys, name, held, given, tried):
     """While that can help: the next mesh is tried where it cannot, or where it was forbidden."""
     asked = []
 
@@ -988,6 +1043,8 @@ def test_a_search_doubles_microbatches(monkeypatch, name, held, given, tried):
     flags = {} if given is None else {"microbatches": given}
     script.search(script.Config(topology="v5e", search=True, **flags))
     assert [shares for mesh, shares in asked if mesh == "fsdp=4,tensor=1"] == tried
+    flags = "--topology v5e:2x2 --mesh fsdp=4,tensor=1 --microbatches 4"
+    assert (f"all of it fits with {flags}\n" in capsys.readouterr().out) == (len(tried) == 3)
 
 
 @needs_libtpu

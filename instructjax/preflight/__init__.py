@@ -12,6 +12,6 @@ report.py    tables and a verdict
 """
 
 from instructjax.preflight.chips import Topology, parse_topology, slices
-from instructjax.preflight.program import Compilable, Memory, Program, analyse, shard_bytes
+from instructjax.preflight.program import Compilable, Memory, Program, analyse, held, shard_bytes
 from instructjax.preflight.report import ASSUMPTIONS, tables, verdict
 from instructjax.preflight.topology import load_libtpu, make_mesh

@@ -81,19 +81,25 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: chips of one type, in a grid."""
+    """A slice: chips of one type, in a grid; or several such, joined by the data-centre network."""
 
     chip: Chip
     grid: tuple[int, ...]
+    num_slices: int = 1
 
     @property
-    def name(self) -> str:
-        """As `--topology` takes it: v5e:4x4."""
+    def slice(self) -> str:
+        """One of them, as `--topology` takes it: v5e:4x4."""
         return f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
 
     @property
+    def name(self) -> str:
+        """v5e:4x4, or 2 x v5e:4x4."""
+        return self.slice if self.num_slices == 1 else f"{self.num_slices} x {self.slice}"
+
+    @property
     def chips(self) -> int:
-        return math.prod(self.grid)
+        return self.num_slices * math.prod(self.grid)
 
     @property
     def devices(self) -> int:
@@ -103,7 +109,9 @@ class Topology:
     @property
     def cloud(self) -> str:
         """What the cloud calls it: v5litepod-16, v5p-128 (64 chips: the number counts cores)."""
-        return self.chip.cloud.format(chips=self.chips, cores=2 * self.chips)
+        chips = math.prod(self.grid)
+        one = self.chip.cloud.format(chips=chips, cores=2 * chips)
+        return one if self.num_slices == 1 else f"{self.num_slices} x {one}"
 
     def _ring(self, length: int) -> bool:
         # In three dimensions only whole cubes of 4x4x4 have the optical links that close a ring.
@@ -119,7 +127,12 @@ class Topology:
 
         Args:
           group: devices of the collective, two at least.
+
+        Returns:
+          nan of several slices: what crosses the network between them is not told apart.
         """
+        if self.num_slices > 1:
+            return math.nan
         needed, links, held = -(-group // self.chip.devices), 0, 1
         for length in sorted(self.grid, reverse=True):
             if length == 1:
@@ -131,8 +144,11 @@ class Topology:
         return max(links, 1) * self.chip.link / self.chip.devices
 
 
-def parse_topology(text: str) -> Topology:
+def parse_topology(text: str, num_slices: int = 1) -> Topology:
     """Reads `v5e:4x4`, `v5p:4x4x8`: a type of chip and the grid that they are in.
+
+    Args:
+      num_slices: how many of them there are.
 
     Raises:
       ValueError: says what is wrong and what there is; of the cloud's name, what to write for it.
@@ -152,7 +168,7 @@ def parse_topology(text: str) -> Topology:
     sizes = tuple(map(int, grid.split("x")))
     if any(size % 2 for size in sizes[:2]):  # a host holds 2x2 chips
         raise ValueError(f"--topology {text}: the first two dimensions are even, as in {example}")
-    return Topology(chip, sizes)
+    return Topology(chip, sizes, num_slices)
 
 
 def slices(kind: str) -> Iterator[Topology]:

@@ -112,7 +112,13 @@ class Program:
         return max(self.compute_seconds, self.memory_seconds) + self.network_seconds
 
     def json(self) -> dict[str, Any]:
-        """For a file: bytes, FLOPs and seconds of one device and run."""
+        """For a file: bytes, FLOPs and seconds of one device and run; None what is not known."""
+        seconds = {
+            "compute": self.compute_seconds,
+            "memory": self.memory_seconds,
+            "network": self.network_seconds,
+            "roofline": self.seconds,
+        }
         return {
             "name": self.name,
             "topology": self.topology.name,
@@ -121,14 +127,8 @@ class Program:
             "usable": self.usable,
             "fits": self.fits,
             "counts": self.counts and dataclasses.asdict(self.counts),
-            "seconds": {
-                "compute": self.compute_seconds,
-                "memory": self.memory_seconds,
-                "network": self.network_seconds,
-                "roofline": self.seconds,
-            }
-            if self.counts
-            else None,
+            "seconds": self.counts
+            and {name: None if math.isnan(x) else x for name, x in seconds.items()},
         }
 
 
@@ -149,24 +149,33 @@ def analyse(programs: Sequence[Compilable], topology: Topology) -> Generator[lis
             pool.shutdown(cancel_futures=True)
 
 
+def held(program: Compilable, topology: Topology) -> Program:
+    """What is known before a program is compiled: what its arguments and other models take."""
+    sizes = _arguments(program.jitted, program.args) | {"resident": program.resident}
+    memory = Memory(**sizes, other=0, outputs=0, temporaries=0, code=0)
+    return Program(program.name, topology, memory, None, program.runs)
+
+
 def _analyse(program: Compilable, topology: Topology) -> list[Program]:
     name, jitted, args = program.name, program.jitted, program.args
-    sizes = _arguments(jitted, args) | {"resident": program.resident}
+    known = held(program, topology)
+    if known.memory.peak > known.usable:  # the compiler would take its time to say so
+        return [known]
     try:
         compiled = jitted.lower(*args, **program.static).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
             raise
-        host, known = sizes.pop("host"), sum(sizes.values()) - program.resident
-        rest = max(0.0, needed - known)
-        memory = Memory(**sizes, other=0, outputs=0, temporaries=rest, code=0, host=host)
-        return [Program(name, topology, memory, None, program.runs)]
+        rest = max(0.0, needed - (known.memory.peak - program.resident))
+        return [
+            dataclasses.replace(known, memory=dataclasses.replace(known.memory, temporaries=rest))
+        ]
     stats = compiled.memory_analysis()
-    known = sum(sizes[kind] for kind in KINDS)
-    memory = Memory(
-        **sizes,
-        other=max(0.0, stats.argument_size_in_bytes - known),
+    arguments = sum(getattr(known.memory, kind) for kind in KINDS)
+    memory = dataclasses.replace(
+        known.memory,
+        other=max(0.0, stats.argument_size_in_bytes - arguments),
         outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,

@@ -1,5 +1,6 @@
 """Programs as a table, and a verdict on each."""
 
+import math
 from collections.abc import Sequence
 
 from rich import box
@@ -12,7 +13,8 @@ from instructjax.preflight.program import Program
 ASSUMPTIONS = (
     "Compiled, not run. FLOPs are those of matmuls, and every loop counts as often as it runs. The"
     " roofline is max(FLOPs / peak, bytes / HBM bandwidth) + bytes sent / interconnect, at"
-    " published peaks: collectives overlap with nothing, and nothing waits for the host."
+    " published peaks: collectives overlap with nothing, and nothing waits for the host. Between"
+    " slices it is not estimated (?)."
 )
 
 
@@ -164,4 +166,6 @@ def _gib(size: float) -> str:
 
 
 def _short(figure: float) -> str:
+    if math.isnan(figure):
+        return "?"
     return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"

@@ -49,11 +49,13 @@ def make_mesh(topology: Topology, mesh: str = "") -> Mesh:
       ValueError: libtpu knows no such slice, or the mesh does not fit it.
     """
     load_libtpu()
-    keywords: dict[str, Any] = {}
+    keywords: dict[str, Any] = (
+        {"num_slices": topology.num_slices} if topology.num_slices > 1 else {}
+    )
     if topology.chip.config is not None:
         keywords["chip_config_name"] = topology.chip.config
     try:
-        described = topologies.get_topology_desc(topology.name, "tpu", **keywords)
+        described = topologies.get_topology_desc(topology.slice, "tpu", **keywords)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"--topology {topology.name}: {str(error).splitlines()[0]}") from error
     return sharding.make_mesh(**sharding.parse_mesh(mesh), devices=described.devices)
