@@ -108,6 +108,9 @@ class Config(RunConfig):
     """A policy loss in place of PPO's, `my_file.py:my_policy_loss`; called as `losses.ppo_clip`."""
     batch_size: int = 64
     """Episodes of an iteration: prompts, with one response each [App. C.4: 512]."""
+    sample_batch: int | None = None
+    """Prompts that are sampled at a time; `None`: all of an iteration's. The keys and values of as
+    many prompts lie in memory; fewer change no token."""
     max_new_tokens: int = 32
     """Longest response, in tokens [App. C: 1k]."""
     temperature: float = 1.0
@@ -131,6 +134,13 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sample_batch is not None and (
+            self.sample_batch < 1 or self.batch_size % self.sample_batch
+        ):
+            raise ValueError(
+                f"--sample_batch {self.sample_batch}: --batch_size {self.batch_size} is not a"
+                " multiple of it"
+            )
         if self.batch_size % self.ppo.minibatch:
             raise ValueError(
                 f"--batch_size {self.batch_size}: not a multiple of --ppo.minibatch"

@@ -14,6 +14,7 @@ Hardware: any Linux machine on x86-64 with `pip install instructjax[preflight]`.
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from jax.sharding import Mesh
 from preflight_programs import ppo_programs, rm_step, sft_step
 from rich.console import Console
 
-from instructjax import preflight
+from instructjax import preflight, sharding
 from instructjax.hf import configs
 from instructjax.models import PRESETS, ModelConfig
 from instructjax.run import main
@@ -67,6 +68,8 @@ class Config:
     microbatches: int | None = None
     """Shares of a batch, or of a minibatch and of its text, whose gradients are accumulated;
     default: the preset's."""
+    sample_batch: int | None = None
+    """As in run_ppo.py: prompts that are sampled at a time; default: all of an iteration's."""
     shard_sequence: bool = False
     """As in the scripts: activations between sublayers are split over `tensor` too."""
     offload: bool = False
@@ -89,40 +92,66 @@ def search(config: Config) -> list[preflight.Program]:
     """The programs on the smallest slice, and its first mesh and microbatches, that they fit.
 
     Meshes are tried from all `fsdp` on, with `tensor` twice as large each time: what it splits
-    has more collectives. Microbatches are doubled, unless --microbatches is given, while what does
-    not fit is the work on a batch and the batch divides.
+    has more collectives. Unless the flags are given, microbatches are doubled while what does not
+    fit is the work on a batch, and prompts are sampled half as many at a time while it is the
+    rollout, as long as the batch divides.
     """
     check(config)
     for one in preflight.slices(config.topology):
         topology = dataclasses.replace(one, num_slices=config.num_slices)
         meshes = [config.mesh] if config.mesh else meshes_of(topology.devices)
         for mesh in meshes:
-            tried, more = config, True
-            while more:
+            tried = config
+            while tried is not None:
                 try:
                     found = analyse(tried, topology, mesh, until=lambda program: not program.fits)
                 except ValueError as error:  # the mesh, or the batch, does not divide
                     print(f"{topology.name} {mesh}: {error}")
                     break
                 if all(program.fits for program in found):
-                    flags = f"--topology {topology.slice} --mesh {mesh}"
-                    if topology.num_slices > 1:
-                        flags += f" --num_slices {topology.num_slices}"
-                    if tried.microbatches is not None:
-                        flags += f" --microbatches {tried.microbatches}"
-                    print(f"all of it fits with {flags}")
+                    print(f"all of it fits with {flags(tried, topology, mesh)}")
                     return found
-                more = config.microbatches is None and batches_help(found[-1])
-                tried = dataclasses.replace(tried, microbatches=2 * (tried.microbatches or 1))
-                if more:
-                    print(f"{topology.name} {mesh}: again with --microbatches {tried.microbatches}")
+                shards = topology.devices // sharding.parse_mesh(mesh).get("tensor", 1)
+                tried = in_smaller_parts(config, tried, found[-1], shards)
+                if tried is not None:
+                    print(f"again with {flags(tried, topology, mesh)}")
     raise ValueError(f"--search: it fits no slice of {config.topology} with these flags")
 
 
-def batches_help(program: preflight.Program) -> bool:
-    """Whether a program that does not fit has a batch to share, and would fit without its work."""
-    shared = program.name.endswith("gradient") or program.name in ("SFT step", "RM step")
-    return shared and program.memory.peak - program.memory.temporaries <= program.usable
+def in_smaller_parts(
+    given: Config, tried: Config, failed: preflight.Program, shards: int
+) -> Config | None:
+    """The flags with which a program that did not fit takes less; None where no flag helps.
+
+    Args:
+      given: the flags as they came: what was given stays.
+      tried: those that it did not fit with.
+      shards: of a batch; fewer prompts than that are not sampled at a time.
+    """
+    room = failed.usable - (failed.memory.peak - failed.memory.temporaries)
+    if room <= 0:
+        return None
+    # Half the rows take half the memory at the least.
+    parts = 2 ** max(1, math.ceil(math.log2(failed.memory.temporaries / room)))
+    if failed.name in ("prefill", "rollout") and given.sample_batch is None:
+        episodes = preset(given, ppo_config.PRESETS).batch_size
+        smaller = (tried.sample_batch or episodes) // parts
+        return dataclasses.replace(tried, sample_batch=smaller) if smaller >= shards else None
+    shared = failed.name.endswith("gradient") or failed.name in ("SFT step", "RM step")
+    if shared and given.microbatches is None:
+        return dataclasses.replace(tried, microbatches=parts * (tried.microbatches or 1))
+    return None
+
+
+def flags(config: Config, topology: preflight.Topology, mesh: str) -> str:
+    """What to give preflight.py, and the mesh and parts also the scripts."""
+    said = f"--topology {topology.slice} --mesh {mesh}"
+    if topology.num_slices > 1:
+        said += f" --num_slices {topology.num_slices}"
+    for name in ("microbatches", "sample_batch"):
+        if getattr(config, name) is not None:
+            said += f" --{name} {getattr(config, name)}"
+    return said
 
 
 def check(config: Config) -> None:
@@ -215,7 +244,8 @@ def preset(config: Config, presets: dict[str, Any]) -> Any:
     found = presets[config.preset]
     names = {"remat", "batch_size", "shard_sequence"}
     if isinstance(found, ppo_config.Config):
-        found = dataclasses.replace(found, offload=config.offload)
+        extra = {"offload": config.offload, "sample_batch": config.sample_batch}
+        found = dataclasses.replace(found, **extra)
         if config.microbatches:
             shares = {"microbatches": config.microbatches}
             ppo = dataclasses.replace(found.ppo, **shares)

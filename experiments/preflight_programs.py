@@ -104,6 +104,7 @@ def ppo_programs(
         *("rollout", sampler.generate_on_device, (policy, batch, abstract_key(mesh))),
         static=static,
         trips=trips,
+        runs=config.batch_size / (config.sample_batch or config.batch_size),
         resident=states - size(policy) + asleep,
         parts={"prefill": [0.0] * len(trips)},
     )
@@ -161,9 +162,8 @@ def rollout(
     config: ppo_config.Config, model: ModelConfig, P: int, R: int, mesh: Mesh
 ) -> tuple[Batch, dict[str, Any], list[float]]:
     """(prompts, static arguments, trips of the loops) of the sampler's program."""
-    rows, settings = sampler.plan(
-        config.batch_size, R, model.eos_ids, mesh, temperature=config.temperature
-    )
+    prompts = config.sample_batch or config.batch_size
+    rows, settings = sampler.plan(prompts, R, model.eos_ids, mesh, temperature=config.temperature)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     whole = Batch(
         np.empty((rows * shards, P), np.int32),

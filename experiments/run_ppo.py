@@ -132,20 +132,24 @@ def run_ppo(config: Config) -> dict[str, Any]:
 
         def roll_out(params: models.Params, prompts, indices, key: jax.Array) -> tuple[Rows, float]:
             """A response to each prompt, and the share of the sampler's slots that were live."""
-            sampled = sampler.generate(
-                ppo.without_value_head(params),
-                model,
-                prompts,
-                key,
-                max_new_tokens=R,
-                temperature=temperature,
-                indices=indices,
-                widths=widths,
-                mesh=mesh,
-            )
-            names = ("tokens_BR", "mask_BR", "logp_BR")
-            rows = {name: sharding.fetch(getattr(sampled, name)) for name in names}
-            return responses.left_padded(prompts, P) | rows, float(sampled.live_fraction)
+            size, names = config.sample_batch or len(prompts), ("tokens_BR", "mask_BR", "logp_BR")
+            found, live = [], []
+            for i in range(0, len(prompts), size):
+                sampled = sampler.generate(
+                    ppo.without_value_head(params),
+                    model,
+                    prompts[i : i + size],
+                    key,
+                    max_new_tokens=R,
+                    temperature=temperature,
+                    indices=indices[i : i + size],
+                    widths=widths,
+                    mesh=mesh,
+                )
+                found.append([sharding.fetch(getattr(sampled, name)) for name in names])
+                live.append(float(sampled.live_fraction))
+            rows = dict(zip(names, map(np.concatenate, zip(*found, strict=True)), strict=True))
+            return responses.left_padded(prompts, P) | rows, float(np.mean(live))
 
         def over(rows: Rows, fn: Callable[..., jax.Array], *frozen: Any) -> np.ndarray:
             of_rows = functools.partial(fn, *frozen)

@@ -175,6 +175,15 @@ def ppo():
     return {each.name: (each.args, known[-1]) for each, known in zip(programs, found, strict=True)}
 
 
+def test_prompts_can_be_sampled_a_few_at_a_time():
+    mesh = preflight.make_mesh(preflight.parse_topology("v5e:4x4"), "fsdp=4,tensor=4")
+    for size, runs in ((None, 1), (16, 4)):
+        config = dataclasses.replace(PPO, sample_batch=size)
+        rollout = next(preflight_programs.ppo_programs(config, POLICY, POLICY, mesh))
+        assert rollout.args[1].tokens_BP.shape == (size or 64, 256)
+        assert rollout.runs == runs
+
+
 def test_decoding_moves_activations_alone(ppo):
     """Weights are laid out before the loop, in which nothing goes to the host; what shards send
     each other at a token is less than the least matrix of a layer."""

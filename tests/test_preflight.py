@@ -1017,34 +1017,41 @@ def test_what_the_script_refuses(flags, says):
 
 
 @pytest.mark.parametrize(
-    ("name", "held", "given", "tried"),
+    ("name", "held", "work", "given", "tried"),
     [
-        ("value gradient", 4, None, [None, 2, 4]),  # then it fits
-        ("value gradient", 4, 2, [2]),
-        ("rollout", 4, None, [None]),
-        ("value gradient", 16, None, [None]),  # too large without any work
+        ("value gradient", 4, 20, {}, [{}, {"microbatches": 2}]),  # then it fits
+        ("value gradient", 4, 40, {}, [{}, {"microbatches": 4}]),  # which 2 cannot make fit
+        ("value gradient", 4, 20, {"microbatches": 1}, [{"microbatches": 1}]),
+        ("rollout", 4, 20, {}, [{}, {"sample_batch": 256}]),
+        ("rollout", 4, 40, {}, [{}, {"sample_batch": 128}]),
+        ("rollout", 4, 40, {"sample_batch": 512}, [{"sample_batch": 512}]),
+        ("rollout", 4, 11 * 512, {}, [{}]),  # less than a prompt to a shard
+        ("policy step", 4, 20, {}, [{}]),
+        ("value gradient", 16, 20, {}, [{}]),  # too large without any work
     ],
 )
-def test_a_search_doubles_microbatches(monkeypatch, capsys, name, held, given, tried):
+def test_a_search_makes_parts_smaller(monkeypatch, capsys, name, held, work, given, tried):
     """While that can help: the next mesh is tried where it cannot, or where it was forbidden."""
     asked = []
 
     def analyse(config, topology, mesh, until):
-        asked.append((mesh, config.microbatches))
+        parts = {"microbatches": config.microbatches, "sample_batch": config.sample_batch}
+        asked.append((mesh, {name: x for name, x in parts.items() if x is not None}))
         if mesh != "fsdp=4,tensor=1":
             return []  # all of them fit
-        work = 24 * GIB / (config.microbatches or 1)
-        memory = Memory(held * GIB, *[0.0] * 5, temporaries=work, code=0.0, host=0.0)
+        share = (config.sample_batch or 512) / 512 / (config.microbatches or 1)
+        temporaries = work * share * GIB
+        memory = Memory(held * GIB, *[0.0] * 5, temporaries=temporaries, code=0.0, host=0.0)
         program = preflight.Program(name, topology, memory, COUNTS, 1)
         assert until(program) != program.fits
         return [program]
 
     monkeypatch.setattr(script, "analyse", analyse)
-    flags = {} if given is None else {"microbatches": given}
-    script.search(script.Config(topology="v5e", search=True, **flags))
-    assert [shares for mesh, shares in asked if mesh == "fsdp=4,tensor=1"] == tried
-    flags = "--topology v5e:2x2 --mesh fsdp=4,tensor=1 --microbatches 4"
-    assert (f"all of it fits with {flags}\n" in capsys.readouterr().out) == (len(tried) == 3)
+    script.search(script.Config(topology="v5e", search=True, **given))
+    assert [parts for mesh, parts in asked if mesh == "fsdp=4,tensor=1"] == tried
+    flags = "".join(f" --{name} {size}" for name, size in tried[-1].items())
+    said = f"all of it fits with --topology v5e:2x2 --mesh fsdp=4,tensor=1{flags}\n"
+    assert (said in capsys.readouterr().out) == (len(tried) == 2)
 
 
 @needs_libtpu

@@ -143,17 +143,17 @@ def test_the_miniatures_temporaries_are_not_mapped_anew():
     assert 2 * max(found.values()) < process.UNUSED
 
 
-def test_choices(start, tmp_path):
+def test_choices(start, whole, tmp_path):
     """Two epochs, uneven lengths in buckets and shares, a head on the trunk, adaptive beta,
     re-scored behaviour, a penalty for no EOS, models at rest on the host, sequences split between
-    sublayers, and an early stop."""
+    sublayers, a few prompts sampled at a time, and an early stop."""
     out = tmp_path / "ppo"
     flags = [*start, "--out", str(out), "--steps", "9", "--mesh", "data=1,fsdp=4,tensor=2"]
     flags += ["--ppo.epochs", "2", "--ppo.buckets", "2", "--ppo.microbatches", "2"]
     flags += ["--ptx.microbatches", "2", "--ppo.value", "shared", "--ppo.kl_target", "0.5"]
     flags += ["--ppo.rescore", "True", "--ppo.missing_eos", "penalty", "--offload"]
     flags += ["--ppo.whiten_rewards", "--ppo.clip_score", "2", "--ppo.max_kl", "-1"]
-    flags += ["--ppo.beta", "0.02", "--shard_sequence"]
+    flags += ["--ppo.beta", "0.02", "--shard_sequence", "--sample_batch", "2"]
     run_ppo.cli(flags)
     rows = metrics_of(out)
     assert [row["step"] for row in rows] == [0, 1]  # any KL is above -1 nats
@@ -161,6 +161,12 @@ def test_choices(start, tmp_path):
     assert rows[1]["objective/beta"] == pytest.approx(0.02)
     _, params = hf.load(out / "export")
     assert "value_head" not in params
+    before, whole_before = (
+        [json.loads(line)["SFT"] for line in (x / "samples_after.jsonl").read_text().splitlines()]
+        for x in (out, whole)
+    )
+    assert before == whole_before  # sampled in parts or not, the same
+    assert len(set(before)) == 4
 
 
 def test_plain_ppo_without_reference_on_a_function(start, tmp_path, capsys):
@@ -191,6 +197,8 @@ def test_plain_ppo_without_reference_on_a_function(start, tmp_path, capsys):
         (["--ppo.minibatch", "12"], "--batch_size 16: not a multiple of --ppo.minibatch 12"),
         (["--ppo.microbatches", "3"], "--ppo.minibatch 8: not a multiple"),
         (["--temperature", "0"], "--temperature 0.0: must be positive"),
+        (["--sample_batch", "3"], "--batch_size 16 is not a multiple of it"),
+        (["--sample_batch", "0"], "--sample_batch 0: --batch_size 16 is not"),
         (["--final_prompts", "7"], "--eval_prompts 8: more than --final_prompts 7"),
         (["--ppo.ema", "1"], "--ppo.ema 1.0: must be at least 0 and below 1"),
         (["--data", "jsonl:x.jsonl"], "--pretrain SPEC is needed"),
