@@ -40,8 +40,14 @@ def hidden_states(
     masks = rows["prompt_mask_BP"].astype(bool), rows["mask_BR"].astype(bool)
     mask_BT = jnp.concatenate(masks, axis=1)
     # The last token is followed by none: it need not be run.
-    hidden = models.apply(params, config, tokens_BT[:, :-1], mask_BT=mask_BT[:, :-1], shard=shard)
-    return hidden[:, P - 1 :]
+    return models.apply(
+        params,
+        config,
+        tokens_BT[:, :-1],
+        mask_BT=mask_BT[:, :-1],
+        at=slice(P - 1, None),
+        shard=shard,
+    )
 
 
 def token_logp(

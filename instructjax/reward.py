@@ -32,7 +32,8 @@ def score(
       score_BK, or score_BCK of packed rows, float32; anything in an empty slot.
     """
     if "last_BCK" in batch:
-        hidden_BTD = models.apply(
+        B, C, K = batch["last_BCK"].shape
+        hidden_BSD = models.apply(
             params,
             config,
             batch["tokens_BT"],
@@ -40,12 +41,10 @@ def score(
             positions_BT=batch["positions_BT"],
             segments_BT=batch["segments_BT"],
             parents_BT=batch["parents_BT"],
+            at=batch["last_BCK"].reshape(B, C * K),
             key=key,
             shard=shard,
         )
-        B, C, K = batch["last_BCK"].shape
-        last_BS1 = batch["last_BCK"].reshape(B, C * K, 1)
-        hidden_BSD = jnp.take_along_axis(hidden_BTD, last_BS1, axis=1)
         return models.scalars(params, config, hidden_BSD).reshape(B, C, K)
     _, hidden_BKRD = models.apply_shared(
         params,

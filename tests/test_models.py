@@ -112,6 +112,43 @@ def test_packed_documents_do_not_meet(config):
 
 
 @CONFIGS
+@pytest.mark.parametrize("layers", [1, 3])
+def test_hidden_states_at_some_positions(config, layers):
+    """They and the gradients through them are what they are among all positions."""
+    config = dataclasses.replace(config, layers=layers, windowed=config.windowed[-layers:])
+    unrolled = dataclasses.replace(config, unroll=layers)
+    params, tokens = params_of(config), tokens_of(2, 12)
+    packed = {  # prompts with a response or two, and padding
+        "mask_BT": jnp.array([[True] * 12, [True] * 9 + [False] * 3]),
+        "segments_BT": jnp.array([[1] * 3 + [2] * 4 + [3] * 5, [1] * 4 + [2] * 8]),
+        "parents_BT": jnp.array([[1] * 7 + [3] * 5, [1] * 12]),
+        "positions_BT": jnp.array([[*range(7), *range(5)], [*range(12)]]),
+    }
+    weights = jnp.array(np.random.default_rng(1).normal(size=(2, 4, config.width)))
+
+    def run(config, at, pick):
+        def weighted(params):
+            hidden = pick(models.apply(params, config, tokens, at=at, **packed))
+            return jnp.sum(hidden * weights), hidden
+
+        compiled = jax.jit(jax.value_and_grad(weighted, has_aux=True)).lower(params).compile()
+        (_, hidden), grads = compiled(params)
+        return hidden, grads, compiled.cost_analysis()["flops"]
+
+    some, same = np.array([[2, 11, 6, 6], [0, 8, 3, 5]]), np.tile(np.arange(5, 9), (2, 1))
+    for at, columns in ((jnp.array(some), some), (slice(5, 9), same)):
+        picked = lambda x, columns=columns: x[np.arange(2)[:, None], columns]  # noqa: E731
+        want, want_grads, of_all = run(unrolled, None, picked)
+        for each in (config, unrolled):
+            got, got_grads, flops = run(each, at, lambda x: x)
+            np.testing.assert_allclose(got, want, atol=1e-5)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got_grads, want_grads
+            )
+        assert flops < (1 - 0.3 / layers) * of_all  # the last layer's, of 4 queries and not 12
+
+
+@CONFIGS
 def test_a_shared_prompt_changes_nothing(config):
     """K responses packed behind one prompt: hidden states and gradients as if each stood alone."""
     params, B, K, P, R = params_of(config), 2, 3, 7, 5

@@ -21,7 +21,7 @@ from instructjax.models.attention import (
     rotation,
 )
 from instructjax.models.config import ModelConfig
-from instructjax.models.layer import Layer, Norm, Params, Shard, unsharded
+from instructjax.models.layer import At, Layer, Norm, Params, Shard, take, unsharded
 
 
 def positions_of(mask_BT: jax.Array) -> jax.Array:
@@ -63,17 +63,20 @@ def _final_norm(params: Params, c: ModelConfig, x_BTD: jax.Array) -> Any:
     return Norm(c).apply({"params": params["final_norm"]}, x_BTD)
 
 
-def _scan(params: Params, c: ModelConfig, tokens_BT, positions_BT, sights, mix, key, shard) -> Any:
+def _scan(
+    params: Params, c: ModelConfig, tokens_BT, positions_BT, sights, mix, key, shard, last=None
+) -> Any:
     """(hidden states after the final norm, what `mix` kept of each layer, stacked).
 
     Args:
       sights: what full and what windowed layers see, a pytree each; the layer's own goes to `mix`.
       mix: attention, (q_BNTH, k_BGTH, v_BGTH, sight, number of the layer) -> (y_BNTH, to keep).
+      last: (at, sights there) of the last layer, of which nothing is kept.
     """
     rotations = _rotations(c, positions_BT)
     layer = Layer(c)
 
-    def body(x_BTD, per_layer):
+    def body(x_BTD, per_layer, at=None, sights=sights):
         layer_params, windowed, number, layer_key = per_layer
 
         def pick(full_and_local):  # both kinds of layer share one scanned body
@@ -84,17 +87,24 @@ def _scan(params: Params, c: ModelConfig, tokens_BT, positions_BT, sights, mix, 
         sight, cos_sin = pick(sights), pick(rotations)
         run_mix = functools.partial(mix, sight=sight, layer=number)
         variables = {"params": layer_params}
-        return layer.apply(variables, x_BTD, cos_sin, layer_key, mix=run_mix, shard=shard)
+        return layer.apply(variables, x_BTD, cos_sin, layer_key, mix=run_mix, shard=shard, at=at)
 
-    if c.remat != "none":  # "dots" keeps matmul results, recomputes attention and the rest
+    def remat(body):  # "dots" keeps matmul results, recomputes attention and the rest
         keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        body = jax.checkpoint(body, policy=keep_dots if c.remat == "dots" else None)
+        policy = keep_dots if c.remat == "dots" else None
+        return body if c.remat == "none" else jax.checkpoint(body, policy=policy)
 
     x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
     keys = None if key is None else jax.random.split(key, c.layers)
     windowed_L = jnp.array(c.windowed or (False,) * c.layers)
     stacked = params["layers"], windowed_L, jnp.arange(c.layers), keys
-    x_BTD, kept = jax.lax.scan(body, x_BTD, stacked, unroll=c.unroll)
+    if last is not None:
+        final = jax.tree.map(lambda x: x[-1], stacked)
+        stacked = jax.tree.map(lambda x: x[:-1], stacked)
+    x_BTD, kept = jax.lax.scan(remat(body), x_BTD, stacked, unroll=c.unroll)
+    if last is not None:
+        at, there = last
+        x_BTD, _ = remat(functools.partial(body, at=at, sights=there))(x_BTD, final)
     return _final_norm(params, c, x_BTD), kept
 
 
@@ -111,10 +121,16 @@ def apply(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     parents_BT: jax.Array | None = None,
+    at: At = None,
     key: jax.Array | None = None,
     shard: Shard = unsharded,
 ) -> jax.Array:
     """Hidden states after the final norm.
+
+    Where they are wanted at some positions alone and all layers are unrolled, the last one computes
+    no more than keys and values of the others: of two layers, nearly half. Where layers are scanned
+    its weights would have to be cut from the stack, a copy of all; and the fused kernel takes as
+    many queries as keys.
 
     Args:
       params, config: of the model.
@@ -123,11 +139,12 @@ def apply(
       positions_BT: default: `positions_of(mask_BT)`. Packed documents restart at 0.
       segments_BT: a token sees only its own segment, not negative. Default: one.
       parents_BT: with segments_BT, another one that it sees: of a response, its prompt's.
+      at: where hidden states are wanted. Default: everywhere.
       key: turns on residual dropout at config.dropout (InstructGPT, App. C.1: 0.2 in SFT).
       shard: constrains activations on a mesh.
 
     Returns:
-      hidden_BTD in config.dtype.
+      hidden_BTD in config.dtype; hidden_BSD at `at`.
     """
     T = tokens_BT.shape[1]
     if mask_BT is None:
@@ -142,13 +159,15 @@ def apply(
 
     live_BT = mask_BT.astype(bool)
 
-    def mask(window: int | None) -> jax.Array:
-        seen = attention_mask(positions_BT, positions_BT, live_BT, window)
+    def mask(window: int | None, at: At = None) -> jax.Array:
+        seen = attention_mask(take(positions_BT, at), positions_BT, live_BT, window)
         if segments_BT is not None:
-            parents = None if parents_BT is None else parents_BT[:, :, None]
-            seen &= related(segments_BT[:, :, None], parents, segments_BT[:, None, :])
+            parents = None if parents_BT is None else take(parents_BT, at)[:, :, None]
+            own = take(segments_BT, at)[:, :, None]
+            seen &= related(own, parents, segments_BT[:, None, :])
         return seen
 
+    last = None
     if _fuses(config, shard):
         segments = jnp.zeros_like(positions_BT) if segments_BT is None else segments_BT
         own_BT = jnp.where(live_BT, segments, fused.PADDING)
@@ -167,7 +186,10 @@ def apply(
             return attend(q, k, v, sight, config.attention_softcap), None
 
         sights = mask(None), mask(config.window)
-    return _scan(params, config, tokens_BT, positions_BT, sights, mix, key, shard)[0][:, :T]
+        if at is not None and config.unroll >= config.layers and shard.sequence == 1:
+            last = at, (mask(None, at), mask(config.window, at))
+    hidden, _ = _scan(params, config, tokens_BT, positions_BT, sights, mix, key, shard, last=last)
+    return hidden if last else take(hidden[:, :T], at)
 
 
 def apply_shared(

@@ -24,6 +24,7 @@ from instructjax.models.attention import rotate, rotation
 from instructjax.models.config import ModelConfig
 
 Params = dict[str, Any]
+At = jax.Array | slice | None  # columns of [B, T]: int32 [B, S], the same for all rows, or all
 
 
 class Shard(Protocol):
@@ -134,21 +135,22 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cos_sin, mix, shard):
+    def __call__(self, x_BTD, cos_sin, mix, shard, at):
         c = self.config
 
-        def project(equation, axis, name):
+        def project(x_BTD, equation, axis, name):
             y = _linear(c, equation, c.qkv_bias, name)(x_BTD)
             return shard(y, "batch", axis, None, None)
 
-        q_BNTH = project("BTD,DNH->BNTH", "heads", "query")
-        k_BGTH = project("BTD,DGH->BGTH", "kv_heads", "key")
-        v_BGTH = project("BTD,DGH->BGTH", "kv_heads", "value")
+        q_BNTH = project(take(x_BTD, at), "BTD,DNH->BNTH", "heads", "query")
+        k_BGTH = project(x_BTD, "BTD,DGH->BGTH", "kv_heads", "key")
+        v_BGTH = project(x_BTD, "BTD,DGH->BGTH", "kv_heads", "value")
         if c.qk_norm:
             q_BNTH = Norm(c, name="query_norm")(q_BNTH)
             k_BGTH = Norm(c, name="key_norm")(k_BGTH)
         if cos_sin is not None:
-            q_BNTH, k_BGTH = rotate(q_BNTH, cos_sin), rotate(k_BGTH, cos_sin)
+            of_queries = jax.tree.map(lambda x_B1TH: take(x_B1TH[:, 0], at)[:, None], cos_sin)
+            q_BNTH, k_BGTH = rotate(q_BNTH, of_queries), rotate(k_BGTH, cos_sin)
         y_BNTH, kept = mix(q_BNTH * (c.query_scalar or c.head_dim) ** -0.5, k_BGTH, v_BGTH)
         return _linear(c, "BNTH,NHD->BTD", c.out_bias, "out", _residual_std(c))(y_BNTH), kept
 
@@ -168,6 +170,15 @@ class MLP(nn.Module):
         return _linear(c, "BTF,FD->BTD", c.mlp_bias, "down", _residual_std(c))(y_BTF)
 
 
+def take(x_BT: jax.Array, at: At) -> jax.Array:
+    """x at some of its columns, [B, S, ...]; all of x where `at` is None."""
+    if at is None:
+        return x_BT
+    if isinstance(at, slice):
+        return x_BT[:, at]
+    return jnp.take_along_axis(x_BT, at.reshape(*at.shape, *[1] * (x_BT.ndim - 2)), axis=1)
+
+
 class Layer(nn.Module):
     """One transformer layer.
 
@@ -177,15 +188,16 @@ class Layer(nn.Module):
       key: dropout key, or None.
       mix: attention itself: (scaled q_BNTH, k_BGTH, v_BGTH) -> (y_BNTH, anything to keep).
       shard: see `Shard`.
+      at: where the new residual stream is wanted; the other tokens are keys and values alone.
 
     Returns:
-      (the new residual stream, what `mix` keeps).
+      (the new residual stream, [B, S, D] at `at`; what `mix` keeps).
     """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cos_sin, key, *, mix, shard):
+    def __call__(self, x_BTD, cos_sin, key, *, mix, shard, at=None):
         c = self.config
 
         def branch(name, y_BTD, key):
@@ -201,7 +213,8 @@ class Layer(nn.Module):
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         # Where the sequence is split between sublayers, it is whole within them.
         normed = shard(Norm(c, name="attention_norm")(x_BTD), "batch", None, None)
-        y_BTD, kept = Attention(c, name="attention")(normed, cos_sin, mix, shard)
+        y_BTD, kept = Attention(c, name="attention")(normed, cos_sin, mix, shard, at)
+        x_BTD = take(x_BTD, at)
         after = x_BTD + branch("attention", y_BTD, attention_key)
         normed = Norm(c, name="mlp_norm")(x_BTD if c.parallel else after)
         normed = shard(normed, "batch", None, None)
