@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -197,6 +198,9 @@ def analyse(
         too_large = [known.memory.peak > known.usable and until(known) for known in held]
         if any(too_large):
             programs = [programs[too_large.index(True)]]
+        elif config.search:
+            # What holds most first: where that does not fit, the rest is not compiled.
+            programs.sort(key=lambda each: not re.search("rollout|gradient", each.name))
         where, began = f"{topology.name}, {stage}", time.perf_counter()
         compiled = preflight.analyse(programs, topology)
         with contextlib.closing(compiled), console.status(f"{where}: compiling") as status:

@@ -1055,6 +1055,28 @@ def test_a_search_makes_parts_smaller(monkeypatch, capsys, name, held, work, giv
 
 
 @needs_libtpu
+def test_a_search_compiles_first_what_holds_most(monkeypatch):
+    """So that little is compiled of what does not fit."""
+    asked = []
+
+    def analyse(programs, topology):
+        asked.extend(each.name for each in programs)
+        memory = Memory(*[0.0] * 6, temporaries=99 * GIB, code=0.0, host=0.0)
+        yield [preflight.Program(asked[0], topology, memory, COUNTS, 1)]
+
+    monkeypatch.setattr(preflight, "analyse", analyse)
+    config = script.Config(topology="v5e", search=True, stages=("ppo",), preset="instructgpt-1.3b")
+    topology = preflight.parse_topology("v5e:4x8")
+    script.analyse(config, topology, "fsdp=8,tensor=4", until=lambda program: not program.fits)
+    most = ["rollout", "policy gradient", "text gradient", "value gradient"]
+    assert asked[:4] == most
+    assert asked[4:] == [
+        *("reference", "reward model", "value net", "policy, re-scored"),
+        *("policy step", "value step"),
+    ]
+
+
+@needs_libtpu
 def test_a_search_in_vain(capsys):
     """It says why each slice was not it; what is wrong on every slice is said at once."""
     call = ["--topology", "v5e", "--search", "--stages", "sft"]
