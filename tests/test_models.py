@@ -112,10 +112,10 @@ def test_packed_documents_do_not_meet(config):
 
 
 @CONFIGS
-@pytest.mark.parametrize("layers", [1, 3])
-def test_hidden_states_at_some_positions(config, layers):
+@pytest.mark.parametrize(("layers", "how"), [(1, {"parallel": True}), (3, {"remat": "full"})])
+def test_hidden_states_at_some_positions(config, layers, how):
     """They and the gradients through them are what they are among all positions."""
-    config = dataclasses.replace(config, layers=layers, windowed=config.windowed[-layers:])
+    config = dataclasses.replace(config, layers=layers, windowed=config.windowed[-layers:], **how)
     unrolled = dataclasses.replace(config, unroll=layers)
     params, tokens = params_of(config), tokens_of(2, 12)
     packed = {  # prompts with a response or two, and padding

@@ -750,10 +750,13 @@ def test_metrics_of_an_update_have_the_fields_names(updates):
 
 
 def test_an_update_on_a_mesh_equals_one_on_one_device():
-    """On three axes; the state keeps its layout, so no program is compiled again."""
+    """On three axes; the state keeps its layout, so no program is compiled again.
+
+    There the last layer runs at the responses alone.
+    """
     mesh = sharding.make_mesh(**MESH)
     shard, traces = sharding.constrainer(mesh), []
-    bound = bind(ppo.joint_loss, shard=shard)
+    bound = bind(ppo.joint_loss, shard=shard, config=dataclasses.replace(CONFIG, unroll=2))
 
     def loss(params, batch, key):
         traces.append(1)

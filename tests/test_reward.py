@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructjax import models, reward, sft
+from instructjax import models, reward, sft, sharding
 from instructjax.models import ModelConfig
 
 SMALL = {"vocab_size": 131, "layers": 2, "width": 16, "heads": 2, "mlp_width": 32, "max_length": 64}
@@ -117,15 +117,16 @@ def test_scores_equal_separate_passes(config):
 
 @pytest.mark.parametrize("config", [LM, WINDOWED], ids=["full", "window"])
 def test_packed_comparisons_are_scored_as_those_in_slots(config):
-    """Scores, loss and gradient; a row with one comparison, one with two, and a filler."""
+    """Scores, loss and gradient; a row with one comparison, one with two, and two fillers. Scanned,
+    or with a last layer that runs at the scored positions alone; on a mesh too."""
     _, rm_config, rm = models_of(config)
     slots = comparison_batch()
     slots["margin_B"] = jnp.array([0.5, 0.0, 1.5])
     flat = jax.tree.map(np.asarray, slots)
     T, K = 48, flat["ranks_BK"].shape[1]
-    tokens, segments, parents, positions = np.zeros((4, 3, T), np.int32)
-    last, ranks = np.zeros((2, 3, 2, K), np.int32)
-    margin = np.zeros((3, 2), np.float32)
+    tokens, segments, parents, positions = np.zeros((4, 4, T), np.int32)
+    last, ranks = np.zeros((2, 4, 2, K), np.int32)
+    margin = np.zeros((4, 2), np.float32)
     place = {0: (0, 0), 1: (1, 0), 2: (1, 1)}  # comparison -> row, which of its comparisons
     ends = [0, 0]
     for i, (row, c) in place.items():
@@ -145,19 +146,34 @@ def test_packed_comparisons_are_scored_as_those_in_slots(config):
         "positions_BT": positions, "last_BCK": last, "ranks_BCK": ranks, "mask_BCK": ranks > 0,
         "margin_BC": margin,
     }  # fmt: skip
-    ours, theirs = reward.score(rm, rm_config, packed), reward.score(rm, rm_config, slots)
-    for i, (row, c) in place.items():
-        live = flat["mask_BK"][i]
-        np.testing.assert_allclose(ours[row, c][live], theirs[i][live], atol=1e-5)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    on_mesh = jax.device_put(packed, sharding.batched(mesh))
+    layout = sharding.shardings(models.logical_axes(rm_config), rm, mesh)
 
-    def mean(params, batch):
-        return reward.loss_fn(params, batch, None, config=rm_config)[0]
+    def run(params, batch, **changes):
+        shard = changes.pop("shard", models.unsharded)
+        config = dataclasses.replace(rm_config, **changes)
 
-    (a, da), (b, db) = (jax.value_and_grad(mean)(rm, batch) for batch in (packed, slots))
-    assert abs(a - b) < 1e-6
-    assert reward.loss_fn(rm, packed, None, config=rm_config)[1][0] == 2
-    for x, y in zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5 * max(1, float(jnp.linalg.norm(y))))
+        def mean(params):
+            loss, (weight, _) = reward.loss_fn(params, batch, None, config=config, shard=shard)
+            return loss, (weight, reward.score(params, config, batch, shard=shard))
+
+        return jax.device_get(jax.jit(jax.value_and_grad(mean, has_aux=True))(params))
+
+    (want, (_, theirs)), want_grads = run(rm, slots)
+    for found in (
+        run(rm, packed),
+        run(rm, packed, unroll=2),
+        run(jax.device_put(rm, layout), on_mesh, unroll=2, shard=sharding.constrainer(mesh)),
+    ):
+        (loss, (weight, ours)), grads = found
+        for i, (row, c) in place.items():
+            live = flat["mask_BK"][i]
+            np.testing.assert_allclose(ours[row, c][live], theirs[i][live], atol=1e-5)
+        assert abs(loss - want) < 1e-6
+        assert weight == 2
+        for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5 * max(1, float(np.linalg.norm(y))))
 
 
 def test_rm_loss_is_a_mean_over_prompts_with_a_strict_pair():

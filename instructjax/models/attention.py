@@ -73,15 +73,14 @@ def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
 
 
 def rotation(rope: Rope, head_dim: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every position's angles, each float32 [B, 1, T, rotary_dim / 2]."""
-    frequencies = rope_frequencies(rope, head_dim)
-    angles = positions_BT[:, None, :, None] * frequencies.reshape(1, 1, 1, -1)
+    """cos and sin of every position's angles, each float32 [B, T, rotary_dim / 2]."""
+    angles = positions_BT[..., None] * rope_frequencies(rope, head_dim).reshape(1, 1, -1)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BNTH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates pairs (i, i + rotary_dim / 2) of each head; what lies beyond passes through."""
-    cos, sin = cos_sin
+    cos, sin = (angle[:, None] for angle in cos_sin)  # the same for each head
     half = cos.shape[-1]
     x = x_BNTH.astype(jnp.float32)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

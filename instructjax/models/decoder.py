@@ -89,10 +89,10 @@ def _scan(
         variables = {"params": layer_params}
         return layer.apply(variables, x_BTD, cos_sin, layer_key, mix=run_mix, shard=shard, at=at)
 
-    def remat(body):  # "dots" keeps matmul results, recomputes attention and the rest
+    def remat(run):  # "dots" keeps matmul results, recomputes attention and the rest
         keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         policy = keep_dots if c.remat == "dots" else None
-        return body if c.remat == "none" else jax.checkpoint(body, policy=policy)
+        return run if c.remat == "none" else jax.checkpoint(run, policy=policy)
 
     x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
     keys = None if key is None else jax.random.split(key, c.layers)
@@ -128,9 +128,9 @@ def apply(
     """Hidden states after the final norm.
 
     Where they are wanted at some positions alone and all layers are unrolled, the last one computes
-    no more than keys and values of the others: of two layers, nearly half. Where layers are scanned
-    its weights would have to be cut from the stack, a copy of all; and the fused kernel takes as
-    many queries as keys.
+    no more than keys and values of the others, which for few positions and two layers saves nearly
+    half. Not where layers are scanned: its weights would have to be cut from the stack, a copy of
+    all. Nor with the fused kernel, which takes as many queries as keys, or a split sequence.
 
     Args:
       params, config: of the model.

@@ -149,8 +149,9 @@ class Attention(nn.Module):
             q_BNTH = Norm(c, name="query_norm")(q_BNTH)
             k_BGTH = Norm(c, name="key_norm")(k_BGTH)
         if cos_sin is not None:
-            of_queries = jax.tree.map(lambda x_B1TH: take(x_B1TH[:, 0], at)[:, None], cos_sin)
-            q_BNTH, k_BGTH = rotate(q_BNTH, of_queries), rotate(k_BGTH, cos_sin)
+            cos, sin = cos_sin
+            q_BNTH = rotate(q_BNTH, (take(cos, at), take(sin, at)))
+            k_BGTH = rotate(k_BGTH, cos_sin)
         y_BNTH, kept = mix(q_BNTH * (c.query_scalar or c.head_dim) ** -0.5, k_BGTH, v_BGTH)
         return _linear(c, "BNTH,NHD->BTD", c.out_bias, "out", _residual_std(c))(y_BNTH), kept
 
@@ -188,7 +189,8 @@ class Layer(nn.Module):
       key: dropout key, or None.
       mix: attention itself: (scaled q_BNTH, k_BGTH, v_BGTH) -> (y_BNTH, anything to keep).
       shard: see `Shard`.
-      at: where the new residual stream is wanted; the other tokens are keys and values alone.
+      at: where the new residual stream is wanted; the other tokens are keys and values alone, and
+        dropout draws nothing for them.
 
     Returns:
       (the new residual stream, [B, S, D] at `at`; what `mix` keeps).
