@@ -11,6 +11,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -24,6 +26,7 @@ from rich.console import Console
 from instructjax import preflight, sharding
 from instructjax.models import PRESETS
 from instructjax.preflight import chips, count, hlo, loops, traffic
+from instructjax.preflight import program as program_module
 from instructjax.preflight.flops import _positions
 from instructjax.preflight.program import Memory, _needed
 
@@ -842,6 +845,34 @@ def test_programs_come_in_their_order(described):
 
 
 @needs_libtpu
+def test_nothing_begins_after_the_end(described, monkeypatch):
+    """The second of four ends it, while the first compiles: the others never begin."""
+    topology, mesh = described
+    second, begun = threading.Event(), []
+    real = program_module._analyse
+
+    def analyse(each, topology):
+        begun.append(each.name)
+        if each.name == "first":
+            assert second.wait(60)
+            time.sleep(0.2)  # in which a third would begin
+        return real(each, topology)
+
+    def until(found):
+        if found.name == "second":
+            second.set()
+        return found.name == "second"
+
+    monkeypatch.setattr(program_module, "_analyse", analyse)
+    x = on(mesh, (64, 64), "fsdp")
+    names = "first", "second", "third", "fourth"
+    programs = [preflight.Compilable(name, jax.jit(jnp.tanh), (x,)) for name in names]
+    found = list(preflight.analyse(programs, topology, until))
+    assert [each.name for [each] in found] == ["first", "second"]
+    assert sorted(begun) == ["first", "second"]
+
+
+@needs_libtpu
 def test_too_large_for_a_tpu(described):
     """The compiler gives up: by how much is known, and what `usable` says is its own limit."""
     topology, mesh = described
@@ -1059,7 +1090,7 @@ def test_a_search_compiles_first_what_holds_most(monkeypatch):
     """So that little is compiled of what does not fit."""
     asked = []
 
-    def analyse(programs, topology):
+    def analyse(programs, topology, until):
         asked.extend(each.name for each in programs)
         memory = Memory(*[0.0] * 6, temporaries=99 * GIB, code=0.0, host=0.0)
         yield [preflight.Program(asked[0], topology, memory, COUNTS, 1)]
@@ -1068,11 +1099,10 @@ def test_a_search_compiles_first_what_holds_most(monkeypatch):
     config = script.Config(topology="v5e", search=True, stages=("ppo",), preset="instructgpt-1.3b")
     topology = preflight.parse_topology("v5e:4x8")
     script.analyse(config, topology, "fsdp=8,tensor=4", until=lambda program: not program.fits)
-    most = ["rollout", "policy gradient", "text gradient", "value gradient"]
-    assert asked[:4] == most
-    assert asked[4:] == [
+    assert asked == [
+        *("rollout", "policy step", "value step"),
+        *("policy gradient", "text gradient", "value gradient"),
         *("reference", "reward model", "value net", "policy, re-scored"),
-        *("policy step", "value step"),
     ]
 
 

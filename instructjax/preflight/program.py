@@ -5,7 +5,8 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,19 +133,34 @@ class Program:
         }
 
 
-def analyse(programs: Sequence[Compilable], topology: Topology) -> Generator[list[Program]]:
-    """Compiles functions for a slice; of each in turn, its parts and itself.
-
-    Two are compiled at a time; those that nobody asks for any more are not begun.
+def analyse(
+    programs: Sequence[Compilable],
+    topology: Topology,
+    until: Callable[[Program], bool] = lambda program: False,
+) -> Generator[list[Program]]:
+    """Compiles functions for a slice, two at a time; of each in turn, its parts and itself.
 
     Args:
       topology: the slice that the arguments are over.
+      until: ends it with the first program of which it is true: no other begins after that.
     """
+    ended = threading.Event()
+
+    def run(each: Compilable) -> list[Program]:
+        found = [] if ended.is_set() else _analyse(each, topology)
+        # Here, and not where results are read: by then a worker would have begun the next.
+        if found and until(found[-1]):
+            ended.set()
+        return found
+
     with _uncached(), ThreadPoolExecutor(max_workers=2) as pool:
-        found = [pool.submit(_analyse, each, topology) for each in programs]
+        begun = [pool.submit(run, each) for each in programs]
         try:
-            for each in found:
-                yield each.result()
+            for each in begun:
+                found = each.result()
+                yield found
+                if until(found[-1]):
+                    return
         finally:
             pool.shutdown(cancel_futures=True)
 
