@@ -24,7 +24,6 @@ from instructjax.models.attention import (
 from instructjax.models.config import ModelConfig
 from instructjax.models.layer import At, Layer, Norm, Params, Shard, take, unsharded
 
-
 # Of a TPU's tile in bfloat16 (8 in float32). A sequence that ends within one, such as the 2,047
 # tokens of a rollout that are followed by another, took more than twice as long to compile.
 _ROWS = 16
