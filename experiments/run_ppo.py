@@ -132,6 +132,10 @@ def run_ppo(config: Config) -> dict[str, Any]:
 
         def roll_out(params: models.Params, prompts, indices, key: jax.Array) -> tuple[Rows, float]:
             """A response to each prompt, and the share of the sampler's slots that were live."""
+            # Sampling needs the most memory: the weights are whole on few devices.
+            nonlocal current
+            moments = rest(current.moments, config.offload)
+            current = current.with_moments(moments.tree)
             size, names = config.sample_batch or len(prompts), ("tokens_BR", "mask_BR", "logp_BR")
             found, live = [], []
             for i in range(0, len(prompts), size):
@@ -148,6 +152,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
                 )
                 found.append([sharding.fetch(getattr(sampled, name)) for name in names])
                 live.append(float(sampled.live_fraction))
+            current = current.with_moments(moments.awake())
             rows = dict(zip(names, map(np.concatenate, zip(*found, strict=True)), strict=True))
             return responses.left_padded(prompts, P) | rows, float(np.mean(live))
 

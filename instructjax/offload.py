@@ -1,7 +1,8 @@
-"""Frozen parameters that rest in host memory between the phases that need them."""
+"""Arrays that rest in host memory between the phases that need them."""
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -23,20 +24,23 @@ def freeze(params: Params, dtype: str) -> Params:
 
 @dataclass(frozen=True)
 class Resting:
-    """Parameters, and where they are to be used; see `rest`."""
+    """A tree of arrays, and where they are to be used; see `rest`."""
 
-    params: Params
-    layout: Params | None  # shardings to bring them to; None where they stay
+    tree: Any
+    layout: Any  # shardings to bring them to; None where they stay
 
-    def awake(self) -> Params:
-        """The parameters on their devices; drop the result, and a copy made for it is freed."""
-        return self.params if self.layout is None else jax.device_put(self.params, self.layout)
+    def awake(self) -> Any:
+        """The arrays on their devices; drop the result, and a copy made for it is freed."""
+        return self.tree if self.layout is None else jax.device_put(self.tree, self.layout)
 
 
-def rest(params: Params, offload: bool) -> Resting:
-    """Moves parameters to pinned host memory, each device's shards to its own host."""
+def rest(tree: Any, offload: bool) -> Resting:
+    """Copies arrays to pinned host memory, each device's shards to its own host.
+
+    The buffers on the devices are freed with the last reference to `tree`.
+    """
     if not offload:
-        return Resting(params, None)
-    layout = jax.tree.map(lambda x: x.sharding, params)
+        return Resting(tree, None)
+    layout = jax.tree.map(lambda x: x.sharding, tree)
     host = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), layout)
-    return Resting(jax.device_put(params, host), layout)
+    return Resting(jax.device_put(tree, host), layout)

@@ -13,7 +13,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructjax import models, ppo, responses, sampler, sharding, state
+from instructjax import models, offload, ppo, responses, sampler, sharding, state
 from instructjax.models import ModelConfig, Rope
 
 SMALL = {"vocab_size": 131, "layers": 2, "width": 16, "heads": 4, "mlp_width": 32, "max_length": 64}
@@ -747,6 +747,27 @@ def test_metrics_of_an_update_have_the_fields_names(updates):
     for one in updates["metrics"]:
         assert all(np.isfinite(value) for value in one.values())
     assert updates["metrics"][0]["value/loss"] > updates["metrics"][2]["value/loss"]
+
+
+def test_moments_rest_on_the_host_and_come_back():
+    mesh = sharding.make_mesh(**MESH)
+    placed = sharding.shardings(models.logical_axes(CONFIG), policy(), mesh)
+    tx = optax.adam(0.1)
+    params = jax.device_put(policy(), placed)
+    for current in (make_state(params, tx), make_state(params, tx, params, tx)):
+        resting = offload.rest(current.moments, True)
+        asleep = current.with_moments(resting.tree)
+        here, there = (
+            {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+            for tree in ((asleep.policy.params, asleep.beta), asleep.moments)
+        )
+        assert there == {"pinned_host"}
+        assert here.isdisjoint(there)
+        awake = asleep.with_moments(resting.awake())
+        chex.assert_trees_all_equal(awake, current)
+        chex.assert_trees_all_equal(
+            *(jax.tree.map(lambda x: x.sharding, tree) for tree in (awake, current))
+        )
 
 
 def test_an_update_on_a_mesh_equals_one_on_one_device():

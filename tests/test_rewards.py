@@ -268,17 +268,17 @@ def test_a_row_for_padding_is_no_other_vocabulary(runs):
 def test_offloaded_models_score_alike(runs):
     stay, leave = load(runs / "both"), load(runs / "both", offload=True)
     for (_, here), (_, away) in zip(stay.models, leave.models, strict=True):
-        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(away.params)}
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(away.tree)}
         assert kinds == {"pinned_host"}
         awake = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(away.awake())}
-        assert awake == {leaf.sharding.memory_kind for leaf in jax.tree.leaves(here.params)}
+        assert awake == {leaf.sharding.memory_kind for leaf in jax.tree.leaves(here.tree)}
         assert "pinned_host" not in awake
     np.testing.assert_array_equal(score(leave)[0], score(stay)[0])
 
 
 def test_frozen_models_have_the_compute_dtype(runs):
     found = load(runs / "rm", dtype="bfloat16")
-    params = found.models[0][1].params
+    params = found.models[0][1].tree
     kernels = [
         leaf.dtype.name
         for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"])

@@ -143,7 +143,7 @@ def test_the_miniatures_temporaries_are_not_mapped_anew():
     assert 2 * max(found.values()) < process.UNUSED
 
 
-def test_choices(start, whole, tmp_path):
+def test_choices(start, whole, tmp_path, monkeypatch):
     """Two epochs, uneven lengths in buckets and shares, a head on the trunk, adaptive beta,
     re-scored behaviour, a penalty for no EOS, models at rest on the host, sequences split between
     sublayers, a few prompts sampled at a time, and an early stop."""
@@ -154,7 +154,20 @@ def test_choices(start, whole, tmp_path):
     flags += ["--ppo.rescore", "True", "--ppo.missing_eos", "penalty", "--offload"]
     flags += ["--ppo.whiten_rewards", "--ppo.clip_score", "2", "--ppo.max_kl", "-1"]
     flags += ["--ppo.beta", "0.02", "--shard_sequence", "--sample_batch", "2"]
+    generate, resting = run_ppo.sampler.generate, []
+
+    def generate_and_look(params, *args, **kwargs):
+        alike = params["embed"]["tokens"].shape
+        kinds = [x.sharding.memory_kind for x in jax.live_arrays() if x.shape == alike]
+        resting.append((kinds.count("pinned_host"), len(kinds)))
+        return generate(params, *args, **kwargs)
+
+    monkeypatch.setattr(run_ppo.sampler, "generate", generate_and_look)
     run_ppo.cli(flags)
+    # Reference, reward model, two moments and the average; the policy alone is on its devices, but
+    # for the model that the run begins with, and the average while it is assessed.
+    assert {host for host, _ in resting} == {5}
+    assert (5, 6) in resting
     rows = metrics_of(out)
     assert [row["step"] for row in rows] == [0, 1]  # any KL is above -1 nats
     assert abs(rows[1]["objective/kl"]) < 1e-5
