@@ -679,6 +679,9 @@ def test_what_fits():
     frozen = preflight.verdict(program(parameters=14, cache=4, temporaries=0.1))
     assert frozen.index("--offload") < frozen.index("of cache")
     assert "--remat" not in frozen  # would save nothing to speak of
+    rollout = dataclasses.replace(program(temporaries=16), name="rollout")
+    assert "--sample_batch" in preflight.verdict(rollout)
+    assert "--remat" not in preflight.verdict(rollout)
     given_up = dataclasses.replace(program(temporaries=1), counts=None)
     assert not given_up.fits
     assert math.isnan(given_up.seconds)

@@ -139,20 +139,23 @@ def advice(program: Program) -> list[str]:
     states = m.parameters + m.optimizer
     trained = f"{_gib(states)} GiB of parameters and optimizer: more fsdp in --mesh, which splits"
     frozen = f"{_gib(m.parameters)} GiB of parameters: more tensor or fsdp in --mesh; of a frozen"
+    smaller = "--remat full, more microbatches (fewer rows at a time), --shard_sequence"
+    if program.name in ("prefill", "rollout"):
+        smaller = "--sample_batch (fewer prompts at a time), more tensor in --mesh"
     knobs = [
         (states, f"{trained} them, or a larger slice")
         if m.optimizer
         else (states, f"{frozen} model, --offload between its turns"),
         (
             m.temporaries,
-            f"{_gib(m.temporaries)} GiB of activations and other temporaries: --remat full, more"
-            " microbatches (fewer rows at a time), --shard_sequence, a larger slice",
+            f"{_gib(m.temporaries)} GiB of activations and other temporaries: {smaller}, a larger"
+            " slice",
         ),
         (m.cache, f"{_gib(m.cache)} GiB of cache: more tensor in --mesh, fewer rows at a time"),
         (
             m.resident,
-            f"{_gib(m.resident)} GiB of the other models: --offload for those that are frozen,"
-            " more fsdp in --mesh for those that are trained",
+            f"{_gib(m.resident)} GiB of the other models: --offload for those that are frozen and,"
+            " in a rollout, for moments; more fsdp in --mesh for those that are trained",
         ),
     ]
     for size, words in sorted(knobs, reverse=True):
