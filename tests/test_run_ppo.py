@@ -1,6 +1,7 @@
 """run_ppo.py from its command line to its run directory: toy sizes, eight emulated devices."""
 
 import dataclasses
+import gc
 import json
 import sys
 from pathlib import Path
@@ -155,10 +156,14 @@ def test_choices(start, whole, tmp_path, monkeypatch):
     flags += ["--ppo.whiten_rewards", "--ppo.clip_score", "2", "--ppo.max_kl", "-1"]
     flags += ["--ppo.beta", "0.02", "--shard_sequence", "--sample_batch", "2"]
     generate, resting = run_ppo.sampler.generate, []
+    gc.collect()
+    others = jax.live_arrays()  # of other tests
+    known = set(map(id, others))
 
     def generate_and_look(params, *args, **kwargs):
         alike = params["embed"]["tokens"].shape
-        kinds = [x.sharding.memory_kind for x in jax.live_arrays() if x.shape == alike]
+        live = [x for x in jax.live_arrays() if x.shape == alike and id(x) not in known]
+        kinds = [x.sharding.memory_kind for x in live]
         resting.append((kinds.count("pinned_host"), len(kinds)))
         return generate(params, *args, **kwargs)
 
@@ -167,7 +172,7 @@ def test_choices(start, whole, tmp_path, monkeypatch):
     # Reference, reward model, two moments and the average; the policy alone is on its devices, but
     # for the model that the run begins with, and the average while it is assessed.
     assert {host for host, _ in resting} == {5}
-    assert (5, 6) in resting
+    assert min(resting) == (5, 6)
     rows = metrics_of(out)
     assert [row["step"] for row in rows] == [0, 1]  # any KL is above -1 nats
     assert abs(rows[1]["objective/kl"]) < 1e-5
