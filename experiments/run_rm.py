@@ -5,7 +5,7 @@
     python experiments/run_rm.py --folds 5 --by labeler --out runs/rm-folds  # seen, unseen labelers
     python experiments/run_rm.py --ensemble 4 --out runs/rm-ensemble         # seeds in one step
 
-Hardware: two CPU cores suffice for the miniature: 2,454 steps, 117 s, after those
+Hardware: two CPU cores suffice for the miniature: 2,454 steps, 98 s, after those
 of run_pretrain.py and run_sft.py, which run first where runs/sft is not there.
 Result: of the pairs on test customers' prompts 70 % in the training labelers' order and 71 % in
 that of held-out ones. The noise-free judge reaches 77 and 79 %, a bag of words 59, length 51.
