@@ -124,8 +124,8 @@ class Config(RunConfig):
     final_prompts: int = 512
     """Held-out prompts of the report at the end."""
     offload: bool = False
-    """Reference and reward models rest in host memory while they are not used, moments and the
-    average while responses are sampled."""
+    """Reference and reward models rest in host memory while they are not used, and so does all that
+    is trained, but for the policy's weights, while responses are sampled."""
     model_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matmuls, and of frozen models; trained parameters are float32."""
     remat: Literal["none", "dots", "full"] = "none"

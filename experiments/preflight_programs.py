@@ -96,7 +96,6 @@ def ppo_programs(
     states = size(policy_state) + size(value_state)
     if flags.ema:
         states += size(policy)  # the average
-    kept = size(policy) + size(value) if config.offload else states  # while responses are sampled
     asleep = 0 if config.offload else size(frozen) + size(frozen_rm)
 
     P, R = lengths(config.data.max_prompt, config.max_new_tokens, model)
@@ -106,7 +105,8 @@ def ppo_programs(
         static=static,
         trips=trips,
         runs=config.batch_size / (config.sample_batch or config.batch_size),
-        resident=kept - size(policy) + asleep,
+        # SFT is sampled beside the policy, and with --offload the last weights beside the average.
+        resident=size(policy) if config.offload else states + asleep,
         parts={"prefill": [0.0] * len(trips)},
     )
 

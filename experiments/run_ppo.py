@@ -132,10 +132,12 @@ def run_ppo(config: Config) -> dict[str, Any]:
 
         def roll_out(params: models.Params, prompts, indices, key: jax.Array) -> tuple[Rows, float]:
             """A response to each prompt, and the share of the sampler's slots that were live."""
-            # Sampling needs the most memory: the weights are whole on few devices.
+            # Sampling needs the most memory, as weights are whole on few devices: all else that is
+            # trained rests meanwhile. SFT and the average are sampled too, beside the policy.
             nonlocal current
-            moments = rest(current.moments, config.offload)
-            current = current.with_moments(moments.tree)
+            own = params is current.policy.params
+            resting = rest(with_params(current, None) if own else current, config.offload)
+            current = resting.tree
             size, names = config.sample_batch or len(prompts), ("tokens_BR", "mask_BR", "logp_BR")
             found, live = [], []
             for i in range(0, len(prompts), size):
@@ -152,7 +154,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
                 )
                 found.append([sharding.fetch(getattr(sampled, name)) for name in names])
                 live.append(float(sampled.live_fraction))
-            current = current.with_moments(moments.awake())
+            current = with_params(resting.awake(), params) if own else resting.awake()
             rows = dict(zip(names, map(np.concatenate, zip(*found, strict=True)), strict=True))
             return responses.left_padded(prompts, P) | rows, float(np.mean(live))
 
@@ -324,6 +326,12 @@ def run_ppo(config: Config) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------- helpers
+
+
+def with_params(current: ppo.PPOState, params: models.Params | None) -> Any:
+    """The state with other parameters of the policy, or none."""
+    policy = dataclasses.replace(current.policy, params=params)
+    return dataclasses.replace(current, policy=policy)
 
 
 def ensure_sft_and_rm(config: Config) -> None:

@@ -749,25 +749,18 @@ def test_metrics_of_an_update_have_the_fields_names(updates):
     assert updates["metrics"][0]["value/loss"] > updates["metrics"][2]["value/loss"]
 
 
-def test_moments_rest_on_the_host_and_come_back():
+def test_a_state_rests_on_the_host_and_comes_back():
     mesh = sharding.make_mesh(**MESH)
     placed = sharding.shardings(models.logical_axes(CONFIG), policy(), mesh)
-    tx = optax.adam(0.1)
-    params = jax.device_put(policy(), placed)
+    params, tx = jax.device_put(policy(), placed), optax.adam(0.1)
     for current in (make_state(params, tx), make_state(params, tx, params, tx)):
-        resting = offload.rest(current.moments, True)
-        asleep = current.with_moments(resting.tree)
-        here, there = (
-            {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
-            for tree in ((asleep.policy.params, asleep.beta), asleep.moments)
-        )
-        assert there == {"pinned_host"}
-        assert here.isdisjoint(there)
-        awake = asleep.with_moments(resting.awake())
+        resting = offload.rest(current, True)
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(resting.tree)}
+        assert kinds == {"pinned_host"}
+        awake = resting.awake()
         chex.assert_trees_all_equal(awake, current)
-        chex.assert_trees_all_equal(
-            *(jax.tree.map(lambda x: x.sharding, tree) for tree in (awake, current))
-        )
+        layouts = (jax.tree.map(lambda x: x.sharding, tree) for tree in (awake, current))
+        chex.assert_trees_all_equal(*layouts)
 
 
 def test_an_update_on_a_mesh_equals_one_on_one_device():

@@ -169,10 +169,9 @@ def test_choices(start, whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_ppo.sampler, "generate", generate_and_look)
     run_ppo.cli(flags)
-    # Reference, reward model, two moments and the average; the policy alone is on its devices, but
-    # for the model that the run begins with, and the average while it is assessed.
-    assert {host for host, _ in resting} == {5}
-    assert min(resting) == (5, 6)
+    # On the host: reference, reward model, two moments, the average, and the policy where it is not
+    # what is sampled. On devices: what is sampled, and in the end the other of the two weights.
+    assert set(resting) == {(6, 7), (5, 6), (6, 8)}
     rows = metrics_of(out)
     assert [row["step"] for row in rows] == [0, 1]  # any KL is above -1 nats
     assert abs(rows[1]["objective/kl"]) < 1e-5

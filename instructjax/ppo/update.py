@@ -1,6 +1,5 @@
 """One update: gradients of a minibatch and of pretraining text, two optimizers, an average."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,19 +24,6 @@ class PPOState:
     value: TrainState | None  # None where the value head is on the policy's trunk
     ema: Params | None  # exponential moving average of the policy, what is exported; or none kept
     beta: jax.Array  # float32 [], of the KL penalty
-
-    @property
-    def moments(self) -> Any:
-        """What updates alone need: the optimizers' states and the average."""
-        value = None if self.value is None else self.value.opt_state
-        return self.policy.opt_state, value, self.ema
-
-    def with_moments(self, moments: Any) -> "PPOState":
-        """The same with other `moments`, such as these elsewhere."""
-        of_policy, of_value, ema = moments
-        value = self.value and dataclasses.replace(self.value, opt_state=of_value)
-        policy = dataclasses.replace(self.policy, opt_state=of_policy)
-        return dataclasses.replace(self, policy=policy, value=value, ema=ema)
 
 
 @dataclass(frozen=True)
