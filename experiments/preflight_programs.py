@@ -105,8 +105,9 @@ def ppo_programs(
         static=static,
         trips=trips,
         runs=config.batch_size / (config.sample_batch or config.batch_size),
-        # SFT is sampled beside the policy, and with --offload the last weights beside the average.
-        resident=size(policy) if config.offload else states + asleep,
+        # With --offload all that is trained rests; in the end the average is sampled beside the
+        # last weights.
+        resident=size(policy) if config.offload else states - size(policy) + asleep,
         parts={"prefill": [0.0] * len(trips)},
     )
 

@@ -110,34 +110,28 @@ def run_ppo(config: Config) -> dict[str, Any]:
             unseen_text = streamed(packed(read(pretrain, "text", split="validation")))
         put_text = functools.partial(jax.make_array_from_process_local_data, sharding.batched(mesh))
 
-        # ------------------------------------------------------------------------ programs, state
+        # ------------------------------------------------------------------------------ programs
 
         programs = make_programs(config, model, value_model, policy, value, mesh)
         learning_rate = programs.learning_rate
-        current = ppo.PPOState(
-            policy=state.create(policy, programs.policy_tx),
-            value=None if value is None else state.create(value, programs.value_tx),
-            ema=jax.tree.map(jnp.copy, policy) if flags.ema else None,
-            beta=jax.device_put(jnp.float32(flags.beta), sharding.replicated(mesh)),
-        )
         seed_key = jax.random.key(config.seed)
         eval_key, before_key = jax.random.split(jax.random.fold_in(seed_key, 2**31 - 1))
         total = config.steps
         if total is None:
             total = math.ceil(len(seen) / config.batch_size)
-        current, start, meta = run.restore(current)
-        del policy, value
+        current: Any = None  # the PPOState, while there is training
 
         # ------------------------------------------------------------------------------ a rollout
 
         def roll_out(params: models.Params, prompts, indices, key: jax.Array) -> tuple[Rows, float]:
             """A response to each prompt, and the share of the sampler's slots that were live."""
-            # Sampling needs the most memory, as weights are whole on few devices: all else that is
-            # trained rests meanwhile. SFT and the average are sampled too, beside the policy.
+            # Sampling needs the most memory, as weights are whole on few devices: with --offload
+            # all that is trained rests, but for the weights that are sampled.
             nonlocal current
-            own = params is current.policy.params
-            resting = rest(with_params(current, None) if own else current, config.offload)
-            current = resting.tree
+            resting = None
+            if current is not None:
+                resting = rest(with_params(current, None), config.offload)
+                current = resting.tree
             size, names = config.sample_batch or len(prompts), ("tokens_BR", "mask_BR", "logp_BR")
             found, live = [], []
             for i in range(0, len(prompts), size):
@@ -154,7 +148,8 @@ def run_ppo(config: Config) -> dict[str, Any]:
                 )
                 found.append([sharding.fetch(getattr(sampled, name)) for name in names])
                 live.append(float(sampled.live_fraction))
-            current = with_params(resting.awake(), params) if own else resting.awake()
+            if resting is not None:
+                current = with_params(resting.awake(), params)
             rows = dict(zip(names, map(np.concatenate, zip(*found, strict=True)), strict=True))
             return responses.left_padded(prompts, P) | rows, float(np.mean(live))
 
@@ -218,9 +213,20 @@ def run_ppo(config: Config) -> dict[str, Any]:
                 run.metrics.sample(step, shown)
             run.console.print(policies.samples_table(f"iteration {step:,}", before, now))
 
+        # Before there is a state, which would lie in memory beside it.
         before = assess(params, before_key, config.final_prompts)
         before_text = held_out_text_loss(params)
-        del params
+
+        # ---------------------------------------------------------------------------------- state
+
+        current = ppo.PPOState(
+            policy=state.create(policy, programs.policy_tx),
+            value=None if value is None else state.create(value, programs.value_tx),
+            ema=jax.tree.map(jnp.copy, policy) if flags.ema else None,
+            beta=jax.device_put(jnp.float32(flags.beta), sharding.replicated(mesh)),
+        )
+        current, start, meta = run.restore(current)
+        del params, policy, value
 
         # ----------------------------------------------------------------------------------- loop
 
@@ -316,6 +322,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             for name, trained in after.items()
             if trained is not None
         }
+        current = None  # optimizers and value net are done
         hf.save(config.out / "export", model, next(iter(after.values())), tokenizer)
         sampled = {"SFT": before}
         losses_of_text = {"SFT": before_text}

@@ -169,9 +169,9 @@ def test_choices(start, whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_ppo.sampler, "generate", generate_and_look)
     run_ppo.cli(flags)
-    # On the host: reference, reward model, two moments, the average, and the policy where it is not
-    # what is sampled. On devices: what is sampled, and in the end the other of the two weights.
-    assert set(resting) == {(6, 7), (5, 6), (6, 8)}
+    # At first and in the end there is no state: SFT, or average and policy, beside the two frozen
+    # models on the host. Between, the moments and the average are there too.
+    assert set(resting) == {(2, 3), (5, 6), (2, 4)}
     rows = metrics_of(out)
     assert [row["step"] for row in rows] == [0, 1]  # any KL is above -1 nats
     assert abs(rows[1]["objective/kl"]) < 1e-5
