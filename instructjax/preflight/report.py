@@ -155,7 +155,7 @@ def advice(program: Program) -> list[str]:
         (
             m.resident,
             f"{_gib(m.resident)} GiB of the other models: --offload for those that are frozen and,"
-            " in a rollout, for moments; more fsdp in --mesh for those that are trained",
+            " in a rollout, for all; more fsdp in --mesh for those that are trained",
         ),
     ]
     for size, words in sorted(knobs, reverse=True):
