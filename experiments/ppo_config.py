@@ -8,9 +8,9 @@ from typing import Literal
 import tyro
 
 from instructjax import advantages
-from instructjax.config import RunConfig
 from instructjax.data import DataConfig
-from instructjax.rewards import RewardConfig
+from instructjax.run.flags import RunConfig
+from instructjax.scoring import RewardConfig
 
 
 @dataclass(frozen=True, kw_only=True)

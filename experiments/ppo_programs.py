@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from ppo_config import PPO, Config
 
-from instructjax import losses, ppo, responses, rewards, sharding, state, train
+from instructjax import losses, ppo, rollout, scoring, sharding, state, train
 from instructjax.models import ModelConfig, Params
 
 
@@ -75,7 +75,7 @@ def make_programs(
         value_loss = functools.partial(
             ppo.value_loss, config=value_model, clip=flags.value_clip, shard=shard
         )
-        values = functools.partial(responses.token_values, config=value_model, shard=shard)
+        values = functools.partial(rollout.token_values, config=value_model, shard=shard)
     text_loss = functools.partial(ppo.ptx_loss, config=model, shard=shard)
 
     update = ppo.make_update(
@@ -106,7 +106,7 @@ def make_programs(
         value_tx=value_tx,
         update=update,
         experience=jax.jit(experience),
-        logp_of=replicated(functools.partial(responses.token_logp, **bound)),
+        logp_of=replicated(functools.partial(rollout.token_logp, **bound)),
         value_of=replicated(values),
         text_loss_of=jax.jit(functools.partial(text_loss, key=None)),
     )
@@ -120,7 +120,7 @@ def missing_eos_value(flags: PPO) -> float:
 
 def load_loss(spec: str) -> ppo.PolicyLoss:
     """A user's array loss, which must return [B, R]."""
-    function = rewards.load_function(spec, "--loss")
+    function = scoring.load_function(spec, "--loss")
 
     def loss(logp_BR, old_logp_BR, advantages_BR, clip):
         loss_BR = function(logp_BR, old_logp_BR, advantages_BR, clip)

@@ -14,10 +14,10 @@ import run_sft
 from jax.sharding import Mesh, Sharding
 from ppo_programs import make_programs
 
-from instructjax import models, offload, preflight, rewards, sampler, sharding, state
-from instructjax.decode import Batch
+from instructjax import models, offload, preflight, sampler, scoring, sharding, state
 from instructjax.models import ModelConfig, Params
 from instructjax.preflight import Compilable
+from instructjax.sampler.decode import Batch
 
 SHAPE = jax.ShapeDtypeStruct
 
@@ -118,7 +118,7 @@ def ppo_programs(
     rescored = config.model_dtype != "float32" if flags.rescore is None else flags.rescore
     scored = {
         "reference": (programs.logp_of, frozen, passes),
-        "reward model": (rewards.scorer(computed(value_model, config), mesh), frozen_rm, passes),
+        "reward model": (scoring.scorer(computed(value_model, config), mesh), frozen_rm, passes),
         "value net": (programs.value_of, value, passes),
         "policy, re-scored": (programs.logp_of, policy, passes * rescored),
     }

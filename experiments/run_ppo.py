@@ -28,27 +28,16 @@ import run_sft
 from ppo_config import PRESETS, Config
 from ppo_programs import make_programs
 
-from instructjax import (
-    advantages,
-    hf,
-    models,
-    ppo,
-    pretrained,
-    responses,
-    rewards,
-    sampler,
-    sharding,
-    state,
-)
-from instructjax.config import parse
+from instructjax import advantages, hf, models, ppo, rollout, sampler, scoring, sharding, state
 from instructjax.data import PackedRows, PromptRows, Record, Stream, load
 from instructjax.evaluation import policies
+from instructjax.evaluation.figures import plot_curves
 from instructjax.evaluation.policies import Sampled
-from instructjax.metrics import plot_curves
 from instructjax.offload import freeze, rest
-from instructjax.process import return_memory
-from instructjax.responses import Rows
-from instructjax.run import Run, main
+from instructjax.rollout import Rows
+from instructjax.run import Run, main, pretrained
+from instructjax.run.flags import parse
+from instructjax.run.process import return_memory
 
 
 def run_ppo(config: Config) -> dict[str, Any]:
@@ -71,7 +60,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             raise ValueError(f"--model {config.model}: a reward model, not a language model")
         computed = {"dtype": config.model_dtype, "remat": config.remat, "unroll": config.unroll}
         model = dataclasses.replace(model, **computed)
-        reward = rewards.load(config.reward, mesh, tokenizer, config.model_dtype, config.offload)
+        reward = scoring.load(config.reward, mesh, tokenizer, config.model_dtype, config.offload)
         reference = None
         if flags.beta > 0 or flags.kl_target is not None:
             reference = rest(freeze(params, config.model_dtype), config.offload)
@@ -92,7 +81,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
         lengths = np.concatenate([half.prompt.lengths for half in (seen, unseen)])
         widths = sampler.buckets(lengths.tolist())
         P = min(widths[-1], model.max_length - R)
-        buckets = responses.bucket_sizes(R, flags.buckets)
+        buckets = rollout.bucket_sizes(R, flags.buckets)
         prompt_sizes, sizes = (" or ".join(map(str, x)) for x in (widths, buckets))
         print(f"  prompts are padded to {prompt_sizes} tokens, responses to {sizes}")
         stream = Stream(PromptRows(seen), config.batch_size, seed=config.seed)
@@ -151,14 +140,14 @@ def run_ppo(config: Config) -> dict[str, Any]:
             if resting is not None:
                 current = with_params(resting.awake(), params)
             rows = dict(zip(names, map(np.concatenate, zip(*found, strict=True)), strict=True))
-            return responses.left_padded(prompts, P) | rows, float(np.mean(live))
+            return rollout.left_padded(prompts, P) | rows, float(np.mean(live))
 
         def over(rows: Rows, fn: Callable[..., jax.Array], *frozen: Any) -> np.ndarray:
             of_rows = functools.partial(fn, *frozen)
-            return responses.map_batches(of_rows, rows, flags.minibatch, buckets, mesh)
+            return rollout.map_batches(of_rows, rows, flags.minibatch, buckets, mesh)
 
         def score(rows: Rows, records: Sequence[Record]) -> tuple[np.ndarray, dict[str, float]]:
-            texts = tokenizer.batch_decode(responses.token_ids(rows), skip_special_tokens=True)
+            texts = tokenizer.batch_decode(rollout.token_ids(rows), skip_special_tokens=True)
             prompts = [record.prompt for record in records]
             return reward.score(functools.partial(over, rows), prompts, texts, records)
 
@@ -177,14 +166,14 @@ def run_ppo(config: Config) -> dict[str, Any]:
                 own_BR = over(rows, programs.logp_of, params) if rescore else rows["logp_BR"]
                 ref_BR = over(rows, programs.logp_of, reference.awake())
                 kl_B = (own_BR - ref_BR).sum(1, where=rows["mask_BR"])
-            texts = tokenizer.batch_decode(responses.token_ids(rows), skip_special_tokens=True)
+            texts = tokenizer.batch_decode(rollout.token_ids(rows), skip_special_tokens=True)
             return Sampled(
                 prompts=[record.prompt for record in records],
                 texts=texts,
                 score_B=score(rows, records)[0],
                 kl_B=kl_B,
                 length_B=rows["mask_BR"].sum(1),
-                ended_B=responses.ended(rows, model.eos_ids),
+                ended_B=rollout.ended(rows, model.eos_ids),
                 utility_B=gold_utilities(records, texts) if miniature else None,
             )
 
@@ -261,7 +250,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
                 value_BR,
                 mask_BR,
                 score_B,
-                responses.ended(rows, model.eos_ids),
+                rollout.ended(rows, model.eos_ids),
                 current.beta,
             )
             rows |= jax.device_get(made)
@@ -272,8 +261,8 @@ def run_ppo(config: Config) -> dict[str, Any]:
             for index in minibatches(config, step):
                 size = flags.minibatch // flags.microbatches
                 parts = [
-                    responses.put(part, mesh)
-                    for _, part in responses.batches(rows, index, size, buckets)
+                    rollout.put(part, mesh)
+                    for _, part in rollout.batches(rows, index, size, buckets)
                 ]
                 texts = []
                 if shuffled_text is not None:
@@ -385,11 +374,11 @@ def load_value_net(
     tokenizer: Any,
 ) -> tuple[models.ModelConfig, models.Params]:
     """The reward model's copy (App. C.4), bias included; or the policy's with a new head."""
-    found = [spec for spec in config.reward.spec if not rewards.is_function(spec)]
+    found = [spec for spec in config.reward.spec if not scoring.is_function(spec)]
     path = config.value_model or (found[0] if found else None)
     if path is None:
         return run_rm.born(model, params, config.seed, mesh)
-    own, params = rewards.load_model(path, mesh, tokenizer, "float32", "--value_model")
+    own, params = scoring.load_model(path, mesh, tokenizer, "float32", "--value_model")
     computed = {"dtype": config.model_dtype, "remat": config.remat, "unroll": config.unroll}
     return dataclasses.replace(own, **computed), params
 

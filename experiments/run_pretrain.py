@@ -22,11 +22,11 @@ import jax
 import numpy as np
 import optax
 
-from instructjax import hf, pretrained, sampler, sft, sharding, state, train
-from instructjax.config import RunConfig, parse
+from instructjax import hf, sampler, sft, sharding, state, train
 from instructjax.data import DataConfig, PackedRows, Stream, load
-from instructjax.metrics import plot_curves
-from instructjax.run import Run, main
+from instructjax.evaluation.figures import plot_curves
+from instructjax.run import Run, main, pretrained
+from instructjax.run.flags import RunConfig, parse
 
 # ------------------------------------------------------------------------------------- config
 

@@ -30,8 +30,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from instructjax import figures, hf, hosts, models, pretrained, reward, sharding, state, train
-from instructjax.config import RunConfig, parse
+from instructjax import hf, hosts, models, reward, sharding, state, train
 from instructjax.data import (
     ComparisonRows,
     DataConfig,
@@ -40,9 +39,10 @@ from instructjax.data import (
     Stream,
     load,
 )
-from instructjax.evaluation import baselines, folds, gold, ranking
-from instructjax.metrics import plot_curves
-from instructjax.run import Run, main
+from instructjax.evaluation import baselines, figures, folds, gold, ranking
+from instructjax.evaluation.figures import plot_curves
+from instructjax.run import Run, main, pretrained
+from instructjax.run.flags import RunConfig, parse
 
 # ------------------------------------------------------------------------------------- config
 

@@ -24,13 +24,13 @@ import optax
 import run_pretrain
 import tyro
 
-from instructjax import hf, models, pretrained, reward, sampler, sft, sharding, state, train
-from instructjax.checkpoint import abstract
-from instructjax.config import RunConfig, parse
+from instructjax import hf, models, reward, sampler, sft, sharding, state, train
 from instructjax.data import ComparisonRows, DataConfig, Dataset, PackedRows, Stream, load
 from instructjax.data.tokens import Spans
-from instructjax.metrics import plot_curves
-from instructjax.run import Run, main
+from instructjax.evaluation.figures import plot_curves
+from instructjax.run import Run, main, pretrained
+from instructjax.run.checkpoint import abstract
+from instructjax.run.flags import RunConfig, parse
 
 # ------------------------------------------------------------------------------------- config
 

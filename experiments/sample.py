@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import jax
 import tyro
 
-from instructjax import pretrained, sampler, sharding
+from instructjax import sampler, sharding
 from instructjax.data.dialogue import Messages, chat_template
 from instructjax.data.tokens import tokenise
-from instructjax.process import cache_compilations
-from instructjax.run import main
+from instructjax.run import main, pretrained
+from instructjax.run.process import cache_compilations
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,17 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from instructjax import hf, losses, pretrained, responses, rewards, sampler, sharding, state, train
+from instructjax import hf, losses, rollout, sampler, scoring, sharding, state, train
 from instructjax.advantages import kl_estimate
-from instructjax.config import RunConfig, parse
 from instructjax.data import ComparisonRows, DataConfig, Dataset, PromptRows, Stream, load
+from instructjax.evaluation.figures import plot_curves
 from instructjax.evaluation.policies import win_rate
 from instructjax.masked import masked_mean, masked_sum
-from instructjax.metrics import plot_curves
 from instructjax.models import ModelConfig, Params
-from instructjax.responses import Rows
-from instructjax.rewards import RewardConfig
-from instructjax.run import Run, main
+from instructjax.rollout import Rows
+from instructjax.run import Run, main, pretrained
+from instructjax.run.flags import RunConfig, parse
+from instructjax.scoring import RewardConfig
 
 Loss = tuple[jax.Array, tuple[jax.Array, train.Metrics]]  # what a `train.LossFn` returns
 
@@ -98,7 +98,7 @@ def response_logp(params: Params, batch: Rows, **model: Any) -> jax.Array:
     rows = {name: jnp.repeat(batch[name], K, axis=0) for name in ("prompt_BP", "prompt_mask_BP")}
     rows["tokens_BR"] = batch["responses_BKR"].reshape(B * K, R)
     rows["mask_BR"] = batch["response_mask_BKR"].reshape(B * K, R)
-    return responses.token_logp(params, rows, **model).sum(1).reshape(B, K)
+    return rollout.token_logp(params, rows, **model).sum(1).reshape(B, K)
 
 
 def dpo_pairs(logp_BK: jax.Array, ref_logp_BK: jax.Array, beta: float) -> jax.Array:
@@ -130,7 +130,7 @@ def dpo(config: DPO, start: Start) -> Algorithm:
     logp_of = jax.jit(functools.partial(response_logp, **model))
 
     def prepare(params: Params, batch: dict[str, Any], key: jax.Array):
-        rows = responses.put(batch, start.mesh)
+        rows = rollout.put(batch, start.mesh)
         rows["ref_logp_BK"] = logp_of(start.params, rows)
         return rows, int(batch["response_mask_BKR"].sum()), {}
 
@@ -173,10 +173,10 @@ def online(config: Online, start: Start, advantage: Advantage, loss: Any) -> Alg
     context = start.model.max_length - R + 1
     seen, unseen = (read(split=split, context=context) for split in ("train", "validation"))
     P = min(-(-int(seen.prompt.lengths.max()) // 32) * 32, start.model.max_length - R)
-    reward = rewards.load(config.reward, start.mesh, start.tokenizer, "float32")
+    reward = scoring.load(config.reward, start.mesh, start.tokenizer, "float32")
     model: Any = {"config": start.model, "shard": config.constrainer(start.mesh)}
     everywhere = sharding.replicated(start.mesh)
-    logp_of = jax.jit(functools.partial(responses.token_logp, **model), out_shardings=everywhere)
+    logp_of = jax.jit(functools.partial(rollout.token_logp, **model), out_shardings=everywhere)
 
     def prepare(params: Params, batch: dict[str, Any], key: jax.Array):
         keywords = {"samples_per_prompt": K, "indices": batch["indices"], "mesh": start.mesh}
@@ -184,14 +184,14 @@ def online(config: Online, start: Start, advantage: Advantage, loss: Any) -> Alg
             params, start.model, batch["prompts"], key, max_new_tokens=R, **keywords
         )
         records = [record for record in batch["records"] for _ in range(K)]
-        rows = responses.left_padded([x for x in batch["prompts"] for _ in range(K)], P)
+        rows = rollout.left_padded([x for x in batch["prompts"] for _ in range(K)], P)
         for name in ("tokens_BR", "mask_BR", "logp_BR"):
             rows[name] = jax.device_get(getattr(sampled, name))
 
         def over(fn: Callable[[Rows], jax.Array]) -> np.ndarray:
-            return responses.map_batches(fn, rows, config.batch_size, [R], start.mesh)
+            return rollout.map_batches(fn, rows, config.batch_size, [R], start.mesh)
 
-        texts = start.tokenizer.batch_decode(responses.token_ids(rows), skip_special_tokens=True)
+        texts = start.tokenizer.batch_decode(rollout.token_ids(rows), skip_special_tokens=True)
         score_B, _ = reward.score(over, [record.prompt for record in records], texts, records)
         rows["ref_logp_BR"] = over(functools.partial(logp_of, start.params))
         kl_B = (rows["logp_BR"] - rows["ref_logp_BR"]).sum(1)
@@ -200,7 +200,7 @@ def online(config: Online, start: Start, advantage: Advantage, loss: Any) -> Alg
         length_B = rows["mask_BR"].sum(1)
         means = {"objective/score": score_B, "objective/kl": kl_B, "rollout/length": length_B}
         metrics = {name: x_B.mean() for name, x_B in means.items()}
-        return responses.put(rows, start.mesh), int(length_B.sum()), metrics
+        return rollout.put(rows, start.mesh), int(length_B.sum()), metrics
 
     stream = Stream(PromptRows(seen), config.batch_size, seed=config.seed)
     return Algorithm(stream, prepare, functools.partial(loss, **model), unseen)
@@ -232,7 +232,7 @@ def grpo_loss(
 
     In the first update of a rollout the ratio is 1; the clip is for those who make several.
     """
-    logp_BR = responses.token_logp(params, rows, **model)
+    logp_BR = rollout.token_logp(params, rows, **model)
     mask_BR, live_B = rows["mask_BR"], jnp.any(rows["mask_BR"], axis=1)
     of_rows = lambda x_BR: masked_mean(masked_mean(x_BR, mask_BR, 1), live_B)  # noqa: E731
     advantage_BR = jnp.broadcast_to(rows["advantage_B"][:, None], mask_BR.shape)
@@ -269,7 +269,7 @@ def rloo_advantages(reward_GK: np.ndarray) -> np.ndarray:
 
 def rloo_loss(params: Params, rows: Rows, key: Any, **model: Any) -> Loss:
     """REINFORCE, where a whole response is one action; averaged over responses."""
-    logp_BR = responses.token_logp(params, rows, **model)
+    logp_BR = rollout.token_logp(params, rows, **model)
     loss_B = -rows["advantage_B"] * masked_sum(logp_BR, rows["mask_BR"], 1)
     live_B = jnp.any(rows["mask_BR"], axis=1)
     return masked_mean(loss_B, live_B), (jnp.sum(live_B, dtype=jnp.float32), {})

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from instructjax import sharding, state, train
-from instructjax.checkpoint import Checkpoints, abstract, nbytes
+from instructjax.run.checkpoint import Checkpoints, abstract, nbytes
 
 
 def state_of(mesh, seed=0, width=64, spec=("fsdp", "tensor")):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructjax import draw
+from instructjax.sampler import draw
 
 # Integers: sums of their exponentials differ by far more than rounding, unless they are equal.
 ROWS = st.lists(st.integers(-6, 6), min_size=7, max_size=7, unique=True)

@@ -181,12 +181,12 @@ def test_an_interrupted_save_never_loads_as_a_mixture(params, tmp_path, monkeypa
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:  # while weights are written, the old export is whole
-        patch.setattr(hf, "save_file", full)
+        patch.setattr(hf.checkpoint, "save_file", full)
         with pytest.raises(OSError, match="No space"):
             hf.save(tmp_path, config, rm)
     assert hf.load(tmp_path)[0] == LLAMA
     with monkeypatch.context() as patch:  # after that, nothing loads
-        patch.setattr(hf, "_model_card", full)
+        patch.setattr(hf.checkpoint, "_model_card", full)
         with pytest.raises(OSError, match="No space"):
             hf.save(tmp_path, config, rm)
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
@@ -207,14 +207,16 @@ def test_hub_models(saved, monkeypatch):
         asked.append((name, allow_patterns, ignore_patterns))
         return str(saved)
 
-    monkeypatch.setattr(hf.huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(hf.checkpoint.huggingface_hub, "snapshot_download", fetch)
     hf.load_config("org/model")
     hf.load("org/model")
     assert not any("safetensors" in pattern for pattern in asked[0][1])
     assert "model*.safetensors" in asked[1][1]
     assert asked[0][2] == ["*/*"]
     (saved / "model.safetensors").unlink()
-    monkeypatch.setattr(hf.huggingface_hub, "list_repo_files", lambda _: ["pytorch_model.bin"])
+    monkeypatch.setattr(
+        hf.checkpoint.huggingface_hub, "list_repo_files", lambda _: ["pytorch_model.bin"]
+    )
     with pytest.raises(ValueError, match=r"org/model has only pytorch_model\.bin"):
         hf.load("org/model")
 

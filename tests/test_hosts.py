@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructjax import decode, hf, hosts, miniature, models, run, sharding
-from instructjax.config import parse
+from instructjax import hf, hosts, miniature, models, run, sharding
 from instructjax.data import Stream, sources
 from instructjax.models import ModelConfig
+from instructjax.run.flags import parse
+from instructjax.sampler import decode
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 

@@ -14,7 +14,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from rich.console import Console
 
-from instructjax.metrics import Metrics, ProgressLine, plot_curves, to_numbers
+from instructjax.evaluation.figures import plot_curves
+from instructjax.run.metrics import Metrics, ProgressLine, to_numbers
 
 
 def write_steps(directory, first, last, resume_step):

@@ -13,7 +13,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructjax import models, offload, ppo, responses, sampler, sharding, state
+from instructjax import models, offload, ppo, rollout, sampler, sharding, state
 from instructjax.models import ModelConfig, Rope
 
 SMALL = {"vocab_size": 131, "layers": 2, "width": 16, "heads": 4, "mlp_width": 32, "max_length": 64}
@@ -57,7 +57,7 @@ def make_rows(seed=0):
     tokens = rng.integers(0, 131, (B, R)).astype(np.int32)
     tokens[:, 1] = 0  # a sampled 0 is a token
     mask = np.arange(R) < lengths[:, None]
-    rows = responses.left_padded(prompts, P) | {"tokens_BR": tokens, "mask_BR": mask}
+    rows = rollout.left_padded(prompts, P) | {"tokens_BR": tokens, "mask_BR": mask}
     logp = logp_of(policy(), rows)
     noise = {name: rng.normal(size=(B, R)).astype(np.float32) for name in EXPERIENCE}
     noise["logp_BR"] = np.asarray(logp) + 0.2 * noise["logp_BR"]
@@ -83,12 +83,12 @@ def text_batch(seed=0, B=4, T=12):
 @functools.partial(jax.jit, static_argnames="config")
 def logp_of(params, rows, temperature=1.0, config=CONFIG):
     rows = {name: rows[name] for name in ("prompt_BP", "prompt_mask_BP", "tokens_BR", "mask_BR")}
-    return responses.token_logp(params, rows, config=config, temperature=temperature)
+    return rollout.token_logp(params, rows, config=config, temperature=temperature)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def values_of(params, rows, config=CONFIG):
-    values = responses.token_values if config.scalar_head else ppo.head_values
+    values = rollout.token_values if config.scalar_head else ppo.head_values
     return values(params, rows, config=config)
 
 
@@ -299,12 +299,12 @@ def sampled(request):
     """(temperature, rows as the policy itself sampled them)."""
     rng = np.random.default_rng(1)
     prompts = [rng.integers(4, 131, n).tolist() for n in (1, 6, 3, 2, 5, 4, 6, 2)]
-    rollout = sampler.generate(
+    sample = sampler.generate(
         policy(), CONFIG, prompts, jax.random.key(0), max_new_tokens=R, temperature=request.param
     )
-    rows = responses.left_padded(prompts, P)
+    rows = rollout.left_padded(prompts, P)
     rows |= {
-        name: np.asarray(getattr(rollout, name)) for name in ("tokens_BR", "mask_BR", "logp_BR")
+        name: np.asarray(getattr(sample, name)) for name in ("tokens_BR", "mask_BR", "logp_BR")
     }
     return request.param, rows
 
@@ -312,7 +312,7 @@ def sampled(request):
 @jax.jit
 @jax.grad
 def reinforce(params, rows, temperature):
-    logp = responses.token_logp(params, rows, config=CONFIG, temperature=temperature)
+    logp = rollout.token_logp(params, rows, config=CONFIG, temperature=temperature)
     return -jnp.sum(logp * rows["advantage_BR"]) / rows["mask_BR"].sum()
 
 
@@ -324,7 +324,7 @@ def test_at_the_first_step_kl_is_0_and_ratio_1(sampled, rescored):
     if rescored:
         rows = rows | {"logp_BR": again}
     zeros, score = np.zeros(rows["mask_BR"].shape, np.float32), np.ones(8, np.float32)
-    ended = responses.ended(rows, CONFIG.eos_ids)
+    ended = rollout.ended(rows, CONFIG.eos_ids)
     assert 0 < ended.sum() < 8
     made, metrics = experience()(
         rows["logp_BR"], again, zeros, rows["mask_BR"], score, ended, np.float32(0.02)
@@ -355,7 +355,7 @@ def test_another_temperature_is_another_policy(sampled):
 def test_eos_is_the_last_live_token_and_has_a_gradient(sampled):
     """With an advantage at the last token alone, its own probability rises."""
     temperature, rows = sampled
-    ended = responses.ended(rows, CONFIG.eos_ids)
+    ended = rollout.ended(rows, CONFIG.eos_ids)
     last = rows["mask_BR"].sum(1) - 1
     tokens = rows["tokens_BR"][np.arange(8), last]
     assert np.isin(tokens[ended], CONFIG.eos_ids).all()
@@ -492,7 +492,7 @@ def test_dropout_is_off():
 
     for loss_fn, params, config, _ in LOSSES.values():
         assert not draws(bind(loss_fn, config=wet(config)), params(), rows, key)
-    score = functools.partial(responses.token_logp, config=wet(CONFIG))
+    score = functools.partial(rollout.token_logp, config=wet(CONFIG))
     assert not draws(score, policy(), rows)
     ptx_loss = bind(ppo.ptx_loss, config=wet(CONFIG))
     assert draws(ptx_loss, policy(), text_batch(), key)
@@ -505,7 +505,7 @@ def test_dropout_is_off():
 
 def cut(rows, size, buckets, put=lambda part: part):
     every = np.arange(len(rows["mask_BR"]))
-    return [put(part) for _, part in responses.batches(rows, every, size, buckets)]
+    return [put(part) for _, part in rollout.batches(rows, every, size, buckets)]
 
 
 @pytest.mark.parametrize(
@@ -545,7 +545,7 @@ def test_eight_devices_equal_one(name):
     _, _, metrics, grads = run_loss(name, rows)
     layout = sharding.shardings(models.logical_axes(config), params(), mesh)
     placed = jax.device_put(params(), layout)
-    parts = cut(rows, 8, [8], functools.partial(responses.put, mesh=mesh))
+    parts = cut(rows, 8, [8], functools.partial(rollout.put, mesh=mesh))
     shard = sharding.constrainer(mesh)
     add = ppo.make_adder(bind(loss_fn, config=config, shard=shard), layout)
     got, found = ppo.gradient(placed, [ppo.Term(add, parts, 36)])
@@ -785,7 +785,7 @@ def test_an_update_on_a_mesh_equals_one_on_one_device():
     layout = state.shardings(params, KEEPS)
     ptx_loss = bind(ppo.ptx_loss, shard=shard)
     update = ppo.make_update(loss, None, ptx_loss, KEEPS, None, ptx_coef=2.0, policy_layout=layout)
-    put = functools.partial(responses.put, mesh=mesh)
+    put = functools.partial(rollout.put, mesh=mesh)
     texts = [put(text_batch(0))]
     for step in range(2):
         current, metrics = update(current, cut(make_rows(), 4, [8], put), 36, texts)

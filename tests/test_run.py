@@ -22,10 +22,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from instructjax import sharding, state, train
-from instructjax.checkpoint import Checkpoints
-from instructjax.config import RunConfig, parse
-from instructjax.metrics import plot_curves
+from instructjax.evaluation.figures import plot_curves
 from instructjax.run import FAILED, FINISHED, RESUMABLE, Run, main
+from instructjax.run.checkpoint import Checkpoints
+from instructjax.run.flags import RunConfig, parse
 
 WIDTH = 256  # large enough for a save to take longer than what the test does meanwhile
 
@@ -279,7 +279,7 @@ def test_unwritable_or_full_is_said_first(tmp_path, capsys, monkeypatch):
     need = 4 * 3 * WIDTH * WIDTH * 4  # 2 last, best and the one being written; Adam has 3 copies
     for free, message in ((2**20, "the disk is full"), (need, "lower --keep_last")):
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: usage(0, 0, free))
-        monkeypatch.setattr("instructjax.process.MIN_FREE", 2**21)
+        monkeypatch.setattr("instructjax.run.process.MIN_FREE", 2**21)
         assert run_main(Toy(out=tmp_path / "run")) == FAILED
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not lines_of(
@@ -348,7 +348,7 @@ def test_kept_memory_is_not_mapped_again():
     that would leave a hole."""
     program = """
 import ctypes, resource
-from instructjax.process import KEPT, keep_memory
+from instructjax.run.process import KEPT, keep_memory
 
 def faults(size, count):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -377,7 +377,7 @@ def test_a_script_has_one_arena(tmp_path):
 import ctypes, sys
 import jax
 import run_ppo
-from instructjax.process import keep_memory
+from instructjax.run.process import keep_memory
 
 keep_memory()
 jax.block_until_ready(jax.numpy.ones(8) + 1)
@@ -401,7 +401,7 @@ def test_a_large_process_returns_what_is_free():
     that a small process would keep is mapped anew."""
     program = """
 import ctypes, resource
-from instructjax import process
+from instructjax.run import process
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20

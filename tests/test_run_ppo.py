@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from instructjax import hf, miniature, models, process, sharding
+from instructjax import hf, miniature, models, sharding
 from instructjax.data import sources
 from instructjax.models import ModelConfig
+from instructjax.run import process
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from instructjax import decode, draw, models, sampler, sharding
+from instructjax import models, sampler, sharding
 from instructjax.models import ModelConfig, Rope
+from instructjax.sampler import decode, draw
 
 CONFIG = ModelConfig(
     vocab_size=40, layers=2, width=16, heads=2, mlp_width=32, max_length=128, eos_ids=(3,)

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from instructjax import data, hf, pretrained, reward, sharding
+from instructjax import data, hf, reward, sharding
 from instructjax.data import sources
 from instructjax.models import PRESETS
+from instructjax.run import pretrained
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 

@@ -17,7 +17,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructjax import data, hf, miniature, models, responses
+from instructjax import data, hf, miniature, models, rollout
 from instructjax.data import sources
 from instructjax.models import ModelConfig
 
@@ -34,7 +34,7 @@ CONFIG = ModelConfig(len(TOKENIZER), 2, 16, heads=2, mlp_width=32, max_length=96
 MODEL = {"config": CONFIG, "shard": models.unsharded}
 PARAMS = jax.jit(functools.partial(models.init, CONFIG))(jax.random.key(0))
 # Compiled whole: a test of op by op would spend its time compiling each of them.
-token_logp = jax.jit(functools.partial(responses.token_logp, config=CONFIG))
+token_logp = jax.jit(functools.partial(rollout.token_logp, config=CONFIG))
 response_logp = jax.jit(functools.partial(swap_loss.response_logp, **MODEL))
 FEW = ["--mesh", "data=4,fsdp=2", "--batch_size", "8", "--max_new_tokens", "6"]
 FEW += ["--data.cache", "None", "--steps", "3"]
@@ -84,11 +84,11 @@ def bound(loss, **keywords):
     return jax.jit(lambda params, rows: loss(params, rows, None, **keywords, **MODEL))
 
 
-def rollout(seed: int, rows: int = 6, prompt: int = 5, response: int = 7) -> dict:
+def sampled_rows(seed: int, rows: int = 6, prompt: int = 5, response: int = 7) -> dict:
     """Rows as `online` makes them, of a policy and a reference near it; the last is empty."""
     rng = np.random.default_rng(seed)
     length = np.append(rng.integers(1, response + 1, rows - 1), 0)
-    made = responses.left_padded(rng.integers(1, 50, (rows, prompt)).tolist(), prompt)
+    made = rollout.left_padded(rng.integers(1, 50, (rows, prompt)).tolist(), prompt)
     made["mask_BR"] = np.arange(response) < length[:, None]
     made["tokens_BR"] = rng.integers(1, 50, (rows, response)).astype(np.int32)
     logp = np.asarray(token_logp(PARAMS, made))
@@ -100,7 +100,7 @@ def rollout(seed: int, rows: int = 6, prompt: int = 5, response: int = 7) -> dic
 
 @pytest.mark.parametrize("seed", range(3))
 def test_online_losses_against_loops(seed):
-    rows = rollout(seed)
+    rows = sampled_rows(seed)
     now = np.asarray(token_logp(PARAMS, rows))
     mask, advantage = rows["mask_BR"], rows["advantage_B"]
     advantages = np.repeat(advantage[:, None], mask.shape[1], axis=1)
@@ -131,7 +131,7 @@ def largest(tree) -> float:
 
 
 def test_at_the_start_grpo_without_advantage_has_no_gradient_and_rloo_neither():
-    rows = rollout(0)
+    rows = sampled_rows(0)
     rows["logp_BR"] = rows["ref_logp_BR"] = np.asarray(token_logp(PARAMS, rows))
     paid = [largest(gradient(swap_loss.grpo_loss, rows, beta=0.04))]
     paid += [largest(gradient(swap_loss.rloo_loss, rows))]
@@ -146,7 +146,7 @@ def test_at_the_start_grpo_without_advantage_has_no_gradient_and_rloo_neither():
 )
 def test_a_step_raises_what_was_better_and_lowers_what_was_worse(loss, keywords):
     """To first order, and at the start: d logp(row) has the sign of its advantage."""
-    rows = {name: x[:2] for name, x in rollout(1).items()}
+    rows = {name: x[:2] for name, x in sampled_rows(1).items()}
     rows["logp_BR"] = rows["ref_logp_BR"] = np.asarray(token_logp(PARAMS, rows))
     rows["advantage_B"] = np.array([1, -1], np.float32)
     grads = gradient(loss, rows, **keywords)

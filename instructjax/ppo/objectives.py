@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from instructjax import losses, models, responses, sft, sharding
+from instructjax import losses, models, rollout, sft, sharding
 from instructjax.masked import masked_mean
 from instructjax.models import ModelConfig, Params, Shard
-from instructjax.responses import Rows
+from instructjax.rollout import Rows
 from instructjax.train import Metrics
 
 # (logp_BR, old_logp_BR, advantages_BR, clip) -> loss_BR, as `losses.ppo_clip`
@@ -38,9 +38,7 @@ def policy_loss(
       loss: (logp_BR, old_logp_BR, advantages_BR, clip) -> loss_BR.
     """
     del key
-    logp_BR = responses.token_logp(
-        params, rows, config=config, temperature=temperature, shard=shard
-    )
+    logp_BR = rollout.token_logp(params, rows, config=config, temperature=temperature, shard=shard)
     mean, metrics = _policy_terms(logp_BR, rows, loss, clip)
     return mean, (_tokens(rows), metrics)
 
@@ -62,7 +60,7 @@ def value_loss(
       loss: (value_BR, old_value_BR, return_BR, clip) -> loss_BR.
     """
     del key
-    value_BR = responses.token_values(params, rows, config=config, shard=shard)
+    value_BR = rollout.token_values(params, rows, config=config, shard=shard)
     mean, metrics = _value_terms(value_BR, rows, loss, clip)
     return mean, (_tokens(rows), metrics)
 
@@ -86,7 +84,7 @@ def joint_loss(
       params: of a policy, with `value_head` beside its own leaves; see `with_value_head`.
     """
     del key
-    hidden_BRD = responses.hidden_states(params, config, rows, shard)
+    hidden_BRD = rollout.hidden_states(params, config, rows, shard)
     unembed_VD = models.unembedding(params)
     logp_BR = models.token_logp(
         hidden_BRD, unembed_VD, rows["tokens_BR"], config, temperature=temperature, shard=shard
@@ -125,7 +123,7 @@ def head_values(
     params: Params, rows: Rows, *, config: ModelConfig, shard: Shard = models.unsharded
 ) -> jax.Array:
     """value_BR of the head that `with_value_head` put on the trunk, 0 where masked."""
-    hidden_BRD = responses.hidden_states(params, config, rows, shard)
+    hidden_BRD = rollout.hidden_states(params, config, rows, shard)
     return jnp.where(rows["mask_BR"] != 0, _head_values(params, hidden_BRD, config), 0)
 
 

@@ -11,7 +11,7 @@ import optax
 
 from instructjax import sft
 from instructjax.models import Params
-from instructjax.responses import Rows
+from instructjax.rollout import Rows
 from instructjax.state import TrainState
 from instructjax.train import LossFn, Metrics
 
@@ -105,14 +105,14 @@ class Update:
         """The state, which is donated, after an update, and the update's metrics.
 
         Args:
-          batches: the minibatch in one or several shapes (see `responses.batches`).
+          batches: the minibatch in one or several shapes (see `rollout.batches`).
           tokens: the live ones of them all.
           ptx_batches: rows of `data.PackedRows`.
 
         Raises:
           ValueError: there is a loss of pretraining text, and no text.
         """
-        # Programs that do not wait for one another are kept apart, as in responses.map_batches.
+        # Programs that do not wait for one another are kept apart, as in rollout.map_batches.
         terms = [Term(self.add_policy, batches, tokens)]
         if self.add_ptx is not None:
             if not ptx_batches:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from instructjax import decode, models, sharding
-from instructjax.decode import Batch, Rollout, Settings, State
+from instructjax import models, sharding
 from instructjax.models import ModelConfig, Params
+from instructjax.sampler import decode
+from instructjax.sampler.decode import Batch, Rollout, Settings, State
 
 
 def generate(

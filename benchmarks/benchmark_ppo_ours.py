@@ -1,6 +1,6 @@
 """Our side of `benchmark.py ppo`: the library's functions, called as run_ppo.py calls them.
 
-    python experiments/benchmark_ppo_ours.py '{"layers": 4, ...}'     fields: benchmark_ppo.Task
+    python benchmarks/benchmark_ppo_ours.py '{"layers": 4, ...}'     fields: benchmark_ppo.Task
 
 An iteration for each line on stdin, one line of JSON to stdout for each.
 """
@@ -24,10 +24,11 @@ from benchmark_ppo import Task
 from ppo_config import PPO, PTX, Config
 from ppo_programs import make_programs
 
-from instructjax import draw, models, ppo, responses, rewards, sampler, sharding, state
+from instructjax import models, ppo, rollout, sampler, scoring, sharding, state
 from instructjax.models import ModelConfig
 from instructjax.ppo import update
-from instructjax.process import keep_memory, return_memory
+from instructjax.run.process import keep_memory, return_memory
+from instructjax.sampler import draw
 
 
 def iterations(task: Task) -> Iterator[dict[str, float]]:
@@ -64,12 +65,12 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
         ema=None,
         beta=jax.device_put(jnp.float32(0.05), sharding.replicated(mesh)),
     )
-    score_of = rewards.scorer(head, mesh)
+    score_of = scoring.scorer(head, mesh)
 
     # The data. An EOS id alone makes the sampler expect that responses end early.
     prompts = draw_tokens((rows_count, task.prompt)).tolist()
     eos_ids = (task.vocab - 2,) if min(task.lengths) < R else ()
-    buckets = responses.bucket_sizes(R, task.buckets)
+    buckets = rollout.bucket_sizes(R, task.buckets)
     T = task.prompt + R
     text = {
         "tokens_BT": draw_tokens((task.minibatch, T)),
@@ -77,11 +78,11 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
         "positions_BT": np.tile(np.arange(T, dtype=np.int32), (task.minibatch, 1)),
         "mask_BT": np.tile(np.arange(T) > 0, (task.minibatch, 1)),
     }
-    texts = [responses.put(text, mesh)] * task.ptx_ratio
+    texts = [rollout.put(text, mesh)] * task.ptx_ratio
 
-    def over(rows: responses.Rows, fn: Callable[..., jax.Array], params: models.Params) -> Any:
+    def over(rows: rollout.Rows, fn: Callable[..., jax.Array], params: models.Params) -> Any:
         of_rows = functools.partial(fn, params)
-        return responses.map_batches(of_rows, rows, task.minibatch, buckets, mesh)
+        return rollout.map_batches(of_rows, rows, task.minibatch, buckets, mesh)
 
     def sample(max_new_tokens: int, step: int) -> sampler.Rollout:
         params, key = current.policy.params, jax.random.key(step)
@@ -94,7 +95,7 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
         sampled = sample(R, step)
         names = ("tokens_BR", "mask_BR", "logp_BR")
         rows = dict(zip(names, jax.device_get([getattr(sampled, x) for x in names]), strict=True))
-        rows |= responses.left_padded(prompts, task.prompt)
+        rows |= rollout.left_padded(prompts, task.prompt)
         assert rows["mask_BR"].sum(1).tolist() == task.lengths
         return_memory()
         clock.append(time.perf_counter())
@@ -104,14 +105,14 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
         rows["value_BR"] = over(rows, programs.value_of, current.value.params)
         ref_BR = over(rows, programs.logp_of, reference)
         arrays = rows["logp_BR"], ref_BR, rows["value_BR"], rows["mask_BR"], score_B
-        made, _ = programs.experience(*arrays, responses.ended(rows, eos_ids), current.beta)
+        made, _ = programs.experience(*arrays, rollout.ended(rows, eos_ids), current.beta)
         rows |= jax.device_get(made)
         clock.append(time.perf_counter())
 
         for index in rng.permutation(rows_count).reshape(-1, task.minibatch):
             size = task.minibatch // task.microbatches
-            shares = responses.batches(rows, index, size, buckets)
-            parts = [responses.put(part, mesh) for _, part in shares]
+            shares = rollout.batches(rows, index, size, buckets)
+            parts = [rollout.put(part, mesh) for _, part in shares]
             current, _ = programs.update(current, parts, int(rows["mask_BR"][index].sum()), texts)
         jax.block_until_ready(current)
         clock.append(time.perf_counter())

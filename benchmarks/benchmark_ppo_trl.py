@@ -1,6 +1,6 @@
 """TRL's side of `benchmark.py ppo`: its PPOTrainer on the same shapes.
 
-    python experiments/benchmark_ppo_trl.py '{"layers": 4, ...}'     fields: benchmark_ppo.Task
+    python benchmarks/benchmark_ppo_trl.py '{"layers": 4, ...}'     fields: benchmark_ppo.Task
 
 An iteration for each line on stdin, one line of JSON to stdout for each. The trainer is as TRL
 ships it, in float32, with nothing on that costs it time: no gradient checkpointing, no sample

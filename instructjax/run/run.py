@@ -35,10 +35,10 @@ from rich.console import Console
 from rich.table import Table
 
 from instructjax import hosts
-from instructjax.checkpoint import Checkpoints, abstract
-from instructjax.config import RunConfig, write
-from instructjax.metrics import Metrics, ProgressLine, to_numbers
-from instructjax.process import Signals, cache_compilations, claim, keep_memory
+from instructjax.run.checkpoint import Checkpoints, abstract
+from instructjax.run.flags import RunConfig, write
+from instructjax.run.metrics import Metrics, ProgressLine, to_numbers
+from instructjax.run.process import Signals, cache_compilations, claim, keep_memory
 
 FINISHED, FAILED, USAGE, RESUMABLE = 0, 1, 2, 75  # exit codes; 75 is sysexits' "try again later"
 

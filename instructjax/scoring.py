@@ -20,11 +20,12 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from instructjax import hosts, pretrained, reward, sharding
+from instructjax import hosts, reward, sharding
 from instructjax.data import Record
 from instructjax.models import ModelConfig, Params
 from instructjax.offload import Resting, freeze, rest
-from instructjax.responses import Rows
+from instructjax.rollout import Rows
+from instructjax.run import pretrained
 
 RewardFn = Callable[[Sequence[str], Sequence[str], Sequence[Record]], Sequence[float]]
 
@@ -72,7 +73,7 @@ class Rewards:
         """The weighted sum of all terms.
 
         Args:
-          over: a function of rows -> its values for the whole rollout, as `responses.map_batches`.
+          over: a function of rows -> its values for the whole rollout, as `rollout.map_batches`.
           prompts, responses, records: of the rollout, for the functions.
 
         Returns:

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from instructjax import hf, models, responses, rewards, sharding
+from instructjax import hf, models, rollout, scoring, sharding
 from instructjax.data import Record
 from instructjax.models import ModelConfig
-from instructjax.rewards import RewardConfig
+from instructjax.scoring import RewardConfig
 
 CONFIG = ModelConfig(
     vocab_size=20, layers=2, width=16, heads=2, mlp_width=32, max_length=32, eos_ids=(1,)
@@ -58,26 +58,26 @@ def runs(tmp_path_factory):
     return root
 
 
-def rollout():
+def sampled_rows():
     """Four responses, the last of them empty."""
     rng = np.random.default_rng(0)
     mask = np.arange(5) < np.array([[5], [1], [3], [0]])
     prompts = [[4, 5], [6], [7, 8, 9], [10]]
     tokens = rng.integers(0, 20, (4, 5)).astype(np.int32)
-    return responses.left_padded(prompts, 4) | {"tokens_BR": tokens, "mask_BR": mask}
+    return rollout.left_padded(prompts, 4) | {"tokens_BR": tokens, "mask_BR": mask}
 
 
 def over(rows, fn):
-    return responses.map_batches(fn, rows, 3, [2, 5], mesh())
+    return rollout.map_batches(fn, rows, 3, [2, 5], mesh())
 
 
 def load(*spec, tokenizer=None, dtype="float32", offload=False, **flags):
     config = RewardConfig(tuple(map(str, spec)), **flags)
-    return rewards.load(config, mesh(), tokenizer or make_tokenizer(), dtype, offload)
+    return scoring.load(config, mesh(), tokenizer or make_tokenizer(), dtype, offload)
 
 
 def score(found, rows=None):
-    rows = rows or rollout()
+    rows = rows or sampled_rows()
     n = len(rows["mask_BR"])
     return found.score(functools.partial(over, rows), [""] * n, [""] * n, RECORDS[:1] * n)
 
@@ -177,8 +177,8 @@ def test_flags_that_do_not_fit(tmp_path):
         load()
     with pytest.raises(ValueError, match="two functions of one name"):
         load(f"{file}:count", f"{file}:count")
-    assert not rewards.is_function("runs/rm")
-    assert rewards.is_function("~/some dir/mine.py:f")
+    assert not scoring.is_function("runs/rm")
+    assert scoring.is_function("~/some dir/mine.py:f")
 
 
 # ---------------------------------------------------------------------------- reward models
@@ -188,7 +188,7 @@ def test_scores_of_a_run(runs):
     """Read at the last live token, bias and fractions included; whatever batches they come in."""
     config, params = reward_model(0)
     got, terms = score(load(runs / "rm"))
-    rows = rollout()
+    rows = sampled_rows()
     apply = jax.jit(models.apply, static_argnums=1)
     for b in range(3):
         prompt = rows["prompt_BP"][b][rows["prompt_mask_BP"][b]]
@@ -224,7 +224,7 @@ def test_combinations_by_hand():
     scores_nb = np.array([[1.0, 0.25], [3.0, 0.25], [5.0, 0.25]], np.float32)
 
     def of(combine, spread):
-        return rewards.Rewards([], [], (), combine, spread).of_models(scores_nb)
+        return scoring.Rewards([], [], (), combine, spread).of_models(scores_nb)
 
     np.testing.assert_array_equal(of("mean", 1.0), [3, 0.25])
     np.testing.assert_array_equal(of("min", 1.0), [1, 0.25])
@@ -293,8 +293,8 @@ def test_frozen_models_have_the_compute_dtype(runs):
 def test_scores_on_a_mesh(runs):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     config = RewardConfig((str(runs / "rm"),))
-    found = rewards.load(config, mesh, make_tokenizer(), "float32", offload=True)
-    rows = rollout()
-    spread = lambda fn: responses.map_batches(fn, rows, 4, [5], mesh)  # noqa: E731
+    found = scoring.load(config, mesh, make_tokenizer(), "float32", offload=True)
+    rows = sampled_rows()
+    spread = lambda fn: rollout.map_batches(fn, rows, 4, [5], mesh)  # noqa: E731
     got, _ = found.score(spread, [""] * 4, [""] * 4, RECORDS[:1] * 4)
     np.testing.assert_allclose(got[:3], score(load(runs / "rm"))[0][:3], atol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructjax import models, responses, rewards, sharding
+from instructjax import models, rollout, scoring, sharding
 from instructjax.models import ModelConfig, Rope
 
 SMALL = {"vocab_size": 131, "layers": 2, "width": 16, "heads": 4, "mlp_width": 32, "max_length": 64}
@@ -45,7 +45,7 @@ def make_rows(lengths=LENGTHS, seed=0):
     prompts = [rng.integers(0, 131, rng.integers(1, P + 1)).tolist() for _ in range(B)]
     tokens = rng.integers(0, 131, (B, R)).astype(np.int32)
     tokens[:, 1] = 0
-    return responses.left_padded(prompts, P) | {
+    return rollout.left_padded(prompts, P) | {
         "tokens_BR": tokens,
         "mask_BR": mask,
         "logp_BR": rng.normal(size=(B, R)).astype(np.float32),
@@ -67,7 +67,7 @@ def alone(rows, b):
 def test_each_token_is_scored_from_what_is_before_it(config, temperature):
     """Token by token, each response alone; a sampled 0 in its midst is a token like any other."""
     rows, params = make_rows(), params_of(config)
-    score = functools.partial(responses.token_logp, config=config, temperature=temperature)
+    score = functools.partial(rollout.token_logp, config=config, temperature=temperature)
     got = np.asarray(jax.jit(score)(params, rows))
     all_logits = jax.jit(models.logits, static_argnums=1)
     for b, n in enumerate(LENGTHS):
@@ -88,10 +88,10 @@ def test_value_before_a_token_is_the_reward_models_score_of_what_is_before_it(co
     of the response cut there."""
     config, params = value_net(config)
     rows = make_rows()
-    values = jax.jit(functools.partial(responses.token_values, config=config))
+    values = jax.jit(functools.partial(rollout.token_values, config=config))
     got = np.asarray(values(params, rows))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    score = rewards.scorer(config, mesh)
+    score = scoring.scorer(config, mesh)
     for cut in range(1, R):
         shorter = {**rows, "mask_BR": rows["mask_BR"] & (np.arange(R) < cut)}
         want = np.asarray(score(params, shorter))
@@ -111,7 +111,7 @@ def test_value_before_a_token_is_the_reward_models_score_of_what_is_before_it(co
 @CONFIGS
 def test_padding_and_what_is_behind_masks_change_nothing(config):
     rows, params = make_rows(), params_of(config)
-    score = jax.jit(functools.partial(responses.token_logp, config=config))
+    score = jax.jit(functools.partial(rollout.token_logp, config=config))
     want = score(params, rows)
     left = [(0, 0), (5, 0)]
     wider = {
@@ -145,7 +145,7 @@ def test_masked_tokens_get_exactly_no_gradient(config):
 
     def loss(table):
         changed = {**params, "embed": {**params["embed"], "tokens": table}}
-        return responses.token_logp(changed, rows, config=config).sum()
+        return rollout.token_logp(changed, rows, config=config).sum()
 
     grads = jax.jit(jax.grad(loss))(params["embed"]["tokens"])
     moved = np.abs(np.asarray(grads)).sum(-1) > 0
@@ -159,25 +159,25 @@ def test_masked_tokens_get_exactly_no_gradient(config):
 
 
 def test_left_padded():
-    rows = responses.left_padded([[4, 0], [7], [1, 2, 3]], 3)
+    rows = rollout.left_padded([[4, 0], [7], [1, 2, 3]], 3)
     np.testing.assert_array_equal(rows["prompt_BP"], [[0, 4, 0], [0, 0, 7], [1, 2, 3]])
     np.testing.assert_array_equal(rows["prompt_mask_BP"], [[0, 1, 1], [0, 0, 1], [1, 1, 1]])
     with pytest.raises(ValueError, match=r"shape|broadcast"):
-        responses.left_padded([[1, 2, 3, 4]], 3)
+        rollout.left_padded([[1, 2, 3, 4]], 3)
 
 
 def test_bucket_sizes_by_hand():
-    assert responses.bucket_sizes(32, 2) == [16, 32]
-    assert responses.bucket_sizes(32, 1) == [32]
-    assert responses.bucket_sizes(20, 2) == [16, 20]
-    assert responses.bucket_sizes(5, 4) == [5]
-    assert responses.bucket_sizes(1024, 4) == [256, 512, 768, 1024]
+    assert rollout.bucket_sizes(32, 2) == [16, 32]
+    assert rollout.bucket_sizes(32, 1) == [32]
+    assert rollout.bucket_sizes(20, 2) == [16, 20]
+    assert rollout.bucket_sizes(5, 4) == [5]
+    assert rollout.bucket_sizes(1024, 4) == [256, 512, 768, 1024]
 
 
 @settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 6))
 def test_bucket_sizes(longest, count):
-    sizes = responses.bucket_sizes(longest, count)
+    sizes = rollout.bucket_sizes(longest, count)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == longest
     assert len(sizes) <= count
@@ -195,7 +195,7 @@ def test_batches_hold_each_row_once_and_whole(lengths, size, buckets, random):
     rows = make_rows(lengths)
     index = np.array(random.sample(range(len(lengths)), random.randint(1, len(lengths))))
     found = []
-    for part, batch in responses.batches(rows, index, size, buckets):
+    for part, batch in rollout.batches(rows, index, size, buckets):
         width = batch["tokens_BR"].shape[1]
         assert batch["prompt_BP"].shape == (size, P)
         assert width == min(b for b in buckets if b >= max(lengths[i] for i in part if i >= 0))
@@ -224,11 +224,11 @@ def test_where_a_response_ends():
     }
     rows["mask_BR"] = rows["mask_BR"].astype(bool)
     # EOS last; EOS in its midst alone; an empty row; another EOS; a 0 that is no padding
-    np.testing.assert_array_equal(responses.ended(rows, (3, 4)), [1, 0, 0, 1, 0])
-    np.testing.assert_array_equal(responses.ended(rows, (3,)), [1, 0, 0, 0, 0])
-    np.testing.assert_array_equal(responses.ended(rows, (0,)), [0, 0, 0, 0, 1])
-    np.testing.assert_array_equal(responses.ended(rows, ()), [0] * 5)
-    assert responses.token_ids(rows) == [[5, 3], [5, 3, 6], [], [4], [0, 0]]
+    np.testing.assert_array_equal(rollout.ended(rows, (3, 4)), [1, 0, 0, 1, 0])
+    np.testing.assert_array_equal(rollout.ended(rows, (3,)), [1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(rollout.ended(rows, (0,)), [0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(rollout.ended(rows, ()), [0] * 5)
+    assert rollout.token_ids(rows) == [[5, 3], [5, 3, 6], [], [4], [0, 0]]
 
 
 @pytest.mark.parametrize("size", [1, 4, 6, 16])
@@ -240,14 +240,14 @@ def test_map_batches_returns_what_one_batch_returns(size, buckets):
     def per_token(rows):
         return rows["row_B"][:, None] * 100.0 + rows["tokens_BR"]  # whole numbers
 
-    got = responses.map_batches(per_token, rows, size, buckets, mesh)
+    got = rollout.map_batches(per_token, rows, size, buckets, mesh)
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got[rows["mask_BR"]], per_token(rows)[rows["mask_BR"]])
-    masked = responses.map_batches(
+    masked = rollout.map_batches(
         lambda rows: jnp.where(rows["mask_BR"], per_token(rows), 0), rows, size, buckets, mesh
     )
     np.testing.assert_array_equal(masked, np.where(rows["mask_BR"], per_token(rows), 0))
-    per_row = responses.map_batches(lambda rows: rows["row_B"] + 0.75, rows, size, buckets, mesh)
+    per_row = rollout.map_batches(lambda rows: rows["row_B"] + 0.75, rows, size, buckets, mesh)
     np.testing.assert_array_equal(per_row, np.arange(6) + 0.75)
 
 
@@ -256,7 +256,7 @@ def test_map_batches_of_a_model_on_a_mesh():
     mesh = sharding.make_mesh(**MESH)
     shard = sharding.constrainer(mesh)
     placed = jax.device_put(params, sharding.shardings(models.logical_axes(LEARNED), params, mesh))
-    score = functools.partial(responses.token_logp, config=LEARNED)
+    score = functools.partial(rollout.token_logp, config=LEARNED)
     meshed = jax.jit(functools.partial(score, shard=shard), out_shardings=sharding.replicated(mesh))
-    got = responses.map_batches(functools.partial(meshed, placed), rows, 4, [4, 8], mesh)
+    got = rollout.map_batches(functools.partial(meshed, placed), rows, 4, [4, 8], mesh)
     np.testing.assert_allclose(got, jax.jit(score)(params, rows), atol=1e-5)

@@ -8,6 +8,7 @@ GPT-2's architecture, float32, no dropout; responses have the same lengths on bo
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -98,7 +99,9 @@ def side(script: str, task: str) -> Iterator[Callable[[], dict[str, float]]]:
     """Starts a side; each call is one iteration of it."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), task]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as program:
+    # Ours imports run_ppo.py's config and programs.
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "experiments")}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) as program:
         assert program.stdin is not None
         assert program.stdout is not None
         talk, answers = program.stdin, program.stdout

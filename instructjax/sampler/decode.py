@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.multihost_utils import process_allgather
 
-from instructjax import draw, models
+from instructjax import models
 from instructjax.models import Cache, ModelConfig, Params, Shard
 from instructjax.models.attention import NEG_INF
+from instructjax.sampler import draw
 
 
 @flax.struct.dataclass

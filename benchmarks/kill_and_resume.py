@@ -1,7 +1,7 @@
 """Kills a run at random moments, resumes it each time, and compares it with one left alone.
 
-    python experiments/kill_and_resume.py                      # run_sft.py, ten times SIGKILL
-    python experiments/kill_and_resume.py --script run_rm.py --kills 5
+    python benchmarks/kill_and_resume.py                      # run_sft.py, ten times SIGKILL
+    python benchmarks/kill_and_resume.py --script run_rm.py --kills 5
 
 Hardware: two CPU cores: about two minutes. It needs runs/pretrain (for run_rm.py, runs/sft): run
 experiments/run_sft.py (run_rm.py) once before.
@@ -24,7 +24,7 @@ import rich
 import tyro
 from rich.table import Table
 
-EXPERIMENTS = Path(__file__).parent
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Config:
     out: Path = Path("runs/kill-and-resume")
     """Where the two runs go."""
     script: str = "run_sft.py"
-    """A script of this folder that trains."""
+    """A script of experiments/ that trains."""
     kills: int = 10
     """SIGKILLs, each at a moment drawn at random."""
     steps: int = 60

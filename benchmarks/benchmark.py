@@ -1,11 +1,11 @@
 """How fast a training step is, as ratios of paired runs.
 
-    python experiments/benchmark.py rm     one pass over a shared prompt, against K sequences
-    python experiments/benchmark.py sft    our train step, against transformers on torch
+    python benchmarks/benchmark.py rm     one pass over a shared prompt, against K sequences
+    python benchmarks/benchmark.py sft    our train step, against transformers on torch
                                            (needs the `test` extra)
-    python experiments/benchmark.py ppo    a PPO iteration, phase by phase; `--versus trl`: against
+    python benchmarks/benchmark.py ppo    a PPO iteration, phase by phase; `--versus trl`: against
                                            TRL's trainer (needs the `bench` extra)
-    python experiments/benchmark.py sample the sampler, against transformers.generate on torch
+    python benchmarks/benchmark.py sample the sampler, against transformers.generate on torch
 
 Two programs run in turn, A B A B ..., in one process and on the same data; the ratio is the median
 of the pairs' ratios, so that a machine whose speed drifts does not favour either. Compilation is
@@ -31,7 +31,7 @@ from benchmark_ppo import PPO, benchmark_ppo
 
 from instructjax import losses, models, reward, sampler, sft, state, train
 from instructjax.models import ModelConfig
-from instructjax.process import keep_memory
+from instructjax.run.process import keep_memory
 
 GPT2_124M = ModelConfig(50257, 12, 768, heads=12, mlp_width=3072, max_length=1024)
 MODELS = {"tiny": models.PRESETS["tiny"], "124m": GPT2_124M}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from instructjax import sharding
-from instructjax.config import RunConfig, parse, write
 from instructjax.data.config import DataConfig
+from instructjax.run.flags import RunConfig, parse, write
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,11 @@
-"""Where a run's numbers go: metrics.jsonl, samples.jsonl, trackers, the terminal, and a picture."""
+"""Where a run's numbers go: metrics.jsonl, samples.jsonl, trackers and the terminal."""
 
 import json
 import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -193,49 +193,3 @@ class ProgressLine:
     def stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def blank_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure of so many inches, for `savefig`."""
-    # Not imported above: without its cache of fonts matplotlib starts a thread on import, which has
-    # an arena of its own before `process.keep_memory` can deny it one. The threads that come later
-    # share all arenas there are, and those are too small for what a step needs.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def plot_curves(
-    directory: Path | str, keys_by_panel: Mapping[str, Sequence[str]], file: Path | str
-) -> None:
-    """Draws curves of DIRECTORY/metrics.jsonl, a panel for each title, as a PNG.
-
-    Args:
-      keys_by_panel: title, which also labels the y axis -> keys of metrics, drawn together.
-      file: the picture.
-    """
-    with (Path(directory) / "metrics.jsonl").open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    count = len(keys_by_panel)
-    figure = blank_figure(4.8 * min(count, 3), 3.4 * -(-count // 3))
-    for number, (title, keys) in enumerate(keys_by_panel.items(), start=1):
-        axes = figure.add_subplot(-(-count // 3), min(count, 3), number)
-        for key in keys:
-            points = np.array([(row["step"], row[key]) for row in rows if key in row])
-            if not len(points):
-                continue
-            # Many noisy points: drawn faintly, under their running mean.
-            window = max(1, len(points) // 50)
-            mean = np.convolve(points[:, 1], np.full(window, 1 / window), mode="valid")
-            marker = "." if len(points) <= 30 else ""
-            (line,) = axes.plot(points[window - 1 :, 0], mean, marker=marker, label=key)
-            if window > 1:
-                axes.plot(*points.T, color=line.get_color(), alpha=0.25, linewidth=0.8, zorder=1)
-        axes.set(title=title, xlabel="step", ylabel=title)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize="small")
-        else:
-            axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="grey")
-    figure.savefig(file, dpi=150)

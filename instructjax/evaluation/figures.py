@@ -1,0 +1,106 @@
+"""Pictures of a run: curves of its metrics, and a reward model's accuracy and calibration."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instructjax.evaluation import ranking
+from instructjax.evaluation.ranking import Pairs
+
+
+def blank_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of so many inches, for `savefig`."""
+    # Not imported above: without its cache of fonts matplotlib starts a thread on import, which has
+    # an arena of its own before `process.keep_memory` can deny it one. The threads that come later
+    # share all arenas there are, and those are too small for what a step needs.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plot_curves(
+    directory: Path | str, keys_by_panel: Mapping[str, Sequence[str]], file: Path | str
+) -> None:
+    """Draws curves of DIRECTORY/metrics.jsonl, a panel for each title, as a PNG.
+
+    Args:
+      keys_by_panel: title, which also labels the y axis -> keys of metrics, drawn together.
+      file: the picture.
+    """
+    with (Path(directory) / "metrics.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    count = len(keys_by_panel)
+    figure = blank_figure(4.8 * min(count, 3), 3.4 * -(-count // 3))
+    for number, (title, keys) in enumerate(keys_by_panel.items(), start=1):
+        axes = figure.add_subplot(-(-count // 3), min(count, 3), number)
+        for key in keys:
+            points = np.array([(row["step"], row[key]) for row in rows if key in row])
+            if not len(points):
+                continue
+            # Many noisy points: drawn faintly, under their running mean.
+            window = max(1, len(points) // 50)
+            mean = np.convolve(points[:, 1], np.full(window, 1 / window), mode="valid")
+            marker = "." if len(points) <= 30 else ""
+            (line,) = axes.plot(points[window - 1 :, 0], mean, marker=marker, label=key)
+            if window > 1:
+                axes.plot(*points.T, color=line.get_color(), alpha=0.25, linewidth=0.8, zorder=1)
+        axes.set(title=title, xlabel="step", ylabel=title)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize="small")
+        else:
+            axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="grey")
+    figure.savefig(file, dpi=150)
+
+
+def reliability(pairs: Pairs, file: Path | str, bins: int = 10) -> None:
+    """A reliability diagram: predicted preference against how often it was so.
+
+    Args:
+      pairs: held-out, strict; each is seen from both sides, so the diagram is symmetric.
+      file: the PNG.
+    """
+    predicted, observed, count = ranking.calibration(pairs, bins)
+    figure = blank_figure(4.2, 4.2)
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--", label="calibrated")
+    axes.plot(predicted, observed, marker="o", markersize=4, label="reward model")
+    edges = np.linspace(0, 1, bins + 1)
+    share = count / max(count.sum(), 1)
+    axes.bar(
+        edges[:-1], share, 1 / bins, align="edge", alpha=0.2, color="grey", label="share of pairs"
+    )
+    axes.set(
+        title="Calibration on held-out pairs",
+        xlabel="predicted: sigmoid of the difference of scores",
+        ylabel="share preferred by labelers",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    axes.legend(frameon=False, fontsize="small", loc="upper left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+
+
+def accuracies(rows: Mapping[str, tuple[float, float, float]], file: Path | str) -> None:
+    """Horizontal bars of accuracy with 95 % intervals.
+
+    Args:
+      rows: label -> (accuracy, low, high), each 0 to 1, from top to bottom.
+      file: the PNG.
+    """
+    figure = blank_figure(6, 0.9 + 0.27 * len(rows))
+    axes = figure.add_subplot()
+    at = np.arange(len(rows))[::-1]
+    share, low, high = 100 * np.array(list(rows.values())).reshape(-1, 3).T
+    around = np.clip([share - low, high - share], 0, None)
+    axes.barh(at, share, xerr=around, height=0.7, alpha=0.8, error_kw={"linewidth": 0.9})
+    axes.axvline(50, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_yticks(at, list(rows), fontsize="small")
+    axes.set(title="Accuracy on held-out pairs", xlabel="% of strict pairs", xlim=(0, 100))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)

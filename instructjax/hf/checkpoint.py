@@ -1,0 +1,326 @@
+"""Loads and saves a Hugging Face directory: config.json, safetensors, tokenizer, model card."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.progress
+from jax.sharding import Mesh
+from safetensors.numpy import save_file
+
+from instructjax import hosts, sharding
+from instructjax.hf import configs, tensors
+from instructjax.hf.families import FAMILIES
+from instructjax.models import ModelConfig, Params, init, logical_axes
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TEXTS = ["*.json", "*.model", "*.txt", "*.jinja"]
+_WEIGHTS = ["model*.safetensors"]
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_CONVERT = """\
+Pickled weights run code when they are opened, so they are refused. Convert them once (needs torch):
+  python -c "from transformers import AutoModelForCausalLM as M; \
+M.from_pretrained('{path}').save_pretrained('{path}-safetensors')"
+and copy the tokenizer's files beside the result."""
+
+
+def load(
+    path: str | os.PathLike, mesh: Mesh | None = None, dtype: str = "float32"
+) -> tuple[ModelConfig, Params]:
+    """Loads a Hugging Face checkpoint onto a mesh, each shard straight from the file.
+
+    A `...ForSequenceClassification` checkpoint with one label becomes a model with a scalar head,
+    its `reward_bias` (config.json) included.
+
+    Args:
+      path: a directory with `config.json` and safetensors, or a name on the hub.
+      mesh: where to; default: the first device.
+      dtype: of the parameters, whatever the file's is.
+
+    Returns:
+      (config, params)
+
+    Raises:
+      FileNotFoundError: nothing there, or on the hub.
+      ValueError: an architecture or switch that is not implemented, or tensors that are missing,
+        unused, duplicate or of the wrong shape; the message lists them.
+    """
+    directory = _resolve(path, _TEXTS + _WEIGHTS)
+    where = str(path)
+    found = tensors.open_files(_weight_files(directory, where))
+    raw, config = _read_config(directory, where)
+    if config.scalar_head:  # transformers' classes have no bias
+        found.setdefault("score.bias", np.asarray(raw.get("reward_bias", 0.0)))
+
+    shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    layout = sharding.shardings(logical_axes(config), shapes, mesh)
+    leaves, places = tensors.flatten(shapes), tensors.flatten(layout)
+    wanted = tensors.entries(config, set(leaves))
+    found = tensors.check_names(found, config, wanted, where)
+
+    def read(leaf: str) -> jax.Array:
+        shape = leaves[leaf].shape
+        block = tensors.reader(leaf, shape, jnp.dtype(dtype), wanted, found, config)
+        return jax.make_array_from_callback(shape, places[leaf], block)
+
+    large = sum(leaf.size for leaf in leaves.values()) > 2**29
+    loaded = {
+        leaf: read(leaf)
+        for leaf in rich.progress.track(leaves, f"Loading {where}", disable=not large)
+    }
+    return config, jax.tree.unflatten(jax.tree.structure(shapes), list(loaded.values()))
+
+
+def load_config(path: str | os.PathLike) -> ModelConfig:
+    """The ModelConfig of a checkpoint, no weights read. Args and errors as `load`."""
+    return _read_config(_resolve(path, _TEXTS), str(path))[1]
+
+
+def load_tokenizer(path: str | os.PathLike) -> Any:
+    """The tokenizer beside a checkpoint, a transformers PreTrainedTokenizerBase."""
+    tokenizer = configs.transformers().AutoTokenizer
+    return tokenizer.from_pretrained(_resolve(path, _TEXTS), trust_remote_code=False)
+
+
+def save(
+    path: str | os.PathLike,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Any = None,
+    *,
+    dtype: str | None = None,
+    max_file_size: int = 5 * 10**9,
+) -> None:
+    """Writes a directory that `transformers` loads, tokenizer and generation config included.
+
+    A model with a scalar head becomes a `...ForSequenceClassification`. That class has no bias:
+    families with LayerNorm take it into the final norm, families with RMSNorm keep it in
+    `config.json` as `reward_bias`, to be added to their scores. It scores the rightmost token
+    that is not padding, so it gets a pad id that is no EOS, and a row of the embedding for it
+    where there is none. On several hosts all must call this; the first writes, and all return when
+    it has.
+
+    Args:
+      path: a directory; made if missing. Weights of an earlier export in it are replaced.
+      tokenizer: saved beside the weights.
+      dtype: of the file; default: the parameters' own.
+      max_file_size: in bytes, of one safetensors file.
+
+    Raises:
+      ValueError: the config is none that its family can express, or the tokenizer has more
+        tokens than the model.
+    """
+    directory = Path(path)
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        size = config.vocab_size
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {size}")
+    reward_bias = float(params["score"]["bias"]) if config.scalar_head else 0.0
+    if config.scalar_head:
+        if config.norm == "layer" and reward_bias:
+            params, reward_bias = _fold_bias(params), 0.0
+        config, params, tokenizer = _with_pad(config, params, tokenizer)
+    leaves = tensors.flatten(params)
+    leaves.pop("score/bias", None)
+    wanted = tensors.entries(config, set(leaves))
+    file_dtype = jnp.dtype(dtype or leaves["embed/tokens"].dtype)
+    hf_config = configs.to_hf(config)
+    hf_config.dtype = file_dtype.name
+    if reward_bias:
+        hf_config.reward_bias = reward_bias
+
+    files = huggingface_hub.split_state_dict_into_shards_factory(
+        {entry.name: entry for entry in wanted},
+        get_storage_size=lambda entry: math.prod(entry.shape) * file_dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_file_size,
+    )
+    writer = jax.process_index() == 0
+    if writer:
+        directory.mkdir(parents=True, exist_ok=True)
+        for stale in directory.glob("model*.safetensors.part"):
+            stale.unlink()
+    for name, held in files.filename_to_tensors.items():
+        group = [entry for entry in wanted if entry.name in held]
+        content = dict(tensors.file_tensors(group, leaves, config, file_dtype))
+        if writer:
+            save_file(content, directory / f"{name}.part", metadata={"format": "pt"})
+    if writer:
+        _publish(directory, files, config, hf_config, tokenizer, reward_bias)
+    hosts.wait_for_all(f"{directory} is written")
+
+
+def _publish(
+    directory: Path,
+    files: huggingface_hub.StateDictSplit,
+    config: ModelConfig,
+    hf_config: Any,
+    tokenizer: Any,
+    reward_bias: float,
+) -> None:
+    """Puts new weights in the place of old ones, and all else beside them."""
+    # An earlier export stays whole until here. From here to config.json, which comes last, the
+    # directory is none: what an interruption leaves does not load.
+    for pattern in ("config.json", "generation_config.json", "model*.safetensors", "*.index.json"):
+        for stale in directory.glob(pattern):
+            stale.unlink()
+    for name in files.filename_to_tensors:
+        os.replace(directory / f"{name}.part", directory / name)
+    if files.is_sharded:
+        index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    if not config.scalar_head:
+        ids = {key: getattr(hf_config, key) for key in _IDS}
+        configs.transformers().GenerationConfig(**ids).save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    (directory / "README.md").write_text(_model_card(config, reward_bias))
+    hf_config.save_pretrained(directory)
+
+
+# ---------------------------------------------------------------------------- loading
+
+
+def _resolve(path: str | os.PathLike, patterns: list[str]) -> Path:
+    """The directory itself, or the files of a hub model that match."""
+    directory, name = Path(path), str(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise ValueError(f"{path}: a file; give the directory that holds config.json")
+    try:
+        local = huggingface_hub.snapshot_download(
+            name, allow_patterns=patterns, ignore_patterns=["*/*"]
+        )
+        weightless = _WEIGHTS[0] in patterns and not any(Path(local).glob("*.safetensors"))
+        remote = huggingface_hub.list_repo_files(name) if weightless else []
+    except (OSError, huggingface_hub.errors.HfHubHTTPError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{path}: no such directory, and the hub did not give a model of that name: {reason}"
+        ) from error
+    _refuse_pickles(remote, name)
+    return Path(local)
+
+
+def _refuse_pickles(files: list[str], where: str) -> None:
+    pickles = [name for name in files if name.endswith(_PICKLES)]
+    if pickles:
+        raise ValueError(f"{where} has only {', '.join(pickles)}. {_CONVERT.format(path=where)}")
+
+
+def _weight_files(directory: Path, where: str) -> list[Path]:
+    single = directory / "model.safetensors"
+    if single.exists():
+        return [single]
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        absent = [file for file in files if not (directory / file).is_file()]
+        if absent or not files:
+            raise FileNotFoundError(f"{index} names files that are not there: {', '.join(absent)}")
+        return [directory / file for file in files]
+    _refuse_pickles([file.name for file in directory.iterdir()], where)
+    raise FileNotFoundError(f"{where}: no model.safetensors, nor an index of several files")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+
+
+def _read_config(directory: Path, where: str) -> tuple[dict[str, Any], ModelConfig]:
+    file = directory / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{where}: no config.json")
+    raw = _read_json(file)
+    _check_family(raw.get("model_type"), where)
+    try:
+        auto = configs.transformers().AutoConfig
+        hf = auto.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers' own checks name the key, not the file
+        raise ValueError(f"{file}: {error}") from error
+    _check_family(hf.model_type, where)  # it may read one family as another
+    config = configs.from_hf(hf, where)
+    if any(name.endswith("SequenceClassification") for name in raw.get("architectures") or []):
+        if hf.num_labels != 1:
+            raise ValueError(f"{where}: num_labels is {hf.num_labels}; a reward model has 1")
+        config = dataclasses.replace(config, scalar_head=True)
+    generation = directory / "generation_config.json"
+    if generation.is_file():  # chat models name there all the tokens that end a turn
+        ids = configs.as_ids(_read_json(generation).get("eos_token_id"))
+        eos_ids = tuple(dict.fromkeys(config.eos_ids + ids))
+        config = dataclasses.replace(config, eos_ids=eos_ids)
+    return raw, config
+
+
+def _check_family(model_type: Any, where: str) -> None:
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(
+            f"{where}: model_type {model_type!r} is not supported; supported are {known}"
+        )
+
+
+# ---------------------------------------------------------------------------- reward models
+
+
+def _fold_bias(params: Params) -> Params:
+    """Moves the score's bias into the final LayerNorm's: beta += b w / |w|^2."""
+    w, b, norm = params["score"]["kernel"], params["score"]["bias"], params["final_norm"]
+    square = jnp.vdot(w, w)
+    if not square:
+        raise ValueError("a score kernel of zeros has no place for its bias")
+    return {**params, "final_norm": {**norm, "bias": norm["bias"] + b * w / square}}
+
+
+def _with_pad(
+    config: ModelConfig, params: Params, tokenizer: Any
+) -> tuple[ModelConfig, Params, Any]:
+    """Gives a reward model a pad id that is no EOS, and the embedding a row for it."""
+    pad, ends = config.pad_id, set(config.eos_ids)
+    if tokenizer is not None:
+        pad, ends = tokenizer.pad_token_id, ends | {tokenizer.eos_token_id}
+    if pad is None or pad in ends:
+        pad = config.vocab_size
+        if tokenizer is not None:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            pad = tokenizer.pad_token_id
+    if pad >= config.vocab_size:
+        table = params["embed"]["tokens"]
+        short = max(0, pad + 1 - table.shape[0])
+        table = jnp.pad(table, ((0, short), (0, 0))).at[config.vocab_size : pad + 1].set(0)
+        params = {**params, "embed": {**params["embed"], "tokens": table}}
+        config = dataclasses.replace(config, vocab_size=pad + 1)
+    return dataclasses.replace(config, pad_id=pad), params, tokenizer
+
+
+_CARD = """\
+---
+library_name: transformers
+tags: [rlhf, instructjax]
+---
+A {family} {kind}, written by instructjax.
+"""
+_REWARD = """
+Load it with `AutoModelForSequenceClassification`. A sequence's score is read at its EOS: pad on the
+right with id {pad_id}. Add {bias!r} (`reward_bias` in config.json) to each score: the class has no
+bias. Rankings do not change.
+"""
+
+
+def _model_card(config: ModelConfig, reward_bias: float) -> str:
+    kind = "reward model" if config.scalar_head else "language model"
+    card = _CARD.format(family=config.family, kind=kind)
+    return card + _REWARD.format(pad_id=config.pad_id, bias=reward_bias) * config.scalar_head

@@ -1,0 +1,14 @@
+"""One run in one directory: its flags, files, checkpoints, signals and exit code.
+
+flags.py        RunConfig, the flags that all training scripts share; parse; config.json
+pretrained.py   what --model names
+checkpoint.py   atomic, asynchronous checkpoints
+metrics.py      metrics.jsonl, samples.jsonl, the progress line
+process.py      signals, memory and the lock on the run directory
+run.py          Run: restore, steps, log, save, finish; main: exit codes
+"""
+
+from instructjax.run.flags import RunConfig, parse
+from instructjax.run.run import FAILED, FINISHED, RESUMABLE, USAGE, Run, main
+
+__all__ = ["FAILED", "FINISHED", "RESUMABLE", "USAGE", "Run", "RunConfig", "main", "parse"]
