@@ -9,7 +9,7 @@ import tyro
 
 from instructjax import advantages
 from instructjax.data import DataConfig
-from instructjax.run.flags import RunConfig
+from instructjax.run import RunConfig
 from instructjax.scoring import RewardConfig
 
 
@@ -18,149 +18,187 @@ class PPO:
     """The algorithm."""
 
     minibatch: int = 16
-    """Episodes of an update [App. C.4: 64]."""
+    """Episodes per update [App. C.4: 64]."""
     epochs: int = 1
-    """Passes over a rollout, each in a new order [App. C.4: 1]."""
+    """Passes over each rollout, each in a new order [App. C.4: 1]."""
     microbatches: int = 1
-    """Shares of a minibatch, sorted by length, whose gradients are added [ours]."""
+    """Parts of a minibatch, sorted by length, whose gradients are accumulated [ours]."""
     buckets: int = 2
-    """Lengths that batches of responses are padded to; more waste less, compile longer [ours]."""
+    """Lengths to which batches of responses are padded. More of them waste less padding and
+    compile longer [ours]."""
     clip: float = 0.2
-    """Bound of the policy's ratio [App. C.4: 0.2]."""
+    """The policy's ratio is clipped to 1 +- this [App. C.4: 0.2]."""
     value_clip: float = 0.2
-    """Bound of the value's change; `inf` is none [paper silent; 0.2 in lm-human-preferences]."""
+    """The value net's change since the rollout is clipped to +- this; `inf` turns clipping off
+    [paper silent; 0.2 in lm-human-preferences]."""
     beta: float = 0.02
-    """Of the KL penalty; 0 drops the reference model [App. C.4: 0.02]."""
+    """Coefficient of the KL penalty in the reward; 0 also drops the reference model
+    [App. C.4: 0.02]."""
     kl_target: float | None = None
-    """Nats, summed over a response: beta adapts to reach them [paper: fixed beta]."""
+    """Adapts beta to keep the KL at this many nats, summed over a response [paper: fixed beta]."""
     kl_horizon: float = 10_000
     """Episodes over which an adaptive beta reacts [lm-human-preferences: 10,000]."""
     max_kl: float | None = None
-    """Stops the run, finished, once objective/kl is over this many nats [ours]."""
+    """Stops the run, as finished, when objective/kl exceeds this many nats [ours]."""
     gamma: float = 1.0
-    """Discount [App. C.4: none]."""
+    """Discount factor of the returns [App. C.4: no discount]."""
     lam: float = 0.95
     """Lambda of generalised advantage estimation [paper silent; 0.95 in lm-human-preferences]."""
     whiten_advantages: bool = True
-    """Advantages of a rollout to mean 0 and variance 1 [paper silent; as lm-human-preferences]."""
+    """Shifts and scales the advantages of a rollout to mean 0 and variance 1 [paper silent; as in
+    lm-human-preferences]."""
     whiten_rewards: bool = False
-    """Rewards of a rollout to variance 1, their mean kept [paper silent]."""
+    """Scales the rewards of a rollout to variance 1 and keeps their mean [paper silent]."""
     clip_score: float | None = None
-    """Scores are clipped to +- this [paper silent]."""
+    """Clips scores to +- this before the KL penalty is added [paper silent]."""
     missing_eos: advantages.MissingEOS = "none"
-    """A response without EOS gets its score, that less a penalty, or a fixed one [paper silent]."""
+    """What a response without EOS scores: `none` keeps its score, `penalty` subtracts
+    --ppo.missing_eos_value, `fixed` puts --ppo.missing_eos_value in its place [paper silent]."""
     missing_eos_value: float | None = None
-    """The penalty, 1 by default, or the fixed score, -1 by default [paper silent]."""
+    """The penalty (default 1) or the fixed score (default -1) of a response without EOS [paper
+    silent]."""
     rescore: bool | None = None
-    """Behaviour log-probabilities from another pass of the policy, and not the sampler's own;
-    default: only in bfloat16, where the two differ [ours]."""
+    """Computes the behaviour log-probabilities with another pass of the policy instead of taking
+    the sampler's. Default: only in bfloat16, where the two differ [ours]."""
     value: Literal["separate", "shared"] = "separate"
-    """A value net of its own [App. C.4], or a head on the policy's trunk [lm-human-preferences]."""
+    """Where values come from: a value net of its own [App. C.4], or a head on the policy's trunk
+    [lm-human-preferences]."""
     value_coef: float = 0.1
-    """Of the value loss on a shared trunk [lm-human-preferences: 0.1]."""
+    """Coefficient of the value loss on a shared trunk [lm-human-preferences: 0.1]."""
     learning_rate: float = 1e-4
-    """Of the policy, constant after the warm-up [App. C.4 swept 2.55e-6 to 2.55e-5]."""
+    """Learning rate of the policy, constant after the warm-up [App. C.4 swept 2.55e-6 to
+    2.55e-5]."""
     value_learning_rate: float = 3e-4
-    """Of the value net [App. C.4: 9e-6, 5e-6 for 175B]."""
+    """Learning rate of the value net, likewise [App. C.4: 9e-6, and 5e-6 for 175B]."""
     warmup: int = 10
-    """Iterations from a tenth of the learning rates up to them [App. C.4: 10]."""
+    """Iterations over which both learning rates rise from a tenth to their full value
+    [App. C.4: 10]."""
     ema: float = 0.95
-    """Decay of the exported average of the policy's weights, an update; 0 keeps none and
-    exports the last ones [App. C.4: 0.992]."""
+    """Decay per update of the moving average of the policy's weights, which is exported. 0 keeps no
+    average and exports the last weights [App. C.4: 0.992]."""
+
+    @property
+    def missing_eos_score(self) -> float:
+        """--ppo.missing_eos_value or its default."""
+        if self.missing_eos_value is not None:
+            return self.missing_eos_value
+        return -1.0 if self.missing_eos == "fixed" else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam:
+    """The optimizer of the policy and of the value net."""
+
+    b1: float = 0.9
+    """Decay of Adam's first moment [App. C: 0.9]."""
+    b2: float = 0.95
+    """Decay of Adam's second moment [App. C: 0.95]."""
+    eps: float = 1e-8
+    """Added to the root of the second moment [paper silent; ours]."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; `inf` turns clipping off. The policy's norm
+    includes the ptx gradient: with a large --ptx.coef little of PPO's own gradient is left [paper
+    silent; ours]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PTX:
-    """Pretraining gradients."""
+    """Pretraining text mixed into the updates of the policy."""
 
     coef: float = 27.8
-    """Of the pretraining gradient; 0 is plain PPO [App. C.4: 27.8]."""
+    """Coefficient of the ptx gradient, gamma in eq. 2; 0 is plain PPO [App. C.4: 27.8]."""
     ratio: int = 8
-    """Rows of pretraining text to an episode [App. C.4: 8]."""
+    """Rows of pretraining text per episode [App. C.4: 8]."""
     length: int = 128
-    """Tokens of a row [paper silent]."""
+    """Tokens of a row of pretraining text [paper silent]."""
     microbatches: int = 1
-    """Shares of an update's text whose gradients are added [ours]."""
+    """Parts of an update's text whose gradients are accumulated [ours]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     """PPO-ptx."""
 
-    FIXED = (*RunConfig.FIXED, "tokenizer", "pretrain", "reward", "loss", "ppo", "ptx")
+    FIXED = (
+        *(
+            *RunConfig.FIXED,
+            "tokenizer",
+            "pretrain",
+            "reward",
+            "value_model",
+            "loss",
+            "ppo",
+            "adam",
+        ),
+        *("ptx", "max_new_tokens", "temperature", "model_dtype"),
+    )
 
     out: Path = Path("runs/ppo")
     model: str = "runs/sft"
-    """The policy at the start, which is the KL reference too."""
+    """The policy at the start, which is the reference too: a preset, a run directory, a Hugging
+    Face directory or a hub name."""
     tokenizer: str | None = None
-    """A Hugging Face directory or hub name; default: the model's own."""
+    """A Hugging Face directory or hub name to take the tokenizer from; default: the model's own."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Prompts."""
+    """Prompts to sample responses to."""
     pretrain: DataConfig = field(default_factory=lambda: DataConfig(""))
-    """Text, for the pretraining gradients. Empty: the miniature's where --data is, or else none,
-    which needs --ptx.coef 0."""
+    """Pretraining text for the ptx gradient. Empty: the miniature's text with --data miniature, and
+    otherwise none, which needs --ptx.coef 0."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """What a response is worth."""
+    """What scores a response."""
     value_model: str | None = None
-    """What the value net starts from; default: the first reward model, or the policy with a new
-    head where rewards are functions alone."""
+    """The reward model that the value net starts from; default: the first of --reward, or the
+    policy with a new head where all rewards are functions."""
     loss: str | None = None
-    """A policy loss in place of PPO's, `my_file.py:my_policy_loss`; called as `losses.ppo_clip`."""
+    """A function that replaces PPO's policy loss, `my_file.py:my_policy_loss`. It is called as
+    `losses.ppo_clip`."""
     batch_size: int = 64
-    """Episodes of an iteration: prompts, with one response each [App. C.4: 512]."""
+    """Episodes per iteration: prompts, with one response each [App. C.4: 512]."""
     sample_batch: int | None = None
-    """Prompts that are sampled at a time; `None`: all of an iteration's. The keys and values of as
-    many prompts lie in memory; fewer change no token."""
+    """Prompts whose responses are sampled at the same time; `None`: all of an iteration's. Fewer
+    need less memory for keys and values, and change no token."""
     max_new_tokens: int = 32
-    """Longest response, in tokens [App. C: 1k]."""
+    """Longest response in tokens, EOS included [App. C: 1k]."""
     temperature: float = 1.0
-    """Of sampling, and of all log-probabilities [App. C.4: 1]."""
+    """Temperature of sampling and of all log-probabilities [App. C.4: 1]."""
     ppo: PPO = field(default_factory=PPO)
+    adam: Adam = field(default_factory=Adam)
     ptx: PTX = field(default_factory=PTX)
     eval_every: int = 25
-    """Iterations from one evaluation on held-out prompts to the next; the last always has one."""
+    """Iterations between evaluations on held-out prompts. The last iteration always has one."""
     eval_prompts: int = 128
-    """Held-out prompts of an evaluation."""
+    """Held-out prompts of each evaluation."""
     final_prompts: int = 512
     """Held-out prompts of the report at the end."""
     offload: bool = False
-    """Reference and reward models rest in host memory while they are not used, and so does all that
-    is trained, but for the policy's weights, while responses are sampled."""
+    """Keeps the reference and the reward models in host memory while they are not used. While
+    responses are sampled, it also keeps everything that is trained there, except the policy's
+    weights."""
     model_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and matmuls, and of frozen models; trained parameters are float32."""
+    """Dtype of activations, matmuls and frozen models. Trained parameters are float32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: full is least memory."""
+    """What the backward pass recomputes: nothing, all but matmuls, or everything, which needs the
+    least memory."""
     unroll: int = 1
-    """Layers to a turn of the scan; all of them is fastest for small models on CPU."""
+    """Layers per turn of the scan over layers. All of them is fastest for small models on CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sample_batch is not None and (
-            self.sample_batch < 1 or self.batch_size % self.sample_batch
+        ppo, ptx = self.ppo, self.ptx
+        batch, text_rows = self.batch_size, ppo.minibatch * ptx.ratio
+        sample_batch = batch if self.sample_batch is None else self.sample_batch
+        for parts, flag, whole, whole_flag in (
+            (sample_batch, "--sample_batch", batch, "--batch_size"),
+            (ppo.minibatch, "--ppo.minibatch", batch, "--batch_size"),
+            (ppo.microbatches, "--ppo.microbatches", ppo.minibatch, "--ppo.minibatch"),
+            (ptx.microbatches, "--ptx.microbatches", text_rows, "--ppo.minibatch x --ptx.ratio"),
         ):
-            raise ValueError(
-                f"--sample_batch {self.sample_batch}: --batch_size {self.batch_size} is not a"
-                " multiple of it"
-            )
-        if self.batch_size % self.ppo.minibatch:
-            raise ValueError(
-                f"--batch_size {self.batch_size}: not a multiple of --ppo.minibatch"
-                f" {self.ppo.minibatch}"
-            )
-        if self.ppo.minibatch % self.ppo.microbatches:
-            raise ValueError(
-                f"--ppo.minibatch {self.ppo.minibatch}: not a multiple of --ppo.microbatches"
-                f" {self.ppo.microbatches}"
-            )
-        if self.ptx.coef and self.ppo.minibatch * self.ptx.ratio % self.ptx.microbatches:
-            raise ValueError(
-                f"--ptx.microbatches {self.ptx.microbatches}: does not divide the"
-                f" {self.ppo.minibatch * self.ptx.ratio} rows of text of an update"
-            )
-        if self.ptx.coef and not self.pretrain.spec and self.data.spec != "miniature":
+            if parts < 1 or whole % parts:
+                raise ValueError(f"{whole_flag} {whole}: not a multiple of {flag} {parts}")
+        if ptx.coef and not self.pretrain.spec and self.data.spec != "miniature":
             raise ValueError("--pretrain SPEC is needed for PPO-ptx; --ptx.coef 0 is plain PPO")
-        if not 0 <= self.ppo.ema < 1:
-            raise ValueError(f"--ppo.ema {self.ppo.ema}: must be at least 0 and below 1")
+        if not 0 <= ppo.ema < 1:
+            raise ValueError(f"--ppo.ema {ppo.ema}: must be at least 0 and below 1")
         if self.eval_prompts > self.final_prompts:  # evaluations compare with the report's "before"
             raise ValueError(
                 f"--eval_prompts {self.eval_prompts}: more than --final_prompts"
@@ -168,6 +206,17 @@ class Config(RunConfig):
             )
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: must be positive")
+        if ppo.beta == 0:
+            for flag in ("kl_target", "max_kl"):
+                if getattr(ppo, flag) is not None:
+                    raise ValueError(
+                        f"--ppo.{flag} {getattr(ppo, flag)}: needs --ppo.beta above 0; without a KL"
+                        " penalty there is no reference model, and no KL"
+                    )
+        if ppo.value == "shared" and self.value_model is not None:
+            raise ValueError(
+                f"--value_model {self.value_model}: there is no value net with --ppo.value shared"
+            )
 
     @property
     def updates(self) -> int:

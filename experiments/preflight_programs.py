@@ -12,7 +12,7 @@ import ppo_config
 import run_rm
 import run_sft
 from jax.sharding import Mesh, Sharding
-from ppo_programs import make_programs
+from run_ppo import Programs
 
 from instructjax import models, offload, preflight, sampler, scoring, sharding, state
 from instructjax.models import ModelConfig, Params
@@ -87,7 +87,7 @@ def ppo_programs(
     model = computed(model, config)
     value_model = computed(dataclasses.replace(reward_model, scalar_head=True), config)
     policy, value = abstract_params(model, mesh), abstract_params(value_model, mesh)
-    programs = make_programs(config, model, value_model, policy, value, mesh)
+    programs = Programs(config, model, value_model, policy, value, mesh)
     policy_state = abstract_state(policy, programs.policy_tx)
     value_state = abstract_state(value, programs.value_tx)
     frozen, frozen_rm = (abstract_frozen(x, config.model_dtype) for x in (policy, value))
@@ -96,7 +96,7 @@ def ppo_programs(
     states = size(policy_state) + size(value_state)
     if flags.ema:
         states += size(policy)  # the average
-    asleep = 0 if config.offload else size(frozen) + size(frozen_rm)
+    frozen_size = 0 if config.offload else size(frozen) + size(frozen_rm)
 
     P, R = lengths(config.data.max_prompt, config.max_new_tokens, model)
     batch, static, trips = rollout(config, model, P, R, mesh)
@@ -105,58 +105,58 @@ def ppo_programs(
         static=static,
         trips=trips,
         runs=config.batch_size / (config.sample_batch or config.batch_size),
-        # With --offload all that is trained rests; in the end the average is sampled beside the
-        # last weights.
-        resident=size(policy) if config.offload else states - size(policy) + asleep,
+        # With --offload everything that is trained is on the host. At the end the average is
+        # sampled beside the last weights.
+        resident=size(policy) if config.offload else states - size(policy) + frozen_size,
         parts={"prefill": [0.0] * len(trips)},
     )
 
     B, B_update = flags.minibatch, flags.minibatch // flags.microbatches
     rows = response_rows(B, P, R, mesh)
     passes = config.batch_size / B
-    # A frozen model that rests in host memory is awake alone.
-    rescored = config.model_dtype != "float32" if flags.rescore is None else flags.rescore
+    # With --offload one frozen model at a time is on the devices.
     scored = {
-        "reference": (programs.logp_of, frozen, passes),
+        "reference": (programs.token_logp, frozen, passes),
         "reward model": (scoring.scorer(computed(value_model, config), mesh), frozen_rm, passes),
-        "value net": (programs.value_of, value, passes),
-        "policy, re-scored": (programs.logp_of, policy, passes * rescored),
+        "value net": (programs.token_values, value, passes),
+        "policy, re-scored": (programs.token_logp, policy, passes * programs.rescore),
     }
     for name, (jitted, params, runs) in scored.items():
         of_state = params is value or params is policy
-        others = states + asleep - (size(params) if of_state or not config.offload else 0)
+        others = states + frozen_size - (size(params) if of_state or not config.offload else 0)
         if runs:
             yield Compilable(name, jitted, (params, rows), runs=runs, resident=others)
 
-    update, updates = programs.update, float(config.updates)
+    updates = float(config.updates)
     rows = response_rows(B_update, P, R, mesh)
     number = placed(SHAPE((), jnp.float32), sharding.replicated(mesh))
     text_rows = flags.minibatch * text.ratio // text.microbatches
-    batches = {
-        "policy gradient": (update.add_policy, policy, rows, flags.microbatches),
-        "text gradient": (
-            update.add_ptx,
-            policy,
-            text_batch(text_rows, text.length, mesh),
-            text.microbatches,
-        ),
-        "value gradient": (update.add_value, value, rows, flags.microbatches),
+    ptx_batch = text_batch(text_rows, text.length, mesh)
+    assert programs.value_gradient is not None
+    assert programs.value_step is not None
+    gradients = {
+        "policy gradient": (programs.policy_gradient, policy, rows, flags.microbatches),
+        "ptx gradient": (programs.ptx_gradient, policy, ptx_batch, text.microbatches),
+        "value gradient": (programs.value_gradient, value, rows, flags.microbatches),
     }
-    for name, (add, params, batch, count) in batches.items():
-        if add is None:
-            continue
-        # The last of several: those before it are in `grads` and `sums`.
-        _, sums = jax.eval_shape(add, None, None, params, batch, number, number)
-        sums = jax.tree.map(lambda x: placed(x, number.sharding), sums)
-        args = params, sums, params, batch, number, number
-        others = states + asleep - size(params)
-        yield Compilable(name, add, args, runs=updates * count, resident=others)
+    if not text.coef:
+        del gradients["ptx gradient"]
+    for name, (gradient, params, batch, count) in gradients.items():
+        # The last of several batches: the sums of those before it are arguments.
+        _, metrics = jax.eval_shape(gradient.add, None, None, params, batch, number, number)
+        metrics = jax.tree.map(lambda x: placed(x, number.sharding), metrics)
+        args = params, metrics, params, batch, number, number
+        others = states + frozen_size - size(params)
+        yield Compilable(name, gradient.add, args, runs=updates * count, resident=others)
     for name, step, args in (
-        ("policy step", update.step_policy, (policy_state, policy if flags.ema else None, policy)),
-        ("value step", update.step_value, (value_state, None, value)),
+        (
+            "policy step",
+            programs.policy_step,
+            (policy_state, policy if flags.ema else None, policy),
+        ),
+        ("value step", programs.value_step, (value_state, None, value)),
     ):
-        grads = size(args[-1])
-        others = states + asleep - size(args) + grads
+        others = states + frozen_size - size(args) + size(args[-1])  # without its gradients
         yield Compilable(name, step, args, runs=updates, resident=others)
 
 

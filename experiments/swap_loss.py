@@ -29,10 +29,10 @@ from instructjax.evaluation.figures import plot_curves
 from instructjax.evaluation.policies import win_rate
 from instructjax.masked import masked_mean, masked_sum
 from instructjax.models import ModelConfig, Params
-from instructjax.rollout import Rows
 from instructjax.run import Run, main, pretrained
 from instructjax.run.flags import RunConfig, parse
 from instructjax.scoring import RewardConfig
+from instructjax.train import Batch
 
 Loss = tuple[jax.Array, tuple[jax.Array, train.Metrics]]  # what a `train.LossFn` returns
 
@@ -51,7 +51,7 @@ class Algorithm(NamedTuple):
 
     stream: Stream
     # (params, a batch of the stream, key) -> (rows on their devices, their tokens, metrics)
-    prepare: Callable[[Params, dict[str, Any], jax.Array], tuple[Rows, int, train.Metrics]]
+    prepare: Callable[[Params, dict[str, Any], jax.Array], tuple[Batch, int, train.Metrics]]
     loss_fn: train.LossFn  # of those rows
     held_out: Dataset  # prompts for the comparison at the end
 
@@ -92,7 +92,7 @@ class DPO(Config):
     """Strength of the pull to the reference."""
 
 
-def response_logp(params: Params, batch: Rows, **model: Any) -> jax.Array:
+def response_logp(params: Params, batch: Batch, **model: Any) -> jax.Array:
     """logp_BK of whole responses, EOS included, in rows of `data.ComparisonRows`."""
     B, K, R = batch["responses_BKR"].shape
     rows = {name: jnp.repeat(batch[name], K, axis=0) for name in ("prompt_BP", "prompt_mask_BP")}
@@ -108,7 +108,7 @@ def dpo_pairs(logp_BK: jax.Array, ref_logp_BK: jax.Array, beta: float) -> jax.Ar
     return of_all(logp_BK, logp_BK, ref_logp_BK, ref_logp_BK, beta)
 
 
-def dpo_loss(params: Params, batch: Rows, key: Any, *, beta: float, **model: Any) -> Loss:
+def dpo_loss(params: Params, batch: Batch, key: Any, *, beta: float, **model: Any) -> Loss:
     """Mean over prompts of the mean over their strict pairs."""
     logp_BK = response_logp(params, batch, **model)
     pairs_BKK = losses.strict_pairs(batch["ranks_BK"], batch["mask_BK"])
@@ -188,7 +188,7 @@ def online(config: Online, start: Start, advantage: Advantage, loss: Any) -> Alg
         for name in ("tokens_BR", "mask_BR", "logp_BR"):
             rows[name] = jax.device_get(getattr(sampled, name))
 
-        def over(fn: Callable[[Rows], jax.Array]) -> np.ndarray:
+        def over(fn: Callable[[Batch], jax.Array]) -> np.ndarray:
             return rollout.map_batches(fn, rows, config.batch_size, [R], start.mesh)
 
         texts = start.tokenizer.batch_decode(rollout.token_ids(rows), skip_special_tokens=True)
@@ -226,7 +226,7 @@ def grpo_advantages(score_GK: np.ndarray, eps: float = 1e-4) -> np.ndarray:
 
 
 def grpo_loss(
-    params: Params, rows: Rows, key: Any, *, beta: float, clip: float = 0.2, **model: Any
+    params: Params, rows: Batch, key: Any, *, beta: float, clip: float = 0.2, **model: Any
 ) -> Loss:
     """PPO's loss plus beta k3, averaged over each response, then over responses (eq. 3 and 4).
 
@@ -267,7 +267,7 @@ def rloo_advantages(reward_GK: np.ndarray) -> np.ndarray:
     return reward_GK - others_GK / (reward_GK.shape[1] - 1)
 
 
-def rloo_loss(params: Params, rows: Rows, key: Any, **model: Any) -> Loss:
+def rloo_loss(params: Params, rows: Batch, key: Any, **model: Any) -> Loss:
     """REINFORCE, where a whole response is one action; averaged over responses."""
     logp_BR = rollout.token_logp(params, rows, **model)
     loss_B = -rows["advantage_B"] * masked_sum(logp_BR, rows["mask_BR"], 1)

@@ -1,4 +1,4 @@
-"""Arrays that rest in host memory between the phases that need them."""
+"""Frozen models, and arrays that wait in host memory for the phase that uses them."""
 
 import functools
 from dataclasses import dataclass
@@ -23,24 +23,27 @@ def freeze(params: Params, dtype: str) -> Params:
 
 
 @dataclass(frozen=True)
-class Resting:
-    """A tree of arrays, and where they are to be used; see `rest`."""
+class Offloaded:
+    """A tree of arrays in host memory; see `to_host`."""
 
     tree: Any
-    layout: Any  # shardings to bring them to; None where they stay
+    layout: Any  # shardings on the devices; None: the arrays never left them
 
-    def awake(self) -> Any:
-        """The arrays on their devices; drop the result, and a copy made for it is freed."""
+    def on_device(self) -> Any:
+        """The arrays on their devices. A copy made for it is freed with the result."""
         return self.tree if self.layout is None else jax.device_put(self.tree, self.layout)
 
 
-def rest(tree: Any, offload: bool) -> Resting:
+def to_host(tree: Any, enabled: bool) -> Offloaded:
     """Copies arrays to pinned host memory, each device's shards to its own host.
 
     The buffers on the devices are freed with the last reference to `tree`.
+
+    Args:
+      enabled: whether `--offload` was given; if not, the arrays stay where they are.
     """
-    if not offload:
-        return Resting(tree, None)
+    if not enabled:
+        return Offloaded(tree, None)
     layout = jax.tree.map(lambda x: x.sharding, tree)
     host = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), layout)
-    return Resting(jax.device_put(tree, host), layout)
+    return Offloaded(jax.device_put(tree, host), layout)

@@ -1,10 +1,10 @@
-"""Rows of a rollout: a dict of arrays in which a name's last axes say how it is padded.
+"""Rows of a rollout: a dict of arrays, one row an episode. A name's suffix says how it is padded.
 
-    prompt_BP, prompt_mask_BP    on the left, so that a response begins at column P
-    tokens_BR, mask_BR, ..._BR   on the right; column r is the r-th response token
-    score_B, ...                 one number a row
+    prompt_BP, prompt_mask_BP    padded on the left, so that a response begins at column P
+    tokens_BR, mask_BR, ..._BR   padded on the right; column r is the r-th response token
+    ..._B                        one number a row
 
-A row whose mask is empty counts nowhere; it fills a batch.
+A row whose mask is empty counts nowhere. Such rows fill up the last batch.
 """
 
 import functools
@@ -16,16 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from instructjax import models, sharding
+from instructjax import models, sampler, sharding
 from instructjax.models import ModelConfig, Params, Shard
-
-Rows = dict[str, Any]
+from instructjax.train import Batch
 
 # ------------------------------------------------------------------------------- models on them
 
 
 def hidden_states(
-    params: Params, config: ModelConfig, rows: Rows, shard: Shard = models.unsharded
+    params: Params, config: ModelConfig, rows: Batch, shard: Shard = models.unsharded
 ) -> jax.Array:
     """Hidden states before each response token: the one shift by one of all RL code.
 
@@ -52,7 +51,7 @@ def hidden_states(
 
 def token_logp(
     params: Params,
-    rows: Rows,
+    rows: Batch,
     *,
     config: ModelConfig,
     temperature: float = 1.0,
@@ -68,17 +67,59 @@ def token_logp(
 
 
 def token_values(
-    params: Params, rows: Rows, *, config: ModelConfig, shard: Shard = models.unsharded
+    params: Params, rows: Batch, *, config: ModelConfig, shard: Shard = models.unsharded
 ) -> jax.Array:
     """value_BR of the states before each response token, 0 where masked."""
     value_BR = models.scalars(params, config, hidden_states(params, config, rows, shard))
     return jnp.where(rows["mask_BR"] != 0, value_BR, 0)
 
 
+# ------------------------------------------------------------------------------- making them
+
+
+def sample(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    key: jax.Array,
+    *,
+    width: int,
+    prompts_at_a_time: int | None = None,
+    **settings: Any,
+) -> tuple[Batch, float]:
+    """Samples a response to each prompt.
+
+    Args:
+      numbers: int for each prompt; the noise of its response depends on it and on the key alone.
+      width: P, what prompts are padded to in the result.
+      prompts_at_a_time: prompts whose keys and values are in memory together; None: all. It
+        changes no token.
+      settings: keywords of `sampler.generate`.
+
+    Returns:
+      (rows with prompt_BP, prompt_mask_BP, tokens_BR, mask_BR and logp_BR, in NumPy, the same on
+      every host; the share of the sampler's slots that gave a token)
+    """
+    size = prompts_at_a_time or len(prompts)
+    parts = []
+    for i in range(0, len(prompts), size):
+        indices = numbers[i : i + size]
+        part = sampler.generate(
+            params, config, prompts[i : i + size], key, indices=indices, **settings
+        )
+        parts.append(jax.tree.map(sharding.fetch, part))  # before the next program starts
+    names = "tokens_BR", "mask_BR", "logp_BR"
+    rows = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return left_padded(prompts, width) | rows, float(
+        np.mean([part.live_fraction for part in parts])
+    )
+
+
 # ------------------------------------------------------------------------------- batches of them
 
 
-def left_padded(prompts: Sequence[Sequence[int]], length: int) -> Rows:
+def left_padded(prompts: Sequence[Sequence[int]], length: int) -> Batch:
     """prompt_BP and prompt_mask_BP of lists of token ids, in NumPy."""
     prompt_BP = np.zeros((len(prompts), length), np.int32)
     mask_BP = np.zeros((len(prompts), length), bool)
@@ -98,8 +139,8 @@ def bucket_sizes(longest: int, count: int, multiple: int = 8) -> list[int]:
 
 
 def batches(
-    rows: Rows, index: np.ndarray, size: int, buckets: Sequence[int]
-) -> Iterator[tuple[np.ndarray, Rows]]:
+    rows: Batch, index: np.ndarray, size: int, buckets: Sequence[int]
+) -> Iterator[tuple[np.ndarray, Batch]]:
     """Some rows as batches of responses of like length, each cut to the bucket that holds it.
 
     Args:
@@ -121,7 +162,7 @@ def batches(
         yield part, _take(rows, part, response)
 
 
-def _take(rows: Rows, index: np.ndarray, response: int) -> Rows:
+def _take(rows: Batch, index: np.ndarray, response: int) -> Batch:
     def one(name: str, x: np.ndarray) -> np.ndarray:
         x = x[:, :response] if name.endswith("_BR") else x
         empty = (index < 0).reshape(-1, *[1] * (x.ndim - 1))
@@ -130,27 +171,27 @@ def _take(rows: Rows, index: np.ndarray, response: int) -> Rows:
     return {name: one(name, x) for name, x in rows.items()}
 
 
-def ended(rows: Rows, eos_ids: Sequence[int]) -> np.ndarray:
+def ended(rows: Batch, eos_ids: Sequence[int]) -> np.ndarray:
     """Whether the last live token of each row is an EOS; found by the mask, never by a token."""
     last_B1 = np.maximum(rows["mask_BR"].sum(1, keepdims=True) - 1, 0)
     token_B = np.take_along_axis(rows["tokens_BR"], last_B1, axis=1)[:, 0]
     return np.isin(token_B, eos_ids) & rows["mask_BR"].any(1)
 
 
-def token_ids(rows: Rows) -> list[list[int]]:
+def token_ids(rows: Batch) -> list[list[int]]:
     """Each row's live tokens, EOS included."""
     pairs = zip(rows["tokens_BR"], rows["mask_BR"], strict=True)
     return [tokens[mask].tolist() for tokens, mask in pairs]
 
 
-def put(rows: Rows, mesh: Mesh) -> Rows:
+def put(rows: Batch, mesh: Mesh) -> Batch:
     """Rows onto a mesh: each host holds all of them, and gives its devices theirs."""
     place = functools.partial(jax.make_array_from_callback, sharding=sharding.batched(mesh))
     return {name: place(x.shape, data_callback=x.__getitem__) for name, x in rows.items()}
 
 
 def map_batches(
-    fn: Callable[[Rows], jax.Array], rows: Rows, size: int, buckets: Sequence[int], mesh: Mesh
+    fn: Callable[[Batch], jax.Array], rows: Batch, size: int, buckets: Sequence[int], mesh: Mesh
 ) -> np.ndarray:
     """fn of all rows, batch by batch; see `batches`.
 

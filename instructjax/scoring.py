@@ -1,14 +1,13 @@
 """What a response is worth: reward models, Python functions, or a weighted mix of both.
 
-runs/rm                    a reward model: a run directory or a Hugging Face directory; a run of
-                           several (--ensemble) gives them all
-my_file.py:my_function     (prompts, responses, records) -> scores, of texts and Records
+runs/rm                    a reward model: a run directory or a Hugging Face directory. A run with
+                           --ensemble gives all its reward models
+my_file.py:my_function     a function (prompts, responses, records) -> scores, of texts and Records
 """
 
 import dataclasses
 import functools
 import importlib.util
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from jax.sharding import Mesh
 from instructjax import hosts, reward, sharding
 from instructjax.data import Record
 from instructjax.models import ModelConfig, Params
-from instructjax.offload import Resting, freeze, rest
-from instructjax.rollout import Rows
+from instructjax.offload import Offloaded, freeze, to_host
 from instructjax.run import pretrained
+from instructjax.train import Batch
 
 RewardFn = Callable[[Sequence[str], Sequence[str], Sequence[Record]], Sequence[float]]
 
@@ -38,77 +37,81 @@ class RewardConfig:
     """Reward models (run directories or Hugging Face directories) and Python functions
     (`my_file.py:my_function`), one or several."""
     weights: tuple[float, ...] = ()
-    """Of the reward models, taken together, and of each function, in this order; default: 1."""
+    """Factor of each term of the score: one for all reward models together, then one for each
+    function in the order given. Default: 1 each."""
     combine: Literal["mean", "min", "mean-std"] = "mean"
-    """Several reward models give their mean, the least of them, or the mean less --reward.spread
-    standard deviations."""
+    """How several reward models give one score: their mean, their minimum, or their mean minus
+    --reward.spread standard deviations."""
     spread: float = 1.0
-    """Standard deviations that `mean-std` takes off."""
+    """Standard deviations that `mean-std` subtracts from the mean."""
 
 
 @dataclass(frozen=True)
 class Rewards:
     """The terms of a score; see `load`."""
 
-    models: list[tuple[Callable[[Params, Rows], jax.Array], Resting]]
-    functions: list[tuple[str, RewardFn]]  # by the flag's words
+    models: list[tuple[Callable[[Params, Batch], jax.Array], Offloaded]]
+    functions: list[tuple[str, RewardFn]]  # by SPEC
     weights: tuple[float, ...]
     combine: Literal["mean", "min", "mean-std"]
     spread: float
 
-    def of_models(self, scores_NB: np.ndarray) -> np.ndarray:
-        """One score a response of those of N models."""
-        mean_B = scores_NB.mean(0)
+    def combined(self, scores_NB: np.ndarray) -> np.ndarray:
+        """score_B from the scores of N reward models."""
         if self.combine == "min":
             return scores_NB.min(0)
+        mean_B = scores_NB.mean(0)
         return mean_B - self.spread * scores_NB.std(0) if self.combine == "mean-std" else mean_B
 
     def score(
         self,
-        over: Callable[[Callable[[Rows], jax.Array]], np.ndarray],
+        run_model: Callable[[Callable[[Batch], jax.Array]], np.ndarray],
         prompts: Sequence[str],
         responses: Sequence[str],
         records: Sequence[Record],
     ) -> tuple[np.ndarray, dict[str, float]]:
-        """The weighted sum of all terms.
+        """The weighted sum of all terms, for each response of a rollout.
 
         Args:
-          over: a function of rows -> its values for the whole rollout, as `rollout.map_batches`.
+          run_model: runs a function of a batch on all rows of the rollout and returns score_B, as
+            `rollout.map_batches`.
           prompts, responses, records: of the rollout, for the functions.
 
         Returns:
           (score_B float32, the mean of each term by name)
 
         Raises:
-          ValueError: a function raised, or gave something else than a finite number a response;
-            names it.
+          ValueError: a function raised, or did not return one finite number for each response.
         """
         terms: dict[str, np.ndarray] = {}
         if self.models:
-            each = [over(functools.partial(fn, resting.awake())) for fn, resting in self.models]
-            terms["model"] = self.of_models(np.stack(each))
+            scores = [
+                run_model(functools.partial(fn, params.on_device())) for fn, params in self.models
+            ]
+            terms["model"] = self.combined(np.stack(scores))
         for name, function in self.functions:
-            scores_B = _call(name, function, prompts, responses, records)
-            terms[name.rpartition(":")[2]] = hosts.agree(scores_B)  # it may be random, or a service
+            score_B = _call(name, function, prompts, responses, records)
+            # It may be random, or a service: host 0's scores count.
+            terms[name.rpartition(":")[2]] = hosts.agree(score_B)
         total_B = np.zeros(len(responses), np.float32)
-        for weight, term in zip(self.weights, terms.values(), strict=True):
-            total_B += weight * term.astype(np.float32)
-        return total_B, {name: float(term.mean()) for name, term in terms.items()}
+        for weight, term_B in zip(self.weights, terms.values(), strict=True):
+            total_B += weight * term_B.astype(np.float32)
+        return total_B, {name: float(term_B.mean()) for name, term_B in terms.items()}
 
 
 def load(
     config: RewardConfig, mesh: Mesh, tokenizer: Any, dtype: str, offload: bool = False
 ) -> Rewards:
-    """Loads every term.
+    """Loads every term of the score.
 
     Args:
-      tokenizer: the policy's; reward models must share its tokens.
-      dtype: of the models' parameters and of their computation.
-      offload: the models rest in host memory while they do not score.
+      tokenizer: the policy's; reward models must have the same tokens.
+      dtype: dtype of the reward models' parameters and of their computation.
+      offload: keep the reward models in host memory while they do not score.
 
     Raises:
-      ValueError: a file without the function, a language model in place of a reward model, another
-        vocabulary than the policy's, or weights of the wrong number.
+      ValueError: a file lacks the function, a language model stands for a reward model, a
+        vocabulary differs from the policy's, or the number of weights is wrong.
       FileNotFoundError: there is no such model or file.
     """
     models = []
@@ -117,52 +120,54 @@ def load(
         if is_function(spec):
             functions.append((spec, load_function(spec, "--reward")))
         else:
-            for member in _members(spec):
-                own, params = load_model(member, mesh, tokenizer, dtype, f"--reward {spec}")
-                models.append((scorer(own, mesh), rest(params, offload)))
-    names = ["the reward models"] * bool(models) + [name for name, _ in functions]
-    if not names:
+            for path in _ensemble(spec):
+                model, params = load_model(path, mesh, tokenizer, dtype, f"--reward {spec}")
+                models.append((scorer(model, mesh), to_host(params, offload)))
+    terms = ["the reward models"] * bool(models) + [name for name, _ in functions]
+    if not terms:
         raise ValueError("--reward: give at least one reward model or function")
     if len({"model", *(name.rpartition(":")[2] for name, _ in functions)}) <= len(functions):
         raise ValueError("--reward: two functions of one name, or one named `model`")
-    weights = config.weights or (1.0,) * len(names)
-    if len(weights) != len(names):
+    weights = config.weights or (1.0,) * len(terms)
+    if len(weights) != len(terms):
         given = " ".join(map(str, weights))
-        raise ValueError(f"--reward.weights {given}: {len(names)} are needed: {', '.join(names)}")
+        raise ValueError(f"--reward.weights {given}: {len(terms)} are needed: {', '.join(terms)}")
     return Rewards(models, functions, weights, config.combine, config.spread)
 
 
 def load_model(
     path: str, mesh: Mesh, tokenizer: Any, dtype: str, flag: str
 ) -> tuple[ModelConfig, Params]:
-    """A reward model, frozen in its dtype, whose tokens are the tokenizer's.
+    """Loads a reward model, frozen in `dtype`, and checks that it has the tokenizer's tokens.
 
     Args:
       path: a run directory, a Hugging Face directory or a hub name.
-      flag: what to call it in errors.
+      flag: the flag that named it, for errors.
 
     Raises:
       ValueError: it is a language model, or its tokens have other ids.
+      FileNotFoundError: there is no such model.
     """
-    config, params, own = pretrained.load(path, mesh, flag=flag)
+    config, params, model_tokenizer = pretrained.load(path, mesh, flag=flag)
     if not config.scalar_head:
         raise ValueError(f"{flag}: {path} is a language model, not a reward model")
     # An exported reward model may have a row more, for padding; every token of the policy's must
     # have the same id.
-    theirs, ours = own.get_vocab(), tokenizer.get_vocab()
-    other = [token for token, i in ours.items() if theirs.get(token) != i]
-    if other:
+    model_vocab, policy_vocab = model_tokenizer.get_vocab(), tokenizer.get_vocab()
+    differing = [token for token, i in policy_vocab.items() if model_vocab.get(token) != i]
+    if differing:
         raise ValueError(
-            f"{flag}: the vocabulary of {path} is not the policy's: {len(other):,} of its"
-            f" {len(ours):,} tokens are missing or have another id, such as {other[0]!r}"
+            f"{flag}: the vocabulary of {path} is not the policy's: {len(differing):,} of its"
+            f" {len(policy_vocab):,} tokens are missing or have another id, such as"
+            f" {differing[0]!r}"
         )
     return dataclasses.replace(config, dtype=dtype), freeze(params, dtype)
 
 
-def scorer(config: ModelConfig, mesh: Mesh) -> Callable[[Params, Rows], jax.Array]:
-    """Compiles (params, rows) -> score_B, read at the last live token; rows as in responses.py."""
+def scorer(config: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch], jax.Array]:
+    """Compiles (params, rows of a rollout) -> score_B, read at the last live token."""
 
-    def score(params: Params, rows: Rows) -> jax.Array:
+    def score(params: Params, rows: Batch) -> jax.Array:
         shared = {
             "prompt_BP": rows["prompt_BP"],
             "prompt_mask_BP": rows["prompt_mask_BP"],
@@ -195,11 +200,11 @@ def load_function(spec: str, flag: str) -> Callable[..., Any]:
         raise ValueError(f"{flag} {spec}: expected my_file.py:my_function")
     if not file.is_file():
         raise FileNotFoundError(f"{flag} {spec}: there is no file {file}")
-    found: Any = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(found)
-    sys.path.insert(0, str(file.parent.resolve()))  # as if the file were run: it may import others
+    module_spec: Any = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.path.insert(0, str(file.parent.resolve()))  # the file may import its neighbours
     try:
-        found.loader.exec_module(module)
+        module_spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"{flag} {spec}: {type(error).__name__}: {error}") from error
     finally:
@@ -226,12 +231,8 @@ def _call(name: str, function: RewardFn, prompts: Any, responses: Any, records: 
     return scores
 
 
-def _members(spec: str) -> list[str]:
+def _ensemble(spec: str) -> list[str]:
     """A run's `export`, `export-1`, ...; anything else as it is."""
-    members = [str(path) for path in sorted(Path(spec).glob("export-*"), key=_number)]
-    return [spec, *members]
-
-
-def _number(path: Path) -> float:
-    digits = path.name.rpartition("-")[2]
-    return int(digits) if digits.isdecimal() else math.inf
+    number = lambda path: int(path.name.rpartition("-")[2])  # noqa: E731
+    members = [path for path in Path(spec).glob("export-*") if path.name[7:].isdecimal()]
+    return [spec, *map(str, sorted(members, key=number))]

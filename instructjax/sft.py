@@ -1,5 +1,6 @@
 """Supervised fine-tuning, and language modelling at large: the loss of packed rows."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -57,3 +58,8 @@ def loss_fn(
 def target_weights(batch: dict[str, Any]) -> jax.Array:
     """float32 weights_BT of the targets, one column before the mask of the tokens."""
     return jnp.roll(batch["mask_BT"], -1, axis=1).at[:, -1].set(False).astype(jnp.float32)
+
+
+def count_targets(batches: Sequence[dict[str, Any]]) -> jax.Array:
+    """Tokens that count as targets in all batches together, float32 []."""
+    return sum((jnp.sum(target_weights(batch)) for batch in batches), jnp.zeros(()))

@@ -159,7 +159,7 @@ PPO = ppo_config.Config(
 )
 
 
-GRADIENTS = "policy gradient", "text gradient", "value gradient"
+GRADIENTS = "policy gradient", "ptx gradient", "value gradient"
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_no_program_has_all_logits(ppo):
         assert max(of_words) <= CHUNK
 
 
-@pytest.mark.parametrize("name", ["policy gradient", "text gradient"])
+@pytest.mark.parametrize("name", ["policy gradient", "ptx gradient"])
 def test_the_table_moves_once_for_all_chunks(ppo, name):
     """It is gathered once, and its gradient summed over the shards once, perhaps in two halves;
     there are four chunks and more."""

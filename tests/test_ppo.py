@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -13,8 +16,12 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructjax import models, offload, ppo, rollout, sampler, sharding, state
+from instructjax import models, offload, ppo, rollout, sampler, sft, sharding, state
 from instructjax.models import ModelConfig, Rope
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+
+import run_ppo
 
 SMALL = {"vocab_size": 131, "layers": 2, "width": 16, "heads": 4, "mlp_width": 32, "max_length": 64}
 CONFIG = ModelConfig(
@@ -136,9 +143,9 @@ def run_loss(name, rows, params=None, **knobs):
 
 
 @functools.cache
-def adder(name):
+def gradient(name):
     """With the knobs' own defaults."""
-    return ppo.make_adder(bind(LOSSES[name][0], config=LOSSES[name][2]))
+    return ppo.Gradient(bind(LOSSES[name][0], config=LOSSES[name][2]))
 
 
 @functools.cache
@@ -168,8 +175,17 @@ def metrics_close(got, want, tolerance=1e-5):
 
 
 @functools.cache
-def experience(**keywords):
+def experience_program(**keywords):
     return jax.jit(functools.partial(ppo.make_experience, **keywords))
+
+
+ARGUMENTS = ["logp_BR", "ref_logp_BR", "value_BR", "mask_BR", "score_B", "ended_B", "beta"]
+
+
+def experience(**keywords):
+    """`make_experience` of arguments in the order of ARGUMENTS."""
+    program = experience_program(**keywords)
+    return lambda *args: program(**dict(zip(ARGUMENTS, args, strict=True)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -230,8 +246,9 @@ def test_experience_by_hand():
         jnp.array([0.75, 5.0, jnp.nan]),
         jnp.array([True, False, False]),
     )
+    named = dict(zip(ARGUMENTS, (*args, 0.5), strict=True))
     made, metrics = ppo.make_experience(
-        *args, 0.5, lam=0.5, missing_eos="penalty", missing_eos_value=1.0, clip_score=3.0,
+        **named, lam=0.5, missing_eos="penalty", missing_eos_value=1.0, clip_score=3.0,
         whiten_advantages=False,
     )  # fmt: skip
     # KL 1 and -0.5; 0.5. Paid -0.5 and 0.25 + 0.75; 5 - 1 clipped to 3, less 0.25.
@@ -254,7 +271,7 @@ def test_experience_by_hand():
         "value/explained_variance": 1 - (0.140625 + 0.5625 + 5.0625) / 3 / 1.1909722,
     }
     metrics_close(metrics, exact, 1e-6)
-    white, _ = ppo.make_experience(*args, 0.5, lam=0.5, missing_eos="none", clip_score=2.0)
+    white, _ = ppo.make_experience(**named, lam=0.5, missing_eos="none", clip_score=2.0)
     # 2 - 0.25 - 0.5 = 1.25: advantages -0.375, 0.75, 1.25 of mean 13/24, deviation 0.679563.
     want = [[-1.348906, 0.306570, 0], [1.042336, 0, 0], [0] * 3]
     np.testing.assert_allclose(white["advantage_BR"], want, atol=1e-5)
@@ -496,7 +513,7 @@ def test_dropout_is_off():
     assert not draws(score, policy(), rows)
     ptx_loss = bind(ppo.ptx_loss, config=wet(CONFIG))
     assert draws(ptx_loss, policy(), text_batch(), key)
-    add = ppo.make_adder(ptx_loss)
+    add = ppo.Gradient(ptx_loss).add
     assert not draws(add, None, None, policy(), text_batch(), 1.0, 1.0)
 
 
@@ -518,7 +535,7 @@ def test_microbatches_buckets_and_filler_change_nothing(size, buckets, names):
     for name in names:
         _, _, metrics, grads = run_loss(name, rows)
         parts = cut(rows, size, buckets)
-        got, found = ppo.gradient(LOSSES[name][1](), [ppo.Term(adder(name), parts, 36)])
+        got, found = gradient(name)(LOSSES[name][1](), parts, 36)
         assert_close(got, grads, 5e-6)
         metrics_close(found, metrics, 2e-6)
 
@@ -547,8 +564,8 @@ def test_eight_devices_equal_one(name):
     placed = jax.device_put(params(), layout)
     parts = cut(rows, 8, [8], functools.partial(rollout.put, mesh=mesh))
     shard = sharding.constrainer(mesh)
-    add = ppo.make_adder(bind(loss_fn, config=config, shard=shard), layout)
-    got, found = ppo.gradient(placed, [ppo.Term(add, parts, 36)])
+    mean_gradient = ppo.Gradient(bind(loss_fn, config=config, shard=shard), layout)
+    got, found = mean_gradient(placed, parts, 36)
     assert_close(got, grads)
     metrics_close(found, metrics)
     jax.tree.map(lambda x, where: chex.assert_equal(x.sharding, where), got, layout)
@@ -564,6 +581,23 @@ def make_state(params, policy_tx, value=None, value_tx=None):
         ema=jax.tree.map(jnp.copy, params),
         beta=jnp.float32(0.02),
     )
+
+
+def make_update(
+    policy_loss, value_loss, ptx_loss, policy_tx, value_tx,
+    ptx_coef=27.8, ema_decay=0.992, policy_layout=None,
+):  # fmt: skip
+    """`run_ppo.Programs.update` of losses and optimizers of our own."""
+    programs = object.__new__(run_ppo.Programs)
+    programs.config = SimpleNamespace(ptx=SimpleNamespace(coef=ptx_coef))
+    layout = policy_layout and policy_layout.params
+    programs.policy_gradient = ppo.Gradient(policy_loss, layout)
+    programs.ptx_gradient = ppo.Gradient(ptx_loss, layout)
+    programs.value_gradient = ppo.Gradient(value_loss)
+    programs.policy_step = ppo.make_step(policy_tx, policy_layout, ema_decay)
+    programs.value_step = value_tx and ppo.make_step(value_tx)
+    programs.count_targets = jax.jit(sft.count_targets)
+    return lambda state, batches, tokens, texts=(): programs.update(state, batches, tokens, texts)
 
 
 def plain_policy_mean(params, rows):
@@ -614,7 +648,7 @@ def test_an_update_is_the_ppo_gradient_and_gamma_times_the_pretraining_gradient(
     texts, text_mean, want_text = plain_text_gradient()
     assert len({int(batch["mask_BT"].sum()) for batch in texts}) == 2
     mixed = jax.tree.map(lambda a, b: a + 27.8 * b, want, want_text)
-    update = ppo.make_update(POLICY_LOSS, None, PTX_LOSS, KEEPS, None)
+    update = make_update(POLICY_LOSS, None, PTX_LOSS, KEEPS, None)
     new, metrics = update(make_state(policy(), KEEPS), parts, 36, texts)
     assert_close(new.policy.opt_state[0].trace, mixed, 1e-5)
     text_alone = jax.tree.map(lambda a, b: (a - b) / 27.8, new.policy.opt_state[0].trace, want)
@@ -628,8 +662,8 @@ def test_an_update_is_the_ppo_gradient_and_gamma_times_the_pretraining_gradient(
 def test_without_the_mix_the_update_is_plain_ppo():
     """gamma = 0, and no ptx loss at all, bit for bit; the gradient is that of the PPO term."""
     rows = make_rows()
-    without = ppo.make_update(POLICY_LOSS, None, None, KEEPS, None)
-    zero = ppo.make_update(POLICY_LOSS, None, PTX_LOSS, KEEPS, None, ptx_coef=0.0)
+    without = make_update(POLICY_LOSS, None, None, KEEPS, None)
+    zero = make_update(POLICY_LOSS, None, PTX_LOSS, KEEPS, None, ptx_coef=0.0)
     want, metrics = without(make_state(policy(), KEEPS), [rows], 36)
     got, _ = zero(make_state(policy(), KEEPS), [rows], 36, [text_batch()])
     chex.assert_trees_all_equal(got, want)
@@ -655,7 +689,7 @@ def updates():
         return loss
 
     policy_tx, value_tx = optax.sgd(0.01), optax.sgd(0.02)
-    update = ppo.make_update(
+    update = make_update(
         counted("policy", ppo.policy_loss),
         counted("value", ppo.value_loss, config=config),
         counted("ptx", ppo.ptx_loss),
@@ -709,7 +743,7 @@ def test_ema_and_two_optimizers(updates):
 def test_without_an_average_the_policy_is_the_same(updates):
     config, value = value_net()
     tx = optax.sgd(0.01)
-    update = ppo.make_update(
+    update = make_update(
         bind(ppo.policy_loss),
         bind(ppo.value_loss, config=config),
         bind(ppo.ptx_loss),
@@ -749,17 +783,17 @@ def test_metrics_of_an_update_have_the_fields_names(updates):
     assert updates["metrics"][0]["value/loss"] > updates["metrics"][2]["value/loss"]
 
 
-def test_a_state_rests_on_the_host_and_comes_back():
+def test_a_state_goes_to_the_host_and_comes_back():
     mesh = sharding.make_mesh(**MESH)
     placed = sharding.shardings(models.logical_axes(CONFIG), policy(), mesh)
     params, tx = jax.device_put(policy(), placed), optax.adam(0.1)
     for current in (make_state(params, tx), make_state(params, tx, params, tx)):
-        resting = offload.rest(current, True)
-        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(resting.tree)}
+        on_host = offload.to_host(current, True)
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(on_host.tree)}
         assert kinds == {"pinned_host"}
-        awake = resting.awake()
-        chex.assert_trees_all_equal(awake, current)
-        layouts = (jax.tree.map(lambda x: x.sharding, tree) for tree in (awake, current))
+        returned = on_host.on_device()
+        chex.assert_trees_all_equal(returned, current)
+        layouts = (jax.tree.map(lambda x: x.sharding, tree) for tree in (returned, current))
         chex.assert_trees_all_equal(*layouts)
 
 
@@ -784,7 +818,7 @@ def test_an_update_on_a_mesh_equals_one_on_one_device():
     current = dataclasses.replace(current, beta=beta)
     layout = state.shardings(params, KEEPS)
     ptx_loss = bind(ppo.ptx_loss, shard=shard)
-    update = ppo.make_update(loss, None, ptx_loss, KEEPS, None, ptx_coef=2.0, policy_layout=layout)
+    update = make_update(loss, None, ptx_loss, KEEPS, None, ptx_coef=2.0, policy_layout=layout)
     put = functools.partial(rollout.put, mesh=mesh)
     texts = [put(text_batch(0))]
     for step in range(2):

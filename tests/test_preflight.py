@@ -1104,7 +1104,7 @@ def test_a_search_compiles_first_what_holds_most(monkeypatch):
     script.analyse(config, topology, "fsdp=8,tensor=4", until=lambda program: not program.fits)
     assert asked == [
         *("rollout", "policy step", "value step"),
-        *("policy gradient", "text gradient", "value gradient"),
+        *("policy gradient", "ptx gradient", "value gradient"),
         *("reference", "reward model", "value net", "policy, re-scored"),
     ]
 

@@ -224,7 +224,7 @@ def test_combinations_by_hand():
     scores_nb = np.array([[1.0, 0.25], [3.0, 0.25], [5.0, 0.25]], np.float32)
 
     def of(combine, spread):
-        return scoring.Rewards([], [], (), combine, spread).of_models(scores_nb)
+        return scoring.Rewards([], [], (), combine, spread).combined(scores_nb)
 
     np.testing.assert_array_equal(of("mean", 1.0), [3, 0.25])
     np.testing.assert_array_equal(of("min", 1.0), [1, 0.25])
@@ -270,7 +270,7 @@ def test_offloaded_models_score_alike(runs):
     for (_, here), (_, away) in zip(stay.models, leave.models, strict=True):
         kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(away.tree)}
         assert kinds == {"pinned_host"}
-        awake = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(away.awake())}
+        awake = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(away.on_device())}
         assert awake == {leaf.sharding.memory_kind for leaf in jax.tree.leaves(here.tree)}
         assert "pinned_host" not in awake
     np.testing.assert_array_equal(score(leave)[0], score(stay)[0])

@@ -23,7 +23,6 @@ from instructjax.models import ModelConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 
-import ppo_programs
 import run_ppo
 import swap_loss
 
@@ -426,7 +425,7 @@ def test_the_loss_of_the_docs(tmp_path):
     text = (DOCS / "swap-a-loss.md").read_text()
     file = tmp_path / "my_losses.py"
     file.write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
-    loss = ppo_programs.load_loss(f"{file}:clip_higher")
+    loss = run_ppo.load_loss(f"{file}:clip_higher")
     ratios = jnp.array([[1.0, 1.25, 1.5, 0.5], [1.0, 0.9, 1.5, 0.5]])
     advantages = jnp.array([[2.0] * 4, [-2.0] * 4])
     got = loss(jnp.log(ratios), jnp.zeros((2, 4)), advantages, 0.2)

@@ -1,5 +1,6 @@
 """What only the miniature has: test comparisons by labelers of either pool, and a perfect judge."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,3 +33,9 @@ def judged(dataset: Dataset) -> np.ndarray:
             miniature.judge(dict(record.row), response).utility for response in record.responses
         ]
     return found
+
+
+def utilities(records: Sequence[Record], texts: Sequence[str]) -> np.ndarray:
+    """utility_B of one response to each record's prompt, by the noise-free judge."""
+    pairs = zip(records, texts, strict=True)
+    return np.array([miniature.judge(dict(record.row), text).utility for record, text in pairs])

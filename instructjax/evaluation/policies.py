@@ -1,50 +1,55 @@
 """Policies on held-out prompts: scores, KL, lengths, and win rates against one another."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from instructjax.evaluation.figures import plot_curves
+from instructjax.run import Run
+
 
 @dataclass(frozen=True)
 class Sampled:
-    """Responses of one policy to some prompts, and what was found of each."""
+    """One policy's responses to some prompts, and what was measured on them."""
 
     prompts: Sequence[str]
     texts: Sequence[str]
-    score_B: np.ndarray  # of the reward
+    score_B: np.ndarray  # the reward
     length_B: np.ndarray  # tokens, EOS included
-    ended_B: np.ndarray  # bool, whether it ends in EOS
-    kl_B: np.ndarray | None = None  # nats, k1 summed over the response; None without a reference
-    utility_B: np.ndarray | None = None  # of the miniature's gold judge
+    ended_B: np.ndarray  # bool, whether a response ends in EOS
+    kl_B: np.ndarray | None = None  # nats, k1 summed over a response; None without a reference
+    utility_B: np.ndarray | None = None  # the miniature's gold judge
+    text_loss: float | None = None  # the policy's loss on held-out pretraining text, nats a token
 
     def means(self) -> dict[str, float]:
-        """The mean of each figure, by the field's names for it."""
-        found = {
+        """The mean of each per-response figure, by name."""
+        figures = {
             "score": self.score_B,
             "kl": self.kl_B,
             "length": self.length_B,
             "eos_fraction": self.ended_B,
             "utility": self.utility_B,
         }
-        return {k: float(np.mean(values)) for k, values in found.items() if values is not None}
+        return {k: float(np.mean(values)) for k, values in figures.items() if values is not None}
 
 
 def win_rate(ours: np.ndarray, theirs: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
-    """How often the first is better, a tie counting half, with a 95 % bootstrap over prompts.
+    """How often the first is better. A tie counts half. The interval is a bootstrap over prompts.
 
     Args:
       ours, theirs: utilities [n] of responses to the same prompts, sampled independently.
 
     Returns:
-      (share, low, high)
+      (share, and the ends of its 95 % interval)
     """
     won = (ours > theirs) + 0.5 * (ours == theirs)
-    low, high = interval(won, draws)
-    return float(won.mean()), low, high
+    return float(won.mean()), *interval(won, draws)
 
 
 def interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
@@ -54,63 +59,91 @@ def interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def results(sampled: Mapping[str, Sampled], text_losses: Mapping[str, float]) -> dict[str, Any]:
-    """What results.json holds of several policies; win rates are against the first of them.
+def log(run: Run, step: int, before: Sampled, now: Sampled) -> None:
+    """Logs an evaluation to metrics.jsonl and samples.jsonl, and prints a few responses."""
+    metrics = {f"validation/{name}": mean for name, mean in now.means().items()}
+    if now.text_loss is not None:
+        metrics["ptx/validation_loss"] = now.text_loss
+    if now.utility_B is not None and before.utility_B is not None:
+        same_prompts = before.utility_B[: len(now.utility_B)]
+        metrics["validation/win_rate"] = win_rate(now.utility_B, same_prompts)[0]
+    run.log(step, metrics)
+    for prompt, text, score in zip(now.prompts[:4], now.texts, now.score_B, strict=False):
+        run.metrics.sample(step, {"prompt": prompt, "response": text, "score": float(score)})
+    run.console.print(samples_table(f"iteration {step:,}", before, now))
 
-    Args:
-      sampled: by the policy's name.
-      text_losses: of each, on held-out pretraining text, nats a token; NaN where there is none.
-    """
-    base, found = next(iter(sampled.values())), {}
-    for name, one in sampled.items():
-        row: dict[str, Any] = {**one.means(), "score_interval": interval(one.score_B)}
-        if one is not base and one.utility_B is not None and base.utility_B is not None:
-            row["win_rate"] = win_rate(one.utility_B, base.utility_B)
-        found[name] = row | {"text_loss": text_losses[name]}
-    # JSON has no NaN: what was not measured is not there.
-    return {
-        name: {key: value for key, value in row.items() if value == value}
-        for name, row in found.items()
+
+def results(sampled: Mapping[str, Sampled]) -> dict[str, Any]:
+    """What results.json holds of policies by name. Win rates are against the first of them."""
+    base, rows = next(iter(sampled.values())), {}
+    for name, policy in sampled.items():
+        row: dict[str, Any] = {**policy.means(), "score_interval": interval(policy.score_B)}
+        if policy is not base and policy.utility_B is not None and base.utility_B is not None:
+            row["win_rate"] = win_rate(policy.utility_B, base.utility_B)
+        if policy.text_loss is not None:
+            row["text_loss"] = policy.text_loss
+        rows[name] = row
+    return rows
+
+
+def report(run: Run, sampled: Mapping[str, Sampled], seconds: float) -> dict[str, Any]:
+    """Writes results.json, samples_after.jsonl and curves.png, and prints the results."""
+    rows, base = results(sampled), next(iter(sampled.values()))
+    if jax.process_index() != 0:
+        return rows | {"seconds": seconds}
+    out = run.out
+    (out / "results.json").write_text(json.dumps(rows | {"seconds": seconds}, indent=2) + "\n")
+    with (out / "samples_after.jsonl").open("w", encoding="utf-8") as file:
+        for i, prompt in enumerate(base.prompts):
+            line = {"prompt": prompt} | {name: x.texts[i] for name, x in sampled.items()}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    panels = {
+        "score": ("objective/score", "validation/score"),
+        "KL, nats a response": ("objective/kl", "validation/kl"),
+        "length, tokens": ("rollout/length", "validation/length"),
+        "entropy, nats a response": ("objective/entropy",),
+        "value net": ("value/loss", "value/explained_variance"),
+        "pretraining text, nats a token": ("ptx/loss", "ptx/validation_loss"),
     }
+    if base.utility_B is not None:
+        panels["win rate against SFT"] = ("validation/win_rate",)
+    plot_curves(out, panels, out / "curves.png")
+    run.console.print(table(rows, len(base.prompts)))
+    names = "metrics.jsonl samples.jsonl samples_after.jsonl results.json curves.png export"
+    next_command = f"python experiments/sample.py --model {out}"
+    run.finish({"seconds": seconds}, [out / name for name in names.split()], next_command)
+    return rows | {"seconds": seconds}
 
 
 def table(rows: Mapping[str, Any], prompts: int) -> Table:
     """`results` on the terminal."""
-    columns = {
-        "score": lambda row: "{:+.2f}\n({:+.2f} to {:+.2f})".format(
-            row["score"], *row["score_interval"]
-        ),
-        "kl": lambda row: f"{row['kl']:.2f}",
-        "length": lambda row: f"{row['length']:.1f}",
-        "eos_fraction": lambda row: f"{row['eos_fraction']:.1%}",
-        "utility": lambda row: f"{row['utility']:+.2f}",
-        "win_rate": lambda row: "{:.1%}\n({:.1%} to {:.1%})".format(*row["win_rate"]),
-        "text_loss": lambda row: f"{row['text_loss']:.3f}",
+    columns = {  # key of a row -> (title, format)
+        "score": ("score", "{:+.2f}"),
+        "score_interval": ("95 % interval", "{:+.2f} to {:+.2f}"),
+        "kl": ("KL, nats", "{:.2f}"),
+        "length": ("length", "{:.1f}"),
+        "eos_fraction": ("ends", "{:.1%}"),
+        "utility": ("gold utility", "{:+.2f}"),
+        "win_rate": ("win rate by gold", "{:.1%}\n({:.1%} to {:.1%})"),
+        "text_loss": ("text loss", "{:.3f}"),
     }
-    titles = {
-        "kl": "KL, nats",
-        "eos_fraction": "ends",
-        "utility": "gold utility",
-        "win_rate": "wins by gold",
-        "text_loss": "text loss",
-    }
-    rows = {name: row for name, row in rows.items() if isinstance(row, Mapping)}
     shown = [key for key in columns if any(key in row for row in rows.values())]
-    made = Table(title=f"on {prompts:,} held-out prompts, one response each")
-    made.add_column("")
+    drawn = Table(title=f"on {prompts:,} held-out prompts, one response each")
+    drawn.add_column("")
     for key in shown:
-        made.add_column(titles.get(key, key), justify="right")
+        drawn.add_column(columns[key][0], justify="right")
     for name, row in rows.items():
-        made.add_row(name, *(columns[key](row) if key in row else "" for key in shown))
-    return made
+        cells = {key: columns[key][1].format(*np.atleast_1d(x)) for key, x in row.items()}
+        drawn.add_row(name, *(cells.get(key, "") for key in shown))
+    return drawn
 
 
 def samples_table(title: str, before: Sampled, now: Sampled, count: int = 3) -> Table:
     """A few prompts, each with its response before training and now, and their scores."""
-    made = Table(title=title, show_lines=True, expand=True)
+    drawn = Table(title=title, show_lines=True, expand=True)
     for name, ratio in (("prompt", 3), ("before", 4), ("now", 4)):
-        made.add_column(name, ratio=ratio, overflow="fold")
+        drawn.add_column(name, ratio=ratio, overflow="fold")
     for i in range(min(count, len(now.texts))):
-        old, new = (f"{one.texts[i].strip()}  [{one.score_B[i]:+.2f}]" for one in (before, now))
-        made.add_row(*map(escape, (now.prompts[i].strip(), old, new)))
-    return made
+        old, new = (f"{x.texts[i].strip()}  [{x.score_B[i]:+.2f}]" for x in (before, now))
+        drawn.add_row(*map(escape, (now.prompts[i].strip(), old, new)))
+    return drawn

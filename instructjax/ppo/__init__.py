@@ -1,14 +1,13 @@
 """PPO-ptx (InstructGPT, section 3.5 and App. C.4): from a scored rollout to an update.
 
 experience.py   make_experience: rewards, advantages and returns of a whole rollout
-objectives.py   policy_loss, value_loss, ptx_loss: what is minimised, over rows as in responses.py
-update.py       make_update: gradients of a minibatch and of pretraining text, one update, EMA
+objectives.py   policy_loss, value_loss, ptx_loss: what an update minimises
+update.py       PPOState; Gradient, summed over batches; make_step: an optimizer step and EMA
 """
 
 from instructjax.ppo.experience import make_experience
 from instructjax.ppo.objectives import (
     PolicyLoss,
-    ValueLoss,
     head_values,
     joint_loss,
     policy_loss,
@@ -17,20 +16,16 @@ from instructjax.ppo.objectives import (
     with_value_head,
     without_value_head,
 )
-from instructjax.ppo.update import PPOState, Term, Update, gradient, make_adder, make_update
+from instructjax.ppo.update import Gradient, PPOState, make_step
 
 __all__ = [
+    "Gradient",
     "PPOState",
     "PolicyLoss",
-    "Term",
-    "Update",
-    "ValueLoss",
-    "gradient",
     "head_values",
     "joint_loss",
-    "make_adder",
     "make_experience",
-    "make_update",
+    "make_step",
     "policy_loss",
     "ptx_loss",
     "value_loss",

@@ -1,8 +1,11 @@
-"""What PPO-ptx minimises, over rows as in responses.py (InstructGPT, section 3.5, eq. 2)."""
+"""What PPO-ptx minimises (InstructGPT, section 3.5, eq. 2): the policy, value and ptx losses.
+
+Each function is a `train.LossFn` once its keywords are bound. A batch is rows of a rollout as in
+rollout.py, with the experience of `make_experience`.
+"""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +14,16 @@ from jax.sharding import Mesh
 from instructjax import losses, models, rollout, sft, sharding
 from instructjax.masked import masked_mean
 from instructjax.models import ModelConfig, Params, Shard
-from instructjax.rollout import Rows
-from instructjax.train import Metrics
+from instructjax.train import Batch, Metrics
 
 # (logp_BR, old_logp_BR, advantages_BR, clip) -> loss_BR, as `losses.ppo_clip`
 PolicyLoss = Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
-ValueLoss = Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
+LossOutput = tuple[jax.Array, tuple[jax.Array, Metrics]]  # (mean, (live tokens, metrics))
 
 
 def policy_loss(
     params: Params,
-    rows: Rows,
+    batch: Batch,
     key: jax.Array | None,
     *,
     config: ModelConfig,
@@ -29,45 +31,46 @@ def policy_loss(
     clip: float = 0.2,
     temperature: float = 1.0,
     shard: Shard = models.unsharded,
-) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-    """Mean of an array loss over response tokens; a `train.LossFn` once its keywords are bound.
+) -> LossOutput:
+    """The mean of PPO's clipped loss over the live response tokens.
 
     Args:
-      rows: those of a rollout, with the behaviour's logp_BR and advantage_BR.
-      key: not used: dropout is off in PPO.
+      batch: rows of a rollout, with logp_BR of the policy that sampled and advantage_BR.
+      key: not used, since dropout is off in PPO.
       loss: (logp_BR, old_logp_BR, advantages_BR, clip) -> loss_BR.
     """
     del key
-    logp_BR = rollout.token_logp(params, rows, config=config, temperature=temperature, shard=shard)
-    mean, metrics = _policy_terms(logp_BR, rows, loss, clip)
-    return mean, (_tokens(rows), metrics)
+    logp_BR = rollout.token_logp(params, batch, config=config, temperature=temperature, shard=shard)
+    logp_BR = _live_or(logp_BR, batch["logp_BR"], batch)
+    loss_BR = loss(logp_BR, batch["logp_BR"], batch["advantage_BR"], clip)
+    mean = masked_mean(loss_BR, batch["mask_BR"])
+    return mean, (_live_tokens(batch), _policy_metrics(mean, logp_BR, batch, clip))
 
 
 def value_loss(
     params: Params,
-    rows: Rows,
+    batch: Batch,
     key: jax.Array | None,
     *,
     config: ModelConfig,
-    loss: ValueLoss = losses.value_clip,
     clip: float = 0.2,
     shard: Shard = models.unsharded,
-) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-    """Mean of an array loss over response tokens; see `policy_loss`.
+) -> LossOutput:
+    """The mean of the clipped value loss over the live response tokens.
 
     Args:
-      rows: those of a rollout, with value_BR of the time of the rollout and return_BR.
-      loss: (value_BR, old_value_BR, return_BR, clip) -> loss_BR.
+      batch: rows of a rollout, with value_BR of the rollout's value net and return_BR.
+      key: not used.
     """
     del key
-    value_BR = rollout.token_values(params, rows, config=config, shard=shard)
-    mean, metrics = _value_terms(value_BR, rows, loss, clip)
-    return mean, (_tokens(rows), metrics)
+    value_BR = rollout.token_values(params, batch, config=config, shard=shard)
+    mean, metrics = _value_terms(value_BR, batch, clip)
+    return mean, (_live_tokens(batch), metrics)
 
 
 def joint_loss(
     params: Params,
-    rows: Rows,
+    batch: Batch,
     key: jax.Array | None,
     *,
     config: ModelConfig,
@@ -77,54 +80,69 @@ def joint_loss(
     value_coef: float = 0.1,
     temperature: float = 1.0,
     shard: Shard = models.unsharded,
-) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-    """Policy and value loss over one trunk, as in lm-human-preferences: `policy + coef * value`.
+) -> LossOutput:
+    """policy loss + value_coef * value loss on one trunk (lm-human-preferences).
 
     Args:
-      params: of a policy, with `value_head` beside its own leaves; see `with_value_head`.
+      params: a policy with a `value_head`; see `with_value_head`.
     """
     del key
-    hidden_BRD = rollout.hidden_states(params, config, rows, shard)
+    hidden_BRD = rollout.hidden_states(params, config, batch, shard)
     unembed_VD = models.unembedding(params)
     logp_BR = models.token_logp(
-        hidden_BRD, unembed_VD, rows["tokens_BR"], config, temperature=temperature, shard=shard
+        hidden_BRD, unembed_VD, batch["tokens_BR"], config, temperature=temperature, shard=shard
     )
-    policy, policy_metrics = _policy_terms(logp_BR, rows, loss, clip)
-    value_BR = _head_values(params, hidden_BRD, config)
-    value, value_metrics = _value_terms(value_BR, rows, losses.value_clip, value_clip)
-    return policy + value_coef * value, (_tokens(rows), policy_metrics | value_metrics)
+    logp_BR = _live_or(logp_BR, batch["logp_BR"], batch)
+    loss_BR = loss(logp_BR, batch["logp_BR"], batch["advantage_BR"], clip)
+    mean = masked_mean(loss_BR, batch["mask_BR"])
+    metrics = _policy_metrics(mean, logp_BR, batch, clip)
+    value_mean, value_metrics = _value_terms(
+        _head_values(params, hidden_BRD, config), batch, value_clip
+    )
+    return mean + value_coef * value_mean, (_live_tokens(batch), metrics | value_metrics)
 
 
 def ptx_loss(
     params: Params,
-    batch: dict[str, Any],
+    batch: Batch,
     key: jax.Array | None,
     *,
     config: ModelConfig,
     shard: Shard = models.unsharded,
-) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-    """The language-modelling loss of pretraining text, a mean over tokens (ours: paper silent)."""
+) -> LossOutput:
+    """The language-modelling loss of pretraining text, a mean over tokens (ours: paper silent).
+
+    Args:
+      batch: rows of `data.PackedRows`.
+      key: not used.
+    """
     mean, (tokens, _) = sft.loss_fn(params, batch, key, config=config, shard=shard)
     return mean, (tokens, {"ptx/loss": mean})
 
 
+# ---- the value head on the policy's trunk ----
+
+
 def with_value_head(params: Params, width: int, mesh: Mesh) -> Params:
-    """A policy with a value head of zeros on its trunk (lm-human-preferences)."""
+    """The policy with a value head of zeros on its trunk (lm-human-preferences)."""
     head = {"kernel": jnp.zeros(width), "bias": jnp.zeros(())}
     return {**params, "value_head": jax.device_put(head, sharding.replicated(mesh))}
 
 
 def without_value_head(params: Params) -> Params:
-    """The policy alone, as it is exported."""
+    """The policy alone, as it is sampled and exported."""
     return {name: leaf for name, leaf in params.items() if name != "value_head"}
 
 
 def head_values(
-    params: Params, rows: Rows, *, config: ModelConfig, shard: Shard = models.unsharded
+    params: Params, batch: Batch, *, config: ModelConfig, shard: Shard = models.unsharded
 ) -> jax.Array:
-    """value_BR of the head that `with_value_head` put on the trunk, 0 where masked."""
-    hidden_BRD = rollout.hidden_states(params, config, rows, shard)
-    return jnp.where(rows["mask_BR"] != 0, _head_values(params, hidden_BRD, config), 0)
+    """value_BR from the head of `with_value_head`, 0 where masked."""
+    hidden_BRD = rollout.hidden_states(params, config, batch, shard)
+    return _live_or(_head_values(params, hidden_BRD, config), 0, batch)
+
+
+# ---- shared parts ----
 
 
 def _head_values(params: Params, hidden_BRD: jax.Array, config: ModelConfig) -> jax.Array:
@@ -132,15 +150,21 @@ def _head_values(params: Params, hidden_BRD: jax.Array, config: ModelConfig) -> 
     return models.scalars({"score": params["value_head"]}, config, hidden_BRD)
 
 
-def _policy_terms(logp_BR: jax.Array, rows: Rows, loss: PolicyLoss, clip: float) -> Any:
-    mask_BR, old_BR = rows["mask_BR"], rows["logp_BR"]
-    # What is behind the mask must not overflow: 0 * inf in the backward pass would be NaN.
-    logp_BR = jnp.where(mask_BR != 0, logp_BR, old_BR)
-    mean = masked_mean(loss(logp_BR, old_BR, rows["advantage_BR"], clip), mask_BR)
-    change_BR = logp_BR - old_BR
+def _live_or(x_BR: jax.Array, masked_BR: jax.Array | int, batch: Batch) -> jax.Array:
+    """x where the mask is 1. What is masked must not overflow: 0 * inf would be a NaN gradient."""
+    return jnp.where(batch["mask_BR"] != 0, x_BR, masked_BR)
+
+
+def _live_tokens(batch: Batch) -> jax.Array:
+    return jnp.sum(batch["mask_BR"] != 0, dtype=jnp.float32)
+
+
+def _policy_metrics(mean: jax.Array, logp_BR: jax.Array, batch: Batch, clip: float) -> Metrics:
+    mask_BR = batch["mask_BR"]
+    change_BR = logp_BR - batch["logp_BR"]
     ratio_BR = jnp.exp(change_BR)
     clipped_BR = (jnp.abs(ratio_BR - 1) > clip).astype(jnp.float32)
-    return mean, {
+    return {
         "policy/loss": mean,
         "policy/ratio": masked_mean(ratio_BR, mask_BR),
         "policy/approx_kl": masked_mean(change_BR**2 / 2, mask_BR),
@@ -149,13 +173,9 @@ def _policy_terms(logp_BR: jax.Array, rows: Rows, loss: PolicyLoss, clip: float)
     }
 
 
-def _value_terms(value_BR: jax.Array, rows: Rows, loss: ValueLoss, clip: float) -> Any:
-    mask_BR, old_BR = rows["mask_BR"], rows["value_BR"]
-    value_BR = jnp.where(mask_BR != 0, value_BR, old_BR)  # see _policy_terms
-    mean = masked_mean(loss(value_BR, old_BR, rows["return_BR"], clip), mask_BR)
+def _value_terms(value_BR: jax.Array, batch: Batch, clip: float) -> tuple[jax.Array, Metrics]:
+    mask_BR, old_BR = batch["mask_BR"], batch["value_BR"]
+    value_BR = _live_or(value_BR, old_BR, batch)
+    mean = masked_mean(losses.value_clip(value_BR, old_BR, batch["return_BR"], clip), mask_BR)
     clipped_BR = (jnp.abs(value_BR - old_BR) > clip).astype(jnp.float32)
     return mean, {"value/loss": mean, "value/clip_fraction": masked_mean(clipped_BR, mask_BR)}
-
-
-def _tokens(rows: Rows) -> jax.Array:
-    return jnp.sum(rows["mask_BR"] != 0, dtype=jnp.float32)
