@@ -1,0 +1,48 @@
+"""The README: its Python runs as printed, on a tiny model; its commands and its files are there."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from instructjax import hf, miniature, models
+from instructjax.models import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+ENVIRONMENT = "python3 -m venv .venv && . .venv/bin/activate && pip install -e "
+
+
+def test_the_python_runs_as_printed(tmp_path, monkeypatch, capsys):
+    tokenizer = miniature.tokenizer()
+    ids = {"eos_ids": (tokenizer.eos_token_id,), "pad_id": tokenizer.pad_token_id}
+    config = ModelConfig(len(tokenizer), 1, 16, heads=2, mlp_width=32, max_length=96, **ids)
+    params = models.init(config, jax.random.key(0))
+    hf.save(tmp_path / "runs/sft/export", config, params, tokenizer)
+    monkeypatch.chdir(tmp_path)
+    (code,) = CODE
+    exec(compile(code, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" ")[0] for line in lines] == [
+        f"iteration {i}: mean score" for i in range(20)
+    ]
+    assert all(0 <= float(line.rpartition(" ")[2]) <= 1 for line in lines)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ENVIRONMENT + ". && python experiments/run_ppo.py",
+        ENVIRONMENT + "'.[test]' && pytest",
+    ],
+)
+def test_each_command_is_one_line_to_copy(command):
+    assert f"```sh\n{command}\n```" in TEXT
+
+
+def test_what_it_links_to_is_there():
+    links = re.findall(r"\]\(([^):#]+)", TEXT)
+    assert "docs/ppo-iteration.svg" in links
+    assert [link for link in links if not (ROOT / link).exists()] == []
