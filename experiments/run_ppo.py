@@ -149,12 +149,11 @@ def run_ppo(config: Config) -> dict[str, Any]:
             score_B, score_terms = evaluation.score(rows, batch["records"])
 
             # 3. Log-probabilities and values of each token.
-            ppo_state = training.state
             sampler_logp_BR = rows["logp_BR"]
             if programs.rescore:
-                rows["logp_BR"] = programs.logp(ppo_state.policy.params, rows)
+                rows["logp_BR"] = programs.logp(training.state.policy.params, rows)
             ref_logp_BR = evaluation.reference_logp(rows)
-            rows["value_BR"] = programs.values(ppo_state, rows)
+            rows["value_BR"] = programs.values(training.state, rows)
 
             # 4 and 5. Rewards, advantages, returns.
             experience, metrics = programs.make_experience(
@@ -164,7 +163,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
                 mask_BR=rows["mask_BR"],
                 score_B=score_B,
                 ended_B=rollout.ended(rows, model.eos_ids),
-                beta=ppo_state.beta,
+                beta=training.state.beta,
             )
             rows |= jax.device_get(experience)
             clock.append(time.perf_counter())
@@ -175,26 +174,18 @@ def run_ppo(config: Config) -> dict[str, Any]:
                 minibatch = programs.minibatch(rows, index)
                 tokens = int(rows["mask_BR"][index].sum())
                 text_batches = programs.text_batches(next(texts)) if texts is not None else []
-                ppo_state, update = programs.update(ppo_state, minibatch, tokens, text_batches)
+                training.state, update = programs.update(
+                    training.state, minibatch, tokens, text_batches
+                )
                 updates.append(jax.device_get(update))
-            training.state = programs.adapt_beta(ppo_state, metrics)
-            del ppo_state
+            training.state = programs.adapt_beta(training.state, metrics)
             jax.block_until_ready(training.state)
             clock.append(time.perf_counter())
 
             # Log, evaluate, save.
-            metrics |= {name: float(np.mean([x[name] for x in updates])) for name in updates[0]}
-            mismatch = updates[0]["policy/logp_change"]  # before the policy has changed
-            if programs.rescore:
-                mismatch = np.abs(rows["logp_BR"] - sampler_logp_BR)[rows["mask_BR"]].mean()
-            metrics |= {f"reward/{name}": mean for name, mean in score_terms.items()}
-            metrics |= {
-                "rollout/logp_mismatch": mismatch,
-                "rollout/live_fraction": live_fraction,
-                "optim/learning_rate": programs.learning_rate((step - 1) * config.updates),
-            }
-            phases = zip(("rollout", "score", "update"), np.diff(clock), strict=True)
-            metrics |= {f"time/{phase}": seconds for phase, seconds in phases}
+            metrics |= iteration_metrics(rows, sampler_logp_BR, score_terms, updates, clock)
+            metrics["rollout/live_fraction"] = live_fraction
+            metrics["optim/learning_rate"] = programs.learning_rate((step - 1) * config.updates)
             run.log(step, metrics, tokens=int(rows["mask_BR"].sum()))
             stopped = flags.max_kl is not None and float(metrics["objective/kl"]) > flags.max_kl
             if step % config.eval_every == 0 or step == total or stopped:
@@ -228,6 +219,25 @@ def minibatches(config: Config, step: int) -> list[np.ndarray]:
     random = np.random.default_rng([config.seed, step])
     orders = [random.permutation(config.batch_size) for _ in range(config.ppo.epochs)]
     return [index for order in orders for index in order.reshape(-1, config.ppo.minibatch)]
+
+
+def iteration_metrics(
+    rows: Batch,
+    sampler_logp_BR: np.ndarray,
+    score_terms: dict[str, float],
+    updates: list[dict[str, Any]],
+    clock: list[float],
+) -> dict[str, Any]:
+    """What an iteration logs besides the metrics of its experience."""
+    metrics = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+    metrics |= {f"reward/{name}": mean for name, mean in score_terms.items()}
+    # Without another pass of the policy, the first minibatch shows how far the sampler is off.
+    metrics["rollout/logp_mismatch"] = updates[0]["policy/logp_change"]
+    if rows["logp_BR"] is not sampler_logp_BR:
+        mismatch_BR = np.abs(rows["logp_BR"] - sampler_logp_BR)
+        metrics["rollout/logp_mismatch"] = mismatch_BR[rows["mask_BR"]].mean()
+    phases = zip(("rollout", "score", "update"), np.diff(clock), strict=True)
+    return metrics | {f"time/{phase}": seconds for phase, seconds in phases}
 
 
 class TrainingState:

@@ -714,6 +714,13 @@ def updates():
     return {"states": states, "donated": donated, "counts": counts, "metrics": metrics}
 
 
+def followed(old, new, learning_rate, grads):
+    """Whether a step of SGD was along the gradient: by norm, as rounding differs by processor."""
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
+    step, want = flat(old) - flat(new), learning_rate * flat(grads)
+    assert np.linalg.norm(step - want) < 1e-3 * np.linalg.norm(want)
+
+
 def test_ema_and_two_optimizers(updates):
     rows = make_rows()
     texts = [text_batch(0), text_batch(1), text_batch(2)]
@@ -722,20 +729,13 @@ def test_ema_and_two_optimizers(updates):
     )
     ema = jax.tree.map(lambda x: np.asarray(x, np.float64), policy())
     for i, (old, new) in enumerate(zip(updates["states"], updates["states"][1:], strict=False)):
-        grads = policy_grad(old.policy.params)
-        want = jax.tree.map(lambda p, g: p - 0.01 * g, old.policy.params, grads)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.policy.params, want
-        )
+        followed(old.policy.params, new.policy.params, 0.01, policy_grad(old.policy.params))
         *_, grads = run_loss("value", rows, old.value.params)
-        want = jax.tree.map(lambda p, g: p - 0.02 * g, old.value.params, grads)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.value.params, want
-        )
+        followed(old.value.params, new.value.params, 0.02, grads)
         norm = optax.tree.norm(grads)
         assert abs(updates["metrics"][i]["optim/value_grad_norm"] - norm) < 1e-5 * norm
         ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, ema, new.policy.params)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), new.ema, ema)
+        assert_close(new.ema, ema, 1e-6)
         assert new.policy.step == new.value.step == i + 1
         assert new.beta == old.beta
 

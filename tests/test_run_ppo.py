@@ -8,9 +8,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from instructjax import hf, miniature, models, sharding
+from instructjax import hf, miniature, models, ppo, rollout, sharding, state
 from instructjax.data import sources
 from instructjax.models import ModelConfig
 from instructjax.run import process
@@ -145,6 +146,104 @@ def test_the_miniatures_temporaries_are_not_mapped_anew():
     assert 2 * max(found.values()) < process.UNUSED
 
 
+@pytest.fixture(scope="module")
+def moved(start, tmp_path_factory):
+    """(metrics by step, what each call of the sampler was given and gave) of two iterations with
+    a large learning rate, an adaptive beta and six prompts for sixteen episodes."""
+    out = tmp_path_factory.mktemp("moved")
+    prompts = [{"prompt": record["prompt"]} for record in miniature.prompts(0, 8, "train")]
+    (out / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    calls = []
+
+    def sample(self, params, prompts, numbers, key, sample=run_ppo.Programs.sample):
+        rows, live = sample(self, params, prompts, numbers, key)
+        responses = [tuple(ids) for ids in rollout.token_ids(rows)]
+        calls.append((prompts, list(numbers), key, responses))
+        return rows, live
+
+    flags = [*start, "--out", str(out / "run"), "--steps", "2", "--eval_every", "9"]
+    flags += ["--data", f"jsonl:{out}/few.jsonl", "--data.validation", "0.25"]
+    flags += ["--pretrain", "miniature", "--ppo.warmup", "0", "--ppo.learning_rate", "0.1"]
+    flags += ["--ppo.kl_target", "0.5", "--ppo.kl_horizon", "32", "--ppo.beta", "0.5"]
+    flags += ["--ppo.lam", "0.5", "--ppo.value_learning_rate", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_ppo.Programs, "sample", sample)
+        run_ppo.cli(flags)
+    training = [call for call in calls if len(call[0]) == 16]
+    return {row["step"]: row for row in metrics_of(out / "run")}, training
+
+
+def test_the_reward_is_the_score_less_beta_kl(moved):
+    """With a KL well off 0, and of the policy from the reference, not the reverse."""
+    first, second = moved[0][1], moved[0][2]
+    assert second["objective/kl"] > 0.5
+    for row in (first, second):
+        want = row["objective/score"] - row["objective/beta"] * row["objective/kl"]
+        assert row["objective/reward"] == pytest.approx(want, rel=1e-5)
+
+
+def test_beta_follows_the_kl(moved):
+    """The first iteration's KL is 0: a fifth of a target's error, times 16 of 32 episodes."""
+    first, second = moved[0][1], moved[0][2]
+    assert first["objective/beta"] == 0.5
+    assert second["objective/beta"] == pytest.approx(0.5 * (1 - 0.2 * 16 / 32), rel=1e-6)
+
+
+def test_an_iteration_has_noise_of_its_own(moved):
+    keys = [jax.random.key_data(key).tolist() for _, _, key, _ in moved[1]]
+    assert len(keys) == 2
+    assert keys[0] != keys[1]
+
+
+def test_a_prompt_that_a_batch_holds_several_times_gets_several_responses(moved):
+    for prompts, numbers, _, responses in moved[1][:1]:
+        assert len(set(numbers)) == 16
+        copies = {}
+        for prompt, response in zip(prompts, responses, strict=True):
+            copies.setdefault(tuple(prompt), []).append(response)
+        assert len(copies) == 6
+        assert max(map(len, copies.values())) >= 2
+        assert sum(len(set(x)) for x in copies.values()) == 16
+
+
+def test_episodes_are_numbered_through_the_stream(moved):
+    assert moved[1][0][1] + moved[1][1][1] == list(range(32))
+
+
+def test_with_offload_the_sampler_waits_for_a_running_save():
+    """A save in the background holds its arrays on the devices; so does the last assessment."""
+    mesh, events = sharding.make_mesh(data=8), []
+    everywhere = sharding.replicated(mesh)
+    params, tx = jax.device_put({"w": np.ones((4, 4), np.float32)}, everywhere), optax.adam(0.1)
+    current = ppo.PPOState(state.create(params, tx), None, params, jax.device_put(0.5, everywhere))
+    want = jax.device_get(current)
+    training = run_ppo.TrainingState(current, True, lambda: events.append("waited"))
+    del current
+    with training.sampling() as policy_params:
+        events.append("sampling")
+        assert policy_params["w"].sharding.memory_kind == "device"
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(training.state)}
+        assert kinds == {"pinned_host"}
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(training.state)} == {"device"}
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(training.state), want)
+    training.drop()
+    assert events == ["waited", "sampling", "waited"]
+    assert training.state is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "changed"),
+    [
+        *(("--temperature", "0.5"), ("--max_new_tokens", "5"), ("--model_dtype", "bfloat16")),
+        *(("--value_model", "x"), ("--adam.clip_norm", "2"), ("--ppo.lam", "0.9")),
+    ],
+)
+def test_a_resumed_run_may_not_become_another(start, whole, flag, changed):
+    flags = [*start, "--out", str(whole), "--steps", "3", "--resume", flag, changed]
+    with pytest.raises(ValueError, match=rf"--resume would make another run.*{flag[2:]}"):
+        run_ppo.cli(flags)
+
+
 def test_choices(start, whole, tmp_path, monkeypatch):
     """Two epochs, uneven lengths in buckets and shares, a head on the trunk, adaptive beta,
     re-scored behaviour, a penalty for no EOS, models at rest on the host, sequences split between
@@ -204,7 +303,8 @@ def test_plain_ppo_without_reference_on_a_function(start, tmp_path, capsys):
     assert set(results) == {"SFT", "PPO, last weights", "seconds"}
     assert (out / "export" / "model.safetensors").exists()
     assert "ptx/loss" not in row
-    assert row["objective/kl"] == 0
+    assert not [name for name in row if "kl" in name and name != "policy/approx_kl"]
+    assert row["objective/reward"] == row["objective/score"]
     assert row["reward/length"] == pytest.approx(row["objective/score"], rel=1e-6)
     assert row["objective/score"] > 0
 
@@ -215,8 +315,12 @@ def test_plain_ppo_without_reference_on_a_function(start, tmp_path, capsys):
         (["--ppo.minibatch", "12"], "--batch_size 16: not a multiple of --ppo.minibatch 12"),
         (["--ppo.microbatches", "3"], "--ppo.minibatch 8: not a multiple"),
         (["--temperature", "0"], "--temperature 0.0: must be positive"),
-        (["--sample_batch", "3"], "--batch_size 16 is not a multiple of it"),
-        (["--sample_batch", "0"], "--sample_batch 0: --batch_size 16 is not"),
+        (["--sample_batch", "3"], "--batch_size 16: not a multiple of --sample_batch 3"),
+        (["--sample_batch", "0"], "--batch_size 16: not a multiple of --sample_batch 0"),
+        (["--ptx.microbatches", "3"], "--ppo.minibatch x --ptx.ratio"),
+        (["--ppo.beta", "0", "--ppo.kl_target", "6"], "--ppo.kl_target 6.0: needs --ppo.beta"),
+        (["--ppo.beta", "0", "--ppo.max_kl", "6"], "--ppo.max_kl 6.0: needs --ppo.beta"),
+        (["--ppo.value", "shared", "--value_model", "x"], "--value_model x: there is no value net"),
         (["--final_prompts", "7"], "--eval_prompts 8: more than --final_prompts 7"),
         (["--ppo.ema", "1"], "--ppo.ema 1.0: must be at least 0 and below 1"),
         (["--data", "jsonl:x.jsonl"], "--pretrain SPEC is needed"),
