@@ -30,6 +30,7 @@ nats of KL. Its loss on pretraining text falls from 3.7 to 1.5.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +95,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             for split in ("train", "validation")
         )
         stream = Stream(PromptRows(prompts), config.batch_size, seed=config.seed)
-        text, held_out_text = load_text(config, tokenizer, mesh)
+        text_stream, held_out_text = load_text(config, tokenizer, mesh)
         total = config.steps
         if total is None:
             total = math.ceil(len(prompts) / config.batch_size)
@@ -133,15 +134,18 @@ def run_ppo(config: Config) -> dict[str, Any]:
             evaluate(0)
         if meta.get("stopped"):
             total = start
-        texts = text.iterate(start * config.updates) if text is not None else None
+        texts = itertools.repeat([])  # of each update
+        if text_stream is not None:
+            texts = map(programs.text_batches, text_stream.iterate(start * config.updates))
         for step, batch in zip(run.steps(start, total), stream.iterate(start), strict=False):
             clock = [time.perf_counter()]
 
-            # 1. Sample one response to each prompt.
+            # 1. Sample one response to each prompt. The noise depends on the episode's number.
             key = jax.random.fold_in(seed_key, step)
+            episodes = range((step - 1) * config.batch_size, step * config.batch_size)
             with training.sampling() as policy_params:
                 rows, live_fraction = programs.sample(
-                    policy_params, batch["prompts"], batch["indices"], key
+                    policy_params, batch["prompts"], episodes, key
                 )
             clock.append(time.perf_counter())
 
@@ -170,13 +174,9 @@ def run_ppo(config: Config) -> dict[str, Any]:
 
             # 6 and 7. Update the policy and the value net on each minibatch.
             updates = []
-            for index in minibatches(config, step):
-                minibatch = programs.minibatch(rows, index)
-                tokens = int(rows["mask_BR"][index].sum())
-                text_batches = programs.text_batches(next(texts)) if texts is not None else []
-                training.state, update = programs.update(
-                    training.state, minibatch, tokens, text_batches
-                )
+            for index, text in zip(minibatches(config, step), texts, strict=False):
+                minibatch, tokens = programs.minibatch(rows, index)
+                training.state, update = programs.update(training.state, minibatch, tokens, text)
                 updates.append(jax.device_get(update))
             training.state = programs.adapt_beta(training.state, metrics)
             jax.block_until_ready(training.state)
@@ -399,11 +399,15 @@ class Programs:
         trained = ppo_state.policy if ppo_state.value is None else ppo_state.value
         return self.run_model(rows, functools.partial(self.token_values, trained.params))
 
-    def minibatch(self, rows: Batch, index: np.ndarray) -> list[Batch]:
-        """Some rows on their devices, in --ppo.microbatches batches of responses of like length."""
+    def minibatch(self, rows: Batch, index: np.ndarray) -> tuple[list[Batch], int]:
+        """Some rows on their devices, and their live response tokens.
+
+        The rows are sorted by length and split into --ppo.microbatches batches.
+        """
         size = self.config.ppo.minibatch // self.config.ppo.microbatches
         batches = rollout.batches(rows, index, size, self.response_widths)
-        return [rollout.put(batch, self.mesh) for _, batch in batches]
+        tokens = int(rows["mask_BR"][index].sum())
+        return [rollout.put(batch, self.mesh) for _, batch in batches], tokens
 
     def text_batches(self, batch: dict[str, np.ndarray]) -> list[Batch]:
         """An update's pretraining text on its devices, in --ptx.microbatches batches."""
@@ -417,8 +421,7 @@ class Programs:
         """One update of the policy and of the value net. The state is donated.
 
         Args:
-          minibatch: from `minibatch`.
-          tokens: its live response tokens.
+          minibatch, tokens: from `minibatch`.
           text: from `text_batches`; empty: plain PPO.
         """
         policy, value = ppo_state.policy, ppo_state.value

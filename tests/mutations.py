@@ -194,7 +194,7 @@ def killer(mutation: Mutation, tree: Path) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--only", default="", help="run the mutations whose name contains this text"
     )

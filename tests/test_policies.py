@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 from rich.console import Console
@@ -34,7 +35,7 @@ def test_the_interval_covers():
 
 def sampled(scores, utilities=None, **changes):
     n = len(scores)
-    found = {
+    fields = {
         "prompts": [f"prompt {i}" for i in range(n)],
         "texts": [f"text [{i}]" for i in range(n)],
         "score_B": np.array(scores),
@@ -42,7 +43,7 @@ def sampled(scores, utilities=None, **changes):
         "ended_B": np.arange(n) == 0,
         "utility_B": None if utilities is None else np.array(utilities),
     }
-    return policies.Sampled(**found | changes)
+    return policies.Sampled(**fields | changes)
 
 
 def test_means():
@@ -54,21 +55,48 @@ def test_means():
 
 
 def test_results_are_against_the_first_policy():
-    before, after = sampled([0.0, 0.5], [0.0, 1.0]), sampled([1.0, 1.5], [0.5, 1.0])
-    found = policies.results({"SFT": before, "PPO": after}, {"SFT": np.nan, "PPO": 3.25})
-    assert "win_rate" not in found["SFT"]
-    assert found["PPO"]["win_rate"][0] == 0.75
-    assert found["PPO"]["score"] == 1.25
-    low, high = found["PPO"]["score_interval"]
+    before = sampled([0.0, 0.5], [0.0, 1.0])
+    after = sampled([1.0, 1.5], [0.5, 1.0], text_loss=3.25)
+    rows = policies.results({"SFT": before, "PPO": after})
+    assert "win_rate" not in rows["SFT"]
+    assert rows["PPO"]["win_rate"][0] == 0.75
+    assert rows["PPO"]["score"] == 1.25
+    low, high = rows["PPO"]["score_interval"]
     assert 1.0 <= low <= 1.25 <= high <= 1.5
-    assert "text_loss" not in found["SFT"]
-    assert found["PPO"]["text_loss"] == 3.25
-    json.dumps(found, allow_nan=False)
-    text = shown(policies.table({**found, "seconds": 3.0}, 2))
+    assert "text_loss" not in rows["SFT"]
+    assert rows["PPO"]["text_loss"] == 3.25
+    json.dumps(rows, allow_nan=False)
+    text = shown(policies.table(rows, 2))
     assert "2 held-out prompts" in text
     for cell in ("+1.25", "75.0%", "3.250", "50.0%", "PPO"):
         assert cell in text
     assert "KL" not in text  # what no policy has is no column
+
+
+def test_an_evaluation_is_logged_against_the_policy_before():
+    """The win rate is the present policy's, on the prompts that it answered."""
+    metrics, samples = {}, []
+    run = SimpleNamespace(
+        log=lambda step, values: metrics.update({step: values}),
+        metrics=SimpleNamespace(sample=lambda step, sample: samples.append((step, sample))),
+        console=Console(file=io.StringIO()),
+    )
+    before = sampled([0.0, 0.5, 9.0], [0.0, 1.0, 9.0])
+    now = sampled([1.0, 1.5], [0.5, 1.0], kl_B=np.array([1.0, -0.5]), text_loss=3.25)
+    policies.log(run, 7, before, now)
+    assert metrics == {
+        7: {
+            "validation/score": 1.25,
+            "validation/kl": 0.25,
+            "validation/length": 3.5,
+            "validation/eos_fraction": 0.5,
+            "validation/utility": 0.75,
+            "validation/win_rate": 0.75,
+            "ptx/validation_loss": 3.25,
+        }
+    }
+    assert samples[0] == (7, {"prompt": "prompt 0", "response": "text [0]", "score": 1.0})
+    assert len(samples) == 2
 
 
 def test_samples_are_shown_as_they_are():

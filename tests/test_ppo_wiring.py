@@ -205,10 +205,8 @@ def updated(programs):
     states, metrics = [jax.tree.map(np.array, current)], []
     for _ in range(2):
         rows = make_rows()
-        batches = programs.minibatch(rows, np.arange(B))
-        current, update = programs.update(
-            current, batches, int(rows["mask_BR"].sum()), programs.text_batches(text_batch())
-        )
+        minibatch = programs.minibatch(rows, np.arange(B))
+        current, update = programs.update(current, *minibatch, programs.text_batches(text_batch()))
         states.append(jax.tree.map(np.array, current))
         metrics.append(jax.device_get(update))
     return states, metrics
@@ -294,8 +292,7 @@ def test_on_a_shared_trunk_the_value_loss_has_the_flags():
     rows, policy = make_rows(), nets()[0]
     head = {"kernel": jnp.full(MODEL.width, 0.1), "bias": jnp.float32(0.5)}
     params = {**policy, "value_head": head}
-    _, metrics = shared.policy_gradient(params, shared.minibatch(rows, np.arange(B)), 36)
-    grads, _ = shared.policy_gradient(params, shared.minibatch(rows, np.arange(B)), 36)
+    grads, metrics = shared.policy_gradient(params, *shared.minibatch(rows, np.arange(B)))
 
     def value_loss(params):
         trunk = {k: v for k, v in params.items() if k not in ("unembed", "value_head")}
@@ -334,7 +331,9 @@ def test_minibatches_are_new_orders_of_all_rows():
 
 def test_minibatches_are_put_by_microbatches_and_buckets():
     config = with_ppo(microbatches=2)
-    batches = make_programs(config).minibatch(make_rows(), np.array([0, 1, 3, 4]))  # 8, 1, 2, 3
+    # Of lengths 8, 1, 2 and 3.
+    batches, tokens = make_programs(config).minibatch(make_rows(), np.array([0, 1, 3, 4]))
+    assert tokens == 14
     assert [batch["tokens_BR"].shape for batch in batches] == [(2, R), (2, R)]
     assert [int(batch["mask_BR"].sum()) for batch in batches] == [3, 11]
     halves = dataclasses.replace(CONFIG, ptx=dataclasses.replace(CONFIG.ptx, microbatches=2))
