@@ -94,7 +94,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             packed = functools.partial(PackedRows, length=config.ptx.length)
             size = config.ptx.ratio * flags.minibatch
             own = sharding.own_rows(mesh, size)
-            streamed = functools.partial(Stream, batch_size=size, seed=config.seed, own=own)
+            streamed = functools.partial(Stream, batch_size=size, seed=config.seed, host_rows=own)
             text = streamed(packed(read(pretrain, "text", split="train")))
             unseen_text = streamed(packed(read(pretrain, "text", split="validation")))
         put_text = functools.partial(jax.make_array_from_process_local_data, sharding.batched(mesh))
