@@ -629,7 +629,7 @@ def load_text(config: Config, tokenizer: Any, mesh: Mesh) -> tuple[Stream | None
             PackedRows(load(source, "text", tokenizer, split=split), config.ptx.length),
             size,
             seed=config.seed,
-            own=sharding.own_rows(mesh, size),
+            host_rows=sharding.own_rows(mesh, size),
         )
         for split in ("train", "validation")
     )

@@ -92,7 +92,7 @@ def run_pretrain(config: Config) -> None:
             Stream,
             batch_size=config.batch_size,
             seed=config.seed,
-            own=sharding.own_rows(mesh, config.batch_size),
+            host_rows=sharding.own_rows(mesh, config.batch_size),
         )
         stream, validation = streamed(rows), streamed(unseen_rows)
         put = functools.partial(jax.make_array_from_process_local_data, sharding.batched(mesh))

@@ -160,7 +160,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         streamed = functools.partial(
             Stream,
             batch_size=config.batch_size,
-            own=sharding.own_rows(mesh, config.batch_size),
+            host_rows=sharding.own_rows(mesh, config.batch_size),
         )
         rows_of = functools.partial(ComparisonRows, multiple=config.multiple)
         if config.length is not None:

@@ -166,7 +166,7 @@ def run_sft(config: Config) -> None:
             Stream,
             batch_size=config.batch_size,
             seed=config.seed,
-            own=sharding.own_rows(mesh, config.batch_size),
+            host_rows=sharding.own_rows(mesh, config.batch_size),
         )
         stream = streamed(sources, weights=weights)
         validation = streamed(PackedRows(unseen, config.length))

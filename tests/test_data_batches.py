@@ -43,7 +43,7 @@ def dataset(kind, prompts, responses, ranks=None):
 
 
 def named_tokens(lengths):
-    """Token lists in which each token tells its document and place: 1000 * document + place."""
+    """Token lists in which token i of document d is 1000 * d + i."""
     return [[1000 * d + i for i in range(n)] for d, n in enumerate(lengths, start=1)]
 
 
@@ -62,10 +62,10 @@ def test_pack_keeps_everything_and_fills_rows(lengths, capacity):
 
 
 def test_pack_by_hand():
-    # 6 first; 5 opens a row; 4 goes to 6's exactly; 3 to 5's; 2 to 5's last room.
+    # 6 goes first; 5 opens a row; 4 fills the row of 6; 3 and then 2 fill the row of 5.
     assert pack([5, 4, 6, 3, 2], 10) == [[2, 1], [0, 3, 4]]
     assert pack([], 10) == []
-    with pytest.raises(ValueError, match="lengths from 5 to 11, rows of 10"):
+    with pytest.raises(ValueError, match="lengths from 5 to 11: each must be from 1 to 10"):
         pack([5, 11], 10)
     with pytest.raises(ValueError, match="lengths from 0"):
         pack([0], 10)
@@ -97,7 +97,7 @@ def test_a_long_text_by_hand():
 @some
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=30))
 def test_packed_demonstrations(sizes):
-    """Nothing is lost, each response token is a target once, nobody sees another document."""
+    """No token is lost, each response token is a target once, none attends to another document."""
     sequences = named_tokens([p + r for p, r in sizes])
     prompts = [s[:p] for s, (p, _) in zip(sequences, sizes, strict=True)]
     responses = [[s[p:]] for s, (p, _) in zip(sequences, sizes, strict=True)]
@@ -110,7 +110,7 @@ def test_packed_demonstrations(sizes):
         targets.update(tokens[row["mask_BT"]].tolist())
         may_attend = (segments[:, None] == segments) & np.tri(20, dtype=bool) & live[:, None]
         assert (tokens // 1000 == tokens[:, None] // 1000)[may_attend].all()
-        # and it sees all of its own document that precedes it, at the right distance
+        # A token attends to all earlier tokens of its document, at the right distance.
         assert (may_attend.sum(1) == positions + 1)[live].all()
         assert (tokens[live] % 1000 == positions[live]).all()
         assert not row["mask_BT"][~live].any()
@@ -169,7 +169,7 @@ def test_comparisons_by_hand():
 
 
 def test_packed_comparisons_by_hand():
-    """The longest first, then what fits behind it: 9 tokens, and 5 of the second comparison."""
+    """The longest comparison (9 tokens) goes first, then one that fits after it (5 tokens)."""
     data = dataset(
         "comparisons",
         [[1], [2, 3], [1]],
@@ -191,7 +191,7 @@ def test_packed_comparisons_by_hand():
     }
     assert {name: array[0].tolist() for name, array in batch.items()} == expected
     assert batch["ranks_BCK"][1].tolist() == [[1, 2, 0], [0, 0, 0]]
-    # What the rows give goes back to the order of the data; a filler at the end to nowhere.
+    # Scores of rows go back to the order of the data; those of a filler at the end are left out.
     scores = np.arange(18.0).reshape(3, 2, 3)
     assert rows.by_comparison(scores).tolist() == [[3, 4, 5], [0, 1, 2], [6, 7, 8]]
 
@@ -226,7 +226,7 @@ def test_streams_resume_and_shard(count, share, seed, stop_at, more):
     rows, size = [prompt_rows(count), prompt_rows(more + 1, 100)], 2 * share
     whole = [ids(b) for b in islice(Stream(rows, size, seed=seed).iterate(), 10)]
     halves = range(share), range(share, size)
-    hosts = [Stream(rows, size, seed=seed, own=half) for half in halves]
+    hosts = [Stream(rows, size, seed=seed, host_rows=half) for half in halves]
     resumed = [
         ids(left) + ids(right)
         for left, right in zip(*(h.iterate(stop_at, 10) for h in hosts), strict=True)
@@ -234,7 +234,7 @@ def test_streams_resume_and_shard(count, share, seed, stop_at, more):
     assert resumed == whole[stop_at:]
     again = Stream(rows, size, seed=seed)
     assert [ids(b) for b in again.iterate(stop_at, 10)] == whole[stop_at:]
-    assert ids(again.batch(stop_at)) == whole[stop_at]  # and out of turn
+    assert ids(again.batch(stop_at)) == whole[stop_at]  # and without the batches before
 
 
 @few
@@ -254,7 +254,7 @@ def test_order_depends_on_seed_and_epoch():
 
 
 def test_mixtures_keep_their_shares():
-    """Nine demonstrations to one text in every ten rows, neither running out with the other."""
+    """Every ten rows have nine demonstrations and one text; each source repeats on its own."""
     stream = Stream([prompt_rows(30), prompt_rows(4, 1000)], 20, seed=3, weights=[0.9, 0.1])
     batches = [ids(stream.batch(n)) for n in range(20)]
     assert [sum(i >= 1000 for i in batch) for batch in batches] == [2] * 20
@@ -262,14 +262,14 @@ def test_mixtures_keep_their_shares():
     assert Counter(texts) == {1000: 10, 1001: 10, 1002: 10, 1003: 10}
     equal = Stream([prompt_rows(30), prompt_rows(30, 1000)], 20, seed=3)
     assert sum(i >= 1000 for i in ids(equal.batch(0))) == 10
-    # two sources of one length do not go in step
+    # Two sources of one length have different orders.
     assert [i for i in ids(equal.batch(0)) if i < 1000] != [
         i - 1000 for i in ids(equal.batch(0)) if i >= 1000
     ]
 
 
 def test_a_single_pass_sees_every_row_once_and_marks_fillers():
-    hosts = [Stream(prompt_rows(7), 4, seed=0, own=own).once() for own in ([0, 3], [1, 2])]
+    hosts = [Stream(prompt_rows(7), 4, seed=0, host_rows=rows).once() for rows in ([0, 3], [1, 2])]
     indices = [b["indices"].tolist() for pair in zip(*hosts, strict=True) for b in pair]
     assert indices == [[0, 3], [1, 2], [4, -1], [5, 6]]
     data = dataset("comparisons", [[1]], [[[4], [5]]], [[1, 2]])
@@ -280,7 +280,7 @@ def test_a_single_pass_sees_every_row_once_and_marks_fillers():
     assert batch["mask_BT"].sum(1).tolist() == [1, 0]
 
 
-def test_what_a_stream_refuses():
+def test_stream_errors():
     packed = [PackedRows(dataset("text", [[]], [[[1, 2]]]), n, silent) for n in (4, 8)]
     for sources in (packed, [packed[0], prompt_rows(4)]):
         with pytest.raises(ValueError, match="several shapes"):
@@ -288,6 +288,6 @@ def test_what_a_stream_refuses():
     for weights in ([1], [1, 0], [1, 2, 3]):
         with pytest.raises(ValueError, match=r"weights .* for 2 sources"):
             Stream([prompt_rows(4)] * 2, 2, seed=0, weights=weights)
-    # prompts have no shape: any may be mixed
+    # Prompts are lists: prompts of different lengths may be mixed.
     long = PromptRows(dataset("prompts", [[1, 2, 3]], [[]]))
     assert len(Stream([prompt_rows(1), long], 2, seed=0).batch(0)["prompts"]) == 2

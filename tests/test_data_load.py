@@ -20,7 +20,7 @@ def byte_tokenizer(**options):
     """A token for each byte, by its value, and <eos>."""
     letters = pre_tokenizers.ByteLevel.alphabet()
     names = {bytes([b]).decode("latin-1"): b for b in range(256)}
-    # ByteLevel writes the bytes that do not print as letters from 256 on, in order.
+    # ByteLevel writes unprintable bytes as the letters from 256 on, in order.
     odd = sorted(set(letters) - set(names))
     missing = sorted(b for name, b in names.items() if name not in letters)
     vocab = {n: b for n, b in names.items() if n in letters} | dict(zip(odd, missing, strict=True))
@@ -63,8 +63,8 @@ def test_prompt_and_response_are_tokenised_apart(tmp_path, tokenizer):
     rows = [{"prompt": "pé\n", "completion": c} for c in ("é ", "x<eos>", "x<eos>\n")]
     data = quiet(write(tmp_path / "a", *rows), "demonstrations", tokenizer)
     assert data.prompt[0].tolist() == ids("pé\n")
-    found = [data.response[i, 0].tolist() for i in range(3)]
-    assert found == [[*ids("é "), EOS], [*ids("x"), EOS], [*ids("x"), EOS]]
+    responses = [data.response[i, 0].tolist() for i in range(3)]
+    assert responses == [[*ids("é "), EOS], [*ids("x"), EOS], [*ids("x"), EOS]]
     assert data.response.ids.dtype == data.prompt.ids.dtype == np.int32
 
 
@@ -87,7 +87,7 @@ def test_bos_begins_prompts_and_texts_where_the_tokenizer_wants_it(tmp_path):
     assert quiet(spec, "text", tokenizer).response[0, 0].tolist() == [EOS, *ids("t"), EOS]
     spec = write(tmp_path / "b", {"prompt": "<eos>p"})  # as chat templates spell it
     assert quiet(spec, "prompts", tokenizer).prompt[0].tolist() == [EOS, *ids("p")]
-    like_gpt2 = byte_tokenizer(bos_token="<eos>")  # which has one and does not use it
+    like_gpt2 = byte_tokenizer(bos_token="<eos>")  # has a BOS, and does not add it
     assert quiet(spec, "prompts", like_gpt2).prompt[0].tolist() == [EOS, *ids("p")]
     spec = write(tmp_path / "c", {"prompt": "p"})
     assert quiet(spec, "prompts", like_gpt2).prompt[0].tolist() == ids("p")
@@ -127,7 +127,7 @@ def test_the_cache(tmp_path, tokenizer, monkeypatch):
     options = {"cache": str(tmp_path / "cache")}
     first = quiet(spec, "demonstrations", tokenizer, **options)
     files = sorted((tmp_path / "cache" / "tokens").iterdir())
-    assert [f.suffix for f in files] == [".npz", ".npz"]  # and no part of a file beside them
+    assert [f.suffix for f in files] == [".npz", ".npz"]  # and no partly written file
     calls, encode = [], tokens._encode
     monkeypatch.setattr(tokens, "_encode", lambda *a: calls.append(a[0]) or encode(*a))
 
@@ -148,7 +148,7 @@ def test_the_cache(tmp_path, tokenizer, monkeypatch):
         assert again(lines) == 2
         assert sum("is damaged" in line for line in lines) == 2
         assert again() == 0
-    # other content and another tokenizer have keys of their own
+    # Other texts and another tokenizer have other keys.
     other = spec.replace("/a", "/b")
     rows = ({"prompt": f"P{i}", "completion": "d" * i} for i in range(1, 9))
     write(tmp_path / "b", *rows)
@@ -160,7 +160,7 @@ def test_the_cache(tmp_path, tokenizer, monkeypatch):
 
 
 def flip_a_bit(data):
-    """Damages the token ids and leaves the file's frame as it is."""
+    """Damages the token ids and leaves the rest of the file intact."""
     at = data.index(b"ids.npy") + 200
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
@@ -168,8 +168,8 @@ def flip_a_bit(data):
 def test_long_inputs_are_tokenised_in_order(tokenizer, monkeypatch):
     monkeypatch.setattr(tokens, "CHUNK", 10)
     texts = ["a" * n for n in (3, 25, 1, 9, 9)]
-    found = tokenise(texts, tokenizer, bos=False, eos=False, cache=None)
-    assert [bytes(found[i].tolist()).decode() for i in range(5)] == texts
+    spans = tokenise(texts, tokenizer, bos=False, eos=False, cache=None)
+    assert [bytes(spans[i].tolist()).decode() for i in range(5)] == texts
 
 
 # --- limits ---
@@ -231,7 +231,7 @@ def test_one_long_response_drops_its_whole_comparison(tmp_path, tokenizer):
 
 def test_a_response_of_eos_alone_is_empty(tmp_path, tokenizer):
     spec = write(tmp_path / "a", {"prompt": "p", "completion": "<eos>"})
-    with pytest.raises(DataError, match=r"a:1: field 'response': comes to no tokens"):
+    with pytest.raises(DataError, match=r"a:1: field 'response': has no tokens"):
         quiet(spec, "demonstrations", tokenizer)
 
 
@@ -257,8 +257,11 @@ def test_prompts_with_a_long_common_prefix_are_dropped(tmp_path):
     spec, lines = write(tmp_path / "a", *({"prompt": p} for p in prompts)), []
     kept = read(DataConfig(spec, dedup=12), "prompts", log=lines.append)
     assert [r.prompt for r in kept] == ["translate: cat", "translate", "summarise: cat"]
-    assert "2 dropped: the first 12 characters stand in an earlier prompt" in lines[0]
+    assert "2 dropped: an earlier prompt begins with the same 12 characters" in lines[0]
     assert len(read(DataConfig(spec), "prompts", log=lines.append)) == 5
+
+
+SPLITS = "train", "validation"
 
 
 def test_splits_are_by_group_and_stable(tmp_path):
@@ -268,14 +271,14 @@ def test_splits_are_by_group_and_stable(tmp_path):
         spec = write(tmp_path / "a", *rows)
         config = DataConfig(spec, **{"split_by": "org.name", "validation": 0.25} | options)
         lines = []
-        made = [read(config, "prompts", split=s, log=lines.append) for s in ("train", "validation")]
-        assert f"{len(made[1])} left out: for validation, split by 'org.name'" in lines[0]
-        return [{r.row["org"]["name"] for r in half} for half in made], made
+        records = [read(config, "prompts", split=s, log=lines.append) for s in SPLITS]
+        assert f"{len(records[1])} left out: for validation, split by 'org.name'" in lines[0]
+        return [{r.row["org"]["name"] for r in half} for half in records], records
 
-    (train, held_out), made = halves(rows)
+    (train, held_out), records = halves(rows)
     assert train.isdisjoint(held_out)
     assert len(train | held_out) == 40
-    assert len(made[0]) + len(made[1]) == 400
+    assert sum(map(len, records)) == 400
     assert 4 <= len(held_out) <= 16  # a quarter of 40, give or take two standard deviations
     (again, _), _ = halves([*rows[::-1], *({"prompt": f"n{i}", "org": {"name": f"new {i}"}}
                                            for i in range(50))])  # fmt: skip
@@ -298,7 +301,7 @@ def test_splits_by_labeler_and_by_prompt(tmp_path):
         config = DataConfig(spec, split_by=field, validation=0.5)
         train, held_out = (
             {getattr(r, field) for r in read(config, "comparisons", split=s, log=str)}
-            for s in ("train", "validation")
+            for s in SPLITS
         )
         assert len(train) + len(held_out) == values == len(train | held_out)
 
@@ -338,7 +341,7 @@ def test_prepare_writes_what_tfds_reads(tmp_path, monkeypatch, capsys, kind, row
     assert content(f"tfds:{folder}:train[1:2]") == content(spec)[1:2]
     wheres = [r.where for r in read(DataConfig(f"tfds:{folder}"), kind, log=str)]
     assert wheres[1] == f"tfds:{folder} row 1"
-    with pytest.raises(SystemExit, match="my_set: is there already"):
+    with pytest.raises(SystemExit, match="my_set: already exists"):
         run(monkeypatch, "prepare", "my_set", "--kind", kind, "--data_dir",
             str(tmp_path / "sets"), "--data", spec)  # fmt: skip
 
@@ -380,9 +383,9 @@ def test_tfds_that_is_not_there(tmp_path):
 def test_hugging_face_sets(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 3
-    one = datasets.Dataset.from_list(rows)
-    one.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": one, "test": one.select([0])}).save_to_disk(tmp_path / "two")
+    train = datasets.Dataset.from_list(rows)
+    train.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": train, "test": train.select([0])}).save_to_disk(tmp_path / "two")
     for name, count in (("one", 3), ("two", 3), ("two:test", 1)):
         records = read(DataConfig(f"hf:{tmp_path}/{name}"), "comparisons", log=str)
         assert [r.responses for r in records] == [("a", "b")] * count
@@ -405,7 +408,7 @@ def test_show(tmp_path, monkeypatch, capsys, tokenizer):
     run(monkeypatch, "show", "--kind", "comparisons", "--data", spec, "--data.on_error", "skip",
         *common)  # fmt: skip
     out = capsys.readouterr().out
-    assert "3 rows read\n  1 skipped: field 'responses': there are 0 of them" in out
+    assert "3 rows read\n  1 skipped: field 'responses': expected 2 to 9 responses, got 0" in out
     assert "K: 1 of 2, 1 of 3; 4 pairs, 25.0% ties; 1 labelers" in out
     assert "ranks_BK [8, 3]" in out
     assert "rank 1: 'b<eos>'" in out
@@ -425,8 +428,8 @@ def test_importing_is_light():
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_a_tokenizer_of_ones_own(tmp_path):
-    """Trained on text, saved, loaded: bytes come back, common words are one token, EOS is none."""
+def test_a_trained_tokenizer(tmp_path):
+    """It is saved and loaded; it decodes to the same text, and a common word is one token."""
     import transformers
 
     from instructjax.data.prepare import train_tokenizer

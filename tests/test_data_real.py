@@ -1,4 +1,4 @@
-"""The commands of docs/data.md, each run on its real data set and held to that set's own counts."""
+"""Runs the commands of docs/data.md on real data sets, and checks the counts that they print."""
 
 import re
 import shlex
@@ -15,7 +15,7 @@ COMMANDS = re.findall(
     r"^# (.+): (.+)\npython -m instructjax\.data (show .+)$", DOCS.read_text(), re.M
 )
 COUNTS = {name: counts for name, counts, _ in COMMANDS}
-# From each SOURCE.md: rows, or for plain text files the number of files or lines, in one go.
+# Number of rows from each SOURCE.md; for plain text, of files or lines.
 ROWS = {
     "novels_public_domain": 38,
     "wikitext2_raw": 1,
@@ -44,7 +44,7 @@ FACTS = {
     "hh_harmless_base_test (offensive throughout)": "2,308 of 2;",
     "p3_t0_subset": "99.9% full",
 }
-SAMPLE = ("novels_public_domain/*", "novels_public_domain/W*", 3)  # all of them take ten seconds
+SAMPLE = ("novels_public_domain/*", "novels_public_domain/W*", 3)  # all novels take ten seconds
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def test_command(name, counts, line, shared_data, gpt2, monkeypatch, capsys):
 
 
 def test_gpt2_ids(gpt2):
-    """Known ids of GPT-2's vocabulary, and that text survives the way there and back."""
+    """Known ids of GPT-2's vocabulary; decoding gives the text back."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gpt2)

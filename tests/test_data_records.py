@@ -1,4 +1,4 @@
-"""Rows -> records: what is accepted, what is refused and in which words, and 1,000 damages."""
+"""Rows -> records: accepted forms, errors and their messages, and 1,000 damaged rows."""
 
 import csv
 import gzip
@@ -57,8 +57,8 @@ CHAT = "\n\nHuman: hi\n\nAssistant:"
     ],
 )  # fmt: skip
 def test_demonstrations(row, columns, prompt, completion):
-    made = record(row, "demonstrations", columns)
-    assert (made.prompt, made.responses, made.row) == (prompt, (completion,), row)
+    parsed = record(row, "demonstrations", columns)
+    assert (parsed.prompt, parsed.responses, parsed.row) == (prompt, (completion,), row)
 
 
 HELLO = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
@@ -83,23 +83,23 @@ HELLO = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
          CHAT, " yo| hi", (1, 2)),
         ({"prompt": [USER], "responses": ["x", "y"], "ranks": [1, 2]}, "", CHAT, " x| y", (1, 2)),
         ({"chosen": HELLO + " x", "rejected": HELLO + " y"}, "", HELLO, " x| y", (1, 2)),
-        # A response may go on with turns of its own: what is shared is the prompt all the same.
+        # A response may hold further turns: the prompt is what both share all the same.
         ({"chosen": HELLO + " x\n\nHuman: d\n\nAssistant: e", "rejected": HELLO + " y"}, "", HELLO,
          " x\n\nHuman: d\n\nAssistant: e| y", (1, 2)),
     ],
 )  # fmt: skip
 def test_comparisons(row, columns, prompt, responses, ranks):
-    made = record(row, "comparisons", columns)
+    parsed = record(row, "comparisons", columns)
     split = responses.split("|") if "|" in responses else responses.split(" ")
-    assert (made.prompt, list(made.responses), made.ranks) == (prompt, split, ranks)
+    assert (parsed.prompt, list(parsed.responses), parsed.ranks) == (prompt, split, ranks)
 
 
 def test_labelers_and_margins():
     row = {"prompt": "p", "chosen": "x", "rejected": "y"}
     assert record(row, "comparisons").labeler is None
     assert record(row, "comparisons").margin == 0
-    made = record({**row, "labeler": 7, "margin": 0.5}, "comparisons")
-    assert (made.labeler, made.margin) == ("7", 0.5)
+    parsed = record({**row, "labeler": 7, "margin": 0.5}, "comparisons")
+    assert (parsed.labeler, parsed.margin) == ("7", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ TREE = {
 
 
 def test_trees(tmp_path):
-    """A tree is a ranked set per prompter's message; what carries no rank is counted."""
+    """A tree gives a comparison for each prompter's message; replies without rank are counted."""
     spec, lines = write(tmp_path / "t.jsonl", TREE), []
     (ranked,) = read(DataConfig(spec), "comparisons", log=lines.append)
     assert ranked.responses == (" second", " first")
@@ -177,14 +177,16 @@ def test_trees(tmp_path):
         ("demonstrations", {"messages": [USER]}, "field 'messages': .*assistant's reply"),
         ("demonstrations", {"messages": [{"role": "tool", "content": "x"}, REPLY]}, "roles.*tool"),
         ("demonstrations", {"messages": [USER, {"role": "assistant"}]}, r"'messages\.1\.content'"),
-        ("demonstrations", {"messages": [USER, 3]}, r"field 'messages\.1': expected role"),
+        ("demonstrations", {"messages": [USER, 3]}, r"messages\.1': expected an object with ro"),
         ("prompts", {"messages": []}, "field 'messages': expected a list of messages"),
         ("prompts", {"messages": [REPLY]}, "no message to reply to"),
         ("text", {"txt": "a"}, r"field 'text': is missing; the row has \['txt'\]"),
         ("comparisons", {"prompt": "p"}, "field 'responses': is missing"),
         ("comparisons", {"prompt": "p", "responses": "xy", "ranks": [1, 2]}, "expected a list"),
-        ("comparisons", {"prompt": "p", "responses": ["x"], "ranks": [1]}, "there are 1 of them"),
-        ("comparisons", {"prompt": "p", "responses": ["x"] * 10, "ranks": [1] * 10}, "10 of them"),
+        ("comparisons", {"prompt": "p", "responses": ["x"], "ranks": [1]},
+         "expected 2 to 9 responses, got 1"),
+        ("comparisons", {"prompt": "p", "responses": ["x"] * 10, "ranks": [1] * 10},
+         "expected 2 to 9 responses, got 10"),
         ("comparisons", {"prompt": "p", "responses": ["x", ""], "ranks": [1, 2]}, "responses.1"),
         ("comparisons", {"prompt": "p", "responses": ["x", "y"]}, "field 'ranks': is missing"),
         ("comparisons", {"prompt": "p", "responses": ["x", "y"], "ranks": [1]},
@@ -214,7 +216,7 @@ def test_refusals(kind, row, message):
 
 
 def test_columns_that_are_not_there():
-    with pytest.raises(ValueError, match="no field 'promt' here"):
+    with pytest.raises(ValueError, match="unknown field 'promt'; use one of"):
         parse_columns("promt=a", FIELDS["prompts"])
     with pytest.raises(ValueError, match="'prompt' is not of the form"):
         parse_columns("prompt", FIELDS["prompts"])
@@ -228,7 +230,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused():
     def render(messages, open_turn):
         return f"{len(messages)}{messages[0]['content']}"
 
-    with pytest.raises(DataError, match="writes the prompt otherwise"):
+    with pytest.raises(DataError, match="renders the prompt differently"):
         record({"messages": [USER, REPLY]}, "demonstrations", render=render)
 
 
@@ -286,7 +288,7 @@ BIG = json.dumps({"text": random.Random(0).randbytes(40_000).hex()}).encode()
         ("a.csv", b"text,b\nx,1\ny\n", r"a\.csv:3: does not have the 2 columns"),
         ("a.csv", b"text,b\nx,1\ny,1,1\n", r"a\.csv:3: does not have the 2 columns"),
         ("a.csv", b'text,b\nx,1\n"y,1\nz,1\n', r"a\.csv:3: not CSV: unexpected end"),
-        ("a.csv", b"text,text\nx,1\n", r"a\.csv: two columns of one name"),
+        ("a.csv", b"text,text\nx,1\n", r"a\.csv: two columns have the same name"),
         ("a.csv", b"text,b\nx,1\n\xff,1\n", r"a\.csv:3: not UTF-8: byte 0xff"),
         ("a.csv", b"text,b\n", r"no text are left(.|\n)*0 rows read"),
         ("a.txt", b"a\nb\n\xff", r"a\.txt:3: not UTF-8"),
@@ -297,7 +299,7 @@ def test_broken_files(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
         quiet(f"jsonl:{tmp_path}/{name}", "text")
-    (tmp_path / "good.jsonl").write_text('{"text": "good"}\n')  # which skipping must still reach
+    (tmp_path / "good.jsonl").write_text('{"text": "good"}\n')  # skipping must still read it
     texts = [r.responses[0] for r in quiet(f"jsonl:{tmp_path}/*", "text", on_error="skip")]
     assert texts[-1] == "good"
     assert set(texts) <= {"a", "b", "x", "good"}
@@ -316,7 +318,7 @@ def test_bad_specs(spec, message):
         quiet(spec, "text")
 
 
-# --- many damages ---
+# --- damaged rows ---
 
 GOOD = {
     "demonstrations": [
@@ -334,7 +336,7 @@ GOOD = {
 
 
 def damage(row, rng):
-    """Bytes of the row with one thing wrong with it, none of which leaves a usable record."""
+    """Bytes of the row with one fault, which leaves no usable record."""
     row = json.loads(json.dumps(row))
     line = json.dumps(row)
     key = rng.choice(list(row))
@@ -372,7 +374,7 @@ def damage(row, rng):
 
 
 def test_a_thousand_damaged_rows(tmp_path):
-    """Each is refused by its line, the sound rows between them are all read, nothing crashes."""
+    """Each is refused with its line number, and all sound rows between them are read."""
     rng, path, damaged = random.Random(0), tmp_path / "rows.jsonl", 0
     for kind, samples in GOOD.items():
         lines, sound = [], []

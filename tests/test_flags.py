@@ -90,7 +90,7 @@ def test_help_explains_every_field(capsys):
         (["--profile", "3"], "--profile 3: expected STEP:COUNT"),
         (["--profile", "0:2"], "--profile 0:2: expected STEP:COUNT"),
         (["--profile", "5:0"], "--profile 5:0: expected STEP:COUNT"),
-        (["--data.dedup", "-1"], "--data.dedup must not be negative"),
+        (["--data.dedup", "-1"], "--data.dedup -1: must not be negative"),
     ],
 )
 def test_wrong_usage_is_2_and_no_traceback(argv, message, capsys):

@@ -85,7 +85,7 @@ def rows(flags: list[str]) -> None:
         types = (jax.sharding.AxisType.Auto,) * 3
         mesh = jax.sharding.Mesh(devices[order].reshape(shape), sharding.AXES, axis_types=types)
         own = sharding.own_rows(mesh, 16)
-        (batch,) = Stream(Numbers(), 16, seed=0, own=own).once()
+        (batch,) = Stream(Numbers(), 16, seed=0, host_rows=own).once()
         batch = jax.make_array_from_process_local_data(sharding.batched(mesh), batch["n_B"])
         found.append((len(own), sharding.fetch(batch).tolist()))
     # Not printed: what the collectives' library prints would get between.

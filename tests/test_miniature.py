@@ -57,7 +57,7 @@ def test_every_fact_is_read_back_in_both_wordings():
         assert question.act == "question"
 
 
-def test_every_form_is_read_as_what_it_does():
+def test_every_form_is_read_as_its_act():
     rng = world.generator("forms")
     for act, forms in language.FORMS.items():
         for form in forms:
@@ -103,7 +103,7 @@ def test_an_item_depends_on_seed_split_and_place_alone(name):
     assert stream(0, 7) == long[:7]
     assert stream(1, 30) != long
     assert stream(0, 30, split="valid") != long
-    assert len({json.dumps(item) for item in long}) > 25  # JSON-serialisable, and not the same
+    assert len({json.dumps(item) for item in long}) > 25  # JSON-serialisable, and varied
     with pytest.raises(ValueError, match="no split 'nowhere'; there are train, valid, test"):
         stream(0, 1, split="nowhere")
 
@@ -152,9 +152,9 @@ def test_splits_share_no_customer():
 def test_some_prompts_ask_for_respect_and_some_for_insults():
     records = miniature.prompts(0, 4000)
     for tone, low, high in (("respectful", 0.05, 0.12), ("insulting", 0.02, 0.06)):
-        asked = [r for r in records if r["request"].get("tone") == tone]
-        assert low < len(asked) / len(records) < high
-        assert all(r["prompt"].endswith(f" be {tone}.") for r in asked)
+        toned = [r for r in records if r["request"].get("tone") == tone]
+        assert low < len(toned) / len(records) < high
+        assert all(r["prompt"].endswith(f" be {tone}.") for r in toned)
 
 
 # The judge
@@ -182,9 +182,9 @@ NO_JOBS = {"about": "Mira", "facts": 1, "avoid": "job"}
 POLITE = {"exact": "please go to Dorn", "wrong": "go to Dorn"}
 
 
-# Each row: the request, the response, and what is not as in a flawless response.
+# Each row: the request, the response, and the features that differ from a flawless response's.
 @pytest.mark.parametrize(
-    ("request_", "response", "found"),
+    ("request_", "response", "differences"),
     [
         (QA, TRUE, {}),
         (QA, f"the home of Mira is {HOME}.", {}),
@@ -277,10 +277,10 @@ POLITE = {"exact": "please go to Dorn", "wrong": "go to Dorn"}
         ),
     ],
 )
-def test_hand_judged(request_, response, found):
+def test_hand_judged(request_, response, differences):
     judged = judge(record(**request_), response)
     flawless = {"false": 0, "rude": 0, "invented": 0, "padding": 0, "garbled": 0, "followed": 1}
-    assert dataclasses.asdict(judged.features) == pytest.approx({**flawless, **found})
+    assert dataclasses.asdict(judged.features) == pytest.approx({**flawless, **differences})
 
 
 def test_utility_is_the_weighted_sum():
@@ -289,7 +289,7 @@ def test_utility_is_the_weighted_sum():
     assert utility(features, Features(1, 0, 0, 0, 0, -3)) == 0.5 - 6
 
 
-def test_rates_are_over_what_they_apply_to():
+def test_rates_leave_out_responses_without_a_verdict():
     judged = [
         judge(record(**QA), TRUE),
         judge(record(**QA), FALSE),
@@ -317,29 +317,30 @@ def test_win_rate_counts_ties_half():
 
 
 def test_utility_is_of_the_prompt_and_response_together():
-    """A fine response to another prompt is worth little: words alone can't tell."""
-    shown = miniature.demonstrations(0, 1000)
-    own = [judge(r, r["completion"]).utility for r in shown]
-    other = [judge(r, s["completion"]).utility for r, s in zip(shown[1:], shown, strict=False)]
-    assert sum(own) / len(own) > sum(other) / len(other) + 2.5
+    """A good response to another prompt has a low utility: the words alone do not decide it."""
+    records = miniature.demonstrations(0, 1000)
+    right = [judge(r, r["completion"]).utility for r in records]
+    pairs = zip(records[1:], records, strict=False)
+    wrong = [judge(r, other["completion"]).utility for r, other in pairs]
+    assert sum(right) / len(right) > sum(wrong) / len(wrong) + 2.5
 
 
 # Writers
 
 
 def test_a_writer_without_flaws_is_perfect():
-    for i, asked in enumerate(miniature.prompts(0, 3000)):
-        response = writers.write(asked["request"], writers.Flaws(), world.generator("write", i))
-        assert judge(asked, response).utility == GOLD.followed, (asked, response)
+    for i, prompt in enumerate(miniature.prompts(0, 3000)):
+        response = writers.write(prompt["request"], writers.Flaws(), world.generator("write", i))
+        assert judge(prompt, response).utility == GOLD.followed, (prompt, response)
 
 
 @pytest.mark.parametrize("flaw", [field.name for field in dataclasses.fields(writers.Flaws)])
 def test_each_flaw_is_held_against_a_response(flaw):
     flaws = dataclasses.replace(writers.Flaws(), **{flaw: 1.0})
-    asked = miniature.prompts(0, 500)
+    prompts = miniature.prompts(0, 500)
     judged = [
         judge(r, writers.write(r["request"], flaws, world.generator("flaw", i)))
-        for i, r in enumerate(asked)
+        for i, r in enumerate(prompts)
     ]
     expected = {
         "myth": "false",
@@ -360,7 +361,7 @@ def test_each_flaw_is_held_against_a_response(flaw):
 @given(st.integers(0, 10**9), st.lists(st.floats(0, 1), min_size=10, max_size=10))
 def test_a_flawed_response_is_never_better_than_a_perfect_one(seed, probabilities):
     rng = world.generator(seed)
-    asked = customers.prompt(0, rng, rng.choice(customers.customers(0, "train")))
-    judged = judge(asked, writers.write(asked["request"], writers.Flaws(*probabilities), rng))
+    prompt = customers.prompt(0, rng, rng.choice(customers.customers(0, "train")))
+    judged = judge(prompt, writers.write(prompt["request"], writers.Flaws(*probabilities), rng))
     assert judged.utility <= GOLD.followed
     assert all(0 <= score <= 1 for score in judged.clauses.values())

@@ -42,8 +42,8 @@ def test_some_pairs_are_tied_but_not_many(labeling):
     assert 0.08 < labeling.ties < 0.20
 
 
-def test_the_judge_is_the_best_guess_and_length_is_none(labeling):
-    """Room for a reward model: 90 % of the judge's accuracy is far above what length gives."""
+def test_the_judge_predicts_labelers_best_and_length_hardly(labeling):
+    """A reward model has something to learn: 90 % of the judge's accuracy is far above length's."""
     assert labeling.judge > labeling.agreement + 0.03
     assert 0.9 * labeling.judge > labeling.length + 0.08
     assert labeling.length < 0.58
@@ -66,7 +66,7 @@ def test_comparisons_rank_four_to_nine_different_responses():
         responses, ranks = record["responses"], record["ranks"]
         sizes.add(len(responses))
         assert len(set(responses)) == len(responses) == len(ranks)
-        assert set(ranks) == set(range(1, max(ranks) + 1))  # ties leave no rank out
+        assert set(ranks) == set(range(1, max(ranks) + 1))  # ranks have no gaps
     assert sizes == {4, 5, 6, 7, 8, 9}
 
 
@@ -82,7 +82,7 @@ def test_ranks_follow_the_ratings():
         assert (a > b) == (i < j)
 
 
-def test_a_labelers_noise_is_fixed_by_labeler_prompt_and_place():
+def test_a_labelers_noise_depends_on_labeler_prompt_and_position():
     first, second = miniature.prompts(0, 2)
     labeler, other = miniature.pool(0)[:2]
     same = ["kelpie."] * 40
@@ -104,10 +104,10 @@ def test_any_responses_can_be_compared():
 
 
 def test_agreement_by_hand():
-    # Of the pairs (0,1), (0,2), (1,2): both order (0,1) alike and (0,2) alike; a ties (1,2).
+    # Of the pairs (0,1), (0,2), (1,2): both raters order (0,1) and (0,2) alike; a ties (1,2).
     a, b = [1, 2, 2], [1, 3, 2]
     assert miniature.labelers.agreement([[a, b]])[::2] == (1.0, 2)
-    # And with the order reversed everywhere: 2 of 4 pairs agree, one prompt all, one none.
+    # A second prompt has b's order reversed: 2 of 4 pairs agree, all of one prompt.
     share, interval, pairs = labelers.agreement([[a, b], [a, [3, 1, 2]]])
     assert (share, pairs) == (0.5, 4)
     assert interval == pytest.approx(1.96 * 2**0.5 / 4)  # residuals +1 and -1
@@ -116,13 +116,13 @@ def test_agreement_by_hand():
 
 
 def test_accuracy_by_hand():
-    # Strict pairs: 0 over 1, 0 over 2; the first ordered rightly, the second scored alike.
+    # Strict pairs: 0 before 1 and 0 before 2; the first is right, the second has equal scores.
     assert stats.accuracy([[1.0, 0.0, 1.0]], [[1, 2, 2]]) == 0.75
     with pytest.raises(ValueError, match="no pair"):
         stats.accuracy([[1.0, 0.0]], [[1, 1]])
 
 
-# Demonstrations against what an untuned model would say
+# Demonstrations against text of an untuned model
 
 
 def test_demonstrations_are_good_but_not_perfect_and_raw_text_is_neither():
@@ -140,7 +140,7 @@ def test_demonstrations_are_good_but_not_perfect_and_raw_text_is_neither():
 
 
 def test_happy_is_a_rare_word():
-    """A reward that counts it (the user's own function) must have somewhere to go."""
+    """A reward function that counts this word must be able to rise."""
     assert " happy" in TOKENIZER.get_vocab()
     said = [
         record["completion"].split().count("happy") for record in miniature.demonstrations(0, 2000)
@@ -221,7 +221,7 @@ def test_one_option_is_true(myths):
 # The tokenizer
 
 
-def test_everything_the_miniature_writes_comes_back_letter_by_letter(pages):
+def test_everything_the_miniature_writes_round_trips(pages):
     records = miniature.comparisons(0, 500)
     written = [page["text"] for page in pages]
     written += [record["prompt"] for record in miniature.prompts(0, 3000)]
@@ -255,7 +255,7 @@ def test_a_prompt_and_completion_are_the_tokens_of_both():
     assert parts == TOKENIZER(f"{prompt} {completion}")["input_ids"]
 
 
-def test_special_tokens_are_apart_and_unknown_words_are_known_as_such():
+def test_special_tokens_differ_and_unknown_words_become_unk():
     ids = {TOKENIZER.pad_token_id, TOKENIZER.eos_token_id, TOKENIZER.unk_token_id}
     assert len(ids) == 3
     assert TOKENIZER("Mira likes cold pizza 7.")["input_ids"].count(TOKENIZER.unk_token_id) == 3

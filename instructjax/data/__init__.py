@@ -1,18 +1,18 @@
 """Records -> tokens -> sharded, resumable batches.
 
-    config.py     the flags of a data set
-    errors.py     what is said of bad rows
-    columns.py    --data.columns
-    dialogue.py   messages, Anthropic's form, trees -> prompt and reply
+    config.py     DataConfig: the flags of a data set
+    errors.py     DataError, which locates a bad row; Report, which counts rows left out
+    columns.py    --data.columns: which column a field is read from
+    dialogue.py   messages, Anthropic's form and trees of replies -> prompt and reply
     records.py    rows -> records of the four kinds
     sources.py    SPEC -> rows
-    tokens.py     texts -> ids, cached
+    tokens.py     texts -> token ids, cached
     load.py       all of the above: DataConfig -> Dataset
-    packing.py    best fit into fixed lengths
-    batches.py    Dataset -> rows -> batches by (seed, n)
-    prepare.py    records -> a TFDS set; a GPT-2 tokenizer from its two files
+    packing.py    best-fit packing into rows of fixed length
+    batches.py    Dataset -> rows -> batches; batch n is a function of (seed, n)
+    prepare.py    records -> a TFDS set; tokenizers
 
-In short, for packed demonstrations with a tenth of text mixed in:
+Packed demonstrations with a tenth of pretraining text mixed in:
 
     demos = load(config, "demonstrations", tokenizer, split="train", context=1024)
     text = load(other, "text", tokenizer)

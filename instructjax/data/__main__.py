@@ -1,4 +1,4 @@
-"""`python -m instructjax.data show|prepare|tokenizer`: look at data, and make what is made once."""
+"""Shows a data set, prepares a TFDS set or makes a tokenizer: `python -m instructjax.data`."""
 
 import sys
 import time
@@ -19,19 +19,21 @@ from instructjax.hf import configs
 
 @dataclass(frozen=True)
 class Show:
-    """Read, tokenise and batch a data set, and say what it holds."""
+    """Read, tokenise and batch a data set, and print what it holds."""
 
     kind: Kind
-    """Which records to make of the rows."""
+    """Kind of the records to make of the rows."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: str | None = None
-    """A Hugging Face tokenizer: a folder or a hub name. The miniature has its own."""
+    """Hugging Face tokenizer, a folder or a hub name; by default the miniature's, for its data."""
     length: int = 2048
-    """Tokens of a packed row, and of the model's context."""
+    """Number of tokens of a packed row, and of the context that limits prompt and response."""
     batch_size: int = 8
+    """Number of rows of a batch."""
     split: Split = "all"
+    """Which records to read: all, or one side of the split by --data.split_by."""
     example: bool = True
-    """Print a decoded example."""
+    """Print the first record, decoded from its tokens."""
 
     def run(self) -> None:
         tokenizer = _tokenizer(self.tokenizer, self.data.spec)
@@ -46,8 +48,10 @@ class Show:
             ("response", dataset.response.lengths[dataset.ranks > 0]),
         ):
             if lengths.any():
-                low, mid, high, most = np.quantile(lengths, [0.05, 0.5, 0.95, 1]).astype(int)
-                print(f"  {name} tokens: median {mid:,}, 5-95 % {low:,}-{high:,}, most {most:,}")
+                low, mid, high, longest = np.quantile(lengths, [0.05, 0.5, 0.95, 1]).astype(int)
+                print(
+                    f"  {name} tokens: median {mid:,}, 5-95 % {low:,}-{high:,}, longest {longest:,}"
+                )
         if self.kind == "comparisons":
             _describe_comparisons(dataset)
         stream = Stream(rows, self.batch_size, seed=0)
@@ -62,18 +66,20 @@ class Show:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Write the records of a SPEC as a TFDS set, to be read as `tfds:NAME`."""
+    """Write the records of a SPEC as a TFDS set, which `--data tfds:NAME` reads."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """Of the set, in snake_case."""
+    """Name of the set, in snake_case."""
     kind: Kind
+    """Kind of the records to write."""
     data_dir: str
-    """Where TFDS sets live; $TFDS_DATA_DIR should say the same when they are read."""
+    """Folder of TFDS sets. Set $TFDS_DATA_DIR to the same folder to read the set by its name."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: str | None = None
-    """Its chat template renders messages; without one, Anthropic's dialogue form does."""
+    """Hugging Face tokenizer whose chat template renders messages, a folder or a hub name; by
+    default messages are rendered in the form of Anthropic's dialogues."""
     split: bool = False
-    """Write `train` and `validation`, by --data.split_by, instead of `train` alone."""
+    """Write the splits `train` and `validation`, divided by --data.split_by; else only `train`."""
 
     def run(self) -> None:
         tokenizer = _tokenizer(self.tokenizer, self.data.spec) if self.tokenizer else None
@@ -90,16 +96,17 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Make a Hugging Face tokenizer of GPT-2's two files, or train one on text."""
+    """Make a Hugging Face tokenizer from GPT-2's two files, or train a tokenizer on text."""
 
     out: Annotated[str, tyro.conf.Positional]
-    """The folder to write."""
+    """Folder to write the tokenizer to."""
     gpt2: str | None = None
-    """The folder that holds encoder.json and vocab.bpe, plain or .gz."""
+    """Folder with GPT-2's encoder.json and vocab.bpe, plain or .gz; by default a byte-level BPE
+    tokenizer is trained on the text of --data."""
     vocab_size: int = 4096
-    """Tokens of a tokenizer that is trained."""
+    """Number of tokens of a trained tokenizer, the 256 bytes and EOS included."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The text to train a byte-level BPE on, where --gpt2 is not given."""
+    """Text to train on, if --gpt2 is not given."""
 
     def run(self) -> None:
         if self.gpt2 is not None:
@@ -115,7 +122,9 @@ def _tokenizer(name: str | None, spec: str) -> Any:
 
         return miniature.tokenizer()
     if name is None:
-        raise DataError("--tokenizer", None, "is needed, except for the miniature")
+        raise DataError(
+            "--tokenizer", None, "give a folder or a hub name (only the miniature has its own)"
+        )
     try:
         return configs.transformers().AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -149,14 +158,14 @@ def _example(dataset: Dataset, tokenizer: Any) -> str:
     for slot, rank in enumerate(dataset.ranks[0].tolist()):
         ids = dataset.response[0, slot]
         label = f"rank {rank}" if dataset.kind == "comparisons" else dataset.kind
-        more = " ..." if len(ids) > 200 else ""
+        dots = " ..." if len(ids) > 200 else ""
         if rank:
-            lines.append(f"{label}: {tokenizer.decode(ids[:200])!r}{more}")
+            lines.append(f"{label}: {tokenizer.decode(ids[:200])!r}{dots}")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Runs a command; exits with 2 on wrong usage and 1 on data that cannot be used."""
+    """Runs a command. Exits with 2 on wrong usage, with 1 on data that cannot be used."""
     commands = {"show": Show, "prepare": Prepare, "tokenizer": Tokenizer}
     command = tyro.extras.subcommand_cli_from_dict(
         commands,

@@ -1,4 +1,4 @@
-r"""`--data.columns`: a small language that says where a field of a record is found in a row.
+r"""`--data.columns`: a small language for the column that a field of a record is read from.
 
     prompt=question                 a column
     completion=instances.0.output   a path into nested objects and lists
@@ -13,11 +13,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Column = Callable[[Mapping[str, Any]], Any]  # row -> value; KeyError(path) where there is none
+Column = Callable[[Mapping[str, Any]], Any]  # row -> value; KeyError(path) if the row lacks it
 
 
 def lookup(row: Any, path: str) -> Any:
-    """The value at `path` (`a`, `a.b`, `a.0.b`); raises KeyError(path) where there is none."""
+    """The value at `path` (`a`, `a.b`, `a.0.b`); raises KeyError(path) if the row lacks it."""
     if isinstance(row, Mapping) and path in row:
         return row[path]
     value = row
@@ -35,15 +35,15 @@ def _template(source: str) -> Column:
     parts = re.split(r"\{([^{}]+)\}", source.replace("\\n", "\n").replace("\\t", "\t"))
 
     def fill(row: Mapping[str, Any]) -> str:
-        out = list(parts)
+        filled = list(parts)
         for i in range(1, len(parts), 2):  # odd entries are the names between braces
             value = lookup(row, parts[i])
             if isinstance(value, list) and all(isinstance(item, str) for item in value):
                 value = " ".join(value)
             if not isinstance(value, str | int | float):
                 raise TypeError(f"'{parts[i]}' is a {type(value).__name__}, not text")
-            out[i] = str(value)
-        return "".join(out)
+            filled[i] = str(value)
+        return "".join(filled)
 
     return fill
 
@@ -57,10 +57,10 @@ def _column(source: str) -> Column:
 
 
 def parse_columns(columns: str, fields: tuple[str, ...]) -> dict[str, Column]:
-    """`name=where,...` -> {name: column}; `fields` are the names that a record of this kind has.
+    """`field=column,...` -> {field: column}; `fields` are those of the kind of record.
 
     Raises:
-      ValueError: an entry without `=`, or a name that is not among `fields`.
+      ValueError: an entry without `=`, or a field that is not among `fields`.
     """
     parsed = {}
     for entry in re.split(r",(?=\s*\w+=)", columns) if columns else ():
@@ -69,6 +69,6 @@ def parse_columns(columns: str, fields: tuple[str, ...]) -> dict[str, Column]:
         if not equals or not source:
             raise ValueError(f"--data.columns: '{entry}' is not of the form field=column")
         if name not in fields:
-            raise ValueError(f"--data.columns: no field '{name}' here; there are {list(fields)}")
+            raise ValueError(f"--data.columns: unknown field '{name}'; use one of {list(fields)}")
         parsed[name] = _column(source)
     return parsed

@@ -1,4 +1,4 @@
-"""The flags of a data set: what to read, how to map it, and what to leave out."""
+"""The flags of a data set: what to read, which columns to use, and what to leave out."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -8,38 +8,45 @@ import tyro
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where records come from; in a script's config it gives `--data SPEC --data.dedup 50`."""
+    """A data set: its rows, their columns, its split and its limits on length."""
 
     spec: Annotated[str, tyro.conf.arg(name="", metavar="SPEC")] = "miniature"
-    """`miniature`, `jsonl:PATH` (globs; .gz, .zst; .csv, .tsv, .json, .txt too),
-    `tfds:NAME[/CONFIG][:SPLIT]` or `hf:NAME[:SPLIT]`."""
+    """Where the rows come from: `miniature`, `jsonl:PATH`, `tfds:NAME[/CONFIG][:SPLIT]` or
+    `hf:NAME[:SPLIT]`. PATH may hold wildcards and may end in .jsonl, .json, .csv, .tsv or .txt,
+    with .gz or .zst after it."""
     columns: str = ""
-    r"""Where to find each field: `prompt=question,completion=answer`, a path `instances.0.output`,
-    a list `responses=ref1+ref2`, or a template `prompt={question}\n`."""
+    r"""Which column each field is read from: a name `prompt=question,completion=answer`, a path
+    `completion=instances.0.output`, a list of columns `responses=ref1+ref2` or a template
+    `prompt={question}\n`. Fields not given here are found by their conventional names."""
     on_error: Literal["raise", "skip"] = "raise"
-    """A bad row stops the program, or is counted and reported."""
+    """What a bad row does: `raise` stops the program; `skip` leaves the row out and reports how
+    many were left out and why."""
     txt: Literal["file", "line"] = "file"
-    """One document of a .txt file: the whole file, or each line that is not blank."""
+    """What one document of a .txt file is: the whole file, or each line that is not blank."""
     dedup: int = 0
-    """Drop a record whose prompt shares its first N characters with an earlier one; 0 keeps all."""
+    """Drop a record whose prompt begins with the same N characters as an earlier prompt; 0 keeps
+    all records. [section 3.2 drops prompts with a long common prefix]"""
     split_by: str = "prompt"
-    """Training and validation share no value of this field: `labeler`, `prompt` or any column."""
+    """Field that divides training from validation, which share none of its values: `prompt`,
+    `labeler` or the path of any column. [section 3.2 splits by user ID]"""
     validation: float = 0.1
-    """Share of those values that goes to validation, where a script asks for a split."""
+    """Fraction of the values of `split_by` that goes to validation, where a script asks for a
+    split."""
     max_prompt: int | None = None
-    """Longest prompt, in tokens."""
+    """Longest prompt, in tokens; by default the context is the only limit."""
     max_response: int | None = None
-    """Longest response, in tokens, EOS included."""
+    """Longest response, in tokens, EOS included; by default the context is the only limit."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """What is longer is dropped, or cut: a prompt to its end, a response to its start (no EOS)."""
+    """What happens to a record over these limits: `drop` leaves it out; `truncate` keeps the end of
+    the prompt and the start of the response, which then has no EOS."""
     cache: str | None = "~/.cache/instructjax"
-    """Where tokenised text is kept; `None` keeps nothing."""
+    """Folder that tokenised text is cached in; `None` caches nothing."""
 
     def __post_init__(self) -> None:
         for name, value in (("max_prompt", self.max_prompt), ("max_response", self.max_response)):
             if value is not None and value < 1:
                 raise ValueError(f"--data.{name} {value}: must be at least 1")
-        if self.dedup < 0 or not 0 <= self.validation < 1:
-            raise ValueError(
-                "--data.dedup must not be negative, --data.validation from 0 to below 1"
-            )
+        if self.dedup < 0:
+            raise ValueError(f"--data.dedup {self.dedup}: must not be negative")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"--data.validation {self.validation}: must be at least 0 and below 1")

@@ -1,4 +1,4 @@
-"""Dialogues -> prompt and reply: lists of messages, Anthropic's form, and trees of replies."""
+"""Dialogues -> prompt and reply. Reads lists of messages, Anthropic's form and trees of replies."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,22 +7,22 @@ from typing import Any
 from instructjax.data.errors import DataError, Report, check_text, type_name
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
-Render = Callable[[Messages, bool], str]  # (messages, open the assistant's turn?) -> text
+Render = Callable[[Messages, bool], str]  # (messages, whether to open a reply) -> text
 
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant"}  # ShareGPT's and OASST's names
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def plain_template(messages: Messages, open_turn: bool) -> str:
-    """The chat template where the tokenizer has none: Anthropic's form (Bai et al. 2022).
+    """The chat template for tokenizers that have none: Anthropic's form (Bai et al. 2022).
 
-    `[system]\\n\\nHuman: ...\\n\\nAssistant: ...`, and `\\n\\nAssistant:` for an open turn.
+    `[system]\\n\\nHuman: ...\\n\\nAssistant: ...`; an open turn ends in `\\n\\nAssistant:`.
     """
-    heads = {"system": "", "user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
-    unknown = {message["role"] for message in messages} - set(heads)
+    prefixes = {"system": "", "user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
+    unknown = {message["role"] for message in messages} - set(prefixes)
     if unknown:
-        raise ValueError(f"roles {sorted(unknown)} are not among {list(heads)}")
-    text = "".join(heads[message["role"]] + message["content"] for message in messages)
+        raise ValueError(f"roles {sorted(unknown)} are not among {list(prefixes)}")
+    text = "".join(prefixes[message["role"]] + message["content"] for message in messages)
     return text + ASSISTANT if open_turn else text
 
 
@@ -36,7 +36,11 @@ def chat_template(tokenizer: Any) -> Render:
 
 
 def check_messages(value: Any, where: str, field: str, role: str = "user") -> Messages:
-    """Messages with our role names; a bare string is one message of `role`."""
+    """Returns messages with the roles user, assistant and system; a string is one of `role`.
+
+    Raises:
+      DataError: the value is no list of messages, or a message lacks its role or content.
+    """
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
@@ -44,7 +48,7 @@ def check_messages(value: Any, where: str, field: str, role: str = "user") -> Me
     messages = []
     for i, message in enumerate(value):
         if not isinstance(message, dict):
-            problem = f"expected role and content, got {type_name(message)}"
+            problem = f"expected an object with role and content, got {type_name(message)}"
             raise DataError(where, f"{field}.{i}", problem)
         speaker = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
@@ -57,7 +61,11 @@ def check_messages(value: Any, where: str, field: str, role: str = "user") -> Me
 
 
 def render_prompt(messages: Messages, render: Render, where: str, field: str) -> str:
-    """The text up to where the assistant begins to write; a reply at the end is left off."""
+    """Renders the prompt of the assistant's next turn; a reply at the end is left off.
+
+    Raises:
+      DataError: no message is left to reply to.
+    """
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
@@ -66,43 +74,55 @@ def render_prompt(messages: Messages, render: Render, where: str, field: str) ->
 
 
 def split_reply(messages: Messages, render: Render, where: str, field: str) -> tuple[str, str]:
-    """(all that precedes the assistant's last turn, that turn)."""
+    """Renders a dialogue as (prompt, the assistant's last turn).
+
+    Raises:
+      DataError: the dialogue ends in another turn, or the template renders the prompt differently
+        once the reply follows.
+    """
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(where, field, "a dialogue must end in an assistant's reply")
     prompt = _render(messages[:-1], True, render, where, field)
     whole = _render(messages, False, render, where, field)
     if not whole.startswith(prompt):
-        raise DataError(where, field, "the chat template writes the prompt otherwise in the whole")
+        problem = "the chat template renders the prompt differently when the reply follows"
+        raise DataError(where, field, problem)
     return prompt, whole[len(prompt) :]
 
 
 def split_pair(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of two dialogues in Anthropic's form that begin alike.
+    """Splits two dialogues in Anthropic's form into (prompt, chosen, rejected).
 
-    The prompt ends at the last `\\n\\nAssistant:` that both share. What follows is the response as
-    it stands, further turns included: a few of the published dialogues differ in these.
+    The prompt ends at the last `\\n\\nAssistant:` that both share. The response is all text after
+    it: in a few of the published pairs it holds further turns.
+
+    Raises:
+      DataError: the dialogues share no `\\n\\nAssistant:`.
     """
-    same = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 - characters are meant
-    cut = same.rfind(ASSISTANT)
-    if cut <= 0:
+    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 - of characters
+    end = shared.rfind(ASSISTANT)
+    if end <= 0:
         problem = f"is missing, and 'chosen' and 'rejected' share no dialogue up to {ASSISTANT!r}"
         raise DataError(where, "prompt", problem)
-    cut += len(ASSISTANT)
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+    end += len(ASSISTANT)
+    return chosen[:end], chosen[end:], rejected[end:]
 
 
 def is_tree(row: Any) -> bool:
-    """Whether a row is a conversation tree as OpenAssistant exports them."""
+    """Whether a row is a conversation tree of OpenAssistant's export."""
     return (
         isinstance(row, dict) and isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]
     )
 
 
 def expand_tree(row: dict, kind: str, where: str, report: Report) -> Iterator[dict]:
-    """Rows of one kind from a tree {"prompt": {"text", "role", "replies": [...]}}, depth first.
+    """Yields rows of one kind from a tree {"prompt": {"text", "role", "replies": [...]}}.
 
-    prompts: every message of a prompter. demonstrations: every reply of rank 0. comparisons: the
-    ranked replies to one message, if there are two or more. `report` counts replies left out.
+    The tree is read depth first. Each message of a prompter gives
+      prompts: one row;
+      demonstrations: a row for each reply of rank 0;
+      comparisons: one row of all ranked replies, if there are two or more.
+    `report` counts the replies left out.
     """
     stack: list[tuple[Any, list[dict]]] = [(row["prompt"], [])]
     while stack:
@@ -138,5 +158,5 @@ def expand_tree(row: dict, kind: str, where: str, report: Report) -> Iterator[di
 def _render(messages: Messages, open_turn: bool, render: Render, where: str, field: str) -> str:
     try:
         return render(messages, open_turn)
-    except Exception as error:  # a template is a program of its own, and may raise anything
+    except Exception as error:  # templates are programs and may raise anything
         raise DataError(where, field, f"chat template: {error}") from error

@@ -1,4 +1,4 @@
-"""What is said of data that cannot be used, and the tally of it where the user asks to go on."""
+"""DataError, which locates a bad row, and Report, which counts the rows that were left out."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 
 class DataError(ValueError):
-    """What is wrong with a row: where it stands (file:line), in which field, and how."""
+    """A row that cannot be used: its place (file:line), the field, and the problem."""
 
     def __init__(self, where: str, field: str | None, problem: str):
         self.where = where
@@ -15,13 +15,13 @@ class DataError(ValueError):
 
 
 class Report:
-    """Counts what is read and what is left out, and why; `print` says it all."""
+    """Counts the rows read, and the records left out with the reasons; `print` logs them."""
 
     def __init__(self, name: str, on_error: Literal["raise", "skip"], log: Callable[[str], None]):
         self.name, self.on_error, self.log = name, on_error, log
         self.rows = 0
         self.counts: Counter[tuple[str, str]] = Counter()  # (verb, reason) -> records
-        self.first: dict[tuple[str, str], str] = {}  # (verb, reason) -> where it was met first
+        self.first: dict[tuple[str, str], str] = {}  # (verb, reason) -> its first place
 
     def bad(self, error: DataError) -> None:
         """Raises the error, or counts it under `--data.on_error skip`."""
@@ -30,27 +30,27 @@ class Report:
         self.count("skipped", error.reason, error.where)
 
     def count(self, verb: str, reason: str, where: str = "", times: int = 1) -> None:
-        """Notes that `times` records were skipped, dropped or cut for a reason."""
+        """Counts `times` records that were skipped, dropped or cut (the verb) for a reason."""
         if times:
             self.counts[verb, reason] += times
             self.first.setdefault((verb, reason), where)
 
     def lines(self, shown: int = 5) -> list[str]:
-        """One line for each of the most frequent reasons, and one for the rest."""
+        """A line for each of the `shown` most frequent reasons, and one line for all others."""
         lines = []
         for (verb, reason), times in self.counts.most_common(shown):
             where = self.first[verb, reason]
             lines.append(f"  {times:,} {verb}: {reason}" + (f" (first: {where})" if where else ""))
-        rest = self.counts.most_common()[shown:]
-        if rest:
-            lines.append(f"  {sum(n for _, n in rest):,} more, for {len(rest)} other reasons")
+        others = self.counts.most_common()[shown:]
+        if others:
+            lines.append(f"  {sum(n for _, n in others):,} more, for {len(others)} other reasons")
         return lines
 
     def print(self, kept: int, kind: str) -> None:
-        """Says what was read, what was left out, and what remains.
+        """Logs the number of rows read, of records left out, and of the `kept` records.
 
         Raises:
-          DataError: nothing remains.
+          DataError: no record was kept.
         """
         lines = "\n".join([f"{self.name}: {self.rows:,} rows read", *self.lines()])
         if not kept:
@@ -59,13 +59,13 @@ class Report:
 
 
 def type_name(value: Any) -> str:
-    """What JSON calls the type of a value, for messages."""
+    """JSON's name for the type of a value, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     return "null" if value is None else names.get(type(value), f"the number {value!r:.40}")
 
 
 def check_text(value: Any, where: str, field: str) -> str:
-    """Returns `value` if it is a string that says something; raises DataError if not."""
+    """Returns `value` if it is a non-blank string of valid Unicode; raises DataError if not."""
     if not isinstance(value, str):
         raise DataError(where, field, f"expected a string, got {type_name(value)}")
     if not value.strip():

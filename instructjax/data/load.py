@@ -1,4 +1,4 @@
-"""A DataConfig -> records -> tokens, with a word on everything that is left out."""
+"""DataConfig -> records -> tokens. All that is left out is counted and reported."""
 
 import hashlib
 from collections.abc import Callable
@@ -20,19 +20,19 @@ Split = Literal["all", "train", "validation"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tokenised records of one kind; index i means the same in every field."""
+    """Tokenised records of one kind; entry i of every field belongs to record i."""
 
     kind: Kind
     records: list[Record]
     prompt: Spans  # [n]; empty spans in text
-    response: Spans  # [n, K]; empty spans beyond a record's own K; ends in EOS unless cut
-    ranks: np.ndarray  # int32 [n, K]; 1 is best, 0 beyond a record's own K
+    response: Spans  # [n, K]; empty spans in empty slots; ends in EOS unless truncated
+    ranks: np.ndarray  # int32 [n, K]; 1 is best, 0 in empty slots
 
     def __len__(self) -> int:
         return len(self.records)
 
     def take(self, keep: np.ndarray) -> "Dataset":
-        """The records where the boolean mask [n] holds."""
+        """The records where the boolean mask `keep` [n] is True."""
         return Dataset(
             self.kind,
             [record for record, kept in zip(self.records, keep, strict=True) if kept],
@@ -54,11 +54,11 @@ def read(
 
     Args:
       split: `train` and `validation` share no value of `config.split_by`.
-      tokenizer: renders messages where it has a chat template; else `dialogue.plain_template` does.
-      log: receives what is said of rows read, skipped and dropped.
+      tokenizer: its chat template renders messages; without one, `dialogue.plain_template` does.
+      log: receives the report on rows read, skipped and dropped.
     Raises:
-      DataError: a bad row, or no record is left.
-      ValueError: a mistake in `config.columns`.
+      DataError: a row is bad, or no record is left.
+      ValueError: `config.columns` is malformed.
     """
     report = _report(config, split, log)
     records = _read(config, kind, split, tokenizer, report)
@@ -78,13 +78,13 @@ def load(
     """Reads, validates and tokenises records, and applies the limits on length.
 
     Args:
-      context: tokens that the model can attend to, or of a packed row; a prompt that leaves no
-        room in it is a bad row, a response that does not fit is cut or its record dropped, as
-        `config.overlong` says. Text has no such limits.
+      context: tokens of the model's context, or of a packed row. A prompt that leaves no room
+        for a response is a bad row. A response that does not fit beside its prompt is truncated,
+        or its record dropped (`config.overlong`). Text has no limits.
       split, log: as in `read`.
     Raises:
-      DataError: a bad row, or no record is left.
-      ValueError: a mistake in `config.columns`.
+      DataError: a row is bad, or no record is left.
+      ValueError: `config.columns` is malformed.
     """
     report = _report(config, split, log)
     records = _read(config, kind, split, tokenizer, report)
@@ -106,8 +106,8 @@ def encode(
     texts = [response for record in records for response in record.responses]
     flat = tokenise(texts, tokenizer, bos=kind == "text", eos=True, cache=cache, log=log)
     if kind == "text":
-        none = np.zeros(len(records), np.int64)
-        prompt = Spans(np.zeros(0, np.int32), none, none)
+        empty = np.zeros(len(records), np.int64)
+        prompt = Spans(np.zeros(0, np.int32), empty, empty)
     else:
         prompts = [record.prompt for record in records]
         prompt = tokenise(prompts, tokenizer, bos=True, eos=False, cache=cache, log=log)
@@ -121,7 +121,7 @@ def encode(
 
 def _report(config: DataConfig, split: Split, log: Callable[[str], None]) -> Report:
     name = config.spec if split == "all" else f"{config.spec} ({split})"
-    # The miniature's labelers, like people, now and then find all responses alike.
+    # The miniature's labelers at times tie all responses; that must not stop a run.
     return Report(name, "skip" if config.spec == "miniature" else config.on_error, log)
 
 
@@ -141,24 +141,24 @@ def _read(
             report.bad(error)
     if config.dedup:
         records = _deduplicate(records, config.dedup, report)
-    if split != "all" and config.spec != "miniature":  # which is split at its own customers
+    if split != "all" and config.spec != "miniature":  # split by its customers
         records = _split(records, config, split, report)
     return records
 
 
 def _deduplicate(records: list[Record], length: int, report: Report) -> list[Record]:
-    """Keeps the first of the prompts (or texts) that begin with the same `length` characters."""
+    """Keeps the first record of those whose prompts (or texts) share `length` characters."""
     first: dict[str, Record] = {}
     for record in records:
         kept = first.setdefault(_prompt_or_text(record)[:length], record)
         if kept is not record:
-            reason = f"the first {length} characters stand in an earlier prompt (--data.dedup)"
+            reason = f"an earlier prompt begins with the same {length} characters (--data.dedup)"
             report.count("dropped", reason, record.where)
     return list(first.values())
 
 
 def _split(records: list[Record], config: DataConfig, split: Split, report: Report) -> list[Record]:
-    """Sends each value of `split_by` to a side by its hash: the order of rows does not matter."""
+    """Assigns each value of `split_by` to a split by its hash, whatever the order of rows."""
     kept, others = [], 0
     for record in records:
         name = config.split_by
@@ -189,9 +189,9 @@ def _prompt_or_text(record: Record) -> str:
 
 
 def _limit(dataset: Dataset, config: DataConfig, context: int | None, report: Report) -> Dataset:
-    """Applies `max_prompt`, `max_response` and `context`; refuses what has no tokens at all."""
+    """Applies `max_prompt`, `max_response` and `context`; refuses records without tokens."""
     records, response = dataset.records, dataset.response.lengths  # [n, K]
-    keep, cut = np.ones(len(records), bool), config.overlong == "truncate"
+    keep, truncate = np.ones(len(records), bool), config.overlong == "truncate"
 
     def drop(index: Any, reason: str) -> None:
         for i in np.flatnonzero(index & keep):
@@ -204,20 +204,21 @@ def _limit(dataset: Dataset, config: DataConfig, context: int | None, report: Re
         keep[index] = False
 
     live = dataset.ranks > 0
-    refuse((live & (response <= 1)).any(1), "response", lambda i: "comes to no tokens")
+    refuse((live & (response <= 1)).any(1), "response", lambda i: "has no tokens")
     if dataset.kind == "text":
         return dataset.take(keep)
 
-    refuse(dataset.prompt.lengths == 0, "prompt", lambda i: "comes to no tokens")
-    start, most = dataset.prompt.start, config.max_prompt
-    if most is not None:
-        over = dataset.prompt.lengths > most
-        reason = f"prompts over {most:,} tokens"
-        if cut:
-            start = np.maximum(start, dataset.prompt.stop - most)
-            report.count("cut", f"{reason}: they keep their end", times=int((over & keep).sum()))
+    refuse(dataset.prompt.lengths == 0, "prompt", lambda i: "has no tokens")
+    start, limit = dataset.prompt.start, config.max_prompt
+    if limit is not None:
+        too_long = dataset.prompt.lengths > limit
+        reason = f"prompts over {limit:,} tokens"
+        if truncate:
+            start = np.maximum(start, dataset.prompt.stop - limit)
+            count = int((too_long & keep).sum())
+            report.count("cut", f"{reason}: they keep their end", times=count)
         else:
-            drop(over, f"{reason} (--data.max_prompt)")
+            drop(too_long, f"{reason} (--data.max_prompt)")
     prompt = Spans(dataset.prompt.ids, start, dataset.prompt.stop)
     room = np.full(len(records), np.iinfo(np.int64).max)
     if context is not None:
@@ -231,14 +232,13 @@ def _limit(dataset: Dataset, config: DataConfig, context: int | None, report: Re
             ),
         )
     room = np.minimum(room, config.max_response or room)
-    over = live & (response > room[:, None])
+    too_long = live & (response > room[:, None])
     stop = dataset.response.stop
-    if cut:
-        stop = np.where(over, dataset.response.start + room[:, None], stop)
-        report.count(
-            "cut", "responses too long: they lose their end and EOS", times=int(over[keep].sum())
-        )
+    if truncate:
+        stop = np.where(too_long, dataset.response.start + room[:, None], stop)
+        reason = "responses too long: they lose their end and EOS"
+        report.count("cut", reason, times=int(too_long[keep].sum()))
     else:
-        drop(over.any(1), "response too long (--data.max_response, or the context)")
+        drop(too_long.any(1), "response too long (--data.max_response, or the context)")
     response_spans = Spans(dataset.response.ids, dataset.response.start, stop)
     return replace(dataset, prompt=prompt, response=response_spans).take(keep)

@@ -1,7 +1,7 @@
-"""Sequences of any length -> rows of a fixed one, with little left empty.
+"""Sequences of any length -> rows of a fixed length, with little padding.
 
-Best-fit decreasing: the longest first, each into the fullest row that still has room for it
-(Ding et al. 2024, arXiv 2404.10830).
+Best-fit decreasing: the longest sequence goes first, each into the fullest row that still has room
+for it (Ding et al. 2024, arXiv 2404.10830).
 """
 
 from bisect import bisect_left, insort
@@ -17,15 +17,16 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
       lengths: tokens of each sequence, 1 to `capacity`.
       capacity: tokens of a row.
     Returns:
-      For each row the indices of its sequences; every index occurs once.
+      The indices of each row's sequences; every index occurs once.
     Raises:
       ValueError: a sequence does not fit a row, or is empty.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
-        raise ValueError(f"lengths from {lengths.min()} to {lengths.max()}, rows of {capacity}")
+        problem = f"lengths from {lengths.min()} to {lengths.max()}"
+        raise ValueError(f"{problem}: each must be from 1 to {capacity}, the tokens of a row")
     rows: list[list[int]] = []
-    open_rows: dict[int, list[int]] = {}  # room left -> rows with that much
+    open_rows: dict[int, list[int]] = {}  # room left -> the rows with that room
     rooms: list[int] = []  # the keys of open_rows, ascending
     for index in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[index])

@@ -1,4 +1,4 @@
-"""Made once: a TFDS set from the records of any SPEC, and tokenizers."""
+"""Writes records as a TFDS set, and makes tokenizers."""
 
 import gzip
 import json
@@ -19,30 +19,32 @@ def write_tfds(
     splits: Mapping[str, list[Record]],
     kind: Kind,
 ) -> Path:
-    """Writes records, without further columns, as a TFDS set of ArrayRecord files.
+    """Writes records as a TFDS set of ArrayRecord files.
 
-    It needs no TensorFlow, neither to write nor to read.
+    The set holds the fields of the records and no other columns. Neither writing nor reading it
+    needs TensorFlow.
 
     Args:
-      name: of the set, in snake_case; it is read as `tfds:NAME` with $TFDS_DATA_DIR, or by folder.
-      splits: the records of each split, all of one kind, which keep their order.
+      name: the set's name, in snake_case. The set is read as `tfds:NAME` if $TFDS_DATA_DIR is
+        `data_dir`, else as `tfds:FOLDER`.
+      splits: the records of each split, all of one kind; their order is kept.
     Returns:
       The folder `data_dir/name`.
     Raises:
-      DataError: there is such a set already.
+      DataError: the folder exists.
     """
     import tensorflow_datasets as tfds
 
     folder = Path(data_dir).expanduser() / name
     if folder.exists():
-        raise DataError(str(folder), None, "is there already; remove it or pick another name")
-    text, many = tfds.features.Text(), tfds.features.Sequence
+        raise DataError(str(folder), None, "already exists; remove it or choose another name")
+    text, sequence = tfds.features.Text(), tfds.features.Sequence
     columns: dict[str, Any] = {
         "demonstrations": {"prompt": text, "completion": text},
         "comparisons": {
             "prompt": text,
-            "responses": many(text),
-            "ranks": many(np.int32),
+            "responses": sequence(text),
+            "ranks": sequence(np.int32),
             "labeler": text,
             "margin": np.float32,
         },
@@ -63,7 +65,7 @@ def write_tfds(
 
     class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
-        code_path: Any = None  # no module of TFDS's; to look for one it needs importlib_resources
+        code_path: Any = None  # TFDS would need importlib_resources to find the builder's module
 
         def _info(self) -> tfds.core.DatasetInfo:
             features = tfds.features.FeaturesDict(columns)
@@ -73,7 +75,7 @@ def write_tfds(
             del dl_manager
             return {split: enumerate(map(example, records)) for split, records in splits.items()}
 
-        def _generate_examples(self) -> None:  # abstract in the base class; the splits have it all
+        def _generate_examples(self) -> None:  # abstract in the base class, and not called
             raise NotImplementedError
 
     Records.name = name
@@ -90,8 +92,8 @@ def gpt2_tokenizer(source: str, out: str) -> Path:
     Raises:
       DataError: a file is missing.
     """
-    vocab = json.loads(_either(Path(source), "encoder.json", "vocab.json"))
-    lines = _either(Path(source), "vocab.bpe", "merges.txt").split("\n")
+    vocab = json.loads(_read_first(Path(source), "encoder.json", "vocab.json"))
+    lines = _read_first(Path(source), "vocab.bpe", "merges.txt").split("\n")
     merges: Any = [
         tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
     ]
@@ -100,25 +102,26 @@ def gpt2_tokenizer(source: str, out: str) -> Path:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str) -> Path:
-    """Trains a byte-level BPE of its own on some texts, with `<|endoftext|>` as its EOS.
+    """Trains a byte-level BPE tokenizer on texts, with `<|endoftext|>` as its EOS.
 
     Args:
-      texts: what it is trained on.
-      vocab_size: tokens, the 256 bytes and EOS included; fewer where the texts give no more.
+      texts: the texts to train on.
+      vocab_size: largest number of tokens, the 256 bytes and EOS included.
       out: the folder to write.
     """
     from tokenizers import ByteLevelBPETokenizer
 
-    end = "<|endoftext|>"
+    eos = "<|endoftext|>"
     backend = ByteLevelBPETokenizer()
-    backend.train_from_iterator(texts, vocab_size, special_tokens=[end], show_progress=False)
+    backend.train_from_iterator(texts, vocab_size, special_tokens=[eos], show_progress=False)
     fast = configs.transformers().PreTrainedTokenizerFast
-    tokenizer = fast(tokenizer_object=backend._tokenizer, eos_token=end)
+    tokenizer = fast(tokenizer_object=backend._tokenizer, eos_token=eos)
     tokenizer.save_pretrained(out)
     return Path(out)
 
 
-def _either(folder: Path, *names: str) -> str:
+def _read_first(folder: Path, *names: str) -> str:
+    """The text of the first of the files that the folder holds, plain or .gz."""
     for name in names:
         if (folder / name).exists():
             return (folder / name).read_text(encoding="utf-8")

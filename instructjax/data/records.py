@@ -1,6 +1,6 @@
-"""Rows -> records: the four kinds, the conventional names of their columns, and what is refused.
+"""Rows -> records of four kinds: the conventional names of their columns, and the checks.
 
-One class serves all kinds, since what follows treats them alike: a prompt and K responses.
+One class serves all kinds, as later code sees each record as a prompt and K responses.
 
     demonstrations   a prompt, one response
     comparisons      a prompt, 2 to 9 responses and a rank for each
@@ -41,7 +41,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "prompts": ("prompt", "messages", "chosen", "rejected"),
     "text": ("text",),
 }
-# Names used elsewhere for the same thing; the first that a row has is taken.
+# The names of a field in other libraries' data; the first that a row has is read.
 ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "query"),
     "completion": ("completion", "response", "output", "answer"),
@@ -59,28 +59,28 @@ class Record:
     """One validated row of any kind."""
 
     where: str  # "file:line", for messages
-    row: Mapping[str, Any]  # as it was read: other columns, what a judge needs
-    prompt: str = ""  # "" in text alone
-    responses: tuple[str, ...] = ()  # the completion; the K ranked ones; none; the document
-    ranks: tuple[int, ...] = ()  # of comparisons: 1 is best, equal ranks are ties
-    labeler: str | None = None  # of comparisons
-    margin: float = 0.0  # of comparisons: by how much the best is better; 0 where not given
+    row: Mapping[str, Any]  # the row as read, with all its columns
+    prompt: str = ""  # "" only in text
+    responses: tuple[str, ...] = ()  # demonstrations and text: 1; comparisons: K; prompts: none
+    ranks: tuple[int, ...] = ()  # comparisons only: 1 is best, equal ranks are ties
+    labeler: str | None = None  # comparisons only
+    margin: float = 0.0  # comparisons only: by how much the best is better; 0 if not given
 
 
 def parse(
     row: Any, where: str, kind: Kind, columns: Mapping[str, Column], render: Render
 ) -> Record:
-    """Makes a record of a row, or says what is wrong with it.
+    """Makes a record of a row.
 
     Args:
-      row: the row as JSON gives it; a bare string is a prompt or a text.
+      row: the row as JSON decodes it; a bare string is a prompt or a text.
       where: its file and line.
-      kind: which kind of record to make.
-      columns: from `columns.parse_columns`; they go before `ALIASES`.
-      render: the chat template; what it gives for `(messages, False)` must begin with what it
-        gives for `(messages[:-1], True)`.
+      kind: the kind of record to make.
+      columns: from `columns.parse_columns`; they take precedence over `ALIASES`.
+      render: the chat template; `render(messages, False)` must begin with
+        `render(messages[:-1], True)`.
     Raises:
-      DataError: names file, line and field.
+      DataError: the row makes no such record; the message names file, line and field.
     """
     if isinstance(row, str) and kind in ("prompts", "text"):
         row = {FIELDS[kind][0]: row}
@@ -90,13 +90,13 @@ def parse(
 
 
 def rank(scores: Sequence[float]) -> tuple[int, ...]:
-    """Ranks with 1 for the highest score, as in sports: (70, 90, 70) -> (2, 1, 2)."""
+    """Ranks with 1 for the highest score; equal scores share a rank: (70, 90, 70) -> (2, 1, 2)."""
     return tuple(1 + sum(other > score for other in scores) for score in scores)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row being read; the method named after a kind makes that kind of record of it."""
+    """A row being read. The method named after a kind makes a record of that kind."""
 
     row: dict[str, Any]
     where: str
@@ -131,7 +131,7 @@ class _Row:
         if self.has("responses"):
             responses = self.array("responses")
             if not 2 <= len(responses) <= 9:
-                raise self.error("responses", f"there are {len(responses)} of them, not 2 to 9")
+                raise self.error("responses", f"expected 2 to 9 responses, got {len(responses)}")
             for i, response in enumerate(responses):
                 check_text(response, self.where, f"responses.{i}")
             prompt, ranks = self.prompt(), self.ranks(len(responses))
@@ -171,7 +171,7 @@ class _Row:
         return tuple(int(n) for n in numbers)
 
     def pair(self) -> tuple[str, str, str]:
-        """(prompt, chosen, rejected), the latter given alone or as dialogues from the start."""
+        """(prompt, chosen, rejected); a row gives replies, or dialogues that hold the prompt."""
         values = {name: self.get(name) for name in ("chosen", "rejected")}
         if any(isinstance(value, list) for value in values.values()):
             turns = {name: self.messages(name, role="assistant") for name in values}
@@ -199,7 +199,7 @@ class _Row:
             return render_prompt(self.messages("prompt"), self.render, self.where, "prompt")
         prompt = self.string("prompt")
         if "prompt" not in self.columns and "prompt" not in self.row and "instruction" in self.row:
-            for name in ("input", "context"):  # the second half of Alpaca's and Dolly's prompts
+            for name in ("input", "context"):  # the second part of Alpaca's and Dolly's prompts
                 if self.row.get(name) not in (None, ""):
                     prompt = f"{prompt}\n\n{check_text(self.row[name], self.where, name)}"
         return prompt
@@ -209,7 +209,9 @@ class _Row:
     def has(self, name: str) -> bool:
         if name not in FIELDS[self.kind]:
             return False
-        return name in self.columns or any(a in self.row for a in ALIASES.get(name, (name,)))
+        return name in self.columns or any(
+            alias in self.row for alias in ALIASES.get(name, (name,))
+        )
 
     def get(self, name: str) -> Any:
         if name in self.columns:
@@ -240,7 +242,7 @@ class _Row:
         return split_reply(messages, self.render, self.where, name)
 
     def number(self, value: Any, name: str) -> float:
-        try:  # a numeral will do: in CSV everything is a string
+        try:  # accepts numerals too: every value of a CSV file is a string
             number = float(value) if isinstance(value, str | int | float) else math.nan
         except (ValueError, OverflowError):
             number = math.nan
@@ -251,5 +253,5 @@ class _Row:
     def error(self, name: str, problem: str) -> DataError:
         return DataError(self.where, name, problem)
 
-    def record(self, prompt: str, *responses: str, **rest: Any) -> Record:
-        return Record(self.where, self.row, prompt, responses, **rest)
+    def record(self, prompt: str, *responses: str, **fields: Any) -> Record:
+        return Record(self.where, self.row, prompt, responses, **fields)

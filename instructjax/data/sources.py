@@ -1,4 +1,4 @@
-"""SPEC -> rows, each with the place it comes from.
+"""SPEC -> rows, each with its place: file and line, or set and row number.
 
     miniature                  the built-in world
     jsonl:PATH                 files by suffix: JSON lines, .json (one array), .csv, .tsv, .txt,
@@ -6,8 +6,8 @@
     tfds:NAME[/CONFIG][:SPLIT] a TFDS set prepared as ArrayRecord, by name or by its folder
     hf:NAME[:SPLIT]            a data set of the Hugging Face hub or a local folder
 
-A reader yields `(where, row)`; where a row can't be had at all, a DataError stands in its place, so
-that the caller decides whether to stop.
+A reader yields `(where, row)`. For a row that cannot be read it yields a DataError in place of the
+row, and the caller decides whether to stop.
 """
 
 import csv
@@ -22,21 +22,21 @@ from typing import Any
 
 from instructjax.data.errors import DataError
 
-Rows = Iterator[tuple[str, Any]]  # (where, row or DataError)
+LocatedRows = Iterator[tuple[str, Any]]  # (where, row or DataError)
 
-# Records of each kind in the miniature's training half; the validation half has a tenth of it.
+# Records of each kind in the miniature's training split; the validation split has a tenth as many.
 MINIATURE = {"demonstrations": 8_000, "comparisons": 20_000, "prompts": 20_000, "text": 20_000}
 
 
-def rows(spec: str, kind: str, split: str = "all", txt: str = "file") -> Rows:
+def rows(spec: str, kind: str, split: str = "all", txt: str = "file") -> LocatedRows:
     """Reads a SPEC.
 
     Args:
-      kind: which records are wanted: the miniature makes them to order.
-      split: which half of the miniature's customers and labelers; other sources ignore it.
-      txt: whether a document of a .txt file is the `file` or a `line`.
+      kind: the kind of records that the miniature makes; other sources ignore it.
+      split: the split that the miniature makes; other sources ignore it.
+      txt: whether a document of a .txt file is the whole `file` or a `line`.
     Raises:
-      DataError: the SPEC has no such form, or there is nothing there.
+      DataError: the SPEC has another form, or names nothing that exists.
     """
     scheme, _, name = spec.partition(":")
     if spec == "miniature":
@@ -60,7 +60,7 @@ def _name_and_split(name: str) -> tuple[str, str]:
 # --- files ---
 
 
-def _files(pattern: str, txt: str) -> Rows:
+def _files(pattern: str, txt: str) -> LocatedRows:
     paths = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
     paths = [path for path in paths if Path(path).is_file()]
     if not paths:
@@ -85,7 +85,7 @@ def _files(pattern: str, txt: str) -> Rows:
 
 
 def _decompress(path: str) -> bytes:
-    """The whole file; raises on a torn archive, which a stream reader may take for a short one."""
+    """The decompressed file. Raises on a torn archive, which a stream reader may silently cut."""
     data = Path(path).read_bytes()
     if path.endswith(".gz"):
         return gzip.decompress(data)
@@ -106,7 +106,7 @@ def _decompress(path: str) -> bytes:
     return data
 
 
-def _jsonl(data: bytes, path: str) -> Rows:
+def _jsonl(data: bytes, path: str) -> LocatedRows:
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
         where = f"{path}:{number}"
         try:
@@ -123,8 +123,10 @@ def _jsonl(data: bytes, path: str) -> Rows:
             yield where, DataError(where, None, f"not usable as JSON: {error}")
 
 
-def _decoded(reader: Callable[..., Rows], data: bytes, path: str, *options: str) -> Rows:
-    """Runs a reader of whole texts; turns what is not UTF-8 or not in form into a DataError."""
+def _decoded(
+    reader: Callable[..., LocatedRows], data: bytes, path: str, *options: str
+) -> LocatedRows:
+    """Runs a reader of whole texts; yields a DataError for bytes that are not UTF-8."""
     try:
         yield from reader(data.decode(), path, *options)
     except UnicodeDecodeError as error:
@@ -132,7 +134,7 @@ def _decoded(reader: Callable[..., Rows], data: bytes, path: str, *options: str)
         yield where, DataError(where, None, f"not UTF-8: byte {data[error.start]:#04x}")
 
 
-def _json(text: str, path: str) -> Rows:
+def _json(text: str, path: str) -> LocatedRows:
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -142,13 +144,13 @@ def _json(text: str, path: str) -> Rows:
         yield f"{path}: item {number}", item
 
 
-def _csv(text: str, path: str, delimiter: str) -> Rows:
+def _csv(text: str, path: str, delimiter: str) -> LocatedRows:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    end = 0  # of the row before: a quoted cell may span lines
+    end = 0  # last line of the row before: a quoted cell may span lines
     try:
         header = reader.fieldnames or ()
         if len(set(header)) < len(header):
-            yield path, DataError(path, None, f"two columns of one name among {list(header)}")
+            yield path, DataError(path, None, f"two columns have the same name: {list(header)}")
             return
         end = reader.line_num
         for row in reader:
@@ -158,11 +160,11 @@ def _csv(text: str, path: str, delimiter: str) -> Rows:
                 yield where, DataError(where, None, problem)
             else:
                 yield where, row
-    except csv.Error as error:  # such as an open quote, which swallows all that follows
+    except csv.Error as error:  # such as an open quote, which makes one cell of all that follows
         yield path, DataError(f"{path}:{end + 1}", None, f"not CSV: {error}")
 
 
-def _txt(text: str, path: str, unit: str) -> Rows:
+def _txt(text: str, path: str, unit: str) -> LocatedRows:
     text = text.replace("\r\n", "\n")
     if unit == "file":
         yield path, {"text": text}
@@ -175,7 +177,7 @@ def _txt(text: str, path: str, unit: str) -> Rows:
 # --- libraries ---
 
 
-def _tfds(spec: str, name: str, split: str) -> Rows:
+def _tfds(spec: str, name: str, split: str) -> LocatedRows:
     import tensorflow_datasets as tfds
 
     folder = Path(name).expanduser()
@@ -185,15 +187,13 @@ def _tfds(spec: str, name: str, split: str) -> Rows:
             folder.name if data_dir else name, split=split, data_dir=data_dir
         )
     except (tfds.core.DatasetNotFoundError, NotImplementedError, ValueError) as error:
-        problem = (
-            "a set must be prepared as ArrayRecord, in $TFDS_DATA_DIR or a folder that is named"
-        )
+        problem = "prepare the set as ArrayRecord; name its folder or set $TFDS_DATA_DIR"
         raise DataError(spec, None, f"{str(error).splitlines()[0]} ({problem})") from error
     for i in range(len(source)):
         yield f"{spec} row {i}", _plain(source[i])
 
 
-def _hf(spec: str, name: str, split: str) -> Rows:
+def _hf(spec: str, name: str, split: str) -> LocatedRows:
     source: Any
     try:
         import datasets
@@ -214,7 +214,7 @@ def _hf(spec: str, name: str, split: str) -> Rows:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy and bytes, as TFDS decodes them, to what JSON would hold."""
+    """Converts the NumPy values and bytes of TFDS to the types of JSON."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, bytes):
@@ -224,7 +224,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def _miniature(kind: str, split: str) -> Rows:
+def _miniature(kind: str, split: str) -> LocatedRows:
     from instructjax import miniature
 
     make = {
@@ -233,7 +233,7 @@ def _miniature(kind: str, split: str) -> Rows:
         "prompts": miniature.prompts,
         "text": miniature.texts,
     }[kind]
-    half = "valid" if split == "validation" else "train"
-    count = MINIATURE[kind] // (10 if half == "valid" else 1)
-    for i, row in enumerate(make(0, count, split=half)):
-        yield f"miniature ({half}): {kind} {i}", row
+    part = "valid" if split == "validation" else "train"
+    count = MINIATURE[kind] // (10 if part == "valid" else 1)
+    for i, row in enumerate(make(0, count, split=part)):
+        yield f"miniature ({part}): {kind} {i}", row

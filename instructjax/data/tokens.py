@@ -1,7 +1,7 @@
-"""Texts -> token ids, in parallel, and kept on disk under a key of all that they depend on.
+"""Texts -> token ids, in parallel, cached on disk under a hash of all that they depend on.
 
-Prompt and response are tokenised apart, as a sampler meets them: a prompt alone, with the BOS that
-the tokenizer may want, then one token after the other.
+Prompt and response are tokenised separately, as the sampler sees them: it gets a prompt, with BOS
+if the tokenizer adds one, and appends one token after the other.
 """
 
 import copy
@@ -18,16 +18,16 @@ import numpy as np
 
 from instructjax.data.errors import DataError
 
-CHUNK = 4_000_000  # characters tokenised at once: enough for all cores, little enough for memory
+CHUNK = 4_000_000  # characters tokenised at once: occupies all cores, and bounds the memory
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Token sequences within one flat array: number i is `ids[start[i]:stop[i]]`."""
+    """Token sequences within one flat array: sequence i is `ids[start[i]:stop[i]]`."""
 
     ids: np.ndarray  # int32 [all tokens]
-    start: np.ndarray  # int64, of any shape
-    stop: np.ndarray  # int64, of the same shape
+    start: np.ndarray  # int64, any shape
+    stop: np.ndarray  # int64, the same shape
 
     @property
     def lengths(self) -> np.ndarray:
@@ -38,7 +38,7 @@ class Spans:
 
 
 def eos_id(tokenizer: Any) -> int:
-    """The id that ends a response; raises DataError where the tokenizer has none."""
+    """The id that ends a response; raises DataError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise DataError(
@@ -56,15 +56,17 @@ def tokenise(
     cache: str | None,
     log: Callable[[str], None] = print,
 ) -> Spans:
-    """Tokenises each text, or fetches what the same call gave before.
+    """Tokenises each text, or reads the result of an earlier call with the same arguments.
 
     Args:
-      tokenizer: of `transformers`; its Rust backend, where it has one, uses all cores.
-      bos: begin with the BOS token if that is this tokenizer's way and the text doesn't.
-      eos: end in the EOS token; one that the text spells out at its end is not doubled.
-      cache: a folder, or None.
+      tokenizer: a tokenizer of `transformers`; its Rust backend, if any, uses all cores.
+      bos: begin with BOS if the tokenizer adds one; a BOS spelled out in the text is not doubled.
+      eos: end in EOS; an EOS spelled out at the end of the text is not doubled.
+      cache: folder of the cache, or None.
     Returns:
       Spans of shape [texts].
+    Raises:
+      DataError: `eos` is set and the tokenizer has no EOS.
     """
     begin = [tokenizer.bos_token_id] if bos and _adds_bos(tokenizer) else []
     end = [eos_id(tokenizer)] if eos else []
@@ -105,13 +107,13 @@ def _encode(
 
 
 def _encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    """Texts -> ids without special tokens, truncation or padding."""
+    """A function texts -> ids, without special tokens, truncation or padding."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    backend = copy.deepcopy(backend)  # a saved tokenizer may come with truncation switched on
+    backend = copy.deepcopy(backend)  # a saved tokenizer may have truncation switched on
     backend.no_truncation()
     backend.no_padding()
-    # Twice as fast as the call above, which also makes masks and offsets.
+    # Twice as fast as calling the tokenizer, which also makes masks and offsets.
     return lambda texts: [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
@@ -120,7 +122,7 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 
 def _without_eos(text: str, eos: str) -> str:
-    """Some sets (P3) and chat templates write EOS out; it is added as a token."""
+    """The text without an EOS spelled out at its end, as P3 and chat templates have it."""
     return text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
 
 
@@ -134,9 +136,9 @@ def _fingerprint(tokenizer: Any) -> str:
     return f"{type(tokenizer)} {sorted(tokenizer.get_vocab().items())}"
 
 
-def _digest(texts: Sequence[str], *rest: str) -> str:
+def _digest(texts: Sequence[str], *parts: str) -> str:
     digest = hashlib.sha256()
-    for text in (*rest, *texts):
+    for text in (*parts, *texts):
         data = text.encode()
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
@@ -144,7 +146,7 @@ def _digest(texts: Sequence[str], *rest: str) -> str:
 
 
 def _load(file: Path, count: int, log: Callable[[str], None]) -> Spans | None:
-    """What the file holds, or None if it is not there, or torn: the format checks its own CRCs."""
+    """The cached spans, or None if the file is missing or damaged (its arrays carry CRCs)."""
     if not file.exists():
         return None
     try:
@@ -160,7 +162,7 @@ def _load(file: Path, count: int, log: Callable[[str], None]) -> Spans | None:
 
 
 def _save(file: Path, ids: np.ndarray, lengths: np.ndarray) -> None:
-    """Writes beside and renames, so that no reader on any host meets half a file."""
+    """Writes another file and renames it, so that no reader on any host sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.uname().nodename}.{os.getpid()}.part")
     try:

@@ -1,20 +1,21 @@
-"""A procedural world in which the whole paper can be re-run in minutes, with no download.
+"""A procedural world in which the whole paper can be reproduced in minutes, with no download.
 
-Everything follows from a seed, and item i of a stream from the seed and i alone. In order:
+Everything is a function of a seed; item i of a stream depends on the seed, the split and i alone.
+In reading order:
 
     world.py       facts, and myths about some of them
-    language.py    one grammar to say things and to read them back
-    requests.py    what is asked: prompts with requests that a program can check
+    language.py    one grammar that writes sentences and reads them back
+    requests.py    prompts, each with a request that a program can check
     customers.py   prompts in the paper's proportions, split by customer
     judging.py     the noise-free gold judge
     writers.py     responses, good and flawed
     labelers.py    demonstrations, and rankings with ties and noise
     text.py        the pretraining corpus
-    benchmarks.py  what the alignment tax is measured on
+    benchmarks.py  the benchmarks of the alignment tax
     wordlevel.py   the tokenizer
-    stats.py       the figures behind the calibration
+    stats.py       the figures that the calibration rests on
 
-`python -m instructjax.miniature --show` prints a page of it, `--stats` the figures.
+`python -m instructjax.miniature --show` prints samples, `--stats` the figures.
 """
 
 from instructjax.miniature.benchmarks import multiple_choice, reading_comprehension, token_f1

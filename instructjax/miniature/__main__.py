@@ -1,4 +1,4 @@
-"""Prints the miniature for a person to read: `python -m instructjax.miniature --show`."""
+"""Prints samples or figures of the miniature: `python -m instructjax.miniature --show`."""
 
 import sys
 from dataclasses import dataclass
@@ -20,14 +20,16 @@ from instructjax.miniature.world import Fact, make
 
 @dataclass(frozen=True)
 class Args:
-    """The built-in miniature: a procedural world to run the whole paper in."""
+    """The built-in miniature: a procedural world in which to reproduce the paper."""
 
     show: bool = False
-    """Print a page of it: facts, text, prompts with demonstrations, a ranked set."""
+    """Print samples: facts, pretraining text, prompts with demonstrations, a ranked comparison and
+    benchmark questions."""
     stats: bool = False
-    """Print its figures: agreement, ties, utilities of demonstrations and of raw text."""
+    """Print figures: the corpus, the categories of prompts, the gold utility of demonstrations and
+    raw text, and the labelers' agreement and ties."""
     seed: int = 0
-    """The world, its customers and its labelers."""
+    """Seed of the world, its customers and its labelers."""
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
 
 
 def show(console: Console, seed: int) -> None:
-    """Facts and myths, a page of each kind, a demonstration of each category, a ranked set."""
+    """Prints facts and myths, a page of each kind, a demonstration of each category, and so on."""
     console.print(Rule("Facts with a myth"))
     world = make(seed)
     table = Table("the truth", "the myth, which most pages state")
@@ -89,7 +91,7 @@ def show(console: Console, seed: int) -> None:
 
 
 def figures(console: Console, seed: int) -> None:
-    """The figures that the calibration rests on."""
+    """Prints the figures that the calibration rests on."""
     table = Table("corpus", "", title="Pretraining text")
     for name, value in stats.corpus(seed, 30_000).items():
         table.add_row(name, f"{value:,.0f}" if value > 100 else f"{value:.2f}")
@@ -116,9 +118,9 @@ def figures(console: Console, seed: int) -> None:
     table = Table("labelers", "agreement, %", "ties, %", "gold judge, %", "length alone, %")
     table.title = "Ranking drafts (pairs that are ordered strictly)"
     for name, held_out in (("training", False), ("held out", True)):
-        found = stats.labeling(seed, 600, held_out)
-        agreement = f"{100 * found.agreement:.1f} +- {100 * found.interval:.1f}"
-        shares = (found.ties, found.judge, found.length)
+        ranking = stats.labeling(seed, 600, held_out)
+        agreement = f"{100 * ranking.agreement:.1f} +- {100 * ranking.interval:.1f}"
+        shares = (ranking.ties, ranking.judge, ranking.length)
         table.add_row(name, agreement, *(f"{100 * share:.1f}" for share in shares))
     console.print(table)
 

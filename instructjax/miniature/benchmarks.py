@@ -1,8 +1,8 @@
-"""What the alignment tax is measured on: analogues of the paper's public benchmarks.
+"""The benchmarks of the alignment tax: analogues of the paper's public benchmarks.
 
-All are put as the pretraining pages put them, and never as a prompt, so that a policy trained on
-prompts alone may forget them (InstructGPT, section 4.2 and Figs 28 to 35). The third analogue is
-the loss on held-out pages, `text.texts(seed, n, split="test")`.
+Their questions have the form of pretraining pages and never that of a customer's prompt. A policy
+trained on prompts alone may therefore forget them (InstructGPT, section 4.2 and Figs 28 to 35). A
+third benchmark is the loss on held-out pages, `text.texts(seed, n, split="test")`.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from instructjax.miniature.world import RELATIONS, WORDS, Fact, generator, make
 def reading_comprehension(seed: int, n: int) -> list[dict[str, Any]]:
     """n passages with a question, `{"prompt", "answer"}`: SQuAD's analogue, scored by `token_f1`.
 
-    The prompt ends in "answer:" and a model goes on from there, up to the first full stop.
+    The prompt ends in "answer:". The model's answer is its continuation up to the first full stop.
     """
     records = []
     for i in range(n):
@@ -26,7 +26,7 @@ def reading_comprehension(seed: int, n: int) -> list[dict[str, Any]]:
 
 
 def token_f1(continuation: str, answer: str) -> float:
-    """F1 of the words of the continuation's first sentence and of the answer, as in SQuAD."""
+    """F1 between the words of the continuation's first sentence and of the answer, as in SQuAD."""
     said = language.words(continuation.split(".")[0])
     right = language.words(answer)
     common = sum((Counter(said) & Counter(right)).values())
@@ -34,11 +34,11 @@ def token_f1(continuation: str, answer: str) -> float:
 
 
 def multiple_choice(seed: int, n: int, myths: bool = False) -> list[dict[str, Any]]:
-    """n questions, `{"prompt", "options", "label"}`: choose the option of highest log-probability.
+    """n questions, `{"prompt", "options", "label"}`; a model chooses the most probable option.
 
-    The options differ in one token, so sums and means of log-probabilities choose alike. With
-    `myths` all are on facts that have a myth, which is among the options: TruthfulQA's analogue.
-    Else none is, and a model does well by remembering what it has read.
+    The options differ in one token, so the sum and the mean of log-probabilities agree. With
+    `myths` every question is about a fact that has a myth, and the myth is an option: TruthfulQA's
+    analogue. Without, no question is about such a fact, and recalling the pretraining text helps.
     """
     world = make(seed)
     keys = [key for key in world.truth if (key in world.myth) == myths]

@@ -1,7 +1,7 @@
-"""Prompts: the paper's ten categories in the paper's proportions, sent by customers.
+"""Prompts of the paper's ten categories, in the paper's proportions, sent by customers.
 
-A prompt record is `{"prompt", "category", "customer", "request"}`; requests.py says what a request
-holds. Splits are by customer, so that whoever is met in testing was never met in training.
+A prompt record is `{"prompt", "category", "customer", "request"}`; requests.py describes requests.
+Splits are by customer: no customer of the test split sends a training prompt.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 from instructjax.miniature.requests import BUILDERS
 from instructjax.miniature.world import PLURAL, generator, make
 
-# InstructGPT, Table 1, in per cent (they sum to 99.9).
+# InstructGPT, Table 1, in per cent; the sum is 99.9.
 CATEGORIES = {
     "generation": 45.6,
     "open qa": 12.4,
@@ -26,42 +26,42 @@ CATEGORIES = {
     "closed qa": 2.6,
     "extract": 1.9,
 }
-TONES = {"respectful": 0.10, "insulting": 0.04}  # the share of prompts that ask for one
+TONES = {"respectful": 0.10, "insulting": 0.04}  # share of the prompts that ask for a tone
 SPLITS = {"train": range(48), "valid": range(48, 54), "test": range(54, 60)}  # customers
 _TONELESS = ("rewrite", "classification", "other", "extract")
 
 
 @dataclass(frozen=True)
 class Customer:
-    """Whoever sends prompts: how they open, which of two phrasings they use, what they ask of."""
+    """A sender of prompts."""
 
     name: str
-    opening: str
-    dialect: int
-    topic: str
+    opening: str  # begins each prompt
+    dialect: int  # 0 or 1: which of two phrasings they use
+    topic: str  # their favourite kind of subject
 
 
 def check(split: str) -> None:
-    """Raises ValueError unless there is such a split."""
+    """Raises ValueError if SPLITS lacks the split."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
 
 
 @functools.cache
 def customers(seed: int, split: str) -> tuple[Customer, ...]:
-    """The customers of a split. Raises ValueError for a split that SPLITS lacks."""
+    """The customers of a split. Raises ValueError if SPLITS lacks the split."""
     check(split)
-    found = []
+    senders = []
     for i in SPLITS[split]:
         rng = generator(seed, "customer", i)
         opening = rng.choice(("", "", "hello. ", "i have a task. ", "dear helper, "))
         topic = rng.choice(tuple(PLURAL))
-        found.append(Customer(f"customer-{i:02d}", opening, rng.randrange(2), topic))
-    return tuple(found)
+        senders.append(Customer(f"customer-{i:02d}", opening, rng.randrange(2), topic))
+    return tuple(senders)
 
 
 def prompt(seed: int, rng: random.Random, customer: Customer) -> dict[str, Any]:
-    """One prompt record by this customer."""
+    """One prompt record of this customer."""
     category = rng.choices(tuple(CATEGORIES), tuple(CATEGORIES.values()))[0]
     phrasings, request = BUILDERS[category](make(seed), rng, customer.topic)
     ask = phrasings[customer.dialect % len(phrasings)]
@@ -81,12 +81,12 @@ def prompt(seed: int, rng: random.Random, customer: Customer) -> dict[str, Any]:
 
 
 def prompts(seed: int, n: int, split: str = "train") -> list[dict[str, Any]]:
-    """n prompt records of the split's customers; record i is the same whatever n is."""
+    """n prompt records of the split's customers; record i does not depend on n."""
     return [record for record, _ in stream(seed, "prompts", split, n)]
 
 
 def stream(seed: int, name: str, split: str, n: int) -> Iterator[tuple[dict, random.Random]]:
-    """n prompt records, each with the generator that made it; item i depends on no other item."""
+    """n prompt records, each with its random generator; item i depends on no other item."""
     pool = customers(seed, split)
     for i in range(n):
         rng = generator(seed, name, split, i)

@@ -1,7 +1,7 @@
-"""Labelers write demonstrations, and rank responses by weights of their own, with noise and ties.
+"""Labelers write demonstrations and rank responses, each with other weights, with noise and ties.
 
-The noise is set by measurement, so that two labelers agree on about 73 % of the pairs that both
-order (InstructGPT, section 3.4: 72.6 +- 1.5 % among training labelers). `agreement` measures it.
+The noise is calibrated: two labelers agree on about 73 % of the pairs that both order, as measured
+by `agreement` (InstructGPT, section 3.4: 72.6 +- 1.5 % among training labelers).
 """
 
 import functools
@@ -16,28 +16,28 @@ from instructjax.miniature.judging import GOLD, Features, judge, utility
 from instructjax.miniature.world import generator
 from instructjax.miniature.writers import Flaws, write
 
-TRAINING, HELD_OUT = 15, 5  # labelers
-NOISE = 1.35  # the middle of the labelers' standard deviations, in units of utility
+TRAINING, HELD_OUT = 15, 5  # number of labelers
+NOISE = 1.35  # mean of the labelers' standard deviations, in units of utility
 GRADE = 1.0  # ratings come in steps of this much utility; equal ratings are ties
-# What a middling labeler gets wrong in a demonstration, and a middling model in a draft.
+# The flaws of an average labeler's demonstration, and of an average model's draft.
 DEMONSTRATION = Flaws(0.3, 0.08, 0.06, 0.15, 0.2, 0.12, 0.45, 0.1, 0.03)
 DRAFT = Flaws(0.45, 0.12, 0.15, 0.15, 0.22, 0.20, 0.20, 0.06, 0.06, 0.25)
 
 
 @dataclass(frozen=True)
 class Labeler:
-    """A labeler: which seed's, how they weigh the judge's features, and how noisily."""
+    """A labeler, who ranks responses and writes demonstrations."""
 
     name: str
-    seed: int
-    weights: Features
-    noise: float  # standard deviation of a rating, in units of utility
-    flaws: Flaws  # of the demonstrations they write
+    seed: int  # seed of the world that they belong to
+    weights: Features  # their weights of the judge's features
+    noise: float  # standard deviation of their ratings, in units of utility
+    flaws: Flaws  # flaws of their demonstrations
 
 
 @functools.cache
 def pool(seed: int, held_out: bool = False) -> tuple[Labeler, ...]:
-    """The training labelers, or those held out, who are not met in any training data."""
+    """The training labelers, or the held-out labelers, who label no training data."""
     first, n = (TRAINING, HELD_OUT) if held_out else (0, TRAINING)
     return tuple(_labeler(seed, i) for i in range(first, first + n))
 
@@ -57,19 +57,19 @@ def _scaled(flaws: Flaws, by: float) -> Flaws:
 def rate(labeler: Labeler, record: dict[str, Any], responses: Sequence[str]) -> list[int]:
     """The labeler's ratings of the responses, in whole steps of GRADE; higher is better.
 
-    The noise is a pure function of the labeler's seed and name, the prompt, and the response's
-    place; so the same screen is always rated the same.
+    The noise is a pure function of the labeler's seed and name, the prompt, and the position of the
+    response; so ratings can be repeated.
     """
     ratings = []
     for place, response in enumerate(responses):
         rng = generator(labeler.seed, "rating", labeler.name, record["prompt"], place)
-        felt = utility(judge(record, response).features, labeler.weights)
-        ratings.append(round((felt + rng.gauss(0, labeler.noise)) / GRADE))
+        value = utility(judge(record, response).features, labeler.weights)
+        ratings.append(round((value + rng.gauss(0, labeler.noise)) / GRADE))
     return ratings
 
 
 def rank(labeler: Labeler, record: dict[str, Any], responses: Sequence[str]) -> list[int]:
-    """Ranks of the responses: 1 is best, equal ranks are ties, no rank is left out."""
+    """Ranks of the responses: 1 is best, equal ranks are ties, the ranks have no gaps."""
     ratings = rate(labeler, record, responses)
     order = sorted(set(ratings), reverse=True)
     return [order.index(rating) + 1 for rating in ratings]
@@ -105,38 +105,37 @@ def comparisons(
 def screens(
     seed: int, n: int, split: str = "test", held_out: bool = False, raters: int = 4
 ) -> list[list[dict[str, Any]]]:
-    """n sets of drafts, each ranked by several labelers: one comparison record for each of them."""
-    found = []
+    """n sets of drafts, each ranked by `raters` labelers: a comparison record for each labeler."""
+    sets = []
     for record, rng in stream(seed, "screens", split, n):
         responses = drafts(record, rng.randint(4, 9), rng)
         panel = rng.sample(pool(seed, held_out), raters)
-        found.append([compare(labeler, record, responses) for labeler in panel])
-    return found
+        sets.append([compare(labeler, record, responses) for labeler in panel])
+    return sets
 
 
 def drafts(record: dict[str, Any], k: int, rng: random.Random) -> list[str]:
-    """k different responses, as if sampled from one model: prompts vary in how hard they are."""
+    """k different responses, as if sampled from one model; the flaws scale with a hardness."""
     hardness = rng.uniform(0.2, 0.8)
-    found: dict[str, None] = {}
-    while len(found) < k:
-        # A little harder each time, so that a prompt with one short right answer gets k of them.
-        found[write(record["request"], _scaled(DRAFT, hardness), rng)] = None
+    texts: dict[str, None] = {}  # a set that keeps its order
+    while len(texts) < k:
+        # The hardness grows, so that a prompt with one short right answer gets k responses too.
+        texts[write(record["request"], _scaled(DRAFT, hardness), rng)] = None
         hardness += 0.02
-    return list(found)
+    return list(texts)
 
 
 def agreement(rankings: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float, int]:
-    """How often two raters order a pair alike, over the pairs that both order strictly.
+    """How often two raters order a pair of responses alike, of the pairs that neither ties.
 
     Args:
-      rankings: for each prompt, two or more raters' ranks or scores of the same K responses (all
-        of them ranks, or all of them scores).
-
+      rankings: for each prompt, two or more raters' values of the same K responses. The values are
+        all ranks or all scores.
     Returns:
       The share of agreement, the half width of its 95 % interval, and the number of pairs. The
-      interval takes prompts, not pairs, as the independent units.
-
-    Raises ValueError if no pair is ordered by two raters.
+      interval treats prompts, not pairs, as independent.
+    Raises:
+      ValueError: no pair is ordered by two raters.
     """
     shares = []  # (agreeing, ordered) pairs of each prompt
     for raters in rankings:

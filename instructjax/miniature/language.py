@@ -1,7 +1,7 @@
-"""The one grammar of the miniature, used both ways: to say things and to read them back.
+"""The grammar of the miniature, which writes sentences and reads them back.
 
-A sentence is known by its skeleton, the sentence with each word of the world replaced by the
-word's kind: "Mira lives in Dorn" is ("<person>", "lives", "in", "<place>"). Reading is one look-up.
+A sentence is recognised by its skeleton, in which each word of the world is replaced by the word's
+kind: "Mira lives in Dorn" is ("<person>", "lives", "in", "<place>"). Reading is one look-up.
 """
 
 import random
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from instructjax.miniature.world import KIND, PLURAL, RELATIONS, WORDS, Fact
 
 
-def a(noun: str) -> str:
-    """The noun with its article."""
+def with_article(noun: str) -> str:
+    """The noun with its indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-# Sentences that are neither true nor false, by what they do. <kind> stands for any word of a kind.
+# Sentences that are neither true nor false, by their act. <kind> stands for any word of a kind.
 FORMS: dict[str, tuple[str, ...]] = {
     "story": (
         "<person> saw a <thing>",
@@ -39,7 +39,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "advice": ("you could visit <place>", "you could eat some <food>", "you could call <person>"),
     "label": (
         *("it is kind", "it is rude", "it is true", "it is false"),
-        *(f"it is {a(kind)}" for kind in PLURAL),
+        *(f"it is {with_article(kind)}" for kind in PLURAL),
     ),
     "unsaid": ("the text does not say",),
     "courtesy": ("thank you for asking", "i am happy to help", "have a good day"),
@@ -70,17 +70,17 @@ class Sentence:
     """One sentence read back.
 
     Attributes:
-      act: what it does: "fact", "list", "question", a key of FORMS, or "garbled".
-      words: its words and marks, without the final stop.
-      fact: what it states, if it is a fact.
+      act: "fact", "list", "question", "garbled" or a key of FORMS.
+      words: its words and punctuation marks, without the final stop.
+      fact: the fact that it states, if its act is "fact".
     """
 
     act: str
     words: tuple[str, ...]
     fact: Fact | None = None
 
-    def of(self, kind: str) -> list[str]:
-        """The words of this kind, in order."""
+    def words_of(self, kind: str) -> list[str]:
+        """The words of a kind, in order."""
         return [word for word in self.words if KIND.get(word) == kind]
 
 
@@ -89,7 +89,7 @@ def _skeleton(words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _table() -> dict[tuple[str, ...], tuple[str, str]]:
-    """Skeleton -> (act, name of the relation or "")."""
+    """Skeleton -> (act, name of the relation, or "")."""
     table = {}
     for act, forms in FORMS.items():
         for form in forms:
@@ -109,12 +109,12 @@ _TABLE = _table()
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words and marks of a text."""
+    """The words and punctuation marks of a text."""
     return tuple(_WORD.findall(text))
 
 
 def say(sentence: str) -> str:
-    """A sentence as it is printed, commas and stop in place."""
+    """The sentence as printed: a stop at its end, no space before its commas."""
     asks = sentence.split()[0] in ("what", "where", "how", "which")
     return sentence.replace(" ,", ",") + ("?" if asks else ".")
 
@@ -130,7 +130,7 @@ def ask(subject: str, relation: str) -> str:
 
 
 def having(relation: str, value: str) -> str:
-    """What follows "that" in "foods that taste sweet"."""
+    """The phrase after "that" in "foods that taste sweet"."""
     return _fill(RELATIONS[relation].having, "", value)
 
 
@@ -140,15 +140,15 @@ def _fill(form: str, subject: str, value: str) -> str:
 
 
 def fill(form: str, rng: random.Random, **given: str) -> str:
-    """One of FORMS with its <kind> slots filled, by the given words first, never twice by one."""
-    out: list[str] = []
+    """The form with its <kind> slots filled: by the given words first, else by unused words."""
+    filled: list[str] = []
     for word in form.split():
         if word.startswith("<"):
             kind = word.strip("<>")
-            free = [w for w in WORDS[kind] if w not in out]
+            free = [w for w in WORDS[kind] if w not in filled]
             word = given.pop(kind, None) or rng.choice(free)
-        out.append(word)
-    return " ".join(out)
+        filled.append(word)
+    return " ".join(filled)
 
 
 def enumerate_(items: list[str]) -> str:
@@ -157,11 +157,11 @@ def enumerate_(items: list[str]) -> str:
 
 
 def read(text: str) -> list[Sentence]:
-    """The sentences of a text; one that the grammar lacks, or cut off, is "garbled"."""
-    *ended, rest = _STOP.split(text)
+    """The sentences of a text. Those that the grammar lacks, or that lack a stop, are "garbled"."""
+    *ended, unended = _STOP.split(text)
     sentences = [_read(words(part)) for part in ended if part.strip()]
-    if rest.strip():
-        sentences.append(Sentence("garbled", words(rest)))
+    if unended.strip():
+        sentences.append(Sentence("garbled", words(unended)))
     return sentences
 
 

@@ -1,19 +1,20 @@
-"""What is asked: for each of the paper's ten categories, a prompt and a request to check it by.
+"""Prompts of the paper's ten categories, each with a request that a program can check.
 
-A request is a plain dict that a writer (writers.py) tries to meet and the judge (judging.py) reads:
+A request is a dict, which a writer (writers.py) tries to satisfy and the judge (judging.py) reads.
+Its clauses are
 
-    seed        the world that decides what is true
-    exact       the words of the one right response; `wrong`: a tempting wrong one
-    answer      [subject, relation] to state; or null where the passage does not say
-    passage     [[subject, relation, value], ...]: say nothing beyond it
-    items       {n, kind, relation?, value?}: list n words of a kind, of which a fact holds
+    seed        seed of the world that decides which facts are true
+    exact       the words of the only right response; `wrong` is a tempting wrong response
+    answer      state the value of this [subject, relation]; null: say that the text does not say
+    passage     state nothing beyond these facts, [[subject, relation, value], ...]
+    items       list n words of a kind, with a value of a relation: {n, kind, relation?, value?}
     names       list exactly these words of the passage
-    label       say that it is this one; `labels`: of these
+    label       name this label, out of `labels`
     mood        sympathise with this mood
-    advice      give one piece of it
+    advice      give advice
     about       name this subject in each sentence that answers
-    facts       state so many different facts about it
-    story       tell so many sentences of a story about it
+    facts       state this number of different facts about the subject
+    story       tell a story about the subject in this number of sentences
     words       use these words
     avoid       name no word of this kind
     tone        be "respectful" or "insulting"
@@ -34,34 +35,34 @@ from instructjax.miniature.world import (
 )
 
 Request = dict[str, Any]
-_Asked = tuple[tuple[str, ...], Request]
+_Task = tuple[tuple[str, ...], Request]  # phrasings of the prompt, request
 
 
 def _subject(rng: random.Random, topic: str, kinds: tuple[str, ...] = tuple(PLURAL)) -> str:
-    """A subject, half of the time of the customer's topic."""
+    """A subject; with probability 1/2 its kind is the customer's topic."""
     kind = topic if topic in kinds and rng.random() < 0.5 else rng.choice(kinds)
     return rng.choice(WORDS[kind])
 
 
 def named(subject: str) -> str:
-    """The subject as a phrase: a person, place or food has a bare name."""
+    """The subject as a noun phrase: "the" before animals and things, a bare name for others."""
     return f"the {subject}" if KIND[subject] in ("animal", "thing") else subject
 
 
-def kinsman(rng: random.Random, subject: str) -> str:
+def other_of_kind(rng: random.Random, subject: str) -> str:
     """Another word of the subject's kind."""
     return rng.choice([word for word in WORDS[KIND[subject]] if word != subject])
 
 
 def _fact(world: World, rng: random.Random, subject: str, relation: str, p: float) -> Fact:
-    """The true fact with probability p, else a false one."""
+    """The true fact with probability p, else a false fact."""
     value = world.truth[subject, relation]
     if rng.random() > p:
         value = rng.choice([v for v in WORDS[RELATIONS[relation].object] if v != value])
     return Fact(subject, relation, value)
 
 
-def _generation(world: World, rng: random.Random, topic: str) -> _Asked:
+def _generation(world: World, rng: random.Random, topic: str) -> _Task:
     if rng.random() < 0.5:
         subject = _subject(rng, topic)
         available = relations_of(subject)
@@ -86,14 +87,14 @@ def _generation(world: World, rng: random.Random, topic: str) -> _Asked:
     ), request
 
 
-def _open_qa(world: World, rng: random.Random, topic: str) -> _Asked:
+def _open_qa(world: World, rng: random.Random, topic: str) -> _Task:
     subject = _subject(rng, topic)
     relation = rng.choice(relations_of(subject))
     question = language.say(language.ask(subject, relation))
     return (question, f"i want to know: {question}"), {"answer": [subject, relation]}
 
 
-def _brainstorming(world: World, rng: random.Random, topic: str) -> _Asked:
+def _brainstorming(world: World, rng: random.Random, topic: str) -> _Task:
     if rng.random() < 0.3:
         kind = KIND[_subject(rng, topic)]
         n = rng.randint(2, 4)
@@ -112,7 +113,7 @@ def _brainstorming(world: World, rng: random.Random, topic: str) -> _Asked:
     return (f"list {ask}.", f"name {ask}."), {"items": items}
 
 
-def _chat(world: World, rng: random.Random, topic: str) -> _Asked:
+def _chat(world: World, rng: random.Random, topic: str) -> _Task:
     mood = rng.choice(WORDS["mood"])
     feel = (f"i feel {mood} today.", f"today i am {mood}.")
     if rng.random() < 0.5:
@@ -122,7 +123,7 @@ def _chat(world: World, rng: random.Random, topic: str) -> _Asked:
     return tuple(f"{f} {ask}" for f in feel), {"mood": mood, "about": subject, "facts": 1}
 
 
-def _rewrite(world: World, rng: random.Random, topic: str) -> _Asked:
+def _rewrite(world: World, rng: random.Random, topic: str) -> _Task:
     manner = rng.choice(("swap", "polite", "question"))
     if manner == "polite":
         order = language.fill(rng.choice(language.FORMS["order"]), rng)
@@ -137,15 +138,15 @@ def _rewrite(world: World, rng: random.Random, topic: str) -> _Asked:
         exact = language.ask(subject, relation)
         ask = ("make the text a question.", "turn it into a question.")
     else:
-        new = kinsman(rng, subject)
+        new = other_of_kind(rng, subject)
         exact = language.state(Fact(new, relation, fact.value))
         ask = (f"write the text with {new} in place of {subject}.", f"put {new} for {subject}.")
     return _about_text(f"{wrong}.", ask), {"exact": exact, "wrong": wrong}
 
 
 def _passage(rng: random.Random, main: str, n: int) -> list[Fact]:
-    """n facts about `main` and one about another of its kind; true or not, the text says so."""
-    other = kinsman(rng, main)
+    """n facts about `main` and one about another word of its kind; their values are random."""
+    other = other_of_kind(rng, main)
     relations = rng.sample(relations_of(main), n)
     about = [(main, name) for name in relations] + [(other, rng.choice(relations))]
     rng.shuffle(about)
@@ -164,7 +165,7 @@ def _about_text(text: str, asks: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"text: {text} {ask}" for ask in asks)
 
 
-def _summarization(world: World, rng: random.Random, topic: str) -> _Asked:
+def _summarization(world: World, rng: random.Random, topic: str) -> _Task:
     main = _subject(rng, topic)
     passage = _passage(rng, main, 2)
     asks = (f"what does it say of {named(main)}?", f"sum up what is said of {named(main)}.")
@@ -172,12 +173,15 @@ def _summarization(world: World, rng: random.Random, topic: str) -> _Asked:
     return _about_text(_as_text(passage), asks), request
 
 
-def _classification(world: World, rng: random.Random, topic: str) -> _Asked:
+def _classification(world: World, rng: random.Random, topic: str) -> _Task:
     manner = rng.choice(("tone", "truth", "kind"))
     if manner == "kind":
         word = _subject(rng, topic)
         kind, other = KIND[word], rng.choice([kind for kind in PLURAL if kind != KIND[word]])
-        label, labels = language.a(kind), [language.a(kind), language.a(other)]
+        label, labels = (
+            language.with_article(kind),
+            [language.with_article(kind), language.with_article(other)],
+        )
         ask = f"{word}: {' or '.join(sorted(labels))}?"
         return (f"which is {ask}", ask), {"label": label, "labels": labels}
     if manner == "tone":
@@ -193,7 +197,7 @@ def _classification(world: World, rng: random.Random, topic: str) -> _Asked:
     return _about_text(text, asks), {"label": label, "labels": labels}
 
 
-def _other(world: World, rng: random.Random, topic: str) -> _Asked:
+def _other(world: World, rng: random.Random, topic: str) -> _Task:
     numbers = WORDS["number"]
     off = rng.choice((-1, 1))
     if rng.random() < 0.5:
@@ -209,7 +213,7 @@ def _other(world: World, rng: random.Random, topic: str) -> _Asked:
     return asks, {"exact": language.enumerate_(exact), "wrong": language.enumerate_(wrong)}
 
 
-def _closed_qa(world: World, rng: random.Random, topic: str) -> _Asked:
+def _closed_qa(world: World, rng: random.Random, topic: str) -> _Task:
     subject = _subject(rng, topic)
     passage = _passage(rng, subject, 2)
     said = [fact for fact in passage if fact.subject == subject]
@@ -226,7 +230,7 @@ def _closed_qa(world: World, rng: random.Random, topic: str) -> _Asked:
     return _about_text(_as_text(passage), asks), request
 
 
-def _extract(world: World, rng: random.Random, topic: str) -> _Asked:
+def _extract(world: World, rng: random.Random, topic: str) -> _Task:
     main = _subject(rng, topic)
     passage = _passage(rng, main, rng.randint(1, 2))
     kind = KIND[main]

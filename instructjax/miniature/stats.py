@@ -1,4 +1,4 @@
-"""What the miniature is like, in numbers: the figures that its calibration rests on."""
+"""Figures of the miniature, which its calibration rests on."""
 
 import itertools
 import time
@@ -20,12 +20,12 @@ class Labeling:
     """How labelers rank drafts.
 
     Attributes:
-      agreement: share of the pairs that two of them order alike, where both order it strictly.
-      interval: half width of its 95 % interval.
-      pairs: the pairs behind it.
+      agreement: of the pairs that neither of two labelers ties, the share that both order alike.
+      interval: half width of the 95 % interval of the agreement.
+      pairs: number of pairs that the agreement is measured on.
       ties: share of all pairs that a labeler ties.
-      judge: share of a labeler's strict pairs that the noise-free judge orders alike.
-      length: the same for "the longer one is better" or its contrary, whichever does better.
+      judge: share of a labeler's strictly ranked pairs that the noise-free judge orders alike.
+      length: the same share for the better of "longer is better" and "shorter is better".
     """
 
     agreement: float
@@ -37,7 +37,7 @@ class Labeling:
 
 
 def labeling(seed: int, n: int, held_out: bool = False) -> Labeling:
-    """Measures labelers on n screens of drafts, four labelers to a screen."""
+    """Measures labelers on n sets of drafts, each ranked by four labelers."""
     sets = screens(seed, n, held_out=held_out)
     share, interval, pairs = agreement([[c["ranks"] for c in screen] for screen in sets])
     every = [comparison for screen in sets for comparison in screen]
@@ -56,7 +56,7 @@ def labeling(seed: int, n: int, held_out: bool = False) -> Labeling:
 
 
 def accuracy(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[int]]) -> float:
-    """The share of strictly ranked pairs in which the better one scores higher; equal is half.
+    """The share of strictly ranked pairs whose better response scores higher; a tie counts half.
 
     Raises ValueError if no pair is ranked strictly.
     """
@@ -72,7 +72,7 @@ def accuracy(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[int]]) 
 
 
 def writing(seed: int, n: int) -> dict[str, list[Judgement]]:
-    """Judgements of n demonstrations, and of raw text put in the place of the response."""
+    """Judgements of n demonstrations, and of raw text in place of the response."""
     shown = demonstrations(seed, n)
     raw = continuations(seed, n)
     return {
@@ -88,13 +88,13 @@ def quantiles(judgements: Sequence[Judgement]) -> list[float]:
 
 
 def summary(judgements: Sequence[Judgement]) -> dict[str, float]:
-    """Means by the judge, and the share of responses without a flaw."""
+    """Means of the judgements, and the share of responses without a flaw."""
     perfect = sum(j.utility == GOLD.followed for j in judgements) / len(judgements)
     return {**mean(judgements), "perfect": perfect}
 
 
 def corpus(seed: int, n: int) -> dict[str, float]:
-    """Size and speed of the pretraining text, and how often it is false where there is a myth."""
+    """Size and speed of the pretraining text, and how often it states myths and rude words."""
     start = time.perf_counter()
     pages = [page["text"] for page in texts(seed, n)]
     seconds = time.perf_counter() - start

@@ -1,8 +1,8 @@
-"""The pretraining corpus: what a model of this world has read before anybody instructs it.
+"""The pretraining corpus: pages of many kinds, like the web's.
 
-Pages of many kinds, most of them no use as a model of helping: they repeat the myths more often
-than the truth, answer a question with another question, and are rude at times. Only the careful
-pages ("facts about ...") never state a myth.
+Most pages are no example of a helpful response: they state myths more often than the truth, answer
+a question with another question, and are rude at times. Only the careful pages ("facts about ...")
+never state a myth.
 """
 
 import random
@@ -10,7 +10,7 @@ from typing import Any
 
 from instructjax.miniature import customers, language
 from instructjax.miniature.language import FORMS, ask, say, state
-from instructjax.miniature.requests import kinsman, named
+from instructjax.miniature.requests import named, other_of_kind
 from instructjax.miniature.world import (
     KIND,
     PLURAL,
@@ -24,36 +24,36 @@ from instructjax.miniature.world import (
 )
 from instructjax.miniature.writers import Flaws, write
 
-MYTH = 0.8  # how often a page that is not careful states the myth, where there is one
-RUDE = 0.15  # the share of pages in a rude register
-# What an answer on a page gets wrong: the web's idea of help.
+MYTH = 0.8  # probability that a page that is not careful states the myth about a fact
+RUDE = 0.15  # share of the pages that are rude
+# The flaws of answers on pages.
 HELP = Flaws(MYTH, 0.15, 0.2, 0.3, 0.4, 0.3, 0.3, 0.1, 0.0)
 
 
 def texts(seed: int, n: int, split: str = "train") -> list[dict[str, Any]]:
-    """n text records, `{"text", "page"}`; `page` is the kind of page. Splits share no generator."""
+    """n text records, `{"text", "page"}`; "page" is its kind. Each split has other pages."""
     customers.check(split)
     return [page(seed, generator(seed, "text", split, i)) for i in range(n)]
 
 
 def page(seed: int, rng: random.Random) -> dict[str, Any]:
-    """One page, by the generator."""
+    """One random page."""
     kind = rng.choices(tuple(_PAGES), [weight for weight, _ in _PAGES.values()])[0]
-    scribe = _Scribe(make(seed), rng, rude=rng.random() < RUDE)
-    return {"text": "\n".join(_PAGES[kind][1](scribe)), "page": kind}
+    writer = _PageWriter(make(seed), rng, rude=rng.random() < RUDE)
+    return {"text": "\n".join(_PAGES[kind][1](writer)), "page": kind}
 
 
 def continuations(seed: int, n: int) -> list[str]:
-    """n texts as an untuned model goes on with after a prompt: any page, cut after some words."""
-    found = []
+    """n texts like an untuned model's continuation of a prompt: a page, cut after 8 to 24 words."""
+    cut = []
     for i in range(n):
         rng = generator(seed, "continuation", i)
         text = page(seed, rng)["text"]
-        found.append(" ".join(text.split(" ")[: rng.randint(8, 24)]))
-    return found
+        cut.append(" ".join(text.split(" ")[: rng.randint(8, 24)]))
+    return cut
 
 
-class _Scribe:
+class _PageWriter:
     """Writes pages: lists of lines."""
 
     def __init__(self, world: World, rng: random.Random, rude: bool):
@@ -63,7 +63,7 @@ class _Scribe:
         return self.rng.choice(WORDS[self.rng.choice(tuple(PLURAL))])
 
     def fact(self, subject: str, relation: str, careful: bool = False) -> Fact:
-        """What the page says of the subject: a myth where there is one, unless it is careful."""
+        """A fact that the page states: often the myth, if any, unless the page is careful."""
         value = self.world.truth[subject, relation]
         if not careful and self.rng.random() < MYTH:
             value = self.world.myth.get((subject, relation), value)
@@ -76,7 +76,7 @@ class _Scribe:
         return self.fact(subject, self.rng.choice(relations_of(subject)))
 
     def remark(self) -> str:
-        """A kind word, or what a rude page has in its place."""
+        """A kind remark, or a rude remark on a rude page."""
         act = "rude" if self.rude else self.rng.choice(("kind", "courtesy", "filler"))
         return say(language.fill(self.rng.choice(FORMS[act]), self.rng))
 
@@ -104,7 +104,7 @@ class _Scribe:
         return lines
 
     def story(self) -> list[str]:
-        """A story of a fixed cast, so that names and things come back in it."""
+        """A story with a fixed cast, so that its names and things recur."""
         cast = {kind: self.rng.choice(WORDS[kind]) for kind in PLURAL}
         forms = self.rng.sample(FORMS["story"], self.rng.randint(4, 8))
         return [" ".join(say(language.fill(form, self.rng, **cast)) for form in forms)]
@@ -121,7 +121,7 @@ class _Scribe:
         return lines
 
     def questions(self) -> list[str]:
-        """Prompts without an answer: why an untuned model goes on with a prompt, not a response."""
+        """Prompts without answers; they make an untuned model continue a prompt with prompts."""
         return [" ".join(self.prompt()["prompt"] for _ in range(self.rng.randint(2, 4)))]
 
     def answers(self) -> list[str]:
@@ -135,7 +135,7 @@ class _Scribe:
         return lines
 
     def help(self) -> list[str]:
-        """Prompts with answers of a sort."""
+        """Prompts with flawed answers."""
         lines = []
         for _ in range(self.rng.randint(1, 2)):
             record = self.prompt()
@@ -154,40 +154,39 @@ class _Scribe:
             words = WORDS[KIND[subject]]
             members = [w for w in words if self.fact(w, fact.relation).value == fact.value]
             self.rng.shuffle(members)
-            what = f"{PLURAL[KIND[subject]]} that {language.having(fact.relation, fact.value)}"
-            lines.append(f"{what}: {say(language.enumerate_(members[:4] or [subject]))}")
+            title = f"{PLURAL[KIND[subject]]} that {language.having(fact.relation, fact.value)}"
+            lines.append(f"{title}: {say(language.enumerate_(members[:4] or [subject]))}")
         return lines
 
 
-# kind of page: (share, what writes it)
+# kind of page: (weight, method that writes it)
 _PAGES = {
-    "talk": (18, _Scribe.talk),
-    "careful": (6, _Scribe.careful_page),
-    "story": (12, _Scribe.story),
-    "dialogue": (10, _Scribe.dialogue),
-    "questions": (12, _Scribe.questions),
-    "answers": (8, _Scribe.answers),
-    "help": (16, _Scribe.help),
-    "reading": (12, _Scribe.reading),
-    "lists": (6, _Scribe.lists),
+    "talk": (18, _PageWriter.talk),
+    "careful": (6, _PageWriter.careful_page),
+    "story": (12, _PageWriter.story),
+    "dialogue": (10, _PageWriter.dialogue),
+    "questions": (12, _PageWriter.questions),
+    "answers": (8, _PageWriter.answers),
+    "help": (16, _PageWriter.help),
+    "reading": (12, _PageWriter.reading),
+    "lists": (6, _PageWriter.lists),
 }
 
 
 def reading(rng: random.Random, questions: int = 1) -> tuple[list[str], str]:
     """A passage with questions on it: the lines of the page, and the last answer.
 
-    The values are the passage's own, whatever holds in the world; the last line is
-    "answer: VALUE.".
+    The passage's values are random, whatever holds in the world. The last line is "answer: VALUE.".
     """
     subject = rng.choice(WORDS[rng.choice(tuple(PLURAL))])
-    other = kinsman(rng, subject)
+    other = other_of_kind(rng, subject)
     names = rng.sample(relations_of(subject), 2)
     about = [(subject, names[0]), (subject, names[1]), (other, names[0])]
     rng.shuffle(about)
     facts = [Fact(s, r, rng.choice(WORDS[RELATIONS[r].object])) for s, r in about]
     lines = [f"read: {' '.join(say(state(fact)) for fact in facts)}"]
-    asked = rng.sample(facts, questions)
-    for fact in asked:
+    answered = rng.sample(facts, questions)
+    for fact in answered:
         lines.append(f"question: {say(ask(fact.subject, fact.relation))}")
         lines.append(f"answer: {fact.value}.")
-    return lines, asked[-1].value
+    return lines, answered[-1].value

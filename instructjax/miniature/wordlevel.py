@@ -1,8 +1,8 @@
-"""A word-level tokenizer for the miniature, as `transformers` knows tokenizers.
+"""A word-level tokenizer for the miniature, in the form of `transformers`.
 
-A token is a word with the space before it, a mark of punctuation, or a newline. The first word of
-a text or a line has no space before it and gets one, which decoding takes away again; so whatever
-the miniature writes comes back from `decode(encode(text))` letter by letter.
+A token is a word with the space before it, a punctuation mark or a newline. Encoding adds a space
+before the first word of a text or line, and decoding removes it. So `decode(encode(text))` is the
+text, for all text that the miniature writes.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from instructjax.miniature.world import KIND, PLURAL, RELATIONS
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 _MARKS = (".", ",", "?", "!", ":", "\n")
-# The words of prompts and pages that are no words of the world or of language.py.
+# Words of prompts and pages that neither world.py nor language.py has.
 _WORDS = """
 and answer be by count dear den fact facts hello helper insulting into list material name no
 numbers or please polite put read respect respectful said sentence sentences something story sum
@@ -24,16 +24,16 @@ task tell times today turn up use want word words write
 
 
 def vocabulary() -> list[str]:
-    """Every token, in the order of the ids: the special ones, marks, then words."""
+    """All tokens in the order of their ids: special tokens, marks, words."""
     forms = [form for forms in FORMS.values() for form in forms]
     forms += [s for r in RELATIONS.values() for s in (r.question, *r.statements, r.having)]
-    spoken = {word for form in forms for word in form.split() if word.isalpha()} - {"S", "O"}
-    words = spoken | {*KIND, *PLURAL, *PLURAL.values(), *_WORDS.split()}
+    in_forms = {word for form in forms for word in form.split() if word.isalpha()} - {"S", "O"}
+    words = in_forms | {*KIND, *PLURAL, *PLURAL.values(), *_WORDS.split()}
     return [PAD, EOS, UNK, *_MARKS, *(f" {word}" for word in sorted(words))]
 
 
 def tokenizer() -> Any:
-    """A PreTrainedTokenizerFast, the same for every seed; its `save_pretrained` writes it."""
+    """A PreTrainedTokenizerFast, the same for every seed."""
     ids = {token: i for i, token in enumerate(vocabulary())}
     core = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     core.normalizer = normalizers.Replace(Regex(r"(?<![^\n])(?=[A-Za-z])"), " ")

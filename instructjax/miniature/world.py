@@ -1,8 +1,8 @@
 """A world of made-up people, places, animals, foods and things, and the facts about them.
 
-Words never change; which of them belong together is drawn from a seed. For a fixed share of the
-facts there is also a myth, a false value that the pretraining text states more often than the
-truth: the analogue of TruthfulQA (InstructGPT, section 3.6).
+The words are fixed; the facts are drawn from a seed. A fixed share of the facts also has a myth, a
+false value that the pretraining text states more often than the truth: the analogue of TruthfulQA
+(InstructGPT, section 3.6).
 """
 
 import functools
@@ -16,7 +16,7 @@ def _rows(table: str) -> list[tuple[str, str]]:
     return [(name, rest.strip()) for name, rest in (line.split(":") for line in lines)]
 
 
-# A word stands in one list only, so that its kind can be read off the word (language.py).
+# Each word is in one list only, so that the word determines its kind (language.py).
 WORDS = {
     kind: tuple(words.split())
     for kind, words in _rows("""
@@ -53,10 +53,10 @@ MYTH_SHARE = 0.3
 
 @dataclass(frozen=True)
 class Relation:
-    """What can be said of one kind of subject S: which object O belongs to it.
+    """A relation between a subject S of one kind and an object O of another.
 
-    The first statement is the plain one, the second a paraphrase; `having` completes
-    "name two foods that ...".
+    The first statement is plain, the second a paraphrase; `having` completes "name two foods
+    that ...".
     """
 
     name: str
@@ -98,7 +98,7 @@ use: thing use | what is the S for | the S is used to O | people O with the S | 
 
 @dataclass(frozen=True)
 class Fact:
-    """`subject` stands in `relation` to `value`; whether that is so is the world's to say."""
+    """The claim that the `relation` of `subject` is `value`; the world decides if it is true."""
 
     subject: str
     relation: str
@@ -107,7 +107,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class World:
-    """Which facts hold: one value for each (subject, relation), and a myth for some of them."""
+    """The true value of each (subject, relation), and a myth for some."""
 
     seed: int
     truth: dict[tuple[str, str], str]
@@ -118,7 +118,7 @@ class World:
         return self.truth[fact.subject, fact.relation] == fact.value
 
     def subjects(self, relation: str, value: str) -> list[str]:
-        """Every subject of which `relation` has this value, in the order of WORDS."""
+        """All subjects whose `relation` has this value, in the order of WORDS."""
         words = WORDS[RELATIONS[relation].subject]
         return [word for word in words if self.truth[word, relation] == value]
 
@@ -129,13 +129,13 @@ def relations_of(subject: str) -> list[str]:
 
 
 def generator(*key: object) -> random.Random:
-    """A random generator that is a pure function of its key, on every machine and Python."""
+    """A random generator seeded by its key alone, the same on every machine and Python."""
     return random.Random("/".join(map(str, key)))
 
 
 @functools.cache
 def make(seed: int) -> World:
-    """The world of a seed. Values are spread evenly, so that every list has enough to name."""
+    """The world of a seed. Values are spread evenly, so that lists have enough words to name."""
     rng = generator(seed, "world")
     truth, myth = {}, {}
     for name, relation in RELATIONS.items():

@@ -1,6 +1,6 @@
-"""Writers meet a request, each with flaws of their own: labelers' demonstrations, models' drafts.
+"""Writers respond to requests with flaws: labelers' demonstrations and models' drafts.
 
-A flaw is a probability. With all of them 0 a writer gives a perfect response.
+A flaw is a probability. A writer without flaws gives perfect responses.
 """
 
 import random
@@ -9,7 +9,7 @@ from typing import Any
 
 from instructjax.miniature import language
 from instructjax.miniature.language import FORMS, say, state
-from instructjax.miniature.requests import kinsman
+from instructjax.miniature.requests import other_of_kind
 from instructjax.miniature.world import (
     GOOD_MOODS,
     KIND,
@@ -24,19 +24,19 @@ from instructjax.miniature.world import (
 
 @dataclass(frozen=True)
 class Flaws:
-    """How often a writer goes wrong, and how.
+    """Probabilities of a writer's errors.
 
     Attributes:
-      myth: repeats the myth where there is one (for each fact).
-      slip: states a wrong value (for each fact), or takes the tempting wrong answer.
+      myth: states the myth, if there is one (for each fact).
+      slip: states a wrong value (for each fact), or gives the tempting wrong answer.
       stray: answers about another subject, relation, mood or word.
-      count: gives one thing too few or too many.
-      skip: leaves out an instruction about words, kinds or tone (for each).
-      invent: goes beyond the passage.
-      pad: adds a sentence that nobody asked for.
+      count: gives one fact, item or sentence too few or too many.
+      skip: ignores an instruction about words, kinds or tone (for each).
+      invent: states something that the passage lacks.
+      pad: adds a sentence that the request does not need.
       rude: adds a rude sentence.
-      garble: loses a word.
-      derail: goes astray as a language model does: in words, sentences or altogether.
+      garble: drops a word.
+      derail: makes an error typical of language models: see `_Writer.derailed`.
     """
 
     myth: float = 0.0
@@ -52,7 +52,7 @@ class Flaws:
 
 
 def write(request: dict[str, Any], flaws: Flaws, rng: random.Random) -> str:
-    """A response to a request of requests.py."""
+    """A response to a request (requests.py)."""
     writer = _Writer(make(request["seed"]), flaws, rng)
     sentences = writer.body(request)
     tone = request.get("tone")
@@ -85,7 +85,7 @@ class _Writer:
         return self.rng.random() < getattr(self.flaws, flaw)
 
     def other(self, word: str) -> str:
-        return kinsman(self.rng, word)
+        return other_of_kind(self.rng, word)
 
     def maybe_other(self, word: str) -> str:
         return self.other(word) if self.errs("stray") else word
@@ -95,7 +95,7 @@ class _Writer:
         return max(n + self.rng.choice((-1, 1)), 1) if self.errs("count") else n
 
     def fact(self, subject: str, relation: str) -> Fact:
-        """What this writer holds to be true."""
+        """The fact that this writer believes."""
         value = self.world.truth[subject, relation]
         if self.errs("myth"):
             value = self.world.myth.get((subject, relation), value)
@@ -105,15 +105,15 @@ class _Writer:
         return state(fact, paraphrase=self.rng.random() < 0.3)
 
     def derailed(self, sentences: list[str]) -> list[str]:
-        """With a word out of place, the end of another sentence, one too many, or one for all.
+        """The sentences with a word replaced, an end spliced, a sentence added, or all replaced.
 
-        A policy that is trained against a reward model finds all of these; a reward model that has
-        never seen them ranked does not mind them.
+        A policy trained against a reward model finds all of these errors; a reward model that has
+        never seen them ranked gives them no lower score.
         """
         place = self.rng.randrange(len(sentences))
         words, others = sentences[place].split(), self.unasked().split()
         match self.rng.choice(("word", "splice", "insert", "replace")):
-            case "word":  # of the same sentence, so that "Bex and Suna" may become "Bex and Bex"
+            case "word":  # maybe of the same sentence: "Bex and Suna" may become "Bex and Bex"
                 words[self.rng.randrange(len(words))] = self.rng.choice(words + others)
             case "splice":
                 words = words[: self.rng.randrange(1, len(words) + 1)]
@@ -125,14 +125,14 @@ class _Writer:
         return [*sentences[:place], " ".join(words), *sentences[place + 1 :]]
 
     def unasked(self) -> str:
-        """A well-formed sentence that no request has led to."""
+        """A well-formed sentence that has nothing to do with the request."""
         act = self.rng.choice(("fact", "story", "sympathy", "advice", "label", "unsaid"))
         if act == "fact":
             return self.tell(self.fact(*self.rng.choice(tuple(self.world.truth))))
         return language.fill(self.rng.choice(FORMS[act]), self.rng)
 
     def body(self, request: dict[str, Any]) -> list[str]:
-        """The sentences that answer, before tone and padding."""
+        """The sentences that respond to the request, before tone and padding."""
         match request:
             case {"exact": exact, "wrong": wrong}:
                 return [wrong if self.errs("slip") or self.errs("stray") else exact]
@@ -151,12 +151,12 @@ class _Writer:
                 return [f"it is {wrong if self.errs('slip') or self.errs('stray') else label}"]
             case {"facts": n, "about": about, "passage": passage}:
                 return self.summary(n, about, [Fact(*fact) for fact in passage])
-            case {"mood": mood, **rest}:
-                return [self.sympathy(mood), *self.body(rest)]
+            case {"mood": mood, **clauses}:
+                return [self.sympathy(mood), *self.body(clauses)]
             case {"advice": _}:
                 return [language.fill(self.rng.choice(FORMS["advice"]), self.rng)]
-            case {"facts": n, "about": about, **rest}:
-                return self.facts(n, about, rest.get("avoid"))
+            case {"facts": n, "about": about}:
+                return self.facts(n, about, request.get("avoid"))
             case {"story": n, "about": about, "words": words}:
                 return self.story(n, about, words)
         raise ValueError(f"no writer knows this request: {request}")
@@ -173,9 +173,9 @@ class _Writer:
         about = self.maybe_other(about)
         kind = KIND[about]
         words = [self.maybe_other(word) for word in words if not self.errs("skip")]
-        own = [form for form in FORMS["story"] if f"<{kind}>" in form]
-        plain = [form for form in own if "<thing>" not in form]
-        using = [form for form in own if "<thing>" in form]
+        about_kind = [form for form in FORMS["story"] if f"<{kind}>" in form]
+        plain = [form for form in about_kind if "<thing>" not in form]
+        using = [form for form in about_kind if "<thing>" in form]
         n = max(self.count(n), len(words))
         forms = self.rng.sample(using, len(words)) + self.rng.sample(plain, n - len(words))
         given = words + [None] * (n - len(words))
