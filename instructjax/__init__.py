@@ -1,36 +1,31 @@
 """InstructGPT-style RLHF in JAX: SFT, reward models on ranked responses, and PPO-ptx.
 
-Read the files in this order; imports point upwards only:
+Read the files in this order. A module imports only those above it.
 
-    models/       one decoder with family switches; KV cache; scalar head; log-probs without logits
-    hf/           Hugging Face checkpoints in and out, without torch
-    sharding.py   mesh, logical axes -> mesh axes
-    hosts.py      several processes as one run
-    state.py      TrainState
-    train.py      make_train_step(loss_fn, tx, microbatches)
-    masked.py     the only reductions
-    losses.py     losses as functions of arrays
-    sft.py        the loss of packed rows
-    reward.py     the reward model's scores and loss
-    draw.py       one token from its logits
-    decode.py     prefill, and a decode loop that refills its slots
-    sampler.py    generate -> Rollout
-    advantages.py KL, token rewards, GAE, whitening
-    responses.py  rows of a rollout, and models on them
-    offload.py    frozen models
-    rewards.py    what a response is worth
-    ppo.py        experience, the PPO-ptx losses, one update
-    evaluation/   figures of reward models and policies
-    config.py     flags: frozen dataclasses of the scripts; presets
-    checkpoint.py atomic, asynchronous checkpoints
-    metrics.py    metrics.jsonl, samples.jsonl, the progress line, curves
-    process.py    what a run settles for its process: signals, memory, its directory
-    run.py        one run in one directory, from its config to its exit code
-    pretrained.py what --model names
-    figures.py    the reward model's pictures
-    data/         records -> tokens -> sharded, resumable batches
-    preflight/    what a program will need on a TPU slice, compiled without one
-    miniature/    a procedural world to run the whole paper in, no download
+    masked.py      sums and means under a mask: the only reductions
+    losses.py      losses as functions of arrays
+    advantages.py  KL estimates, token rewards, GAE, whitening
+    models/        one decoder with family switches; KV cache; log-probabilities without logits
+    sharding.py    the mesh; logical axes -> mesh axes
+    hosts.py       several processes as one run
+    state.py       TrainState
+    train.py       make_train_step(loss_fn, tx, microbatches)
+    sft.py         the loss of packed rows
+    reward.py      the reward model's scores and loss
+    offload.py     frozen models; arrays in host memory
+    sampler/       generate: prompts -> Rollout
+    rollout.py     rows of a rollout, batches of them, and models on them
+    ppo/           experience, the PPO-ptx losses, the parts of an update
+    hf/            Hugging Face checkpoints in and out, without torch
+    data/          records -> tokens -> sharded, resumable batches
+    run/           one run in one directory: flags, checkpoints, metrics, signals, exit codes
+    scoring.py     --reward: reward models and functions -> a score for each response
+    evaluation/    accuracy of reward models, win rates of policies, figures
+
+experiments/run_ppo.py puts them together. Beside this order stand two tools:
+
+    miniature/     a procedural world to run the whole paper in, without a download
+    preflight/     what a program will need on a TPU slice, compiled without one
 
 The axis alphabet. An array that crosses a function boundary carries its shape as a suffix:
 

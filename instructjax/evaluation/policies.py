@@ -118,8 +118,7 @@ def report(run: Run, sampled: Mapping[str, Sampled], seconds: float) -> dict[str
 def table(rows: Mapping[str, Any], prompts: int) -> Table:
     """`results` on the terminal."""
     columns = {  # key of a row -> (title, format)
-        "score": ("score", "{:+.2f}"),
-        "score_interval": ("95 % interval", "{:+.2f} to {:+.2f}"),
+        "score": ("score", "{:+.2f}\n({:+.2f} to {:+.2f})"),
         "kl": ("KL, nats", "{:.2f}"),
         "length": ("length", "{:.1f}"),
         "eos_fraction": ("ends", "{:.1%}"),
@@ -133,6 +132,8 @@ def table(rows: Mapping[str, Any], prompts: int) -> Table:
     for key in shown:
         drawn.add_column(columns[key][0], justify="right")
     for name, row in rows.items():
+        row = {key: row[key] for key in row if key in columns}
+        row |= {"score": (row["score"], *rows[name]["score_interval"])}
         cells = {key: columns[key][1].format(*np.atleast_1d(x)) for key, x in row.items()}
         drawn.add_row(name, *(cells.get(key, "") for key in shown))
     return drawn
