@@ -1,7 +1,7 @@
-"""tpu_setup/: what the scripts would run, what they refuse, and their runs against a small cloud.
+"""tpu_setup/: the commands the scripts print, the errors they give, and runs on a stand-in cloud.
 
-The cloud is a stand-in for gcloud that keeps a slice's state in a file and runs what is sent by ssh
-in one directory a host.
+The cloud is a stand-in for gcloud. It keeps a slice's state in a file, and runs ssh commands in one
+directory for each host.
 """
 
 import os
@@ -69,7 +69,7 @@ def ssh(command, worker="all"):
     return (words, {**PLACE, "worker": worker, "command": command})
 
 
-# -------------------------------------------------------------------------- what would be run
+# -------------------------------------------------------------------------- printed commands
 
 
 @pytest.mark.parametrize("accelerator", SLICES)
@@ -78,16 +78,16 @@ def test_create(accelerator):
     common = {**PLACE, "accelerator-type": accelerator}
     looks = list_of("queued-resources", "state.state")
     create = ["gcloud", "compute", "tpus", "queued-resources", "create", "ppo"]
-    asked = (create, {**common, "node-id": "ppo", "runtime-version": image, "spot": True})
+    request = (create, {**common, "node-id": "ppo", "runtime-version": image, "spot": True})
     of = {**OF_SLICE, "accelerator": accelerator}
-    assert dry("create.sh", "--spot", **of) == [looks, asked, looks]
+    assert dry("create.sh", "--spot", **of) == [looks, request, looks]
 
     looks = list_of("tpu-vm", "state")
     account = "tpu@my-project.iam.gserviceaccount.com"
     create = ["gcloud", "compute", "tpus", "tpu-vm", "create", "ppo"]
-    asked = (create, {**common, "version": "v9", "service-account": account})
+    request = (create, {**common, "version": "v9", "service-account": account})
     got = dry("create.sh", "--direct", service_account=account, runtime_version="v9", **of)
-    assert got == [looks, asked, looks]
+    assert got == [looks, request, looks]
 
 
 def test_delete():
@@ -130,16 +130,16 @@ def test_logs():
 def test_resume(accelerator, direct):
     of = {**OF_SLICE, "accelerator": accelerator}
     kind, field = ("tpu-vm", "state") if direct else ("queued-resources", "state.state")
-    looks, *rest = dry("resume.sh", "--spot", *direct, command=COMMAND, ref="v1.0", **of)
+    looks, *others = dry("resume.sh", "--spot", *direct, command=COMMAND, ref="v1.0", **of)
     assert looks == list_of(kind, field)
     deleted = dry("delete.sh", *direct, **OF_SLICE)
     created = dry("create.sh", "--spot", *direct, **of)
     installed = dry("install.sh", ref="v1.0", **OF_SLICE)
     started = dry("run_all.sh", "--detach", command=f"{COMMAND} --resume", **OF_SLICE)
     before = len(deleted + created)
-    assert rest[:before] == deleted + created
-    assert "job.sh status" in rest[before][1]["command"]
-    assert rest[before + 1 :] == installed + started
+    assert others[:before] == deleted + created
+    assert "job.sh status" in others[before][1]["command"]
+    assert others[before + 1 :] == installed + started
 
 
 @pytest.mark.parametrize("accelerator", SLICES)
@@ -197,21 +197,21 @@ def test_jobset(accelerator):
     assert container["image"] == "r.dev/p/i:1"
     assert container["command"] + container["args"] == ["bash", "-c", f"{COMMAND} --resume"]
     assert container["resources"]["limits"]["google.com/tpu"] * hosts == chips
-    # 75 must be restarted; 1 and 2 (failed, wrong usage) must not.
+    # A job that exits with 75 must be restarted; one with 1 or 2 (failed, wrong usage) must not.
     (rule,) = job["podFailurePolicy"]["rules"]
     assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "In")
     assert {1, 2} <= set(rule["onExitCodes"]["values"])
     assert 75 not in rule["onExitCodes"]["values"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
-    # What --dry-run prints is what makes this very manifest.
+    # The command that --dry-run prints produces the same manifest.
     line = shell("gke.sh", "run", "--dry-run", command=COMMAND, **of).stdout
-    made, apply = line.rsplit(" | ", 1)
-    again = subprocess.run(["bash", "-c", made], capture_output=True, text=True, check=True)
+    printed, apply = line.rsplit(" | ", 1)
+    again = subprocess.run(["bash", "-c", printed], capture_output=True, text=True, check=True)
     assert again.stdout == done.stdout
     assert parsed(apply)[0] == ["kubectl", "apply"]
 
 
-# ------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------- errors
 
 GOOD = {**OF_SLICE, "accelerator": "v5litepod-16"}
 
@@ -300,7 +300,7 @@ def test_syntax_and_help(script):
 
 
 def test_the_readme():
-    """Its shell is shell, and the calls of these scripts in it are accepted in their order."""
+    """Its shell code parses, and the scripts accept the README's calls in their order."""
     readme = (SETUP / "README.md").read_text()
     shells = re.findall(r"^```bash\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     lines = []
@@ -321,7 +321,7 @@ def test_the_readme():
     assert called == {*CLOUD_SCRIPTS, "gke.sh"}
 
 
-# ----------------------------------------------------------------- runs against a small cloud
+# ----------------------------------------------------------------- runs on a stand-in cloud
 
 GCLOUD = r"""#!/usr/bin/env bash
 printf '%s ' "$@" | tr '\n' ' ' >>"$CLOUD/calls"; echo >>"$CLOUD/calls"
@@ -334,7 +334,7 @@ for word; do
   esac
 done
 case "$3 $4" in
-  *" list") # a line a look, the last one for good
+  *" list") # one line for each call; the last line stays
     [ ! -e "$state" ] || head -1 "$state"
     [ ! -e "$state" ] || [ "$(wc -l <"$state")" = 1 ] || sed -i 1d "$state" ;;
   *" create")
@@ -359,7 +359,7 @@ esac
 
 @pytest.fixture
 def cloud(tmp_path):
-    """(env, directory): gcloud, git and curl that reach no further than the directory."""
+    """(env, directory): stand-ins for gcloud, git and curl that only use the directory."""
     tools, where, source = (tmp_path / name for name in ("tools", "cloud", "source"))
     for directory in (tools, where, source):
         directory.mkdir()
@@ -379,12 +379,12 @@ for word; do case "$word" in --output=*) tar -czhf "${{word#*=}}" -C {source} . 
     return env, where
 
 
-def calls(where, what):
-    return [line for line in (where / "calls").read_text().splitlines() if what in line]
+def calls(where, text):
+    return [line for line in (where / "calls").read_text().splitlines() if text in line]
 
 
 def test_a_run_survives_preemption(cloud):
-    """It stops with 75, then its slice is taken back, then it finishes."""
+    """It stops with 75, then its slice is preempted, then it finishes."""
     env, where = cloud
     (where / "job").write_text(
         f"""[ "$*" = --resume ] || exit 3
@@ -418,7 +418,7 @@ def test_an_error_ends_it(cloud, code):
 
 
 def test_a_running_job_is_watched(cloud):
-    """As when resume.sh itself was stopped; its hosts do not always answer."""
+    """As after a restart of resume.sh; the hosts do not always answer."""
     env, where = cloud
     flags = {**OF_SLICE, "accelerator": "v5p-16"}
     assert shell("create.sh", env=env, **flags).returncode == 0
@@ -430,13 +430,13 @@ def test_a_running_job_is_watched(cloud):
     argv.append(f"--command={command}")
     watching = subprocess.Popen(argv, env={**env, "HOME": "/"}, stdout=subprocess.PIPE, text=True)
     assert watching.stdout is not None
-    with watching.stdout as said:
-        assert said.readline() == "ppo: a job is running there; watching it\n"
+    with watching.stdout as output:
+        assert output.readline() == "ppo: a job is already running; watching it\n"
         (where / "misses").write_text("one\ntwo\n")
         while (where / "misses").stat().st_size:
             assert watching.poll() is None
         (where / "end").touch()
-        assert said.read() == "ppo: finished\n"
+        assert output.read() == "ppo: finished\n"
     assert watching.wait() == 0
     assert len(calls(where, "job.sh start")) == 1
 
@@ -451,7 +451,7 @@ def test_create_waits(cloud):
         *(f"ppo is {state}" for state in states[1:3]),
         "ppo is ACTIVE: 16 chips, 4 hosts",
     ]
-    assert not calls(where, " create ")  # it was asked for already
+    assert not calls(where, " create ")  # the slice was already requested
 
 
 def test_create_gives_up(cloud):
@@ -494,7 +494,7 @@ def test_run_all_returns_the_hosts_code(cloud):
 
 
 def test_a_job_saves_when_stopped(tmp_path):
-    """SIGTERM reaches the command, whose own exit code is kept; a second job is refused."""
+    """SIGTERM reaches the command, and its exit code is kept; a second job is refused."""
     (tmp_path / "instructjax").mkdir()
     env = {"HOME": str(tmp_path)}
     save = f"trap 'echo saved >{tmp_path}/saved; exit 75' TERM; touch {tmp_path}/up; sleep 9 & wait"
@@ -524,7 +524,7 @@ def test_a_job_saves_when_stopped(tmp_path):
     assert status() == "running"  # and no longer 75
     assert shell("job.sh", "stop", env=env).returncode == 0
     wait_for(lambda: status() == "143")
-    # As after a restart of the host, with another process of the same number.
+    # As after a restart of the host, when another process has the same id.
     (tmp_path / "job" / "code").unlink()
     (tmp_path / "job" / "pid").write_text(f"{os.getpid()} Mon-Jan-1-00:00:00-2024\n")
     assert status() == "lost"
