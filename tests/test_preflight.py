@@ -46,16 +46,16 @@ def compile_text(fn, *args, **options) -> str:
     return jax.jit(fn, **options).lower(*args).compile().as_text()
 
 
-def counted(fn, *args, trips=(), **options) -> count.Counts:
+def counts_of(fn, *args, trips=(), **options) -> count.Counts:
     return count.count(hlo.parse(compile_text(fn, *args, **options)), trips)
 
 
-def on(mesh, shape, *spec, dtype=jnp.float32, **options) -> jax.ShapeDtypeStruct:
+def array_on(mesh, shape, *spec, dtype=jnp.float32, **options) -> jax.ShapeDtypeStruct:
     where = NamedSharding(mesh, PartitionSpec(*spec), **options)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
 
-def sent(counts: count.Counts) -> dict[tuple[str, int], tuple[float, float]]:
+def collective_totals(counts: count.Counts) -> dict[tuple[str, int], tuple[float, float]]:
     totals: dict[tuple[str, int], tuple[float, float]] = {}
     for x in counts.collectives:
         times, sent = totals.get((x.kind, x.group), (0, 0))
@@ -149,7 +149,7 @@ def test_ring_bandwidth(text, group, links):
 def test_a_matmul():
     """2 m k n FLOPs; both operands are read and the result is written."""
     a, b = jax.ShapeDtypeStruct((24, 40), jnp.float32), jax.ShapeDtypeStruct((40, 56), jnp.float32)
-    counts = counted(jnp.matmul, a, b)
+    counts = counts_of(jnp.matmul, a, b)
     assert counts.flops == 2 * 24 * 40 * 56
     assert counts.hbm_bytes == 4 * (24 * 40 + 40 * 56 + 24 * 56)
     assert (counts.host_bytes, counts.collectives) == (0, ())
@@ -160,7 +160,7 @@ def test_a_matmul():
 
 def test_batched_matmul():
     a = jax.ShapeDtypeStruct((3, 24, 40), jnp.float32)
-    assert counted(lambda a: jnp.einsum("bij,bkj->bik", a, a), a).flops == 2 * 3 * 24 * 24 * 40
+    assert counts_of(lambda a: jnp.einsum("bij,bkj->bik", a, a), a).flops == 2 * 3 * 24 * 24 * 40
 
 
 def test_a_scan_counts_as_often_as_it_runs():
@@ -174,8 +174,8 @@ def test_a_scan_counts_as_often_as_it_runs():
     ws = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32)
     x = jax.ShapeDtypeStruct((8, 32), jnp.float32)
     once = 2 * 8 * 32 * 32
-    assert counted(loss, ws, x).flops == 5 * 3 * once
-    assert counted(jax.grad(loss), ws, x).flops == 3 * 5 * 3 * once
+    assert counts_of(loss, ws, x).flops == 5 * 3 * once
+    assert counts_of(jax.grad(loss), ws, x).flops == 3 * 5 * 3 * once
 
 
 def test_collectives_by_hand():
@@ -195,11 +195,11 @@ def test_collectives_by_hand():
 
     spec = PartitionSpec("fsdp")
     fn = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    counts = counted(fn, on(mesh, (32, 16), "fsdp"))
+    counts = counts_of(fn, array_on(mesh, (32, 16), "fsdp"))
     most = [each.kind for each in counts.collectives]
     assert most[:2] in (["all-gather", "reduce-scatter"], ["reduce-scatter", "all-gather"])
     assert all("/while/body/" in each.where for each in counts.collectives)
-    assert sent(counts) == {
+    assert collective_totals(counts) == {
         ("all-reduce", 4): (4, 4 * 512 * 2 * 3 / 4),
         ("all-gather", 4): (4, 4 * 512 * 3),
         ("reduce-scatter", 4): (4, 4 * 2048 * 3 / 4),
@@ -214,12 +214,12 @@ def test_a_loop_that_depends_on_data():
         return jax.lax.while_loop(going, lambda s: (s[0] + 1, s[1] @ s[1]), (0, x))
 
     args = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    counts = counted(fn, *args, trips=(7.5,))
+    counts = counts_of(fn, *args, trips=(7.5,))
     assert counts.flops == 7.5 * 2 * 16**3
     assert counts.assumed == ("jit(fn)/while",)
     for trips in ((), (1, 2)):
         with pytest.raises(ValueError, match=r"1 loops .*jit\(fn\)/while.* given for"):
-            counted(fn, *args, trips=trips)
+            counts_of(fn, *args, trips=trips)
 
 
 def test_a_condition_runs_once_more_than_its_loop():
@@ -231,15 +231,15 @@ def test_a_condition_runs_once_more_than_its_loop():
 
     spec = PartitionSpec("fsdp")
     fn = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    counts = counted(fn, on(mesh, (32, 16), "fsdp"), trips=(5,))
-    assert sent(counts) == {("all-reduce", 4): (6, 6 * 4 * 2 * 3 / 4)}
+    counts = counts_of(fn, array_on(mesh, (32, 16), "fsdp"), trips=(5,))
+    assert collective_totals(counts) == {("all-reduce", 4): (6, 6 * 4 * 2 * 3 / 4)}
 
 
 def test_the_costlier_branch_of_a_conditional_counts():
     args = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     for branches in ((lambda x: x @ x, jnp.sin), (jnp.sin, lambda x: x @ x)):
         fn = lambda x, n, branches=branches: jax.lax.cond(n > 0, *branches, x)  # noqa: E731
-        assert counted(fn, *args).flops == 2 * 16**3
+        assert counts_of(fn, *args).flops == 2 * 16**3
 
 
 def test_aliases():
@@ -600,7 +600,7 @@ output_to_operand_aliasing={{}: (1, {})}, calls=%end
     )
     counts = count.count(parsed)
     whole, share = 4 * 32 * 16, 4 * 8 * 16
-    assert sent(counts) == {
+    assert collective_totals(counts) == {
         ("all-gather", 4): (1, 3 * share),
         ("reduce-scatter", 4): (1, whole * 3 / 4),
     }
@@ -626,7 +626,7 @@ async_execution_thread="sparsecore", to_apply=%called
 }""",
     )
     counts = count.count(parsed)
-    assert sent(counts) == {("all-gather", 4): (1, 3 * 64)}
+    assert collective_totals(counts) == {("all-gather", 4): (1, 3 * 64)}
     assert counts.hbm_bytes == 64 + 256
 
 
@@ -748,12 +748,12 @@ def described():
     return topology, preflight.make_mesh(topology, "fsdp=4,tensor=4")
 
 
-def analysed(name, jitted, args, topology) -> preflight.Program:
+def compile_program(name, jitted, args, topology) -> preflight.Program:
     [[result]] = preflight.analyse([preflight.Compilable(name, jitted, args)], topology)
     return result
 
 
-def scanned(ws, x):
+def scan_loss(ws, x):
     return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0])
 
 
@@ -763,13 +763,13 @@ def test_a_sharded_scan_on_tpu(described):
     topology, mesh = described
 
     def fit(state, opt_state, x):
-        grads = jax.grad(scanned)(state["params"], x)
+        grads = jax.grad(scan_loss)(state["params"], x)
         return {"params": state["params"] - grads}, opt_state + grads
 
-    ws = on(mesh, (6, 512, 512), None, "fsdp", "tensor")
-    x = on(mesh, (256, 512), "fsdp")
+    ws = array_on(mesh, (6, 512, 512), None, "fsdp", "tensor")
+    x = array_on(mesh, (256, 512), "fsdp")
     jitted = jax.jit(fit, donate_argnums=(0, 1))
-    result = analysed("fit", jitted, ({"params": ws}, ws, x), topology)
+    result = compile_program("fit", jitted, ({"params": ws}, ws, x), topology)
     assert result.counts is not None
     # The gradient of the first layer's input is not needed, but a scan computes it.
     assert result.counts.flops == 3 * 6 * 2 * 256 * 512 * 512 / 16
@@ -798,11 +798,11 @@ def test_collectives_by_hand_on_tpu(described):
         out_specs=PartitionSpec("fsdp"),
         check_vma=False,
     )
-    x = on(mesh, (4096, 1024), "fsdp", dtype=jnp.bfloat16)
-    result = analysed("collectives", jax.jit(fn), (x,), topology)
+    x = array_on(mesh, (4096, 1024), "fsdp", dtype=jnp.bfloat16)
+    result = compile_program("collectives", jax.jit(fn), (x,), topology)
     assert result.counts is not None
     mib = 2**20
-    assert sent(result.counts) == {
+    assert collective_totals(result.counts) == {
         ("all-reduce", 4): (1, 2 * 3 / 4 * 2 * mib),
         ("all-gather", 4): (1, 3 * 2 * mib),
         ("reduce-scatter", 4): (1, 3 / 4 * 8 * mib),
@@ -813,13 +813,13 @@ def test_collectives_by_hand_on_tpu(described):
 def test_host_memory_on_tpu(described):
     """Arguments in host memory are counted separately, and so is copying them to the device."""
     topology, mesh = described
-    weights = on(mesh, (2048, 2048), "fsdp", memory_kind="pinned_host")
-    x = on(mesh, (64, 2048), "fsdp")
+    weights = array_on(mesh, (2048, 2048), "fsdp", memory_kind="pinned_host")
+    x = array_on(mesh, (64, 2048), "fsdp")
 
     def use(params, x):
         return x @ jax.device_put(params, NamedSharding(mesh, PartitionSpec("fsdp")))
 
-    result = analysed("use", jax.jit(use), (weights, x), topology)
+    result = compile_program("use", jax.jit(use), (weights, x), topology)
     assert result.counts is not None
     share = 4 * 2048 * 2048 / 4
     assert (result.memory.host, result.memory.parameters) == (share, 0)
@@ -830,7 +830,7 @@ def test_host_memory_on_tpu(described):
 def test_programs_come_in_their_order(described):
     """Results keep the order of the programs; an error is raised at its program's turn."""
     topology, mesh = described
-    x = on(mesh, (64, 64), "fsdp")
+    x = array_on(mesh, (64, 64), "fsdp")
 
     def slow(x):
         for _ in range(20):
@@ -868,7 +868,7 @@ def test_nothing_begins_after_the_end(described, monkeypatch):
         return program.name == "second"
 
     monkeypatch.setattr(program_module, "_analyse", analyse)
-    x = on(mesh, (64, 64), "fsdp")
+    x = array_on(mesh, (64, 64), "fsdp")
     names = "first", "second", "third", "fourth"
     programs = [preflight.Compilable(name, jax.jit(jnp.tanh), (x,)) for name in names]
     results = list(preflight.analyse(programs, topology, until))
@@ -880,9 +880,9 @@ def test_nothing_begins_after_the_end(described, monkeypatch):
 def test_too_large_for_a_tpu(described):
     """The compiler rejects it: the excess is known, and `usable` is the compiler's own limit."""
     topology, mesh = described
-    x = on(mesh, (2**17, 2**17), "fsdp", "tensor")  # 4 GiB a device
+    x = array_on(mesh, (2**17, 2**17), "fsdp", "tensor")  # 4 GiB a device
     jitted = jax.jit(lambda params: (params + 1, params * 2, params - 3))
-    result = analysed("sums", jitted, (x,), topology)
+    result = compile_program("sums", jitted, (x,), topology)
     assert result.counts is None
     assert not result.fits
     assert (result.memory.parameters, result.memory.peak) == (4 * GIB, 16 * GIB)
@@ -934,7 +934,7 @@ def test_a_program_without_room_for_its_arguments_is_not_compiled():
     def f(params):
         return jnp.sum(params)
 
-    x = on(mesh, (2**32,), "fsdp")  # float32, 4 GiB in each of four
+    x = array_on(mesh, (2**32,), "fsdp")  # float32, 4 GiB in each of four
     for resident, compiled in ((11 * GIB, True), (12 * GIB, False)):
         jitted = mock.Mock(wraps=jax.jit(f), __signature__=inspect.signature(f))
         compilable = preflight.Compilable("f", jitted, (x,), resident=resident)
@@ -969,7 +969,7 @@ print(jax.config.jax_platforms, jax.devices()[0].platform)
 def test_a_decoding_loop_on_tpu(described):
     """Each shard has its own rows, weights are split over tensor, and `trips` sets the turns."""
     topology, mesh = described
-    weights = on(mesh, (256, 512), None, "tensor", dtype=jnp.bfloat16)
+    weights = array_on(mesh, (256, 512), None, "tensor", dtype=jnp.bfloat16)
 
     def more(state, weights, *, limit):
         x, n = state
@@ -987,7 +987,7 @@ def test_a_decoding_loop_on_tpu(described):
         return jax.shard_map(local, mesh=mesh, axis_names={"fsdp"}, **specs)(weights, x)
 
     jitted = jax.jit(decode, static_argnames="limit")
-    x = on(mesh, (64, 256), "fsdp", dtype=jnp.bfloat16)
+    x = array_on(mesh, (64, 256), "fsdp", dtype=jnp.bfloat16)
     decode = preflight.Compilable(
         *("decode", jitted, (weights, x)),
         static={"limit": 9},

@@ -18,7 +18,7 @@ SETUP = Path(__file__).resolve().parents[1] / "tpu_setup"
 SCRIPTS = sorted(path.name for path in SETUP.glob("*.sh"))
 CLOUD_SCRIPTS = ["create.sh", "delete.sh", "install.sh", "logs.sh", "resume.sh", "run_all.sh"]
 PLACE = {"project": "my-project", "zone": "us-west4-a"}
-OF_SLICE = {"name": "ppo", **PLACE}
+SLICE = {"name": "ppo", **PLACE}
 SLICES = {  # chips, hosts, topology, image, machine, GKE's name
     "v5litepod-16": (
         16,
@@ -79,26 +79,26 @@ def test_create(accelerator):
     looks = list_of("queued-resources", "state.state")
     create = ["gcloud", "compute", "tpus", "queued-resources", "create", "ppo"]
     request = (create, {**common, "node-id": "ppo", "runtime-version": image, "spot": True})
-    of = {**OF_SLICE, "accelerator": accelerator}
-    assert dry("create.sh", "--spot", **of) == [looks, request, looks]
+    target = {**SLICE, "accelerator": accelerator}
+    assert dry("create.sh", "--spot", **target) == [looks, request, looks]
 
     looks = list_of("tpu-vm", "state")
     account = "tpu@my-project.iam.gserviceaccount.com"
     create = ["gcloud", "compute", "tpus", "tpu-vm", "create", "ppo"]
     request = (create, {**common, "version": "v9", "service-account": account})
-    got = dry("create.sh", "--direct", service_account=account, runtime_version="v9", **of)
+    got = dry("create.sh", "--direct", service_account=account, runtime_version="v9", **target)
     assert got == [looks, request, looks]
 
 
 def test_delete():
     words = ["gcloud", "compute", "tpus", "queued-resources", "delete", "ppo"]
-    assert dry("delete.sh", **OF_SLICE) == [(words, {**PLACE, "quiet": True, "force": True})]
+    assert dry("delete.sh", **SLICE) == [(words, {**PLACE, "quiet": True, "force": True})]
     words = ["gcloud", "compute", "tpus", "tpu-vm", "delete", "ppo"]
-    assert dry("delete.sh", "--direct", **OF_SLICE) == [(words, {**PLACE, "quiet": True})]
+    assert dry("delete.sh", "--direct", **SLICE) == [(words, {**PLACE, "quiet": True})]
 
 
 def test_install():
-    archive, copy, (words, flags), remove = dry("install.sh", ref="v1.0", **OF_SLICE)
+    archive, copy, (words, flags), remove = dry("install.sh", ref="v1.0", **SLICE)
     path = archive[1]["output"]
     assert archive[0] == ["git", "-C", str(SETUP.parent), "archive", "v1.0"]
     scp = ["gcloud", "compute", "tpus", "tpu-vm", "scp", path, "ppo:instructjax.tar.gz"]
@@ -115,27 +115,27 @@ def test_install():
 @pytest.mark.parametrize("verb", ["run", "start"])
 def test_run_all(verb):
     ((words, flags),) = dry(
-        "run_all.sh", *["--detach"] * (verb == "start"), command=COMMAND, **OF_SLICE
+        "run_all.sh", *["--detach"] * (verb == "start"), command=COMMAND, **SLICE
     )
     assert (words, flags) == ssh(flags["command"])
     assert shlex.split(flags["command"]) == ["bash", "instructjax/tpu_setup/job.sh", verb, COMMAND]
 
 
 def test_logs():
-    assert dry("logs.sh", worker=3, **OF_SLICE) == [ssh("tail -n 200 -F job/log", worker="3")]
+    assert dry("logs.sh", worker=3, **SLICE) == [ssh("tail -n 200 -F job/log", worker="3")]
 
 
 @pytest.mark.parametrize("accelerator", SLICES)
 @pytest.mark.parametrize("direct", [[], ["--direct"]])
 def test_resume(accelerator, direct):
-    of = {**OF_SLICE, "accelerator": accelerator}
+    target = {**SLICE, "accelerator": accelerator}
     kind, field = ("tpu-vm", "state") if direct else ("queued-resources", "state.state")
-    looks, *others = dry("resume.sh", "--spot", *direct, command=COMMAND, ref="v1.0", **of)
+    looks, *others = dry("resume.sh", "--spot", *direct, command=COMMAND, ref="v1.0", **target)
     assert looks == list_of(kind, field)
-    deleted = dry("delete.sh", *direct, **OF_SLICE)
-    created = dry("create.sh", "--spot", *direct, **of)
-    installed = dry("install.sh", ref="v1.0", **OF_SLICE)
-    started = dry("run_all.sh", "--detach", command=f"{COMMAND} --resume", **OF_SLICE)
+    deleted = dry("delete.sh", *direct, **SLICE)
+    created = dry("create.sh", "--spot", *direct, **target)
+    installed = dry("install.sh", ref="v1.0", **SLICE)
+    started = dry("run_all.sh", "--detach", command=f"{COMMAND} --resume", **SLICE)
     before = len(deleted + created)
     assert others[:before] == deleted + created
     assert "job.sh status" in others[before][1]["command"]
@@ -145,8 +145,8 @@ def test_resume(accelerator, direct):
 @pytest.mark.parametrize("accelerator", SLICES)
 def test_gke_commands(accelerator):
     _, hosts, topology, _, machine, _ = SLICES[accelerator]
-    of = {**OF_SLICE, "cluster": "pods", "accelerator": accelerator}
-    ((words, flags),) = dry("gke.sh", "nodes", "--spot", **of)
+    target = {**SLICE, "cluster": "pods", "accelerator": accelerator}
+    ((words, flags),) = dry("gke.sh", "nodes", "--spot", **target)
     assert words == ["gcloud", "container", "node-pools", "create", "ppo"]
     pool = {
         "machine-type": machine,
@@ -157,23 +157,23 @@ def test_gke_commands(accelerator):
     where = {"cluster": "pods", "project": "my-project", "location": "us-west4"}
     assert flags == {**pool, **where, "node-locations": "us-west4-a", "scopes": "cloud-platform"}
 
-    of.pop("accelerator")
+    target.pop("accelerator")
     context = {"context": "gke_my-project_us-west4_pods"}
-    ((words, flags),) = dry("gke.sh", "logs", worker=2, **of)
+    ((words, flags),) = dry("gke.sh", "logs", worker=2, **target)
     assert words == ["kubectl", "logs"]
     assert flags["context"] == context["context"]
     assert flags["selector"].endswith("jobset-name=ppo,batch.kubernetes.io/job-completion-index=2")
     stop = (["kubectl", "delete", "jobset", "ppo"], {**context, "ignore-not-found": True})
     delete = (["gcloud", "container", "node-pools", "delete", "ppo"], {**where, "quiet": True})
-    assert dry("gke.sh", "stop", **of) == [stop]
-    assert dry("gke.sh", "delete", **of) == [stop, delete]
+    assert dry("gke.sh", "stop", **target) == [stop]
+    assert dry("gke.sh", "delete", **target) == [stop, delete]
 
 
 @pytest.mark.parametrize("accelerator", SLICES)
 def test_jobset(accelerator):
     chips, hosts, topology, _, _, gke_name = SLICES[accelerator]
-    of = {**OF_SLICE, "cluster": "pods", "accelerator": accelerator, "image": "r.dev/p/i:1"}
-    done = shell("gke.sh", "manifest", command=COMMAND, **of)
+    target = {**SLICE, "cluster": "pods", "accelerator": accelerator, "image": "r.dev/p/i:1"}
+    done = shell("gke.sh", "manifest", command=COMMAND, **target)
     assert "${" not in done.stdout.split("apiVersion", 1)[1]
     jobset = yaml.safe_load(done.stdout)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -204,7 +204,7 @@ def test_jobset(accelerator):
     assert 75 not in rule["onExitCodes"]["values"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
     # The command that --dry-run prints produces the same manifest.
-    line = shell("gke.sh", "run", "--dry-run", command=COMMAND, **of).stdout
+    line = shell("gke.sh", "run", "--dry-run", command=COMMAND, **target).stdout
     printed, apply = line.rsplit(" | ", 1)
     again = subprocess.run(["bash", "-c", printed], capture_output=True, text=True, check=True)
     assert again.stdout == done.stdout
@@ -213,7 +213,7 @@ def test_jobset(accelerator):
 
 # ------------------------------------------------------------------------- errors
 
-GOOD = {**OF_SLICE, "accelerator": "v5litepod-16"}
+GOOD = {**SLICE, "accelerator": "v5litepod-16"}
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,8 @@ GOOD = {**OF_SLICE, "accelerator": "v5litepod-16"}
     ],
 )
 def test_wrong_flags_are_named(script, bad, named):
-    of = GOOD if script in ("create.sh", "resume.sh") else OF_SLICE
-    good = {**of, **({"command": "true"} if script in ("run_all.sh", "resume.sh") else {})}
+    target = GOOD if script in ("create.sh", "resume.sh") else SLICE
+    good = {**target, **({"command": "true"} if script in ("run_all.sh", "resume.sh") else {})}
     done = shell(script, "--dry-run", **{**good, **bad})
     assert (done.returncode, done.stdout) == (2, "")
     assert named in done.stderr
@@ -247,7 +247,7 @@ def test_wrong_flags_are_named(script, bad, named):
 
 
 def test_gke_refuses():
-    of = {**GOOD, "cluster": "pods", "image": "i", "command": "true"}
+    target = {**GOOD, "cluster": "pods", "image": "i", "command": "true"}
     for verb, bad, named in (
         ("run", {"cluster": ""}, "--cluster"),
         ("run", {"image": ""}, "--image"),
@@ -255,7 +255,7 @@ def test_gke_refuses():
         ("nodes", {"accelerator": "v5litepod-8"}, "--accelerator v5litepod-8"),
         ("fly", {}, "fly"),
     ):
-        done = shell("gke.sh", verb, "--dry-run", **{**of, **bad})
+        done = shell("gke.sh", verb, "--dry-run", **{**target, **bad})
         assert (done.returncode, done.stdout) == (2, "")
         assert named in done.stderr
 
@@ -263,7 +263,7 @@ def test_gke_refuses():
 def test_missing_tools_and_values(tmp_path):
     for tool in ("bash", "dirname", "sed", "tr"):
         (tmp_path / tool).symlink_to(str(shutil.which(tool)))
-    done = shell("delete.sh", env={"PATH": str(tmp_path)}, **OF_SLICE)
+    done = shell("delete.sh", env={"PATH": str(tmp_path)}, **SLICE)
     assert done.returncode == 2
     assert "gcloud: not found" in done.stderr
     done = shell("delete.sh", "--zone")
@@ -272,9 +272,9 @@ def test_missing_tools_and_values(tmp_path):
 
 def test_variables_stand_in_for_flags():
     names = {"name": "POD_NAME", "project": "POD_PROJECT", "zone": "POD_ZONE"}
-    env = {names[flag]: value for flag, value in OF_SLICE.items()}
+    env = {names[flag]: value for flag, value in SLICE.items()}
     done = shell("delete.sh", "--dry-run", env=env)
-    assert [parsed(line) for line in done.stdout.splitlines()] == dry("delete.sh", **OF_SLICE)
+    assert [parsed(line) for line in done.stdout.splitlines()] == dry("delete.sh", **SLICE)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -396,7 +396,7 @@ case "$(wc -l <{where}/started)" in
 esac
 """
     )
-    flags = {**OF_SLICE, "accelerator": "v5p-16", "command": f"bash {where}/job"}
+    flags = {**SLICE, "accelerator": "v5p-16", "command": f"bash {where}/job"}
     done = shell("resume.sh", "--spot", env=env, **flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("ppo: finished\n")
@@ -410,7 +410,7 @@ esac
 def test_an_error_ends_it(cloud, code):
     env, where = cloud
     command = f'case "$HOME" in */1) exit {code};; esac; true'
-    flags = {**OF_SLICE, "accelerator": "v5p-16", "command": command}
+    flags = {**SLICE, "accelerator": "v5p-16", "command": command}
     done = shell("resume.sh", env=env, **flags)
     assert done.returncode == code
     assert "logs.sh" in done.stderr
@@ -420,11 +420,11 @@ def test_an_error_ends_it(cloud, code):
 def test_a_running_job_is_watched(cloud):
     """As after a restart of resume.sh; the hosts do not always answer."""
     env, where = cloud
-    flags = {**OF_SLICE, "accelerator": "v5p-16"}
+    flags = {**SLICE, "accelerator": "v5p-16"}
     assert shell("create.sh", env=env, **flags).returncode == 0
-    assert shell("install.sh", env=env, **OF_SLICE).returncode == 0
+    assert shell("install.sh", env=env, **SLICE).returncode == 0
     command = f"while [ ! -e {where}/end ]; do sleep 0.05; done"
-    started = shell("run_all.sh", "--detach", env=env, command=command, **OF_SLICE)
+    started = shell("run_all.sh", "--detach", env=env, command=command, **SLICE)
     assert started.returncode == 0
     argv = ["bash", str(SETUP / "resume.sh"), *(f"--{k}={v}" for k, v in flags.items())]
     argv.append(f"--command={command}")
@@ -470,26 +470,26 @@ def test_gke_run(tmp_path):
     kubectl = tmp_path / "kubectl"
     kubectl.write_text(f'#!/bin/sh\necho "$*" >{tmp_path}/words; cat >{tmp_path}/stdin; exit 3\n')
     kubectl.chmod(0o755)
-    of = {**GOOD, "cluster": "pods", "image": "i", "command": COMMAND}
-    done = shell("gke.sh", "run", env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, **of)
+    target = {**GOOD, "cluster": "pods", "image": "i", "command": COMMAND}
+    done = shell("gke.sh", "run", env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, **target)
     assert done.returncode == 3
     words = (tmp_path / "words").read_text().split()
     assert words == ["--context=gke_my-project_us-west4_pods", "apply", "--filename=-"]
-    assert (tmp_path / "stdin").read_text() == shell("gke.sh", "manifest", **of).stdout
+    assert (tmp_path / "stdin").read_text() == shell("gke.sh", "manifest", **target).stdout
 
 
 def test_run_all_returns_the_hosts_code(cloud):
     env, where = cloud
     shell("create.sh", env=env, **GOOD)
-    done = shell("run_all.sh", env=env, command="true", **OF_SLICE)
+    done = shell("run_all.sh", env=env, command="true", **SLICE)
     assert done.returncode == 127  # nothing is installed
-    assert shell("install.sh", env=env, **OF_SLICE).returncode == 0
+    assert shell("install.sh", env=env, **SLICE).returncode == 0
     done = shell(
-        "run_all.sh", env=env, command=f"echo 'a  b' >{where}/$(basename $HOME).txt", **OF_SLICE
+        "run_all.sh", env=env, command=f"echo 'a  b' >{where}/$(basename $HOME).txt", **SLICE
     )
     assert done.returncode == 0, done.stderr
     assert [(where / f"{host}.txt").read_text() for host in range(2)] == ["a  b\n"] * 2
-    done = shell("run_all.sh", env=env, command='[ "$(basename $HOME)" = 0 ] || exit 9', **OF_SLICE)
+    done = shell("run_all.sh", env=env, command='[ "$(basename $HOME)" = 0 ] || exit 9', **SLICE)
     assert done.returncode == 9
 
 
