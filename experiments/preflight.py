@@ -72,7 +72,7 @@ class Config:
     shard_sequence: bool = False
     """Split activations between sublayers over the `tensor` axis too, as the scripts' flag does."""
     offload: bool = False
-    """Keep models that are not in use in host memory, as run_ppo.py's flag does."""
+    """Move models to host memory while they are not in use, as run_ppo.py's flag does."""
     out: Path | None = None
     """File that all figures are written to, as JSON."""
 
@@ -120,7 +120,7 @@ def search(config: Config) -> list[preflight.Program]:
 def in_smaller_parts(
     given: Config, tried: Config, failed: preflight.Program, shards: int
 ) -> Config | None:
-    """Flags that make a program smaller that did not fit; None if no flag helps.
+    """More microbatches or fewer prompts for a program that did not fit; None if neither helps.
 
     Args:
       given: the user's flags, which are not changed.
