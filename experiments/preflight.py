@@ -1,12 +1,12 @@
-"""What a preset needs on a TPU slice, and how long it takes at best, without having the slice.
+"""The memory and best-case time of a preset on a TPU slice, estimated without the slice.
 
     python experiments/preflight.py --topology v5e:16x16 --mesh fsdp=32,tensor=8   # instructgpt-6b
     python experiments/preflight.py --preset instructgpt-1.3b --topology v5e --search
     python experiments/preflight.py --stages sft --model DIR --topology v5p:4x4x4 --remat full
 
-Compiles the programs that run_sft.py, run_rm.py and run_ppo.py jit, for the slice, with libtpu and
-no TPU: memory and collectives are the compiler's own, times an estimate. Nothing is run, no weights
-are read.
+Compiles for the slice the programs that run_sft.py, run_rm.py and run_ppo.py jit. libtpu compiles
+them without a TPU. Memory and collectives are the compiler's, times are an estimate. Nothing runs,
+and no weights are read.
 
 Hardware: any Linux machine on x86-64 with `pip install instructjax[preflight]`.
 """
@@ -34,7 +34,7 @@ from instructjax.hf import configs
 from instructjax.models import PRESETS, ModelConfig
 from instructjax.run import main
 
-# What a preset of the paper trains; others need --model.
+# The models that the paper's presets train; other presets need --model.
 MODELS = {"1.3b": "gpt3-1.3b", "6b": "gpt3-6b", "175b": "gpt3-175b"}
 
 Stage = Literal["sft", "rm", "ppo"]
@@ -42,120 +42,119 @@ Stage = Literal["sft", "rm", "ppo"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to compile, and for what."""
+    """The programs to compile, and the slice to compile them for."""
 
     topology: str
-    """A slice, as v5e:16x16 or v5p:4x4x4; with --search a type of chip, as v5e."""
+    """A slice, such as v5e:16x16 or v5p:4x4x4; with --search a type of chip, such as v5e."""
     num_slices: int = 1
-    """How many such slices, joined by the data-centre network, whose time is not estimated."""
+    """Number of such slices, joined by the data-centre network, whose time is not estimated."""
     search: bool = False
-    """Try the slices of this type, smallest first, and on each all meshes, until one fits."""
+    """Try the slices of this type, smallest first, with each mesh in turn, until one fits."""
     stages: tuple[Stage, ...] = ("sft", "rm", "ppo")
-    """Whose programs to compile."""
+    """Stages whose programs are compiled."""
     preset: str = "instructgpt-6b"
-    """Of run_sft.py and run_ppo.py. The reward model is trained with the paper's one preset."""
+    """Preset of run_sft.py and run_ppo.py. The reward model's is always instructgpt-6b."""
     model: str | None = None
-    """A preset of models, or a directory with a Hugging Face config.json; default: the preset's."""
+    """Policy: a preset of models, or a directory with config.json. [The size of --preset]"""
     reward_model: str | None = None
-    """Likewise, of the reward model and the value net; default: gpt3-6b, the paper's, where the
-    preset names the model, or else --model."""
+    """Reward model and value net: as --model. [--model if given, else gpt3-6b, as in the paper]"""
     mesh: str = ""
-    """Devices along each axis, as `data=2,fsdp=-1`; by default all are `fsdp`."""
+    """Number of devices along each axis, such as `data=2,fsdp=-1`; by default all are `fsdp`."""
     remat: Literal["none", "dots", "full"] | None = None
-    """What the backward pass recomputes; default: the preset's."""
+    """Activations that the backward pass recomputes. [The preset's value]"""
     batch_size: int | None = None
-    """Rows of a step of SFT and RM, episodes of an iteration of PPO; default: the preset's."""
+    """Rows of a step of SFT and RM, episodes of an iteration of PPO. [The preset's value]"""
     microbatches: int | None = None
-    """Shares of a batch, or of a minibatch and of its text, whose gradients are accumulated;
-    default: the preset's."""
+    """Number of parts of a batch (in PPO: of a minibatch and of its ptx text) whose gradients are
+    accumulated. [The preset's value]"""
     sample_batch: int | None = None
-    """As in run_ppo.py: prompts that are sampled at a time; default: all of an iteration's."""
+    """Number of prompts that run_ppo.py samples at a time. [All prompts of an iteration]"""
     shard_sequence: bool = False
-    """As in the scripts: activations between sublayers are split over `tensor` too."""
+    """Split activations between sublayers over the `tensor` axis too, as the scripts' flag does."""
     offload: bool = False
-    """As in run_ppo.py."""
+    """Move models to host memory while they are not in use, as run_ppo.py's flag does."""
     out: Path | None = None
-    """Write all figures to this file, as JSON."""
+    """File that all figures are written to, as JSON."""
 
 
 def run_preflight(config: Config) -> None:
     if config.search:
-        found = search(config)
+        programs = search(config)
     else:
         topology = preflight.parse_topology(config.topology, config.num_slices)
-        found = analyse(config, topology, config.mesh)
+        programs = analyse(config, topology, config.mesh)
     if config.out is not None:
-        config.out.write_text(json.dumps([each.json() for each in found], indent=2) + "\n")
+        config.out.write_text(json.dumps([each.json() for each in programs], indent=2) + "\n")
 
 
 def search(config: Config) -> list[preflight.Program]:
-    """The programs on the smallest slice, and its first mesh and microbatches, that they fit.
+    """The programs on the smallest slice that fits them, with the first mesh and parts that fit.
 
-    Meshes are tried from all `fsdp` on, with `tensor` twice as large each time: what it splits
-    has more collectives. Unless the flags are given, microbatches are doubled while what does not
-    fit is the work on a batch, and prompts are sampled half as many at a time while it is the
-    rollout, as long as the batch divides.
+    The first mesh is all `fsdp`. Each next one doubles `tensor`, which needs more collectives. If a
+    step or gradient does not fit, the number of microbatches grows; if the rollout does not fit,
+    fewer prompts are sampled at a time. Both stop when the batch no longer divides, and neither
+    changes a flag that was given.
     """
     check(config)
-    for one in preflight.slices(config.topology):
-        topology = dataclasses.replace(one, num_slices=config.num_slices)
+    for single in preflight.slices(config.topology):
+        topology = dataclasses.replace(single, num_slices=config.num_slices)
         meshes = [config.mesh] if config.mesh else meshes_of(topology.devices)
         for mesh in meshes:
             tried = config
             while tried is not None:
                 try:
-                    found = analyse(tried, topology, mesh, until=lambda program: not program.fits)
+                    programs = analyse(tried, topology, mesh, until=lambda each: not each.fits)
                 except ValueError as error:  # the mesh, or the batch, does not divide
                     print(f"{topology.name} {mesh}: {error}")
                     break
-                if all(program.fits for program in found):
-                    print(f"all of it fits with {flags(tried, topology, mesh)}")
-                    return found
+                if all(program.fits for program in programs):
+                    print(f"everything fits with {flags(tried, topology, mesh)}")
+                    return programs
                 shards = topology.devices // sharding.parse_mesh(mesh).get("tensor", 1)
-                tried = in_smaller_parts(config, tried, found[-1], shards)
+                tried = in_smaller_parts(config, tried, programs[-1], shards)
                 if tried is not None:
-                    print(f"again with {flags(tried, topology, mesh)}")
-    raise ValueError(f"--search: it fits no slice of {config.topology} with these flags")
+                    print(f"trying {flags(tried, topology, mesh)}")
+    raise ValueError(f"--search: no slice of {config.topology} is large enough with these flags")
 
 
 def in_smaller_parts(
     given: Config, tried: Config, failed: preflight.Program, shards: int
 ) -> Config | None:
-    """The flags with which a program that did not fit takes less; None where no flag helps.
+    """More microbatches or fewer prompts for a program that did not fit; None if neither helps.
 
     Args:
-      given: the flags as they came: what was given stays.
-      tried: those that it did not fit with.
-      shards: of a batch; fewer prompts than that are not sampled at a time.
+      given: the user's flags, which are not changed.
+      tried: the flags with which the program did not fit.
+      shards: number of shards of a batch; at least so many prompts are sampled at a time.
     """
     room = failed.usable - (failed.memory.peak - failed.memory.temporaries)
     if room <= 0:
         return None
-    # Half the rows take half the memory at the least.
+    # Half the rows take at least half the memory.
     parts = 2 ** max(1, math.ceil(math.log2(failed.memory.temporaries / room)))
     if failed.name in ("prefill", "rollout") and given.sample_batch is None:
         episodes = preset(given, ppo_config.PRESETS).batch_size
         smaller = (tried.sample_batch or episodes) // parts
         return dataclasses.replace(tried, sample_batch=smaller) if smaller >= shards else None
-    shared = failed.name.endswith("gradient") or failed.name in ("SFT step", "RM step")
-    if shared and given.microbatches is None:
+    splits = failed.name.endswith("gradient") or failed.name in ("SFT step", "RM step")
+    if splits and given.microbatches is None:
         return dataclasses.replace(tried, microbatches=parts * (tried.microbatches or 1))
     return None
 
 
 def flags(config: Config, topology: preflight.Topology, mesh: str) -> str:
-    """What to give preflight.py, and the mesh and parts also the scripts."""
-    said = f"--topology {topology.slice} --mesh {mesh}"
+    """The command-line flags of a trial."""
+    text = f"--topology {topology.slice} --mesh {mesh}"
     if topology.num_slices > 1:
-        said += f" --num_slices {topology.num_slices}"
+        text += f" --num_slices {topology.num_slices}"
     for name in ("microbatches", "sample_batch"):
         if getattr(config, name) is not None:
-            said += f" --{name} {getattr(config, name)}"
-    return said
+            text += f" --{name} {getattr(config, name)}"
+    return text
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for what is wrong on every slice."""
+    """Raises ValueError for flags that are wrong on every slice."""
     for stage, presets in (("sft", run_sft.PRESETS), ("ppo", ppo_config.PRESETS)):
         if stage in config.stages:
             preset(config, presets)
@@ -164,7 +163,7 @@ def check(config: Config) -> None:
 
 
 def meshes_of(devices: int) -> list[str]:
-    """`fsdp` and `tensor` of up to 32 that make so many devices."""
+    """Meshes of `fsdp` and `tensor` with that many devices in all; `tensor` is at most 32."""
     sizes = [1, 2, 4, 8, 16, 32]
     return [f"fsdp={devices // t},tensor={t}" for t in sizes if devices % t == 0]
 
@@ -175,31 +174,31 @@ def analyse(
     mesh: str,
     until: Any = lambda program: False,
 ) -> list[preflight.Program]:
-    """Compiles the stages' programs for a slice, and prints what came of it.
+    """Compiles the stages' programs for a slice, and prints tables and verdicts.
 
     Args:
-      until: of a Program: whether to compile no more.
+      until: function of a Program; if true, no further program is compiled.
     """
     try:
         devices = preflight.make_mesh(topology, mesh)
-    except ModuleNotFoundError as error:  # libtpu
+    except ModuleNotFoundError as error:  # libtpu is missing
         raise OSError(str(error)) from error
     console = Console()
-    if not console.is_terminal:  # in a file the tables need not fit a terminal
+    if not console.is_terminal:  # output to a file has no terminal's width
         console = Console(width=120)
-    every = []
+    all_stages = []
     for stage in config.stages:
-        found: list[preflight.Program] = []
-        # All of a stage first: what does not divide is known before anything is compiled.
+        analysed: list[preflight.Program] = []
+        # `list` makes every program before any is compiled, so sizes that do not divide fail early.
         programs = list(programs_of(stage, config, devices))
-        # Nor is the rest, if one is enough and it has no room for its arguments alone.
-        held = [preflight.held(each, topology) for each in programs]
-        too_large = [known.memory.peak > known.usable and until(known) for known in held]
+        # A program whose arguments alone do not fit may settle the answer without compiling.
+        bounds = [preflight.lower_bound(each, topology) for each in programs]
+        too_large = [bound.memory.peak > bound.usable and until(bound) for bound in bounds]
         if any(too_large):
             programs = [programs[too_large.index(True)]]
         elif config.search:
-            # Where what holds most does not fit, the rest is not compiled. The steps compile in a
-            # few seconds, beside the rollout.
+            # The largest programs come first, because the search stops at one that does not fit.
+            # The steps compile in seconds, in parallel with the rollout.
             first = "rollout", "policy step", "value step"
             programs.sort(
                 key=lambda each: (each.name not in first, not each.name.endswith("gradient"))
@@ -207,71 +206,71 @@ def analyse(
         where, began = f"{topology.name}, {stage}", time.perf_counter()
         compiled = preflight.analyse(programs, topology, until)
         with contextlib.closing(compiled), console.status(f"{where}: compiling") as status:
-            for number, (each, those) in enumerate(zip(programs, compiled, strict=False), start=1):
-                found += those
+            for number, (each, parts) in enumerate(zip(programs, compiled, strict=False), start=1):
+                analysed += parts
                 seconds = time.perf_counter() - began
                 status.update(f"{where}: {number} of {len(programs)} compiled, {seconds:.0f} s")
                 if not console.is_terminal and not any(too_large):
                     print(f"{where}: {each.name} compiled, {seconds:.0f} s", flush=True)
-        console.print(*preflight.tables(found))
-        for program in found:
+        console.print(*preflight.tables(analysed))
+        for program in analysed:
             console.print(preflight.verdict(program), soft_wrap=True)
-        every += found
-        if until(found[-1]):
+        all_stages += analysed
+        if until(analysed[-1]):
             break
     console.print(preflight.ASSUMPTIONS, soft_wrap=True)
-    return every
+    return all_stages
 
 
 def programs_of(stage: Stage, config: Config, mesh: Mesh) -> Iterator[preflight.Compilable]:
-    """The jitted functions of a script, as the preset has them.
+    """Yields the jitted functions of a stage's script, with the preset's sizes.
 
     Raises:
-      ValueError: no such preset or model, or a batch does not divide over the mesh.
+      ValueError: there is no such preset or model, or a batch does not divide over the mesh.
     """
     if stage == "sft":
         yield sft_step(preset(config, run_sft.PRESETS), describe(config), mesh)
     elif stage == "rm":
-        flags = dataclasses.replace(config, preset="instructgpt-6b")
-        yield rm_step(preset(flags, run_rm.PRESETS), describe_reward_model(config), mesh)
+        rm_config = dataclasses.replace(config, preset="instructgpt-6b")
+        yield rm_step(preset(rm_config, run_rm.PRESETS), describe_reward_model(config), mesh)
     else:
-        script = preset(config, ppo_config.PRESETS)
-        yield from ppo_programs(script, describe(config), describe_reward_model(config), mesh)
+        ppo = preset(config, ppo_config.PRESETS)
+        yield from ppo_programs(ppo, describe(config), describe_reward_model(config), mesh)
 
 
 # ------------------------------------------------------------------------------------- helpers
 
 
 def preset(config: Config, presets: dict[str, Any]) -> Any:
-    """A script's preset, with the flags that were given."""
+    """A script's config: the preset, changed by the flags that were given."""
     if config.preset not in presets:
         raise ValueError(f"--preset {config.preset}: not one of {', '.join(presets)}")
-    found = presets[config.preset]
+    script = presets[config.preset]
     names = {"remat", "batch_size", "shard_sequence"}
-    if isinstance(found, ppo_config.Config):
+    if isinstance(script, ppo_config.Config):
         extra = {"offload": config.offload, "sample_batch": config.sample_batch}
-        found = dataclasses.replace(found, **extra)
+        script = dataclasses.replace(script, **extra)
         if config.microbatches:
             shares = {"microbatches": config.microbatches}
-            ppo = dataclasses.replace(found.ppo, **shares)
-            # As many rows of text at a time as episodes.
-            shares["microbatches"] *= found.ptx.ratio
-            ptx = dataclasses.replace(found.ptx, **shares)
-            found = dataclasses.replace(found, ppo=ppo, ptx=ptx)
+            ppo = dataclasses.replace(script.ppo, **shares)
+            # A microbatch then has as many rows of text as episodes.
+            shares["microbatches"] *= script.ptx.ratio
+            ptx = dataclasses.replace(script.ptx, **shares)
+            script = dataclasses.replace(script, ppo=ppo, ptx=ptx)
     else:
         names.add("microbatches")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    return dataclasses.replace(found, **given)
+    return dataclasses.replace(script, **given)
 
 
 def describe_reward_model(config: Config) -> ModelConfig:
-    """The paper's, for models of all sizes (section 3.5), or one like the model."""
+    """Sizes of the reward model: --reward_model, --model, or 6B as in the paper (section 3.5)."""
     default = config.model or "gpt3-6b"
     return describe(dataclasses.replace(config, model=config.reward_model or default))
 
 
 def describe(config: Config) -> ModelConfig:
-    """The model's sizes; no weights.
+    """The model's sizes; reads no weights.
 
     Raises:
       ValueError: there is no such model.
@@ -279,11 +278,12 @@ def describe(config: Config) -> ModelConfig:
     size = config.preset.removeprefix("instructgpt-").split("-")[0]
     model = config.model or MODELS.get(size)
     if model is None:
-        raise ValueError(f"--preset {config.preset} names no model of its own: --model NAME|DIR")
+        raise ValueError(f"--preset {config.preset} implies no model: give --model NAME|DIR")
     if model in PRESETS:
         return PRESETS[model]
     if not (Path(model) / "config.json").is_file():
-        raise ValueError(f"--model {model}: not one of {', '.join(PRESETS)}, and no config.json")
+        known = ", ".join(PRESETS)
+        raise ValueError(f"--model {model}: not one of {known}, and no directory with config.json")
     return configs.from_hf(configs.transformers().AutoConfig.from_pretrained(model), model)
 
 

@@ -1,11 +1,10 @@
-"""Several processes as one run: how they find one another, and how they end together.
+"""Several processes as one run: they find one another, and all end when one ends.
 
-Nothing here costs anything where there is one process. What a run does on one host alone, and so
-could leave the others waiting in a collective for ever: an error, a signal, a file that only some
-of them see. So an error is left in the coordination service, where every process looks once a
-second; a signal goes through jax's notifier, which picks a step that all have still before them;
-and of a file host 0's word counts. A process that is killed says nothing: jax notices that its
-heart has stopped, and ends the others.
+An event on one host alone could leave the others waiting in a collective for ever. An error is
+written to jax's coordination service, which every process reads once a second. A signal goes
+through jax's notifier, which picks a step that no process has started yet. Where a decision depends
+on a file that only some hosts see, all hosts use host 0's value. A killed process writes nothing;
+jax misses its heartbeats and ends the others. With one process, nothing here has a cost.
 """
 
 import importlib.util
@@ -24,20 +23,20 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
-from jax._src.distributed import global_state  # whose client has no public name
+from jax._src.distributed import global_state  # its client has no public name
 from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 
-HEARTBEAT = 20  # seconds after which a silent process counts as dead
+HEARTBEAT = 20  # seconds without a heartbeat after which a process counts as dead
 ERROR, HEARD = "instructjax/error", "instructjax/heard"  # keys in the coordination service
-AGREED = (0, 75)  # exit codes that all processes come to together
+AGREED = (0, 75)  # exit codes that all processes end with after the same step
 DAY = 24 * 3600
 
 
 def choose_platform() -> None:
-    """Keeps jax to the CPU where libtpu is installed and there is neither a TPU nor a GPU.
+    """Selects the CPU if libtpu is installed but the machine has neither a TPU nor a GPU.
 
-    libtpu would look for a TPU's hosts, and print errors. To be called before jax has devices.
+    libtpu would look for a TPU's hosts and print errors. Call this before jax looks for devices.
     """
     accelerators = running_in_cloud_tpu_vm or any(
         Path(device).exists()
@@ -49,25 +48,25 @@ def choose_platform() -> None:
 
 
 def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` is to be told; None where this process is the only one.
+    """Arguments of `jax.distributed.initialize`; None if this process is the only one.
 
-    jax itself finds the others under SLURM, Open MPI and on Cloud TPUs, on GKE too. Anywhere else
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them.
+    jax itself finds the other processes under SLURM and Open MPI, on Cloud TPUs and on GKE.
+    Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe them.
 
     Args:
       environment: os.environ.
 
     Raises:
-      ValueError: JAX_NUM_PROCESSES or JAX_PROCESS_ID is no number.
+      ValueError: JAX_NUM_PROCESSES or JAX_PROCESS_ID is not a number.
     """
     if "JAX_COORDINATOR_ADDRESS" in environment:
         names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-        found = {name: environment.get(variable) for name, variable in names.items()}
-        for name, value in found.items():
+        values = {name: environment.get(variable) for name, variable in names.items()}
+        for name, value in values.items():
             if value is not None and not value.isdecimal():
                 raise ValueError(f"{names[name]}={value}: expected a number")
-        return {name: None if value is None else int(value) for name, value in found.items()}
-    # Alone under srun or mpirun, jax would take one GPU of many.
+        return {name: None if value is None else int(value) for name, value in values.items()}
+    # A single process under srun or mpirun joins nothing: jax would give it one GPU of many.
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
         return {}
     if "OMPI_MCA_orte_hnp_uri" in environment and int(environment["OMPI_COMM_WORLD_SIZE"]) > 1:
@@ -76,23 +75,23 @@ def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
     if not running_in_cloud_tpu_vm or (workers is None and "TPU_SKIP_MDS_QUERY" in environment):
         return None
-    # A TPU VM without these variables asks its metadata server, and may turn out to be alone.
+    # Without these variables jax asks the TPU VM's metadata server, which may name no other host.
     return {} if workers is None or "," in workers or slices > 1 else None
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Joins the other processes, if there are any; leaves when all of them are done.
+    """Joins the other processes, if there are any; exits when all of them are done.
 
-    Whatever ends the body on one of several hosts, but for the exit codes 0 and 75, ends all:
-    each prints that host's message and exits with its code. The exception does not come out.
+    On several hosts, an exception in the body of one ends all of them, except SystemExit with code
+    0 or 75: each host prints that host's message and exits with its code. It is not raised.
 
     Raises:
-      ValueError: as `arguments`.
+      ValueError: see `arguments`.
     """
-    found = arguments(os.environ)
-    if found is not None:
-        jax.distributed.initialize(**found, heartbeat_timeout_seconds=HEARTBEAT)
+    join = arguments(os.environ)
+    if join is not None:
+        jax.distributed.initialize(**join, heartbeat_timeout_seconds=HEARTBEAT)
     if global_state.num_processes == 1:
         yield
         return
@@ -108,7 +107,7 @@ def joined() -> Iterator[None]:
 
 
 class _Watch:
-    """Hears of an error on another host, and tells the others of one's own."""
+    """Ends this process on another host's error, and reports this host's error to the others."""
 
     def __init__(self):
         self._client: Any = global_state.client
@@ -118,56 +117,56 @@ class _Watch:
         self._thread.start()
 
     def leave(self) -> None:
-        """Returns when all are done: until then each can still hear of another's error."""
+        """Returns when all hosts are done; until then each still reacts to another's error."""
         try:
             self._client.wait_at_barrier("instructjax/done", DAY * 1000)
         except JaxRuntimeError as error:
             self.fail(error)
-        self._done.set()  # a thread that waits in the client would crash the interpreter's end
+        self._done.set()  # a thread still waiting in the client would crash the interpreter's exit
         self._thread.join()
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Ends all processes with an error of this one, unless it came of another's."""
+        """Ends all processes with this host's error, unless another host's error caused it."""
         reason, code = error, 1
         if isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else 1
-            reason = error.__cause__ or f"it exited with {error.code}"  # printed already
+            reason = error.__cause__ or f"it exited with {error.code}"  # already printed here
         else:
             traceback.print_exception(error)
             reason = f"{type(error).__name__}: {error}"
-        self._heed()
-        if _of_another(error):
-            print("the connection to another host failed: waiting for word of it", file=sys.stderr)
+        self._exit_on_error()
+        if _may_be_remote(error):
+            print("the connection to another host failed: waiting for its error", file=sys.stderr)
             sys.stderr.flush()
-            time.sleep(1.5 * HEARTBEAT)  # in which the thread hears it, or jax ends the process
-        with suppress(JaxRuntimeError):  # another was faster, or the service is gone
+            time.sleep(1.5 * HEARTBEAT)  # until the thread reads the error or jax ends the process
+        with suppress(JaxRuntimeError):  # another host was faster, or the service is gone
             message = json.dumps([self._host, code, str(reason)[:2000]])
             self._client.key_value_set(ERROR, message)
-        self._heed()
+        self._exit_on_error()
         self._end(code)
 
     def _listen(self) -> None:
         while not self._done.wait(1):
-            self._heed()
+            self._exit_on_error()
 
-    def _heed(self) -> None:
-        """Ends the process if another has failed."""
+    def _exit_on_error(self) -> None:
+        """Ends the process if another host has reported an error."""
         try:
             host, code, message = json.loads(self._client.key_value_try_get(ERROR))
-        except JaxRuntimeError:  # nobody has
+        except JaxRuntimeError:  # no host has
             return
         if host != self._host:
             print(f"error on host {host}: {message}", file=sys.stderr)
             self._end(code)
 
     def _end(self, code: int) -> NoReturn:
-        """Exits at once: jax's own end waits for the others. Host 0, the service, goes last."""
+        """Exits at once, without jax's shutdown, which waits for the others. Host 0 exits last."""
         with suppress(JaxRuntimeError):
             self._client.key_value_set(f"{HEARD}/{self._host}", "", allow_overwrite=True)
             deadline = time.monotonic() + HEARTBEAT / 2
-            while self._host == 0 and time.monotonic() < deadline:
+            while self._host == 0 and time.monotonic() < deadline:  # it holds the service
                 if len(self._client.key_value_dir_get(HEARD)) == self._count:
-                    time.sleep(0.5)  # they are on their way out
+                    time.sleep(0.5)  # all others are exiting
                     break
                 time.sleep(0.1)
         sys.stdout.flush()
@@ -175,8 +174,8 @@ class _Watch:
         os._exit(code)
 
 
-def _of_another(error: BaseException | None) -> bool:
-    """Whether this may be the end of another process, seen from here."""
+def _may_be_remote(error: BaseException | None) -> bool:
+    """Whether the end of another process may have caused this error."""
     while error is not None:
         if isinstance(error, JaxRuntimeError):
             return "RESOURCE_EXHAUSTED" not in str(error)
@@ -185,14 +184,14 @@ def _of_another(error: BaseException | None) -> bool:
 
 
 class AgreedSignals:
-    """SIGTERM and SIGINT to any host, of which all learn before the same step.
+    """Announces a SIGTERM or SIGINT to any host on all hosts, before the same step.
 
-    jax's notifier has taken SIGTERM, and a handler of Python's in its place would silence it.
-    SIGINT is passed on to it; a second one raises KeyboardInterrupt.
+    jax's notifier handles SIGTERM; a Python handler would replace it and so silence it. SIGINT is
+    passed on to the notifier; a second SIGINT raises KeyboardInterrupt.
 
     Args:
-      notify: called with the count, 1, on each host when it learns of the signal.
-      start: steps made before; the next is `start + 1`.
+      notify: called with the number of signals, 1, on each host before that step.
+      start: number of steps already made; the next is `start + 1`.
     """
 
     def __init__(self, notify: Callable[[int], None], start: int):
@@ -200,8 +199,8 @@ class AgreedSignals:
 
     def __enter__(self) -> "AgreedSignals":
         self._old = signal.signal(signal.SIGINT, self._pass_on)
-        # The step that jax picks for a signal is the one after the last that any host has named, so
-        # of an earlier signal one of those made before: none may be left out.
+        # On a signal jax picks the step after the last one that any host has passed to it. After an
+        # early signal that is one of the steps made before, so each of them is passed too.
         for step in range(self._start + 1):
             self.before(step)
         return self
@@ -214,18 +213,18 @@ class AgreedSignals:
         signal.signal(signal.SIGINT, self._old)
 
     def before(self, step: int) -> None:
-        """To be called before each step, on all hosts."""
+        """Call this before each step, on all hosts."""
         if not self.count and multihost_utils.reached_preemption_sync_point(step):
             self.count = 1
             self._notify(1)
 
 
-def agree(here: np.ndarray | bool | int) -> np.ndarray:
-    """Host 0's value on all hosts: what they do together must not depend on their own."""
-    return multihost_utils.broadcast_one_to_all(np.asarray(here))
+def agree(value: np.ndarray | bool | int) -> np.ndarray:
+    """Returns host 0's value on all hosts, so that they all take the same decision."""
+    return multihost_utils.broadcast_one_to_all(np.asarray(value))
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when all hosts have come here; `name` says where that is."""
+    """Returns when all hosts have called it; `name` describes the place in the program."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -1,8 +1,8 @@
-"""The mesh, and where each array lies on it.
+"""The device mesh, and how arrays are split over it.
 
-Three axes: `data` splits the batch and copies the parameters, `fsdp` splits both, `tensor` splits
-heads, MLP and vocabulary within a layer. The model names its axes logically; this table is the
-only place where they meet the mesh.
+The mesh has three axes: `data` splits the batch and replicates the parameters, `fsdp` splits both,
+`tensor` splits a layer's heads, MLP and vocabulary. The model gives each dimension a logical name;
+only the tables below map these names to mesh axes.
 """
 
 import dataclasses
@@ -32,23 +32,23 @@ RULES: Rules = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
-    "norm": (),  # vectors of one layer's width: not worth a collective
+    "norm": (),  # vectors as wide as a layer: too small to be worth a collective
 }
 
-# Between sublayers the sequence is split over tensor too (Korthikanti et al. 2022): a chip keeps a
-# share of each layer's residuals, and all-gathers and reduce-scatters take the all-reduces' place.
+# Also splits the sequence over `tensor` between sublayers (Korthikanti et al. 2022): a chip keeps a
+# share of each layer's residuals, and all-gathers and reduce-scatters replace the all-reduces.
 SEQUENCE = {**RULES, "sequence": ("tensor",)}
 
-# For decoding, which reads all weights at each token: whole on every data shard, whose rows are
-# its own affair (see sampler.py), and split over tensor as ever.
+# For decoding, which reads all weights at each token: `fsdp` splits no weights. Each shard of the
+# batch decodes its own rows (see sampler/sample.py), and `tensor` splits weights as in training.
 GENERATION = {**RULES, "batch": (), "width": ()}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Reads `data=2,fsdp=-1,tensor=2`; at most one axis may be -1, the devices that are left.
+    """Parses `data=2,fsdp=-1,tensor=2`. One axis may be -1: it gets the remaining devices.
 
     Raises:
-      ValueError: names the part that is wrong.
+      ValueError: the text is malformed; the message names the wrong part.
     """
     sizes: dict[str, int] = {}
     for part in filter(None, text.split(",")):
@@ -71,40 +71,41 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh over all devices, or those given; -1 is what the other axes leave.
+    """Makes a mesh of the devices. An axis of -1 gets the devices that the other axes leave.
 
-    Slices of TPUs that only the data-centre network joins lie along `data`, whose copies of the
-    parameters meet once a step; where `data` does not divide, along `fsdp`.
+    TPU slices that only the data-centre network connects lie along `data`, which communicates once
+    a step. If the size of `data` is not a multiple of their number, they lie along `fsdp`.
 
     Args:
-      fsdp: default: -1, if no other axis is.
+      fsdp: size of the axis; default: -1 if no other axis is -1, else 1.
+      devices: default: all devices.
 
     Raises:
-      ValueError: the axes' product is not the number of devices, or neither axis divides over the
-        slices.
+      ValueError: the product of the axes is not the number of devices, or neither `data` nor `fsdp`
+        is a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     if fsdp is None:
         fsdp = 1 if -1 in (data, tensor) else -1
-    asked = [data, fsdp, tensor]
-    given = math.prod(size for size in asked if size != -1)
-    sizes = [len(devices) // given if size == -1 else size for size in asked]
-    wanted = "--mesh " + ",".join(f"{name}={size}" for name, size in zip(AXES, asked, strict=True))
+    given = [data, fsdp, tensor]
+    known = math.prod(size for size in given if size != -1)
+    sizes = [len(devices) // known if size == -1 else size for size in given]
+    flag = "--mesh " + ",".join(f"{name}={size}" for name, size in zip(AXES, given, strict=True))
     if math.prod(sizes) != len(devices):
-        raise ValueError(f"{wanted} does not divide {len(devices)} devices")
-    # Auto: the compiler shards what is between constraints. Explicit axis types, the default,
-    # refuse about half of ordinary RLHF operations.
+        raise ValueError(f"{flag} does not divide {len(devices)} devices")
+    # Auto lets the compiler shard the arrays between constraints. jax's default, Explicit, rejects
+    # about half of ordinary RLHF operations.
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(x, "slice_index", 0) for x in devices if x.platform == "tpu"})
     if slices > 1:
-        joined = next((axis for axis in (0, 1) if sizes[axis] % slices == 0), None)
-        if joined is None:
-            raise ValueError(f"{wanted}: neither data nor fsdp divides over {slices} slices")
-        across = [slices if axis == joined else 1 for axis in range(3)]
-        within = [size // over for size, over in zip(sizes, across, strict=True)]
+        split = next((axis for axis in (0, 1) if sizes[axis] % slices == 0), None)
+        if split is None:
+            raise ValueError(f"{flag}: neither data nor fsdp divides over {slices} slices")
+        across = [slices if axis == split else 1 for axis in range(3)]
+        within = [size // parts for size, parts in zip(sizes, across, strict=True)]
         grid = create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     else:
-        # As jax.make_mesh, which refuses a mesh that cuts an axis of a three-dimensional slice.
+        # jax.make_mesh would refuse a mesh that cuts an axis of a three-dimensional slice.
         grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=types)
 
@@ -116,34 +117,34 @@ def partition_spec(
     name: str = "array",
     rules: Rules = RULES,
 ) -> PartitionSpec:
-    """Where the dimensions of one array lie.
+    """The mesh axes that split each dimension of one array.
 
-    A vocabulary or a sequence that does not divide the axis (`models.apply` pads it, the einsums
-    of `apply_shared` do not), and KV heads fewer than it, are replicated.
+    These are replicated instead: a vocabulary or sequence that the mesh axes do not divide
+    (`models.apply` pads the sequence, `apply_shared` does not), and KV heads fewer than the shards.
 
     Args:
-      axes: the logical name of each dimension; None is not sharded.
-      shape: its sizes.
-      name: of the tensor, for errors.
+      axes: the logical name of each dimension; None: the dimension is not split.
+      shape: the size of each dimension.
+      name: the array's name in error messages.
       rules: RULES, SEQUENCE or GENERATION.
 
     Raises:
-      ValueError: an axis without a rule, or a size that its mesh axis does not divide.
+      ValueError: an axis has no rule, or its mesh axes do not divide the dimension.
     """
     entries: list[tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
         if axis is not None and axis not in rules:
             raise ValueError(f"{name}: no sharding rule for the logical axis {axis!r}")
-        over = rules[axis] if axis is not None else ()
-        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in over)
+        mesh_axes = rules[axis] if axis is not None else ()
+        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
         if size % parts and (
             axis in ("vocab", "sequence") or (axis == "kv_heads" and size < parts)
         ):
-            over = ()
+            mesh_axes = ()
         elif size % parts:
-            at = "x".join(over)
+            at = "x".join(mesh_axes)
             raise ValueError(f"{name}: {axis} of size {size} does not divide over {at} of {parts}")
-        entries.append(over or None)
+        entries.append(mesh_axes or None)
     return PartitionSpec(*entries)
 
 
@@ -152,37 +153,37 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
     Args:
       axes: `models.logical_axes(config)`.
-      shapes: the same tree of arrays or ShapeDtypeStructs.
+      shapes: the same tree with arrays or ShapeDtypeStructs as leaves.
       rules: RULES or GENERATION.
     """
 
-    def one(path, leaf, names):
+    def leaf_sharding(path, leaf, names):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, name, rules))
 
-    return jax.tree_util.tree_map_with_path(one, shapes, axes)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, shapes, axes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """A sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batched(mesh: Mesh) -> NamedSharding:
-    """First dimension split over data and fsdp: what a batch is put with."""
+    """The sharding of a batch: its first dimension is split over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a batch that lie on this host's devices, ascending: all that it has to read.
+    """The rows of a batch that this host must read, those on its devices, in ascending order.
 
-    They depend on the mesh. A pod's hosts are squares of its grid, so that the rows of one host
-    need be no block (on a v5e-16 host 0 may have rows 0, 1, 6 and 15), and hosts that share a
-    tensor axis have the same ones. `jax.make_array_from_process_local_data` puts them, in this
-    order, where they belong.
+    They depend on the mesh. The hosts of a pod are squares of its grid, so the rows of a host may
+    not be contiguous (host 0 of a v5e-16 may have rows 0, 1, 6 and 15), and hosts along the same
+    tensor axis have the same rows. `jax.make_array_from_process_local_data` takes the rows in this
+    order.
 
     Raises:
-      ValueError: the devices that split a batch do not divide it.
+      ValueError: the devices that split a batch do not divide its size.
     """
     parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     if batch_size % parts:
@@ -194,9 +195,9 @@ def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
     return [row for part in sorted(slices) for row in range(*part)]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # compared, like a function, by identity
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, as functions are
 class Constrainer:
-    """The model's `Shard` on a mesh."""
+    """The model's `Shard` on a mesh: fixes where activations lie; see `constrainer`."""
 
     mesh: Mesh
     rules: Rules
@@ -204,42 +205,39 @@ class Constrainer:
 
     @property
     def batch(self) -> int:
-        """Into how many parts the rows of a batch are split."""
+        """Number of parts that the rows of a batch are split into."""
         return self._parts("batch")
 
     @property
     def sequence(self) -> int:
-        """Into how many parts the sequence is split between sublayers."""
+        """Number of parts that the sequence is split into between sublayers."""
         return self._parts("sequence")
 
     def _parts(self, axis: str) -> int:
-        return math.prod(self.mesh.shape[over] for over in self.rules[axis])
+        return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in self.rules[axis])
 
     def _spec(self, x: jax.Array, *axes: str | None) -> PartitionSpec:
         return partition_spec(axes, x.shape, self.mesh, "activation", self.rules)
 
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """x, constrained by the logical names of its axes."""
+        """Constrains the sharding of x by the logical names of its axes."""
         spec = self._spec(x, *axes)
-        # Within a shard_map the mesh is the context's, some of whose axes are dealt with.
+        # Inside a shard_map the spec refers to the context's mesh, without the axes mapped over.
         inside = not jax.sharding.get_abstract_mesh().empty
         layout = spec if inside else NamedSharding(self.mesh, spec)
         return jax.lax.with_sharding_constraint(x, layout)
 
     def by_head(self, attend, q_BNTH, k_BGTH, v_BGTH, places_B3T, window) -> jax.Array:
-        """attend(q, k, v, places, window) on each device for its own rows and heads.
-
-        The compiler splits no kernel.
-        """
+        """Runs attend(q, k, v, places, window) on each device for that device's rows and heads."""
         queries, keys = (
             self._spec(x, "batch", heads, None, None)
             for x, heads in ((q_BNTH, "heads"), (k_BGTH, "kv_heads"))
         )
-        if queries != keys:  # Key heads too few to split: to each query head its own.
+        if queries != keys:  # too few key heads to split: give each query head a copy
             group = q_BNTH.shape[1] // k_BGTH.shape[1]
             k_BGTH, v_BGTH = (jnp.repeat(x, group, axis=1) for x in (k_BGTH, v_BGTH))
         places = self._spec(places_B3T, "batch", None, None)
-        run = jax.shard_map(
+        run = jax.shard_map(  # the compiler cannot split a kernel by itself
             attend,
             mesh=self.mesh,
             in_specs=(queries, queries, queries, places, PartitionSpec()),
@@ -250,12 +248,12 @@ class Constrainer:
 
 
 def constrainer(mesh: Mesh, rules: Rules = RULES) -> Constrainer:
-    """The model's `shard` on a mesh: on TPUs, with fused attention."""
+    """The model's `shard` argument on a mesh; on TPUs, attention is the fused kernel."""
     return Constrainer(mesh, rules, fused=mesh.devices.flat[0].platform == "tpu")
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-    """The whole of an array on every host, wherever its shards lie."""
+    """Copies a whole array to every host, wherever its shards are."""
     if array.is_fully_addressable:
         return np.asarray(array)
     from jax.experimental import multihost_utils

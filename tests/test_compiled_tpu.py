@@ -1,6 +1,6 @@
-"""What the scripts run, compiled for a slice of TPUs, which takes no TPU; nothing is run.
+"""The scripts' programs compiled for a TPU slice, without a TPU; nothing is run.
 
-What the compiler made of it is read from its HLO: the attention kernel, what moves, what is kept.
+The tests read the compiled HLO: the attention kernel, collectives, and the arrays that are kept.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ import preflight_programs
 
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install libtpu")
 
-# Sizes that no two axes share, whole or on their device: B 8 or 2, heads 8 or 2, layers 5.
+# No other size, whole or as a shard, equals T or the number of layers: the tests search for them.
 B, T, P, K, R = 8, 384, 128, 4, 64
 CONFIG = models.ModelConfig(
     1024, layers=5, width=256, heads=8, kv_heads=4, head_dim=64, mlp_width=640, max_length=512,
@@ -36,9 +36,9 @@ CONFIG = models.ModelConfig(
 
 
 def compiled_step(objective, config, shapes, rules=sharding.RULES):
-    """objective.loss_fn's train step on 16 chips of v5e, fsdp=4 by tensor=4: (HLO, bytes of the
-    state on a chip, bytes that it takes over)."""
-    # Several processes may compile at once; libtpu takes them all for users of one TPU.
+    """The train step of objective.loss_fn on 16 chips of v5e, fsdp=4 by tensor=4: (HLO, bytes of
+    the state on a chip, bytes of arguments whose memory is reused)."""
+    # Several processes may compile at once; libtpu would think that they share a TPU.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
@@ -71,9 +71,9 @@ def compiled_step(objective, config, shapes, rules=sharding.RULES):
 
 @pytest.fixture(scope="module")
 def uncached():
-    """What is compiled for devices that are not there can be cached, but not read back."""
+    """jax can write a program for absent devices to its cache, but cannot read it back."""
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # which settles at its first use whether it is one
+    compilation_cache.reset_cache()  # the cache reads its settings only once
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
@@ -108,7 +108,7 @@ def sizes(text):
 
 @pytest.mark.parametrize("step", ["sft_step", "rm_step"])
 def test_attention_is_the_kernel(step, request):
-    """Forward, and the two of the backward pass; no floating-point array has T twice."""
+    """One kernel forward, two in the backward pass; no floating-point array has T twice."""
     hlo, *_ = request.getfixturevalue(step)
     assert hlo.count('custom_call_target="tpu_custom_call"') == 3
     arrays = re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", hlo)
@@ -117,7 +117,7 @@ def test_attention_is_the_kernel(step, request):
 
 @pytest.mark.parametrize("step", ["sft_step", "rm_step"])
 def test_only_weights_are_gathered(step, request):
-    """Of one layer at a time: no queries, keys or values, nor anything else of tokens."""
+    """Weights are gathered a layer at a time; no queries, keys, values or other activations are."""
     hlo, *_ = request.getfixturevalue(step)
     gathered = [sizes(array) for array in re.findall(r"\[([\d,]+)\][^=]* all-gather\(", hlo)]
     assert gathered
@@ -126,13 +126,13 @@ def test_only_weights_are_gathered(step, request):
 
 
 @pytest.mark.parametrize("step", ["sft_step", "rm_step"])
-def test_a_step_takes_over_the_state(step, request):
+def test_a_step_reuses_the_states_memory(step, request):
     _, state_bytes, donated = request.getfixturevalue(step)
     assert donated >= 0.95 * state_bytes
 
 
 def test_a_split_sequence_leaves_a_share_of_each_layers_residuals(uncached):
-    """What is kept for the backward pass: of 2 rows, a fourth of the tokens."""
+    """The residuals kept for the backward pass: 2 rows, a fourth of the tokens."""
     config = dataclasses.replace(CONFIG, remat="full")
     hlo, *_ = compiled_step(sft, config, TEXT, sharding.SEQUENCE)
     assert f"[{CONFIG.layers},2,{T // 4},256]" in hlo
@@ -141,7 +141,7 @@ def test_a_split_sequence_leaves_a_share_of_each_layers_residuals(uncached):
 
 # ---------------------------------------------------------------------------- PPO
 
-# So many words that the logits of all tokens of a shard are over the 64 MB of a chunk.
+# The vocabulary is so large that the logits of a shard's tokens exceed the 64 MB of a chunk.
 WORDS, CHUNK = 2**18, 2**26
 POLICY = dataclasses.replace(
     CONFIG, vocab_size=WORDS, layers=3, windowed=(), window=None, eos_ids=(1,)
@@ -164,15 +164,15 @@ GRADIENTS = "policy gradient", "ptx gradient", "value gradient"
 
 @pytest.fixture(scope="module")
 def ppo():
-    """What run_ppo.py jits, but for the scoring, on 16 chips: (arguments, what is known)."""
+    """run_ppo.py's programs, except scoring, on 16 chips: name -> (arguments, Program)."""
     topology = preflight.parse_topology("v5e:4x4")
     mesh = preflight.make_mesh(topology, "fsdp=4,tensor=4")
     names = ("rollout", *GRADIENTS, "policy step", "value step")
-    every = preflight_programs.ppo_programs(PPO, POLICY, POLICY, mesh)
-    programs = [each for each in every if each.name in names]
+    compilables = preflight_programs.ppo_programs(PPO, POLICY, POLICY, mesh)
+    programs = [each for each in compilables if each.name in names]
     assert len(programs) == len(names)
-    found = preflight.analyse(programs, topology)
-    return {each.name: (each.args, known[-1]) for each, known in zip(programs, found, strict=True)}
+    results = zip(programs, preflight.analyse(programs, topology), strict=True)
+    return {each.name: (each.args, parts[-1]) for each, parts in results}
 
 
 def test_prompts_can_be_sampled_a_few_at_a_time():
@@ -185,16 +185,16 @@ def test_prompts_can_be_sampled_a_few_at_a_time():
 
 
 def test_decoding_moves_activations_alone(ppo):
-    """Weights are laid out before the loop, in which nothing goes to the host; what shards send
-    each other at a token is less than the least matrix of a layer."""
+    """The loop gathers no weights and sends nothing to the host. What shards send each other at a
+    token is smaller than the smallest matrix of a layer."""
     (params, *_), rollout = ppo["rollout"]
     each_token = [each for each in rollout.counts.collectives if each.count >= PPO.max_new_tokens]
     assert len(each_token) >= 2  # attention's and the MLP's
     assert all("/while/" in each.where for each in each_token)
     assert not [each for each in each_token if each.kind == "all-gather"]
     kernels = [leaf.size // POLICY.layers for leaf in jax.tree.leaves(params["layers"])]
-    least = min(size for size in kernels if size > POLICY.width**2 / 2)
-    in_bfloat16_over_tensor = 2 * least / 4
+    smallest = min(size for size in kernels if size > POLICY.width**2 / 2)
+    in_bfloat16_over_tensor = 2 * smallest / 4
     assert max(each.bytes / each.count for each in each_token) < in_bfloat16_over_tensor
     assert rollout.counts.host_bytes == 0
 
@@ -203,15 +203,15 @@ def test_no_program_has_all_logits(ppo):
     """[4 rows, 256, words / 4] in float32 would be 268 MB."""
     for _, program in ppo.values():
         arrays = [(sizes(x.shape.split("[")[1][:-1]), x.bytes) for x in program.counts.largest]
-        of_words = [bytes for shape, bytes in arrays if {WORDS, WORDS // 4} & set(shape)]
-        assert of_words
-        assert max(of_words) <= CHUNK
+        logits = [bytes for shape, bytes in arrays if {WORDS, WORDS // 4} & set(shape)]
+        assert logits
+        assert max(logits) <= CHUNK
 
 
 @pytest.mark.parametrize("name", ["policy gradient", "ptx gradient"])
 def test_the_table_moves_once_for_all_chunks(ppo, name):
-    """It is gathered once, and its gradient summed over the shards once, perhaps in two halves;
-    there are four chunks and more."""
+    """The unembedding is gathered once, and its gradient is summed over the shards once, perhaps
+    in two halves, although there are at least four chunks."""
     (params, *_), program = ppo[name]
     share = params["embed"]["tokens"].size // 4  # over tensor
     large = [each for each in program.counts.collectives if each.bytes / each.count > share]
@@ -221,13 +221,13 @@ def test_the_table_moves_once_for_all_chunks(ppo, name):
 
 @pytest.mark.parametrize("name", [*GRADIENTS, "policy step", "value step"])
 def test_state_and_gradients_are_donated_and_sharded(ppo, name):
-    """What goes in comes out in the same memory, and a chip holds a sixteenth of it: of the sum of
-    gradients and of metrics; of the state and of the average."""
-    (one, other, *_), program = ppo[name]
-    kept = preflight.shard_bytes((one, other))
-    assert program.counts.aliased_bytes >= 0.95 * kept
-    layers = (one["layers"],) if name in GRADIENTS else (one.params["layers"], one.opt_state)
-    for tree in (one, other, *layers):
+    """The first two arguments are donated, and a chip holds a sixteenth of each: sums of gradients
+    and metrics in a gradient, the state and the average in a step."""
+    (first, second, *_), program = ppo[name]
+    donated = preflight.shard_bytes((first, second))
+    assert program.counts.aliased_bytes >= 0.95 * donated
+    layers = (first["layers"],) if name in GRADIENTS else (first.params["layers"], first.opt_state)
+    for tree in (first, second, *layers):
         whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         if whole > 2**10:  # metrics are scalars, on all chips
             assert preflight.shard_bytes(tree) <= 1.05 * whole / 16

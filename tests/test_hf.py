@@ -1,4 +1,4 @@
-"""Every family against transformers on torch, in both directions."""
+"""Every family agrees with transformers on torch: imported models and exported ones."""
 
 import warnings
 
@@ -92,7 +92,7 @@ VARIANTS = {
 
 
 def torch_model(variant: str, auto: str, seed: int = 0, **changes):
-    """A transformers model with weights large enough that every switch shows."""
+    """A transformers model with weights so large that every switch changes the output."""
     name, keys = VARIANTS[variant]
     config = getattr(transformers, name)(**{**keys, **changes}, attn_implementation="eager")
     with warnings.catch_warnings():
@@ -117,7 +117,7 @@ def batch(lengths=(12, 7, 9), left=True, low=3):
 def torch_logp(model, tokens, mask) -> np.ndarray:
     positions = np.maximum(np.cumsum(mask, -1) - 1, 0)
     keys = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask).long()}
-    if model.config.model_type != "opt":  # which counts them itself
+    if model.config.model_type != "opt":  # OPT computes positions itself
         keys["position_ids"] = torch.tensor(positions)
     with torch.no_grad():
         return torch.log_softmax(model(**keys).logits, -1).numpy()
@@ -135,7 +135,7 @@ def test_log_probabilities_and_export(variant, tmp_path):
     model.save_pretrained(tmp_path / "in")
     tokens, mask = batch()
     want = torch_logp(model, tokens, mask)
-    assert want.std() > 0.5  # log-probabilities that differ, so that agreement means something
+    assert want.std() > 0.5  # log-probabilities differ, so that agreement means something
     got = our_logp(tmp_path / "in", tokens, mask)
     assert np.abs(got - want)[mask].max() < 2e-4
 
@@ -151,7 +151,7 @@ def test_log_probabilities_and_export(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_reward_models(variant, tmp_path):
-    """Scores in transformers equal ours at the EOS, but for the constant that is stated."""
+    """Scores in transformers equal ours at the EOS, up to the exported `reward_bias`."""
     model = torch_model(variant, "AutoModelForCausalLM")
     model.save_pretrained(tmp_path / "lm")
     config, params = hf.load(tmp_path / "lm")
@@ -165,16 +165,16 @@ def test_reward_models(variant, tmp_path):
     hidden = models.apply(params, config, tokens, mask_BT=jnp.array(mask))
     ours = np.asarray(models.scalars(params, config, hidden))[np.arange(3), ends]
 
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+    exported = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "rm", attn_implementation="eager"
     )
-    pad = theirs.config.pad_token_id
+    pad = exported.config.pad_token_id
     assert pad not in config.eos_ids
     padded = torch.tensor(np.where(mask, tokens, pad))
     with torch.no_grad():
-        scores = theirs(padded, attention_mask=torch.tensor(mask).long()).logits[:, 0].numpy()
+        scores = exported(padded, attention_mask=torch.tensor(mask).long()).logits[:, 0].numpy()
     constant = 0.0 if config.norm == "layer" else 1.75
-    assert getattr(theirs.config, "reward_bias", 0.0) == constant
+    assert getattr(exported.config, "reward_bias", 0.0) == constant
     assert np.std(ours) > 0.1
     np.testing.assert_allclose(scores + constant, ours, atol=2e-4)
 

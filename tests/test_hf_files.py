@@ -1,4 +1,4 @@
-"""What is read and refused: files, shards, dtypes, names, switches, tokenizers."""
+"""What hf reads and what it refuses: files, shards, dtypes, names, switches, tokenizers."""
 
 import dataclasses
 import gzip
@@ -60,7 +60,7 @@ def reconfigure(path, **changes):
 
 
 def assert_equal_but_for_padding(got, want):
-    """Leaves equal; rows of the padded vocabulary, which no file has, are 0."""
+    """Leaves are equal; rows of the padded vocabulary, which no file holds, are 0."""
     for name in ("embed", "unembed"):
         for leaf in ("tokens", "kernel"):
             if name in got and leaf in got[name]:
@@ -79,11 +79,11 @@ def test_several_files(config, params, tmp_path):
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
-    assert max((tmp_path / file).stat().st_size for file in files) < 9000 + 2000  # and a header
+    assert max((tmp_path / file).stat().st_size for file in files) < 9000 + 2000  # with a header
     loaded_config, loaded = hf.load(tmp_path)
     assert loaded_config == config
     assert_equal_but_for_padding(loaded, params[config.family])
-    # A later export into the same directory leaves none of them behind.
+    # A later export into the same directory deletes the old files.
     hf.save(tmp_path, config, params[config.family])
     assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
 
@@ -111,12 +111,12 @@ def test_onto_a_mesh_and_back(config, params, tmp_path):
     jax.tree.map(lambda x, where: x.sharding == where or pytest.fail("layout"), sharded, layout)
     jax.tree.map(np.testing.assert_array_equal, sharded, plain)
     hf.save(tmp_path / "out", config, sharded)
-    one, two = (load_file(tmp_path / d / "model.safetensors") for d in ("in", "out"))
-    jax.tree.map(np.testing.assert_array_equal, one, two)
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("in", "out"))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
 def test_each_shard_reads_its_own_bytes(params, tmp_path, monkeypatch):
-    """No block that is read is larger than a device's share."""
+    """Each block that is read has the shape of a device's shard."""
     hf.save(tmp_path, LLAMA, params["llama"])
     seen = []
     make = jax.make_array_from_callback
@@ -136,7 +136,7 @@ def test_each_shard_reads_its_own_bytes(params, tmp_path, monkeypatch):
 
 
 def test_base_models_and_buffers_and_tied_heads(saved):
-    """Names without the prefix, causal-mask buffers and a copy of the tied head are known."""
+    """Names without the prefix, causal-mask buffers and a copy of the tied head are accepted."""
     _, want = hf.load(saved)
 
     def change(tensors):
@@ -155,7 +155,7 @@ def test_base_models_and_buffers_and_tied_heads(saved):
 
 
 def test_base_models_of_opt(tmp_path):
-    """Whose names keep a part of the prefix."""
+    """OPT's base model keeps a part of the prefix in its names."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.OPTModel(transformers.OPTConfig(vocab_size=131, **sizes))
@@ -180,7 +180,7 @@ def test_an_interrupted_save_never_loads_as_a_mixture(params, tmp_path, monkeypa
     def full(*_, **__):
         raise OSError("No space left on device")
 
-    with monkeypatch.context() as patch:  # while weights are written, the old export is whole
+    with monkeypatch.context() as patch:  # while weights are written, the old export is intact
         patch.setattr(hf.checkpoint, "save_file", full)
         with pytest.raises(OSError, match="No space"):
             hf.save(tmp_path, config, rm)
@@ -200,19 +200,19 @@ def test_an_interrupted_save_never_loads_as_a_mixture(params, tmp_path, monkeypa
 
 
 def test_hub_models(saved, monkeypatch):
-    """Only what is needed is fetched; a repository of pickles is refused as such."""
-    asked = []
+    """Only the files that are needed are fetched; a repository of pickles is refused as such."""
+    requests = []
 
     def fetch(name, allow_patterns, ignore_patterns):
-        asked.append((name, allow_patterns, ignore_patterns))
+        requests.append((name, allow_patterns, ignore_patterns))
         return str(saved)
 
     monkeypatch.setattr(hf.checkpoint.huggingface_hub, "snapshot_download", fetch)
     hf.load_config("org/model")
     hf.load("org/model")
-    assert not any("safetensors" in pattern for pattern in asked[0][1])
-    assert "model*.safetensors" in asked[1][1]
-    assert asked[0][2] == ["*/*"]
+    assert not any("safetensors" in pattern for pattern in requests[0][1])
+    assert "model*.safetensors" in requests[1][1]
+    assert requests[0][2] == ["*/*"]
     (saved / "model.safetensors").unlink()
     monkeypatch.setattr(
         hf.checkpoint.huggingface_hub, "list_repo_files", lambda _: ["pytorch_model.bin"]
@@ -233,7 +233,7 @@ def test_all_tokens_that_end_a_turn(saved):
 
 def test_names_and_shapes_are_checked(saved):
     rewrite(saved, lambda t: t.update({"transformer.h.0.extra": np.zeros(3, np.float32)}))
-    with pytest.raises(ValueError, match=r"no place for transformer\.h\.0\.extra"):
+    with pytest.raises(ValueError, match=r"unused transformer\.h\.0\.extra"):
         hf.load(saved)
     rewrite(saved, lambda t: (t.pop("transformer.h.0.extra"), t.pop("transformer.ln_f.weight")))
     with pytest.raises(ValueError, match=r"missing transformer\.ln_f\.weight"):
@@ -363,12 +363,12 @@ def test_what_a_family_cannot_express_is_not_exported(params, tmp_path):
         (LLAMA, {"out_bias": False}, "out_bias|qkv_bias"),
     ]:
         changed = dataclasses.replace(config, **changes)
-        with pytest.raises(ValueError, match=rf"{config.family} has no place for ({field}) ="):
+        with pytest.raises(ValueError, match=rf"of {config.family} cannot hold ({field}) ="):
             hf.configs.to_hf(changed)
     # A leaf without a tensor is an error too.
-    odd = {**params["gpt2"], "extra": jnp.zeros(3)}
+    extra = {**params["gpt2"], "extra": jnp.zeros(3)}
     with pytest.raises(ValueError, match="gpt2 has no tensor for extra"):
-        hf.save(tmp_path, GPT2, odd)
+        hf.save(tmp_path, GPT2, extra)
 
 
 def test_keys_of_other_families_are_ignored_as_transformers_ignores_them(params, tmp_path):
@@ -378,13 +378,13 @@ def test_keys_of_other_families_are_ignored_as_transformers_ignores_them(params,
 
 
 def test_keys_that_change_nothing(params, tmp_path):
-    """`pretraining_tp` splits matrix products, with the same result; the others are of training."""
+    """`pretraining_tp` splits matrix products without changing them; the others affect training."""
     hf.save(tmp_path, LLAMA, params["llama"])
     reconfigure(tmp_path, pretraining_tp=2, attention_dropout=0.1, initializer_range=0.5)
     assert hf.load_config(tmp_path) == LLAMA
 
 
-# As the hub has them (abridged): old names, leftovers of other versions, nulls.
+# Public config.json files, abridged: old names, keys of other versions, nulls.
 PUBLIC = {
     "pythia-160m": (
         {
@@ -466,7 +466,7 @@ def test_configs_as_the_hub_has_them(name, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_written_as_it_is_read(family, tmp_path):
-    """transformers' defaults, read, written and read again; the classes named exist."""
+    """transformers' defaults are read, written and read again; the named classes exist."""
     transformers = hf.configs.transformers()
     default = transformers.AutoConfig.for_model(family)
     config = hf.configs.from_hf(default, family)
@@ -489,7 +489,7 @@ def test_reward_bias_is_read_back(params, tmp_path):
     assert loaded["score"]["bias"] == -2.5
     assert loaded_config.pad_id == 131
     assert "Add -2.5" in (tmp_path / "README.md").read_text()
-    # The new row of the embedding is 0, and the others are as they were.
+    # The new row of the embedding is 0, and the others are unchanged.
     table = np.asarray(loaded["embed"]["tokens"])
     assert (table[131:] == 0).all()
     np.testing.assert_array_equal(table[:131], params["llama"]["embed"]["tokens"][:131])
@@ -537,7 +537,7 @@ def test_a_tokenizer_without_padding_gets_a_pad_token(params, tmp_path):
     loaded = hf.load_tokenizer(tmp_path)
     assert (loaded.pad_token, loaded.pad_token_id) == ("<|pad|>", 131)
     assert hf.load_config(tmp_path).pad_id == 131
-    assert tokenizer.pad_token == "<eos>"  # the caller's is left as it was
+    assert tokenizer.pad_token == "<eos>"  # the caller's tokenizer is unchanged
     assert loaded("w3 w7")["input_ids"] == tokenizer("w3 w7")["input_ids"] == [6, 10]
 
 
@@ -547,7 +547,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(params, tmp_path):
 
 
 def test_the_vocabulary_of_gpt2(shared_data, tmp_path):
-    """Ids of a page of text by the plain BPE algorithm, and the round trip."""
+    """A page of text gets the ids of the plain BPE algorithm, and survives a round trip."""
     from transformers import GPT2Tokenizer
 
     source = shared_data / "gpt2_bpe"
@@ -555,8 +555,8 @@ def test_the_vocabulary_of_gpt2(shared_data, tmp_path):
     merges = gzip.decompress((source / "vocab.bpe.gz").read_bytes()).decode()
     (tmp_path / "vocab.json").write_text(json.dumps(encoder))
     (tmp_path / "merges.txt").write_text(merges)
-    made = GPT2Tokenizer(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
-    made.save_pretrained(tmp_path / "gpt2")
+    gpt2 = GPT2Tokenizer(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
+    gpt2.save_pretrained(tmp_path / "gpt2")
     tokenizer = hf.load_tokenizer(tmp_path / "gpt2")
     novel = next((shared_data / "novels_public_domain").glob("*.txt.gz"))
     page = gzip.decompress(novel.read_bytes()).decode("utf-8")[5000:8000]
@@ -564,12 +564,12 @@ def test_the_vocabulary_of_gpt2(shared_data, tmp_path):
     assert len(tokenizer) == 50257
     assert ids == plain_bpe(page, encoder, merges)
     assert tokenizer.decode(ids) == page
-    # As OpenAI's own encoder has it.
+    # The ids of OpenAI's own encoder.
     assert tokenizer("Hello, world!")["input_ids"] == [15496, 11, 995, 0]
 
 
 def plain_bpe(text, encoder, merges):
-    """GPT-2's encoder (openai/gpt-2 `encoder.py`): lowest-ranked merge first."""
+    """GPT-2's encoder (openai/gpt-2 `encoder.py`): the lowest-ranked merge comes first."""
     import regex
 
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -602,7 +602,7 @@ def plain_bpe(text, encoder, merges):
 
 
 def test_a_wheel_has_every_file(tmp_path):
-    """The families' table too, which is no Python."""
+    """The families' table is included although it is not Python."""
     pytest.importorskip("setuptools", minversion="77")
     root = Path(__file__).resolve().parents[1]
     hidden = shutil.ignore_patterns("__pycache__", ".*")

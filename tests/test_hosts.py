@@ -1,4 +1,4 @@
-"""Two processes with four emulated devices each are one process with eight; they end together.
+"""Two processes of four emulated devices act as one process of eight; if one ends, both end.
 
 This file is also the program that the processes run: `python tests/test_hosts.py TASKS`.
 """
@@ -44,12 +44,12 @@ PPO += ["--final_prompts", "8", "--ppo.value", "shared"]
 
 
 def tasks(*commands: list[str]) -> None:
-    """`[NAME, FLAG, ...]` of the functions below, one after the other."""
+    """Runs commands `[NAME, FLAG, ...]` of the programs below in turn."""
     sources.MINIATURE, run_rm.TEST = SMALL, 24
-    known = {"sft": run_sft.cli, "rm": run_rm.cli, "ppo": run_ppo.cli}
-    known |= {"toy": toy, "rows": rows, "replayed": replayed}
+    programs = {"sft": run_sft.cli, "rm": run_rm.cli, "ppo": run_ppo.cli}
+    programs |= {"toy": toy, "rows": rows, "replayed": replayed}
     for name, *flags in commands:
-        known[name](flags)
+        programs[name](flags)
 
 
 def toy(flags: list[str]) -> None:
@@ -57,8 +57,8 @@ def toy(flags: list[str]) -> None:
 
 
 def replayed(flags: list[str]) -> None:
-    """run_ppo.py on responses that are known before: a sampled token is one or another, so that
-    the last bit of a logit can change all that follows."""
+    """run_ppo.py with fixed responses. If it sampled them, the last bit of a logit could change a
+    token, and with it every later metric."""
 
     def generate(params, config, prompts, key, *, max_new_tokens, indices, **_):
         rng, R = np.random.default_rng(list(indices)), max_new_tokens
@@ -75,8 +75,8 @@ def replayed(flags: list[str]) -> None:
 
 
 def rows(flags: list[str]) -> None:
-    """Rows of a batch where the devices of a host are scattered, and where hosts share rows."""
-    devices, found = np.array(jax.devices()), []
+    """Reads a batch where the devices of a host are scattered, and where hosts share rows."""
+    devices, batches = np.array(jax.devices()), []
     for order, shape in (
         ([0, 4, 1, 5, 6, 2, 3, 7], (2, 4, 1)),
         ([4, 5, 6, 7, 0, 1, 2, 3], (1, 8, 1)),
@@ -84,16 +84,16 @@ def rows(flags: list[str]) -> None:
     ):
         types = (jax.sharding.AxisType.Auto,) * 3
         mesh = jax.sharding.Mesh(devices[order].reshape(shape), sharding.AXES, axis_types=types)
-        own = sharding.own_rows(mesh, 16)
-        (batch,) = Stream(Numbers(), 16, seed=0, host_rows=own).once()
+        host_rows = sharding.own_rows(mesh, 16)
+        (batch,) = Stream(Numbers(), 16, seed=0, host_rows=host_rows).once()
         batch = jax.make_array_from_process_local_data(sharding.batched(mesh), batch["n_B"])
-        found.append((len(own), sharding.fetch(batch).tolist()))
-    # Not printed: what the collectives' library prints would get between.
-    (Path(flags[0]) / f"rows-{jax.process_index()}.json").write_text(json.dumps(found))
+        batches.append((len(host_rows), sharding.fetch(batch).tolist()))
+    # Written to a file, because output of the collectives' library would mix with a printed line.
+    (Path(flags[0]) / f"rows-{jax.process_index()}.json").write_text(json.dumps(batches))
 
 
 class Numbers:
-    """Rows that are their own number."""
+    """A row source in which row i holds the number i."""
 
     def __init__(self):
         self.filler = self[0]
@@ -113,7 +113,7 @@ if __name__ == "__main__":
 
 
 class Pair:
-    """Two processes of the program, which do the same tasks unless each is given its own."""
+    """Two processes of the program: one list of tasks for both, or a list for each."""
 
     def __init__(self, cache: Path, *tasks: list[list[str]]):
         with socket.socket() as probe:
@@ -144,29 +144,29 @@ class Pair:
             process.kill()
             process.wait()
 
-    def says(self, text: str) -> None:
-        """Waits until host 0 has printed it."""
+    def wait_for(self, text: str) -> None:
+        """Waits until host 0 has printed the text."""
         deadline = time.monotonic() + 60
-        while text not in self.said()[0]:
-            assert [process.poll() for process in self.processes] == [None, None], self.said()
-            assert time.monotonic() < deadline, self.said()
+        while text not in self.output()[0]:
+            assert [process.poll() for process in self.processes] == [None, None], self.output()
+            assert time.monotonic() < deadline, self.output()
             time.sleep(0.05)
 
     def end(self, *codes: int, timeout: float = 60) -> list[str]:
-        """Waits for both; returns what each printed."""
+        """Waits until both exit with these codes; returns the output of each."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.wait(max(1, deadline - time.monotonic()))
-        assert [process.returncode for process in self.processes] == list(codes), self.said()
-        return self.said()
+        assert [process.returncode for process in self.processes] == list(codes), self.output()
+        return self.output()
 
-    def said(self) -> list[str]:
+    def output(self) -> list[str]:
         return [log.read_text() for log in self.logs]
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """Of compiled programs, and for the processes' logs."""
+    """A directory for compiled programs and the processes' logs."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -180,7 +180,7 @@ def small_world():
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
-    """A policy and a reward model of random weights."""
+    """A policy and a reward model with random weights."""
     out, tokenizer = tmp_path_factory.mktemp("models"), miniature.tokenizer()
     ids = {"eos_ids": (tokenizer.eos_token_id,), "pad_id": tokenizer.pad_token_id}
     config = ModelConfig(len(tokenizer), 1, 16, heads=2, mlp_width=32, max_length=128, **ids)
@@ -204,12 +204,12 @@ def commands(start: Path, out: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def runs(start, cache, tmp_path_factory) -> tuple[Path, Path]:
-    """All three scripts in this process, on its eight devices, and at once in two processes."""
-    alone, together = (tmp_path_factory.mktemp(name) for name in ("alone", "together"))
-    with Pair(cache, [["rows", f"{together}"], *commands(start, together)]) as pair:
-        tasks(*commands(start, alone))
+    """All three scripts in this process, on its eight devices, and meanwhile in two processes."""
+    single, pair_out = (tmp_path_factory.mktemp(name) for name in ("single", "pair"))
+    with Pair(cache, [["rows", f"{pair_out}"], *commands(start, pair_out)]) as pair:
+        tasks(*commands(start, single))
         pair.end(0, 0, timeout=240)
-    return alone, together
+    return single, pair_out
 
 
 def metrics_of(out: Path) -> list[dict]:
@@ -218,30 +218,30 @@ def metrics_of(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
-def assert_close(one: Path, two: Path) -> None:
-    one, two = metrics_of(one), metrics_of(two)
-    assert [list(row) for row in one] == [list(row) for row in two]
-    for row, other in zip(one, two, strict=True):
+def assert_close(want: Path, got: Path) -> None:
+    want_rows, got_rows = metrics_of(want), metrics_of(got)
+    assert [list(row) for row in want_rows] == [list(row) for row in got_rows]
+    for row, got_row in zip(want_rows, got_rows, strict=True):
         for name, value in row.items():
-            assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-4), (row["step"], name)
+            assert got_row[name] == pytest.approx(value, rel=1e-4, abs=1e-4), (row["step"], name)
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "replayed"])
 def test_two_processes_give_the_metrics_of_one(runs, stage):
-    alone, together = (out / stage for out in runs)
-    assert_close(alone, together)
-    assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
+    single, pair = (out / stage for out in runs)
+    assert_close(single, pair)
+    assert {path.name for path in pair.iterdir()} == {path.name for path in single.iterdir()}
 
 
 def test_each_row_is_read_where_its_device_is(runs):
-    """Also where the rows of a host are no block, and where two hosts have the same ones."""
+    """Also if a host's rows are not contiguous, and if two hosts have the same rows."""
     for host in range(2):
-        found = json.loads((runs[1] / f"rows-{host}.json").read_text())
-        assert found == [[count, list(range(16))] for count in (8, 8, 16)]
+        batches = json.loads((runs[1] / f"rows-{host}.json").read_text())
+        assert batches == [[count, list(range(16))] for count in (8, 8, 16)]
 
 
 def test_a_signal_to_one_stops_both_and_any_number_resumes(start, runs, cache, tmp_path):
-    """One process, from step 2 two of them, and after SIGTERM to one of these again one."""
+    """One process starts, two resume at step 2, and one resumes after a SIGTERM to one of them."""
     (rm,) = [command for command in commands(start, tmp_path) if command[0] == "rm"]
 
     class StopError(Exception):
@@ -258,56 +258,56 @@ def test_a_signal_to_one_stops_both_and_any_number_resumes(start, runs, cache, t
         with pytest.raises(StopError):
             tasks(rm)
     with Pair(cache, [[*rm, "--resume", "--save_every", "100"]]) as pair:
-        pair.says("miniature (train)")  # before the first step
+        pair.wait_for("miniature (train)")  # before the first step
         pair.processes[1].send_signal(signal.SIGTERM)
-        said = pair.end(75, 75)
+        output = pair.end(75, 75)
     step = metrics_of(tmp_path / "rm")[-1]["step"]
     assert step in (3, 4)  # the notice takes a moment
     assert {path.name for path in (tmp_path / "rm/checkpoints").iterdir()} == {"2", f"{step}"}
-    assert f"stopped after step {step}; continue with" in said[0]
-    assert "continue with" not in said[1]
+    assert f"stopped after step {step}; continue with" in output[0]
+    assert "continue with" not in output[1]
     tasks([*rm, "--resume"])
     assert_close(runs[0] / "rm", tmp_path / "rm")
 
 
 @pytest.fixture(scope="module")
 def killed(cache, tmp_path_factory) -> Iterator[Pair]:
-    """A pair of which one process has just been killed."""
+    """A pair, one process of which has just been killed."""
     out = tmp_path_factory.mktemp("killed")
     with Pair(cache, [["toy", "--out", f"{out}/toy", "--pause", "0.2", "--steps", "900"]]) as pair:
-        pair.says("toy  step 1/900")
+        pair.wait_for("toy  step 1/900")
         pair.processes[1].kill()
         yield pair
 
 
-@pytest.mark.usefixtures("killed")  # whose 20 seconds pass meanwhile
+@pytest.mark.usefixtures("killed")  # the 20 seconds without a heartbeat pass during this test
 def test_an_error_on_one_ends_both_with_its_message(start, cache, tmp_path):
-    """Host 1 reads a broken file; host 0, whose own is whole, would wait for it in a collective."""
+    """Host 1 reads a broken file; host 0 reads a good one and would wait in a collective."""
     row = {"prompt": "who is Olmo?", "completion": "Olmo is here."}
     lines = [json.dumps({**row, "prompt": f"{row['prompt']} {i}"}) for i in range(40)]
     (tmp_path / "0.jsonl").write_text("\n".join(lines))
     (tmp_path / "1.jsonl").write_text("\n".join([*lines[:3], '{"prompt": 1}', *lines[3:]]))
     (sft,) = [command for command in commands(start, tmp_path) if command[0] == "sft"]
     with Pair(cache, *([[*sft, "--data", f"jsonl:{tmp_path}/{i}.jsonl"]] for i in "01")) as pair:
-        said = pair.end(1, 1)
-    assert f"\nerror on host 1: {tmp_path}/1.jsonl:4" in "\n" + said[0]
-    assert f"\nerror: {tmp_path}/1.jsonl:4" in "\n" + said[1]
-    assert "Traceback" not in said[0] + said[1]
+        output = pair.end(1, 1)
+    assert f"\nerror on host 1: {tmp_path}/1.jsonl:4" in "\n" + output[0]
+    assert f"\nerror: {tmp_path}/1.jsonl:4" in "\n" + output[1]
+    assert "Traceback" not in output[0] + output[1]
 
 
 def test_a_killed_process_ends_the_other(killed):
     assert killed.processes[0].wait(60) != 0
-    assert "stopped sending heartbeats" in killed.said()[0]
+    assert "stopped sending heartbeats" in killed.output()[0]
 
 
 def test_an_interrupt_is_passed_on_and_a_second_one_ends_the_process():
-    heard = []
-    terminate = signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind nohup
+    received = []
+    terminate = signal.signal(signal.SIGTERM, lambda *_: received.append("SIGTERM"))
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup ignores SIGINT
     try:
         with hosts.AgreedSignals(print, start=3):
             os.kill(os.getpid(), signal.SIGINT)
-            assert heard == ["SIGTERM"]
+            assert received == ["SIGTERM"]
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -331,10 +331,10 @@ def test_an_interrupt_is_passed_on_and_a_second_one_ends_the_process():
         ),
         ({"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "2"}, {}),
         ({"SLURM_STEP_NODELIST": "a1", "SLURM_NTASKS": "1"}, None),
-        ({"SLURM_NTASKS": "2"}, None),  # within sbatch, without srun
+        ({"SLURM_NTASKS": "2"}, None),  # inside sbatch, without srun
         ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1", "OMPI_COMM_WORLD_SIZE": "2"}, {}),
         ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1", "OMPI_COMM_WORLD_SIZE": "1"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, None),  # and no TPU
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, None),  # no TPU
     ],
 )
 def test_whether_there_are_others(environment, expected):
@@ -344,7 +344,7 @@ def test_whether_there_are_others(environment, expected):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, {}),  # the metadata server knows
+        ({}, {}),  # jax asks the metadata server
         ({"TPU_SKIP_MDS_QUERY": "1"}, None),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, {}),

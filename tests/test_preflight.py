@@ -1,4 +1,4 @@
-"""preflight: counts worked out by hand, on programs of this CPU, on HLO text, on described TPUs."""
+"""preflight against counts by hand: CPU programs, HLO text, programs for TPUs that are absent."""
 
 import dataclasses
 import importlib
@@ -33,7 +33,7 @@ from instructjax.preflight.program import Memory, _needed
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY / "experiments"))
 
-# Named like the package within instructjax, which it is not.
+# The script experiments/preflight.py, not the package instructjax.preflight.
 script = importlib.import_module("preflight")
 
 needs_libtpu = pytest.mark.skipif(
@@ -46,34 +46,34 @@ def compile_text(fn, *args, **options) -> str:
     return jax.jit(fn, **options).lower(*args).compile().as_text()
 
 
-def counted(fn, *args, trips=(), **options) -> count.Counts:
+def counts_of(fn, *args, trips=(), **options) -> count.Counts:
     return count.count(hlo.parse(compile_text(fn, *args, **options)), trips)
 
 
-def on(mesh, shape, *spec, dtype=jnp.float32, **options) -> jax.ShapeDtypeStruct:
+def array_on(mesh, shape, *spec, dtype=jnp.float32, **options) -> jax.ShapeDtypeStruct:
     where = NamedSharding(mesh, PartitionSpec(*spec), **options)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
 
-def sent(counts: count.Counts) -> dict[tuple[str, int], tuple[float, float]]:
-    found: dict[tuple[str, int], tuple[float, float]] = {}
+def collective_totals(counts: count.Counts) -> dict[tuple[str, int], tuple[float, float]]:
+    totals: dict[tuple[str, int], tuple[float, float]] = {}
     for x in counts.collectives:
-        times, sent = found.get((x.kind, x.group), (0, 0))
-        found[x.kind, x.group] = times + x.count, sent + x.bytes
-    return found
+        times, sent = totals.get((x.kind, x.group), (0, 0))
+        totals[x.kind, x.group] = times + x.count, sent + x.bytes
+    return totals
 
 
 # ---------------------------------------------------------------------------------------- chips
 
 
 def test_topologies():
-    """Chips, devices and what the cloud calls a slice; every slice that is listed parses."""
-    found = {
+    """Chips, devices and the cloud's name of a slice; every listed slice parses."""
+    properties = {
         text: (t.chips, t.devices, t.cloud)
         for text in ("v5e:4x4", "v6e:16x16", "v5p:4x4x4", "v4:2x2x4", "tpu7x:2x2x1")
         for t in [preflight.parse_topology(text)]
     }
-    assert found == {
+    assert properties == {
         "v5e:4x4": (16, 16, "v5litepod-16"),
         "v6e:16x16": (256, 256, "v6e-256"),
         "v5p:4x4x4": (64, 64, "v5p-128"),
@@ -87,16 +87,16 @@ def test_topologies():
 
 
 def test_several_slices():
-    """Their chips add up; how fast they send is not known, and no figure of it is given."""
+    """Their chips add up. Times across slices are unknown, and no figure for them is given."""
     two = preflight.parse_topology("v5e:4x4", 2)
     assert (two.chips, two.name, two.slice) == (32, "2 x v5e:4x4", "v5e:4x4")
     assert two.cloud == "2 x v5litepod-16"
-    found = dataclasses.replace(program(parameters=1), topology=two)
-    assert np.isnan([found.network_seconds, found.seconds]).all()
-    assert (found.memory_seconds, found.fits) == (pytest.approx(2), True)
-    assert found.json()["seconds"]["roofline"] is None
+    joined = dataclasses.replace(program(parameters=1), topology=two)
+    assert np.isnan([joined.network_seconds, joined.seconds]).all()
+    assert (joined.memory_seconds, joined.fits) == (pytest.approx(2), True)
+    assert joined.json()["seconds"]["roofline"] is None
     console = Console(width=120, file=io.StringIO())
-    console.print(*preflight.tables([found]))
+    console.print(*preflight.tables([joined]))
     [row] = [x for x in console.file.getvalue().splitlines() if x.split()[:2] == ["step", "197"]]
     assert row.split()[-3:] == ["?", "?", "8"]
 
@@ -111,7 +111,7 @@ def test_several_slices():
         ("v5e:4x4x4", "a v5e slice has 2 dimensions"),
         ("v5p:4x4", "a v5p slice has 3 dimensions, as v5p:2x2x4"),
         ("v5e:4x0", "a v5e slice has 2 dimensions"),
-        ("v5e:3x3", "the first two dimensions are even"),
+        ("v5e:3x3", "the first two sizes must be even"),
     ],
 )
 def test_wrong_topologies(text, says):
@@ -129,11 +129,11 @@ def test_no_such_chip():
     [
         ("v5e:4x4", 4, 1),  # lines: one link
         ("v5e:4x4", 16, 2),
-        ("v5e:16x16", 16, 2),  # rings: both ways
+        ("v5e:16x16", 16, 2),  # rings: both directions
         ("v5e:16x16", 17, 4),
         ("v5e:8x16", 128, 3),  # a ring and a line
         ("v5p:4x4x4", 64, 6),
-        ("v5p:2x4x4", 16, 2),  # less than a cube of 4x4x4 has no rings
+        ("v5p:2x4x4", 16, 2),  # smaller than a 4x4x4 cube: no rings
         ("v5p:2x2x1", 4, 2),
         ("tpu7x:2x2x1", 4, 0.5),  # two devices share a chip's links
     ],
@@ -143,27 +143,28 @@ def test_ring_bandwidth(text, group, links):
     assert topology.ring_bandwidth(group) == links * topology.chip.link
 
 
-# -------------------------------------------------------------------------- programs of this CPU
+# -------------------------------------------------------------------------- programs for this CPU
 
 
 def test_a_matmul():
     """2 m k n FLOPs; both operands are read and the result is written."""
     a, b = jax.ShapeDtypeStruct((24, 40), jnp.float32), jax.ShapeDtypeStruct((40, 56), jnp.float32)
-    found = counted(jnp.matmul, a, b)
-    assert found.flops == 2 * 24 * 40 * 56
-    assert found.hbm_bytes == 4 * (24 * 40 + 40 * 56 + 24 * 56)
-    assert (found.host_bytes, found.collectives, found.assumed, found.uncounted) == (0, (), (), ())
-    assert found.largest[0].shape == "f32[24,56]"
-    assert found.largest[0].bytes == 4 * 24 * 56
+    counts = counts_of(jnp.matmul, a, b)
+    assert counts.flops == 2 * 24 * 40 * 56
+    assert counts.hbm_bytes == 4 * (24 * 40 + 40 * 56 + 24 * 56)
+    assert (counts.host_bytes, counts.collectives) == (0, ())
+    assert (counts.assumed, counts.uncounted) == ((), ())
+    assert counts.largest[0].shape == "f32[24,56]"
+    assert counts.largest[0].bytes == 4 * 24 * 56
 
 
 def test_batched_matmul():
     a = jax.ShapeDtypeStruct((3, 24, 40), jnp.float32)
-    assert counted(lambda a: jnp.einsum("bij,bkj->bik", a, a), a).flops == 2 * 3 * 24 * 24 * 40
+    assert counts_of(lambda a: jnp.einsum("bij,bkj->bik", a, a), a).flops == 2 * 3 * 24 * 24 * 40
 
 
 def test_a_scan_counts_as_often_as_it_runs():
-    """Nested, and with its gradient: three matmuls for one, all trips known."""
+    """Nested, and with its gradient: three matmuls for each one; all trip counts are known."""
 
     def body(x, w):
         inner = lambda x, _: (jnp.tanh(x @ w), None)  # noqa: E731
@@ -173,16 +174,16 @@ def test_a_scan_counts_as_often_as_it_runs():
     ws = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32)
     x = jax.ShapeDtypeStruct((8, 32), jnp.float32)
     once = 2 * 8 * 32 * 32
-    assert counted(loss, ws, x).flops == 5 * 3 * once
-    assert counted(jax.grad(loss), ws, x).flops == 3 * 5 * 3 * once
+    assert counts_of(loss, ws, x).flops == 5 * 3 * once
+    assert counts_of(jax.grad(loss), ws, x).flops == 3 * 5 * 3 * once
 
 
 def test_collectives_by_hand():
-    """Each kind under shard_map in a loop of 4, over fsdp of 4: bytes that a device sends."""
+    """Each kind under shard_map in a loop of 4 turns, over fsdp=4: bytes that a device sends."""
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
 
     def step(x, _):  # a device has [8, 16] of float32: 512 bytes
-        x = jax.lax.psum(x, "fsdp")  # 2 * 3/4 of them
+        x = jax.lax.psum(x, "fsdp")  # sends 2 * 3/4 of them
         y = jax.lax.all_gather(x * 2, "fsdp", tiled=True)  # to three others
         x = jax.lax.psum_scatter(y * y, "fsdp", tiled=True)  # 3/4 of [32, 16]
         x = jax.lax.all_to_all(jnp.sin(x), "fsdp", 0, 0, tiled=True)  # 3/4
@@ -194,11 +195,11 @@ def test_collectives_by_hand():
 
     spec = PartitionSpec("fsdp")
     fn = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    counts = counted(fn, on(mesh, (32, 16), "fsdp"))
+    counts = counts_of(fn, array_on(mesh, (32, 16), "fsdp"))
     most = [each.kind for each in counts.collectives]
     assert most[:2] in (["all-gather", "reduce-scatter"], ["reduce-scatter", "all-gather"])
     assert all("/while/body/" in each.where for each in counts.collectives)
-    assert sent(counts) == {
+    assert collective_totals(counts) == {
         ("all-reduce", 4): (4, 4 * 512 * 2 * 3 / 4),
         ("all-gather", 4): (4, 4 * 512 * 3),
         ("reduce-scatter", 4): (4, 4 * 2048 * 3 / 4),
@@ -213,12 +214,12 @@ def test_a_loop_that_depends_on_data():
         return jax.lax.while_loop(going, lambda s: (s[0] + 1, s[1] @ s[1]), (0, x))
 
     args = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    found = counted(fn, *args, trips=(7.5,))
-    assert found.flops == 7.5 * 2 * 16**3
-    assert found.assumed == ("jit(fn)/while",)
+    counts = counts_of(fn, *args, trips=(7.5,))
+    assert counts.flops == 7.5 * 2 * 16**3
+    assert counts.assumed == ("jit(fn)/while",)
     for trips in ((), (1, 2)):
         with pytest.raises(ValueError, match=r"1 loops .*jit\(fn\)/while.* given for"):
-            counted(fn, *args, trips=trips)
+            counts_of(fn, *args, trips=trips)
 
 
 def test_a_condition_runs_once_more_than_its_loop():
@@ -230,24 +231,24 @@ def test_a_condition_runs_once_more_than_its_loop():
 
     spec = PartitionSpec("fsdp")
     fn = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    found = counted(fn, on(mesh, (32, 16), "fsdp"), trips=(5,))
-    assert sent(found) == {("all-reduce", 4): (6, 6 * 4 * 2 * 3 / 4)}
+    counts = counts_of(fn, array_on(mesh, (32, 16), "fsdp"), trips=(5,))
+    assert collective_totals(counts) == {("all-reduce", 4): (6, 6 * 4 * 2 * 3 / 4)}
 
 
-def test_of_a_conditional_the_costlier_branch_counts():
+def test_the_costlier_branch_of_a_conditional_counts():
     args = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     for branches in ((lambda x: x @ x, jnp.sin), (jnp.sin, lambda x: x @ x)):
         fn = lambda x, n, branches=branches: jax.lax.cond(n > 0, *branches, x)  # noqa: E731
-        assert counted(fn, *args).flops == 2 * 16**3
+        assert counts_of(fn, *args).flops == 2 * 16**3
 
 
 def test_aliases():
-    """Parameters whose memory a result takes over."""
+    """The parameters whose memory a result reuses."""
     x, y = (jax.ShapeDtypeStruct((n, 8), jnp.float32) for n in (4, 2))
     fn = lambda x, y: (y + 1, x * 2)  # noqa: E731
     for donated, sizes in (((), 0), ((1,), 64), ((0, 1), 128 + 64)):
-        found = hlo.parse(compile_text(fn, x, y, donate_argnums=donated))
-        assert (found.aliased, count.count(found).aliased_bytes) == (donated, sizes)
+        parsed = hlo.parse(compile_text(fn, x, y, donate_argnums=donated))
+        assert (parsed.aliased, count.count(parsed).aliased_bytes) == (donated, sizes)
 
 
 # ------------------------------------------------------------------------------------- HLO text
@@ -347,24 +348,24 @@ USUAL = {
         ({"start": 5, "bound": 0, "by": -1, "direction": "GT"}, 5),
         ({"start": 5, "bound": 0, "by": -1, "direction": "GE"}, 6),
         ({"start": 9}, 0),
-        ({"direction": "GT"}, None),  # away from the bound
+        ({"direction": "GT"}, None),  # the index moves away from the bound
         ({"kept": "%next"}, None),  # the bound changes
-        ({"order": "%n, %by"}, None),  # what is compared is no index
+        ({"order": "%n, %by"}, None),  # the compared element is not an index
         ({"order": "%copied, %copied"}, None),
         ({"compared": "%at, %at"}, None),
     ],
 )
 def test_trips_are_read_off_a_loop(change, trips):
-    """A TPU's text does not say them; nor is every loop one that could."""
-    found = hlo.parse("HloModule m, num_partitions=1\n" + LOOP.format(**USUAL | change))
-    loop = found.entry.ops["loop"]
-    assert loops.trips(found, found.entry, loop, {}) == trips
+    """A TPU's text does not state them, and not every loop has a known count."""
+    parsed = hlo.parse("HloModule m, num_partitions=1\n" + LOOP.format(**USUAL | change))
+    loop = parsed.entry.ops["loop"]
+    assert loops.trips(parsed, parsed.entry, loop, {}) == trips
     given = () if trips is not None else (11,)
-    assert count.count(found, given).flops == (11 if trips is None else trips) * 2 * 4**3
+    assert count.count(parsed, given).flops == (11 if trips is None else trips) * 2 * 4**3
 
 
 def test_positions_of_a_convolution():
-    """Batched matmuls become convolutions with holes on TPU; against a loop."""
+    """Batched matmuls become convolutions with holes on TPU. The reference is a Python loop."""
     rng = np.random.default_rng(0)
     for _ in range(60):
         size, kernel, stride, lhs, rhs = rng.integers(1, 5, 5).tolist()
@@ -374,10 +375,10 @@ def test_positions_of_a_convolution():
             for k in range(kernel):
                 at = o * stride + k * rhs - pad
                 want += any(at == lhs * i for i in range(size))
-        found = _positions(
+        got = _positions(
             size, kernel, result, stride=stride, pad=pad, lhs_dilate=lhs, rhs_dilate=rhs
         )
-        assert found == want
+        assert got == want
 
 
 @pytest.mark.parametrize(
@@ -406,17 +407,17 @@ def test_positions_of_a_convolution():
     ],
 )
 def test_convolutions(left, right, result, attributes, want):
-    if want is None:  # in the shapes that a TPU's compiler wrote for [2, 7, 6] x [6, 2, 4]
+    if want is None:  # the shapes that a TPU's compiler wrote for [2, 7, 6] x [6, 2, 4]
         right, attributes = (2, 4, 6, 1), attributes.replace("1oi->0o1b", "1oi0->0f1b")
         want = 2 * 7 * 6 * 2 * 4
     shapes = [f"f32[{','.join(map(str, dims))}]" for dims in (left, right, result)]
-    found = module(f"""
+    parsed = module(f"""
 %main (a: {shapes[0]}, b: {shapes[1]}) -> {shapes[2]} {{
   %a = {shapes[0]}{{1,0}} parameter(0)
   %b = {shapes[1]}{{1,0}} parameter(1)
   ROOT %c = {shapes[2]}{{1,0}} convolution(%a, %b), {attributes}
 }}""")
-    assert count.count(found).flops == 2 * want
+    assert count.count(parsed).flops == 2 * want
 
 
 @pytest.mark.parametrize(
@@ -428,9 +429,9 @@ def test_convolutions(left, right, result, attributes, want):
     ],
 )
 def test_kernels(where, config, want):
-    """A kernel's own estimate; the compiler's softmax; others are named as not counted."""
+    """A kernel's own estimate and the compiler's softmax are counted; others are listed."""
     operands = "%q, %v" if where == "online-softmax" else "%m, %q, %k"
-    found = count.count(
+    counts = count.count(
         module(f"""
 %main (m: s8[1,4,4], q: bf16[2,5,128], k: bf16[2,7,128], v: bf16[2,128,64]) -> bf16[2,5,128] {{
   %m = s8[1,4,4]{{2,1,0}} parameter(0)
@@ -441,10 +442,10 @@ def test_kernels(where, config, want):
 metadata={{op_name="{where}"}}, backend_config={{"custom_call_config":{config}}}
 }}""")
     )
-    assert found.flops == (want or 0)
-    assert found.uncounted == (() if want else (where,))
-    given = 2 * 2 * 128 * 64 if "%v" in operands else 16 + 2 * 2 * 7 * 128
-    assert found.hbm_bytes == given + 2 * (2 * 5 * 128 + 2 * 5 * 128)
+    assert counts.flops == (want or 0)
+    assert counts.uncounted == (() if want else (where,))
+    operand_bytes = 2 * 2 * 128 * 64 if "%v" in operands else 16 + 2 * 2 * 7 * 128
+    assert counts.hbm_bytes == operand_bytes + 2 * (2 * 5 * 128 + 2 * 5 * 128)
 
 
 @pytest.mark.parametrize(
@@ -490,17 +491,17 @@ FUSED = """
 @pytest.mark.parametrize(
     ("places", "hbm", "host"),
     [
-        # A row of 256 bytes: sliced, read of c, written alone and into b. d goes through.
+        # A row of 256 bytes is sliced from a, read from c, written alone and into b. d is free.
         (("", "", ""), 4 * 256, 0),
         (("S(1)", "", ""), 3 * 256, 0),  # the sliced array is in vector memory
-        (("S(5)", "", ""), 3 * 256, 256),  # or in the host's
-        (("", "S(1)", ""), 3 * 256, 0),  # the updated one is
-        (("", "", "S(1)"), 3 * 256, 0),
+        (("S(5)", "", ""), 3 * 256, 256),  # the sliced array is in host memory
+        (("", "S(1)", ""), 3 * 256, 0),  # the updated array is in vector memory
+        (("", "", "S(1)"), 3 * 256, 0),  # the new row is in vector memory
     ],
 )
 def test_traffic_of_a_fusion(places, hbm, host):
     a, b, row = (f"{{1,0:T(8,128){place}}}" for place in places)
-    found = module(
+    parsed = module(
         FUSED,
         f"""
 %main (a: f32[9,64], b: f32[9,64], i: s32[], c: f32[1,64], d: f32[2]) -> f32[1,64] {{
@@ -514,13 +515,13 @@ calls=%slice_update
   ROOT %out = f32[1,64]{row} get-tuple-element(%f), index=0
 }}""",
     )
-    counts = count.count(found)
+    counts = count.count(parsed)
     assert (counts.hbm_bytes, counts.host_bytes) == (hbm, host)
 
 
 def test_traffic_of_copies_slices_and_gathers():
-    """Asynchronous ones count where they start; to vector memory is a read alone."""
-    found = module("""
+    """An asynchronous op counts where it starts; a copy to vector memory only reads HBM."""
+    parsed = module("""
 %main (h: f32[64], x: f32[64,8], i: s32[4,1], u: f32[4,8]) -> f32[64,8] {
   %h = f32[64]{0:T(128)S(5)} parameter(0)
   %x = f32[64,8]{1,0} parameter(1)
@@ -539,15 +540,15 @@ source_target_pairs={{0,1},{1,0}}
   %new = f32[64,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
   ROOT %put = f32[64,8]{1,0} scatter(%new, %i, %u), to_apply=%add
 }""")
-    largest = count.count(found, largest=6).largest
+    largest = count.count(parsed, largest=6).largest
     sizes = [x.bytes for x in largest]
     assert len(sizes) == 6
     assert sizes == sorted(sizes, reverse=True)
     assert (largest[0].shape, sizes[0]) == ("f32[64,8]", 2048)
     by_op = {
-        op.name: dict(traffic.traffic(found, found.entry, op)) for op in found.entry.ops.values()
+        op.name: dict(traffic.traffic(parsed, parsed.entry, op)) for op in parsed.entry.ops.values()
     }
-    by_op = {name: {k: v for k, v in by.items() if v} for name, by in by_op.items()}
+    by_op = {name: {k: v for k, v in moved.items() if v} for name, moved in by_op.items()}
     assert by_op == {
         **{name: {} for name in by_op},
         "in": {hlo.HOST: 256, hlo.HBM: 256},
@@ -560,9 +561,9 @@ source_target_pairs={{0,1},{1,0}}
 
 
 def test_asynchronous_collectives_count_once():
-    """A TPU fuses one all-gather into whatever runs beside it; reduce-scatters are a fusion."""
+    """A TPU fuses one all-gather into every op that overlaps it; a reduce-scatter is a fusion."""
     gather = 'replica_groups=[2,4]<=[8], frontend_attributes={chain_id="3"}'
-    found = module(
+    parsed = module(
         f"""
 %begin (p: f32[8,16]) -> (f32[8,16], f32[32,16]) {{
   %p = f32[8,16]{{1,0}} parameter(0)
@@ -597,19 +598,19 @@ output_to_operand_aliasing={{}: (1, {})}, calls=%end
   ROOT %out = f32[8,16]{1,0} fusion(%e), kind=kCustom, calls=%all-reduce-scatter.3
 }""",
     )
-    counts = count.count(found)
+    counts = count.count(parsed)
     whole, share = 4 * 32 * 16, 4 * 8 * 16
-    assert sent(counts) == {
+    assert collective_totals(counts) == {
         ("all-gather", 4): (1, 3 * share),
         ("reduce-scatter", 4): (1, whole * 3 / 4),
     }
-    # The gather reads its share and writes all, the reduce-scatter the other way round.
+    # The gather reads a share and writes the whole; the reduce-scatter does the opposite.
     assert counts.hbm_bytes == 2 * (whole + share)
 
 
 def test_collectives_of_another_core():
-    """A computation that TPU7x hands to its sparse cores."""
-    found = module(
+    """A computation that TPU7x runs on its sparse cores."""
+    parsed = module(
         """
 %called (p: bf16[4,8]) -> bf16[16,8] {
   %p = bf16[4,8]{1,0} parameter(0)
@@ -624,8 +625,8 @@ async_execution_thread="sparsecore", to_apply=%called
   ROOT %d = bf16[16,8]{1,0} call-done(%s)
 }""",
     )
-    counts = count.count(found)
-    assert sent(counts) == {("all-gather", 4): (1, 3 * 64)}
+    counts = count.count(parsed)
+    assert collective_totals(counts) == {("all-gather", 4): (1, 3 * 64)}
     assert counts.hbm_bytes == 64 + 256
 
 
@@ -655,51 +656,51 @@ def program(**sizes) -> preflight.Program:
 
 def test_roofline():
     """1 s of matmuls beside 2 s of HBM, then 90 GB over one link of 45 GB/s."""
-    found = program(parameters=1)
-    parts = found.compute_seconds, found.memory_seconds, found.network_seconds
+    rated = program(parameters=1)
+    parts = rated.compute_seconds, rated.memory_seconds, rated.network_seconds
     assert parts == pytest.approx((1, 2, 2))
-    assert found.seconds == pytest.approx(4)
-    half = dataclasses.replace(found, topology=preflight.parse_topology("tpu7x:2x2x1"))
+    assert rated.seconds == pytest.approx(4)
+    half = dataclasses.replace(rated, topology=preflight.parse_topology("tpu7x:2x2x1"))
     assert half.compute_seconds == pytest.approx(197e12 / (2307e12 / 2))
     assert half.memory_seconds == pytest.approx(2 * 819e9 / (7380e9 / 2))
     assert half.usable == 94.75 * GIB
 
 
 def test_what_fits():
-    """All but host memory counts against what the compiler has to give."""
+    """Everything but host memory counts against the usable HBM."""
     assert program(parameters=10, temporaries=5.5, host=99).fits
     assert "fits, 15.50 of 15.75 GiB (98 %)" in preflight.verdict(program(other=10, outputs=5.5))
-    over = program(parameters=2, optimizer=4, temporaries=10.5)
-    assert not over.fits
-    lines = preflight.verdict(over).splitlines()
+    too_large = program(parameters=2, optimizer=4, temporaries=10.5)
+    assert not too_large.fits
+    lines = preflight.verdict(too_large).splitlines()
     assert lines[0] == "step: does not fit, 0.75 GiB over 15.75"
     assert [line.split(" of ")[0].strip() for line in lines[1:3]] == ["10.50 GiB", "6.00 GiB"]
     assert "--remat full" in lines[1]
     assert "more fsdp in --mesh" in lines[2]
     frozen = preflight.verdict(program(parameters=14, cache=4, temporaries=0.1))
     assert frozen.index("--offload") < frozen.index("of cache")
-    assert "--remat" not in frozen  # would save nothing to speak of
+    assert "--remat" not in frozen  # it would save next to nothing
     rollout = dataclasses.replace(program(temporaries=16), name="rollout")
     assert "--sample_batch" in preflight.verdict(rollout)
     assert "--remat" not in preflight.verdict(rollout)
-    given_up = dataclasses.replace(program(temporaries=1), counts=None)
-    assert not given_up.fits
-    assert math.isnan(given_up.seconds)
+    uncompiled = dataclasses.replace(program(temporaries=1), counts=None)
+    assert not uncompiled.fits
+    assert math.isnan(uncompiled.seconds)
 
 
 def test_a_verdict_says_where_most_is_sent_from():
-    said = preflight.verdict(program()).splitlines()
-    assert said[1:] == [
-        "  89 % of what it sends: all-gather, 1 times, at jit(f)/dot",
-        "  11 % of what it sends: all-gather, 2 times, at jit(f)/add",
+    lines = preflight.verdict(program()).splitlines()
+    assert lines[1:] == [
+        "  89 % of bytes sent: all-gather, 1 times, at jit(f)/dot",
+        "  11 % of bytes sent: all-gather, 2 times, at jit(f)/add",
     ]
 
 
 def test_a_verdict_names_what_is_not_known():
     counts = dataclasses.replace(COUNTS, assumed=("jit(f)/while",), uncounted=("jit(f)/mine",))
-    said = preflight.verdict(dataclasses.replace(program(), counts=counts))
-    assert "FLOPs unknown, not counted: jit(f)/mine" in said
-    assert "trips assumed, not known: jit(f)/while" in said
+    text = preflight.verdict(dataclasses.replace(program(), counts=counts))
+    assert "kernels of unknown FLOPs, not counted: jit(f)/mine" in text
+    assert "loops with assumed trip counts: jit(f)/while" in text
 
 
 def test_tables_and_json():
@@ -713,32 +714,32 @@ def test_tables_and_json():
     assert rows[2] == ["step", "197", "1,000", "1,638", "2,000", "90", "2,000", "4,000", "8"]
     assert rows[4] == ["step", "all-gather", "4", "3", "90,000", "2,000"]
     assert "all runs" in text
-    assert "36,000" in text  # 8 runs of 4 s, and one
+    assert "36,000" in text  # 9 runs of 4 s
     kept = json.loads(json.dumps(programs[0].json()))
     assert kept["memory"]["peak"] == 3 * GIB
     assert kept["seconds"]["roofline"] == pytest.approx(4)
     assert kept["counts"]["collectives"][0]["bytes"] == 80e9
-    lost = dataclasses.replace(programs[0], counts=None)
-    assert lost.json()["seconds"] is None
-    assert len(preflight.tables([lost])) == 1
+    uncompiled = dataclasses.replace(programs[0], counts=None)
+    assert uncompiled.json()["seconds"] is None
+    assert len(preflight.tables([uncompiled])) == 1
 
 
 def test_what_the_compiler_says_of_too_large_a_program():
-    said = (
+    message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO"
         " temporaries (6.37T) exceeds available HBM (15.75G)."
     )
-    assert _needed(said) == 6.37 * 2**40
-    said = (
+    assert _needed(message) == 6.37 * 2**40
+    message = (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of"
         " memory in memory space hbm. Used 15.75G of 15.75G hbm. Exceeded hbm capacity by 7.41M."
         "\n\nTotal hbm usage >= 16.01G:\n    reserved        258.12M"
     )
-    assert _needed(said) == 15.75 * 2**30 + 7.41 * 2**20
+    assert _needed(message) == 15.75 * 2**30 + 7.41 * 2**20
     assert _needed("INTERNAL: something else") is None
 
 
-# ------------------------------------------------------------------------------- described TPUs
+# ---------------------------------------------------------------------------------- absent TPUs
 
 
 @pytest.fixture(scope="module")
@@ -747,45 +748,45 @@ def described():
     return topology, preflight.make_mesh(topology, "fsdp=4,tensor=4")
 
 
-def analysed(name, jitted, args, topology) -> preflight.Program:
-    [[found]] = preflight.analyse([preflight.Compilable(name, jitted, args)], topology)
-    return found
+def compile_program(name, jitted, args, topology) -> preflight.Program:
+    [[result]] = preflight.analyse([preflight.Compilable(name, jitted, args)], topology)
+    return result
 
 
-def scanned(ws, x):
+def scan_loss(ws, x):
     return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0])
 
 
 @needs_libtpu
 def test_a_sharded_scan_on_tpu(described):
-    """Six layers over fsdp and tensor: FLOPs to the last one, memory by kind of argument."""
+    """Six layers over fsdp and tensor: the exact FLOPs, and memory by kind of argument."""
     topology, mesh = described
 
     def fit(state, opt_state, x):
-        grads = jax.grad(scanned)(state["params"], x)
+        grads = jax.grad(scan_loss)(state["params"], x)
         return {"params": state["params"] - grads}, opt_state + grads
 
-    ws = on(mesh, (6, 512, 512), None, "fsdp", "tensor")
-    x = on(mesh, (256, 512), "fsdp")
+    ws = array_on(mesh, (6, 512, 512), None, "fsdp", "tensor")
+    x = array_on(mesh, (256, 512), "fsdp")
     jitted = jax.jit(fit, donate_argnums=(0, 1))
-    found = analysed("fit", jitted, ({"params": ws}, ws, x), topology)
-    assert found.counts is not None
-    # The gradient of the first layer's input is not needed, but a scan makes it.
-    assert found.counts.flops == 3 * 6 * 2 * 256 * 512 * 512 / 16
-    assert {each.group for each in found.counts.collectives} == {4}
+    result = compile_program("fit", jitted, ({"params": ws}, ws, x), topology)
+    assert result.counts is not None
+    # The gradient of the first layer's input is not needed, but a scan computes it.
+    assert result.counts.flops == 3 * 6 * 2 * 256 * 512 * 512 / 16
+    assert {each.group for each in result.counts.collectives} == {4}
     weights = 4 * 6 * 512 * 512 / 16
-    held = found.memory.parameters, found.memory.optimizer, found.memory.other
-    assert held == (weights, weights, 4 * 256 * 512 / 4)
-    assert found.memory.outputs < 1e4  # both are donated
-    assert found.fits
-    assert not found.counts.assumed
+    arguments = result.memory.parameters, result.memory.optimizer, result.memory.other
+    assert arguments == (weights, weights, 4 * 256 * 512 / 4)
+    assert result.memory.outputs < 1e4  # both are donated
+    assert result.fits
+    assert not result.counts.assumed
 
 
 @needs_libtpu
 def test_collectives_by_hand_on_tpu(described):
     topology, mesh = described
 
-    def local(x):  # [1024, 1024] of bfloat16: 2 MiB a device; of small ones XLA makes all-reduces
+    def local(x):  # [1024, 1024] of bfloat16: 2 MiB a device; for less XLA uses all-reduces
         x = jax.lax.psum(x, "fsdp")
         y = jax.lax.all_gather(jnp.tanh(x), "tensor", tiled=True)
         return jax.lax.psum_scatter(y * y, "fsdp", tiled=True, scatter_dimension=1)
@@ -797,11 +798,11 @@ def test_collectives_by_hand_on_tpu(described):
         out_specs=PartitionSpec("fsdp"),
         check_vma=False,
     )
-    x = on(mesh, (4096, 1024), "fsdp", dtype=jnp.bfloat16)
-    found = analysed("collectives", jax.jit(fn), (x,), topology)
-    assert found.counts is not None
+    x = array_on(mesh, (4096, 1024), "fsdp", dtype=jnp.bfloat16)
+    result = compile_program("collectives", jax.jit(fn), (x,), topology)
+    assert result.counts is not None
     mib = 2**20
-    assert sent(found.counts) == {
+    assert collective_totals(result.counts) == {
         ("all-reduce", 4): (1, 2 * 3 / 4 * 2 * mib),
         ("all-gather", 4): (1, 3 * 2 * mib),
         ("reduce-scatter", 4): (1, 3 / 4 * 8 * mib),
@@ -810,26 +811,26 @@ def test_collectives_by_hand_on_tpu(described):
 
 @needs_libtpu
 def test_host_memory_on_tpu(described):
-    """What rests in the host's memory is counted apart, and so is bringing it in."""
+    """Arguments in host memory are counted separately, and so is copying them to the device."""
     topology, mesh = described
-    weights = on(mesh, (2048, 2048), "fsdp", memory_kind="pinned_host")
-    x = on(mesh, (64, 2048), "fsdp")
+    weights = array_on(mesh, (2048, 2048), "fsdp", memory_kind="pinned_host")
+    x = array_on(mesh, (64, 2048), "fsdp")
 
     def use(params, x):
         return x @ jax.device_put(params, NamedSharding(mesh, PartitionSpec("fsdp")))
 
-    found = analysed("use", jax.jit(use), (weights, x), topology)
-    assert found.counts is not None
+    result = compile_program("use", jax.jit(use), (weights, x), topology)
+    assert result.counts is not None
     share = 4 * 2048 * 2048 / 4
-    assert (found.memory.host, found.memory.parameters) == (share, 0)
-    assert found.counts.host_bytes == share
+    assert (result.memory.host, result.memory.parameters) == (share, 0)
+    assert result.counts.host_bytes == share
 
 
 @needs_libtpu
 def test_programs_come_in_their_order(described):
-    """Whichever is compiled first; an error of one comes when its turn does."""
+    """Results keep the order of the programs; an error is raised at its program's turn."""
     topology, mesh = described
-    x = on(mesh, (64, 64), "fsdp")
+    x = array_on(mesh, (64, 64), "fsdp")
 
     def slow(x):
         for _ in range(20):
@@ -841,15 +842,15 @@ def test_programs_come_in_their_order(described):
 
     fns = {"slow": slow, "fast": jnp.tanh, "wrong": wrong, "never": jnp.tanh}
     programs = [preflight.Compilable(name, jax.jit(fn), (x,)) for name, fn in fns.items()]
-    found = preflight.analyse(programs, topology)
-    assert [next(found)[0].name, next(found)[0].name] == ["slow", "fast"]
+    results = preflight.analyse(programs, topology)
+    assert [next(results)[0].name, next(results)[0].name] == ["slow", "fast"]
     with pytest.raises(ValueError, match="it is wrong"):
-        next(found)
+        next(results)
 
 
 @needs_libtpu
 def test_nothing_begins_after_the_end(described, monkeypatch):
-    """The second of four ends it, while the first compiles: the others never begin."""
+    """The second of four stops the analysis while the first compiles: the others never start."""
     topology, mesh = described
     second, begun = threading.Event(), []
     real = program_module._analyse
@@ -858,34 +859,34 @@ def test_nothing_begins_after_the_end(described, monkeypatch):
         begun.append(each.name)
         if each.name == "first":
             assert second.wait(60)
-            time.sleep(0.2)  # in which a third would begin
+            time.sleep(0.2)  # long enough for a third to start
         return real(each, topology)
 
-    def until(found):
-        if found.name == "second":
+    def until(program):
+        if program.name == "second":
             second.set()
-        return found.name == "second"
+        return program.name == "second"
 
     monkeypatch.setattr(program_module, "_analyse", analyse)
-    x = on(mesh, (64, 64), "fsdp")
+    x = array_on(mesh, (64, 64), "fsdp")
     names = "first", "second", "third", "fourth"
     programs = [preflight.Compilable(name, jax.jit(jnp.tanh), (x,)) for name in names]
-    found = list(preflight.analyse(programs, topology, until))
-    assert [each.name for [each] in found] == ["first", "second"]
+    results = list(preflight.analyse(programs, topology, until))
+    assert [each.name for [each] in results] == ["first", "second"]
     assert sorted(begun) == ["first", "second"]
 
 
 @needs_libtpu
 def test_too_large_for_a_tpu(described):
-    """The compiler gives up: by how much is known, and what `usable` says is its own limit."""
+    """The compiler rejects it: the excess is known, and `usable` is the compiler's own limit."""
     topology, mesh = described
-    x = on(mesh, (2**17, 2**17), "fsdp", "tensor")  # 4 GiB a device
+    x = array_on(mesh, (2**17, 2**17), "fsdp", "tensor")  # 4 GiB a device
     jitted = jax.jit(lambda params: (params + 1, params * 2, params - 3))
-    found = analysed("sums", jitted, (x,), topology)
-    assert found.counts is None
-    assert not found.fits
-    assert (found.memory.parameters, found.memory.peak) == (4 * GIB, 16 * GIB)
-    limit = f"exceeds available HBM ({found.usable / GIB}G)"
+    result = compile_program("sums", jitted, (x,), topology)
+    assert result.counts is None
+    assert not result.fits
+    assert (result.memory.parameters, result.memory.peak) == (4 * GIB, 16 * GIB)
+    limit = f"exceeds available HBM ({result.usable / GIB}G)"
     with pytest.raises(jax.errors.JaxRuntimeError, match=re.escape(limit)):
         jitted.lower(x).compile()
 
@@ -911,10 +912,10 @@ def test_a_mesh_may_cut_an_axis_of_the_slice():
     ("mesh", "across"), [("data=2,fsdp=4", "data"), ("fsdp=8", "fsdp"), ("fsdp=4,tensor=2", "fsdp")]
 )
 def test_slices_lie_along_data_or_fsdp(mesh, across):
-    """Within a slice is whatever else there is."""
-    made = preflight.make_mesh(preflight.parse_topology("v5e:2x2", 2), mesh)
-    slices = np.vectorize(lambda device: device.slice_index)(made.devices)
-    axis = made.axis_names.index(across)
+    """The other axes lie within a slice."""
+    grid = preflight.make_mesh(preflight.parse_topology("v5e:2x2", 2), mesh)
+    slices = np.vectorize(lambda device: device.slice_index)(grid.devices)
+    axis = grid.axis_names.index(across)
     first, second = np.split(slices, 2, axis)
     assert (set(first.flat), set(second.flat)) == ({0}, {1})
 
@@ -926,26 +927,26 @@ def test_slices_lie_along_no_tensor():
 
 
 @needs_libtpu
-def test_what_has_no_room_for_its_arguments_is_not_compiled():
+def test_a_program_without_room_for_its_arguments_is_not_compiled():
     topology = preflight.parse_topology("v5e:2x2")
     mesh = preflight.make_mesh(topology)
 
     def f(params):
         return jnp.sum(params)
 
-    x = on(mesh, (2**32,), "fsdp")  # float32, 4 GiB in each of four
+    x = array_on(mesh, (2**32,), "fsdp")  # float32, 4 GiB in each of four
     for resident, compiled in ((11 * GIB, True), (12 * GIB, False)):
         jitted = mock.Mock(wraps=jax.jit(f), __signature__=inspect.signature(f))
-        asked = preflight.Compilable("f", jitted, (x,), resident=resident)
-        [[found]] = preflight.analyse([asked], topology)
-        assert (found.fits, jitted.lower.called) == (compiled, compiled)
-        assert found.memory.peak >= 4 * GIB + resident
-        assert preflight.held(asked, topology).memory.peak == 4 * GIB + resident
+        compilable = preflight.Compilable("f", jitted, (x,), resident=resident)
+        [[result]] = preflight.analyse([compilable], topology)
+        assert (result.fits, jitted.lower.called) == (compiled, compiled)
+        assert result.memory.peak >= 4 * GIB + resident
+        assert preflight.lower_bound(compilable, topology).memory.peak == 4 * GIB + resident
 
 
 @needs_libtpu
 def test_every_chip_is_described_silently():
-    """Without JAX_PLATFORMS, and with nothing on stderr; real devices are left alone."""
+    """Without JAX_PLATFORMS, nothing is printed to stderr, and jax uses the CPU."""
     code = """
 from instructjax import preflight
 from instructjax.preflight.chips import CHIPS
@@ -966,9 +967,9 @@ print(jax.config.jax_platforms, jax.devices()[0].platform)
 
 @needs_libtpu
 def test_a_decoding_loop_on_tpu(described):
-    """Rows of their own on each shard, weights over tensor: the loop runs as often as is said."""
+    """Each shard has its own rows, weights are split over tensor, and `trips` sets the turns."""
     topology, mesh = described
-    weights = on(mesh, (256, 512), None, "tensor", dtype=jnp.bfloat16)
+    weights = array_on(mesh, (256, 512), None, "tensor", dtype=jnp.bfloat16)
 
     def more(state, weights, *, limit):
         x, n = state
@@ -986,7 +987,7 @@ def test_a_decoding_loop_on_tpu(described):
         return jax.shard_map(local, mesh=mesh, axis_names={"fsdp"}, **specs)(weights, x)
 
     jitted = jax.jit(decode, static_argnames="limit")
-    x = on(mesh, (64, 256), "fsdp", dtype=jnp.bfloat16)
+    x = array_on(mesh, (64, 256), "fsdp", dtype=jnp.bfloat16)
     decode = preflight.Compilable(
         *("decode", jitted, (weights, x)),
         static={"limit": 9},
@@ -994,14 +995,14 @@ def test_a_decoding_loop_on_tpu(described):
         runs=3,
         parts={"nothing": (0,)},
     )
-    [[nothing, found]] = preflight.analyse([decode], topology)
+    [[nothing, whole]] = preflight.analyse([decode], topology)
     assert (nothing.name, nothing.runs, nothing.counts.flops) == ("nothing", 0, 0)
-    assert nothing.memory == found.memory
-    assert found.counts is not None
-    assert found.counts.flops == 7 * 2 * 2 * 16 * 256 * 512 / 4
-    assert found.counts.assumed == ("jit(decode)/shard_map/while",)
-    assert found.memory.parameters == 2 * 256 * 512 / 4
-    assert found.runs == 3
+    assert nothing.memory == whole.memory
+    assert whole.counts is not None
+    assert whole.counts.flops == 7 * 2 * 2 * 16 * 256 * 512 / 4
+    assert whole.counts.assumed == ("jit(decode)/shard_map/while",)
+    assert whole.memory.parameters == 2 * 256 * 512 / 4
+    assert whole.runs == 3
 
 
 # -------------------------------------------------------------------------------------- script
@@ -1009,36 +1010,35 @@ def test_a_decoding_loop_on_tpu(described):
 
 @needs_libtpu
 def test_the_script_searches(tmp_path, capsys):
-    """The SFT step of a preset on the smallest slice that takes the mesh; figures go to a file."""
+    """The SFT step of a preset on the smallest slice that fits the mesh; figures go to a file."""
     out = tmp_path / "figures.json"
     call = "--preset miniature --model miniature --topology v5e --search --mesh fsdp=4,tensor=2"
     call += " --stages sft"
     script.cli([*call.split(), "--out", f"{out}"])
-    said = capsys.readouterr().out
-    assert "v5e:2x2 fsdp=4,tensor=2: --mesh data=1,fsdp=4,tensor=2 does not divide 4" in said
-    assert "v5e:2x4 (v5litepod-8), 8 devices" in said
-    assert "SFT step: fits" in said
-    assert said.splitlines()[-1] == "all of it fits with --topology v5e:2x4 --mesh fsdp=4,tensor=2"
-    [found] = json.loads(out.read_text())
-    counts, c = found["counts"], PRESETS["miniature"]
+    output = capsys.readouterr().out
+    assert "v5e:2x2 fsdp=4,tensor=2: --mesh data=1,fsdp=4,tensor=2 does not divide 4" in output
+    assert "v5e:2x4 (v5litepod-8), 8 devices" in output
+    assert "SFT step: fits" in output
+    last = "everything fits with --topology v5e:2x4 --mesh fsdp=4,tensor=2"
+    assert output.splitlines()[-1] == last
+    [result] = json.loads(out.read_text())
+    counts, c = result["counts"], PRESETS["miniature"]
     tokens, layer = 8 * 128, c.width * (4 * c.width + 3 * c.mlp_width)
     attention = 2 * c.layers * 8 * 128 * 128 * c.width  # a matmul of scores, all heads
     matmuls = 2 * tokens * (c.layers * layer + c.width * c.padded_vocab_size)
-    # The kernel: two products of scores forward, three and four backward, which makes some again.
+    # The kernel has two matmuls forward, and three and four backward, where some are recomputed.
     assert counts["flops"] == (3 * matmuls + 9 * attention) / 8
-    # Adam's moments are two of the parameters; all of it is float32 and split over all devices,
-    # but for norms.
-    assert found["memory"]["optimizer"] == pytest.approx(
-        2 * found["memory"]["parameters"], rel=1e-3
-    )
+    # Adam's two moments are as large as the parameters: float32, all but norms split over devices.
+    memory = result["memory"]
+    assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         (["--preset", "nothing"], "--preset nothing: not one of"),
-        (["--model", "nothing"], "--model nothing: not one of .*, and no config.json"),
-        (["--preset", "miniature"], "names no model of its own"),
+        (["--model", "nothing"], "--model nothing: not one of .*, and no directory with config"),
+        (["--preset", "miniature"], "implies no model: give --model"),
         (["--batch_size", "6"], "6: does not divide over 4 shards .*, as fsdp=2,tensor=2"),
         (["--batch_size", "4", "--microbatches", "2"], "2 microbatches; .* as fsdp=2,tensor=2"),
         (["--batch_size", "4", "--microbatches", "3"], "in 3 microbatches$"),
@@ -1053,26 +1053,26 @@ def test_what_the_script_refuses(flags, says):
 @pytest.mark.parametrize(
     ("name", "held", "work", "given", "tried"),
     [
-        ("value gradient", 4, 20, {}, [{}, {"microbatches": 2}]),  # then it fits
-        ("value gradient", 4, 40, {}, [{}, {"microbatches": 4}]),  # which 2 cannot make fit
+        ("value gradient", 4, 20, {}, [{}, {"microbatches": 2}]),  # 2 microbatches fit
+        ("value gradient", 4, 40, {}, [{}, {"microbatches": 4}]),  # 2 microbatches cannot fit
         ("value gradient", 4, 20, {"microbatches": 1}, [{"microbatches": 1}]),
         ("rollout", 4, 20, {}, [{}, {"sample_batch": 256}]),
         ("rollout", 4, 40, {}, [{}, {"sample_batch": 128}]),
         ("rollout", 4, 40, {"sample_batch": 512}, [{"sample_batch": 512}]),
-        ("rollout", 4, 11 * 512, {}, [{}]),  # less than a prompt to a shard
+        ("rollout", 4, 11 * 512, {}, [{}]),  # needs less than one prompt per shard
         ("policy step", 4, 20, {}, [{}]),
-        ("value gradient", 16, 20, {}, [{}]),  # too large without any work
+        ("value gradient", 16, 20, {}, [{}]),  # too large even without temporaries
     ],
 )
 def test_a_search_makes_parts_smaller(monkeypatch, capsys, name, held, work, given, tried):
-    """While that can help: the next mesh is tried where it cannot, or where it was forbidden."""
-    asked = []
+    """The search tries the next mesh if smaller parts cannot help, or if a flag fixes them."""
+    trials = []
 
     def analyse(config, topology, mesh, until):
         parts = {"microbatches": config.microbatches, "sample_batch": config.sample_batch}
-        asked.append((mesh, {name: x for name, x in parts.items() if x is not None}))
+        trials.append((mesh, {name: x for name, x in parts.items() if x is not None}))
         if mesh != "fsdp=4,tensor=1":
-            return []  # all of them fit
+            return []  # no program is too large
         share = (config.sample_batch or 512) / 512 / (config.microbatches or 1)
         temporaries = work * share * GIB
         memory = Memory(held * GIB, *[0.0] * 5, temporaries=temporaries, code=0.0, host=0.0)
@@ -1082,27 +1082,27 @@ def test_a_search_makes_parts_smaller(monkeypatch, capsys, name, held, work, giv
 
     monkeypatch.setattr(script, "analyse", analyse)
     script.search(script.Config(topology="v5e", search=True, **given))
-    assert [parts for mesh, parts in asked if mesh == "fsdp=4,tensor=1"] == tried
+    assert [parts for mesh, parts in trials if mesh == "fsdp=4,tensor=1"] == tried
     flags = "".join(f" --{name} {size}" for name, size in tried[-1].items())
-    said = f"all of it fits with --topology v5e:2x2 --mesh fsdp=4,tensor=1{flags}\n"
-    assert (said in capsys.readouterr().out) == (len(tried) == 2)
+    line = f"everything fits with --topology v5e:2x2 --mesh fsdp=4,tensor=1{flags}\n"
+    assert (line in capsys.readouterr().out) == (len(tried) == 2)
 
 
 @needs_libtpu
-def test_a_search_compiles_first_what_holds_most(monkeypatch):
-    """So that little is compiled of what does not fit."""
-    asked = []
+def test_a_search_compiles_the_largest_programs_first(monkeypatch):
+    """If they do not fit, the others are not compiled."""
+    compiled = []
 
     def analyse(programs, topology, until):
-        asked.extend(each.name for each in programs)
+        compiled.extend(each.name for each in programs)
         memory = Memory(*[0.0] * 6, temporaries=99 * GIB, code=0.0, host=0.0)
-        yield [preflight.Program(asked[0], topology, memory, COUNTS, 1)]
+        yield [preflight.Program(compiled[0], topology, memory, COUNTS, 1)]
 
     monkeypatch.setattr(preflight, "analyse", analyse)
     config = script.Config(topology="v5e", search=True, stages=("ppo",), preset="instructgpt-1.3b")
     topology = preflight.parse_topology("v5e:4x8")
     script.analyse(config, topology, "fsdp=8,tensor=4", until=lambda program: not program.fits)
-    assert asked == [
+    assert compiled == [
         *("rollout", "policy step", "value step"),
         *("policy gradient", "ptx gradient", "value gradient"),
         *("reference", "reward model", "value net", "policy, re-scored"),
@@ -1111,13 +1111,13 @@ def test_a_search_compiles_first_what_holds_most(monkeypatch):
 
 @needs_libtpu
 def test_a_search_in_vain(capsys):
-    """It says why each slice was not it; what is wrong on every slice is said at once."""
+    """It says why each slice fails. An error that holds on every slice is raised at once."""
     call = ["--topology", "v5e", "--search", "--stages", "sft"]
     call += ["--mesh", "fsdp=4", "--batch_size", "6"]
-    with pytest.raises(ValueError, match="it fits no slice of v5e"):
+    with pytest.raises(ValueError, match="no slice of v5e is large enough"):
         script.cli(call)
-    said = capsys.readouterr().out.splitlines()
-    tried = [line.split(": ")[0] for line in said]
+    lines = capsys.readouterr().out.splitlines()
+    tried = [line.split(": ")[0] for line in lines]
     assert tried == [f"v5e:{x} fsdp=4" for x in chips.CHIPS["v5e"].slices]
     with pytest.raises(ValueError, match="--preset nothing: not one of"):
         script.cli([*call, "--preset", "nothing"])

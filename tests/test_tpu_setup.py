@@ -1,7 +1,7 @@
-"""tpu_setup/: what the scripts would run, what they refuse, and their runs against a small cloud.
+"""tpu_setup/: the commands the scripts print, the errors they give, and runs on a stand-in cloud.
 
-The cloud is a stand-in for gcloud that keeps a slice's state in a file and runs what is sent by ssh
-in one directory a host.
+The cloud is a stand-in for gcloud. It keeps a slice's state in a file, and runs ssh commands in one
+directory for each host.
 """
 
 import os
@@ -18,7 +18,7 @@ SETUP = Path(__file__).resolve().parents[1] / "tpu_setup"
 SCRIPTS = sorted(path.name for path in SETUP.glob("*.sh"))
 CLOUD_SCRIPTS = ["create.sh", "delete.sh", "install.sh", "logs.sh", "resume.sh", "run_all.sh"]
 PLACE = {"project": "my-project", "zone": "us-west4-a"}
-OF_SLICE = {"name": "ppo", **PLACE}
+SLICE = {"name": "ppo", **PLACE}
 SLICES = {  # chips, hosts, topology, image, machine, GKE's name
     "v5litepod-16": (
         16,
@@ -69,7 +69,7 @@ def ssh(command, worker="all"):
     return (words, {**PLACE, "worker": worker, "command": command})
 
 
-# -------------------------------------------------------------------------- what would be run
+# -------------------------------------------------------------------------- printed commands
 
 
 @pytest.mark.parametrize("accelerator", SLICES)
@@ -78,27 +78,27 @@ def test_create(accelerator):
     common = {**PLACE, "accelerator-type": accelerator}
     looks = list_of("queued-resources", "state.state")
     create = ["gcloud", "compute", "tpus", "queued-resources", "create", "ppo"]
-    asked = (create, {**common, "node-id": "ppo", "runtime-version": image, "spot": True})
-    of = {**OF_SLICE, "accelerator": accelerator}
-    assert dry("create.sh", "--spot", **of) == [looks, asked, looks]
+    request = (create, {**common, "node-id": "ppo", "runtime-version": image, "spot": True})
+    target = {**SLICE, "accelerator": accelerator}
+    assert dry("create.sh", "--spot", **target) == [looks, request, looks]
 
     looks = list_of("tpu-vm", "state")
     account = "tpu@my-project.iam.gserviceaccount.com"
     create = ["gcloud", "compute", "tpus", "tpu-vm", "create", "ppo"]
-    asked = (create, {**common, "version": "v9", "service-account": account})
-    got = dry("create.sh", "--direct", service_account=account, runtime_version="v9", **of)
-    assert got == [looks, asked, looks]
+    request = (create, {**common, "version": "v9", "service-account": account})
+    got = dry("create.sh", "--direct", service_account=account, runtime_version="v9", **target)
+    assert got == [looks, request, looks]
 
 
 def test_delete():
     words = ["gcloud", "compute", "tpus", "queued-resources", "delete", "ppo"]
-    assert dry("delete.sh", **OF_SLICE) == [(words, {**PLACE, "quiet": True, "force": True})]
+    assert dry("delete.sh", **SLICE) == [(words, {**PLACE, "quiet": True, "force": True})]
     words = ["gcloud", "compute", "tpus", "tpu-vm", "delete", "ppo"]
-    assert dry("delete.sh", "--direct", **OF_SLICE) == [(words, {**PLACE, "quiet": True})]
+    assert dry("delete.sh", "--direct", **SLICE) == [(words, {**PLACE, "quiet": True})]
 
 
 def test_install():
-    archive, copy, (words, flags), remove = dry("install.sh", ref="v1.0", **OF_SLICE)
+    archive, copy, (words, flags), remove = dry("install.sh", ref="v1.0", **SLICE)
     path = archive[1]["output"]
     assert archive[0] == ["git", "-C", str(SETUP.parent), "archive", "v1.0"]
     scp = ["gcloud", "compute", "tpus", "tpu-vm", "scp", path, "ppo:instructjax.tar.gz"]
@@ -115,38 +115,38 @@ def test_install():
 @pytest.mark.parametrize("verb", ["run", "start"])
 def test_run_all(verb):
     ((words, flags),) = dry(
-        "run_all.sh", *["--detach"] * (verb == "start"), command=COMMAND, **OF_SLICE
+        "run_all.sh", *["--detach"] * (verb == "start"), command=COMMAND, **SLICE
     )
     assert (words, flags) == ssh(flags["command"])
     assert shlex.split(flags["command"]) == ["bash", "instructjax/tpu_setup/job.sh", verb, COMMAND]
 
 
 def test_logs():
-    assert dry("logs.sh", worker=3, **OF_SLICE) == [ssh("tail -n 200 -F job/log", worker="3")]
+    assert dry("logs.sh", worker=3, **SLICE) == [ssh("tail -n 200 -F job/log", worker="3")]
 
 
 @pytest.mark.parametrize("accelerator", SLICES)
 @pytest.mark.parametrize("direct", [[], ["--direct"]])
 def test_resume(accelerator, direct):
-    of = {**OF_SLICE, "accelerator": accelerator}
+    target = {**SLICE, "accelerator": accelerator}
     kind, field = ("tpu-vm", "state") if direct else ("queued-resources", "state.state")
-    looks, *rest = dry("resume.sh", "--spot", *direct, command=COMMAND, ref="v1.0", **of)
+    looks, *others = dry("resume.sh", "--spot", *direct, command=COMMAND, ref="v1.0", **target)
     assert looks == list_of(kind, field)
-    deleted = dry("delete.sh", *direct, **OF_SLICE)
-    created = dry("create.sh", "--spot", *direct, **of)
-    installed = dry("install.sh", ref="v1.0", **OF_SLICE)
-    started = dry("run_all.sh", "--detach", command=f"{COMMAND} --resume", **OF_SLICE)
+    deleted = dry("delete.sh", *direct, **SLICE)
+    created = dry("create.sh", "--spot", *direct, **target)
+    installed = dry("install.sh", ref="v1.0", **SLICE)
+    started = dry("run_all.sh", "--detach", command=f"{COMMAND} --resume", **SLICE)
     before = len(deleted + created)
-    assert rest[:before] == deleted + created
-    assert "job.sh status" in rest[before][1]["command"]
-    assert rest[before + 1 :] == installed + started
+    assert others[:before] == deleted + created
+    assert "job.sh status" in others[before][1]["command"]
+    assert others[before + 1 :] == installed + started
 
 
 @pytest.mark.parametrize("accelerator", SLICES)
 def test_gke_commands(accelerator):
     _, hosts, topology, _, machine, _ = SLICES[accelerator]
-    of = {**OF_SLICE, "cluster": "pods", "accelerator": accelerator}
-    ((words, flags),) = dry("gke.sh", "nodes", "--spot", **of)
+    target = {**SLICE, "cluster": "pods", "accelerator": accelerator}
+    ((words, flags),) = dry("gke.sh", "nodes", "--spot", **target)
     assert words == ["gcloud", "container", "node-pools", "create", "ppo"]
     pool = {
         "machine-type": machine,
@@ -157,23 +157,23 @@ def test_gke_commands(accelerator):
     where = {"cluster": "pods", "project": "my-project", "location": "us-west4"}
     assert flags == {**pool, **where, "node-locations": "us-west4-a", "scopes": "cloud-platform"}
 
-    of.pop("accelerator")
+    target.pop("accelerator")
     context = {"context": "gke_my-project_us-west4_pods"}
-    ((words, flags),) = dry("gke.sh", "logs", worker=2, **of)
+    ((words, flags),) = dry("gke.sh", "logs", worker=2, **target)
     assert words == ["kubectl", "logs"]
     assert flags["context"] == context["context"]
     assert flags["selector"].endswith("jobset-name=ppo,batch.kubernetes.io/job-completion-index=2")
     stop = (["kubectl", "delete", "jobset", "ppo"], {**context, "ignore-not-found": True})
     delete = (["gcloud", "container", "node-pools", "delete", "ppo"], {**where, "quiet": True})
-    assert dry("gke.sh", "stop", **of) == [stop]
-    assert dry("gke.sh", "delete", **of) == [stop, delete]
+    assert dry("gke.sh", "stop", **target) == [stop]
+    assert dry("gke.sh", "delete", **target) == [stop, delete]
 
 
 @pytest.mark.parametrize("accelerator", SLICES)
 def test_jobset(accelerator):
     chips, hosts, topology, _, _, gke_name = SLICES[accelerator]
-    of = {**OF_SLICE, "cluster": "pods", "accelerator": accelerator, "image": "r.dev/p/i:1"}
-    done = shell("gke.sh", "manifest", command=COMMAND, **of)
+    target = {**SLICE, "cluster": "pods", "accelerator": accelerator, "image": "r.dev/p/i:1"}
+    done = shell("gke.sh", "manifest", command=COMMAND, **target)
     assert "${" not in done.stdout.split("apiVersion", 1)[1]
     jobset = yaml.safe_load(done.stdout)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -197,23 +197,23 @@ def test_jobset(accelerator):
     assert container["image"] == "r.dev/p/i:1"
     assert container["command"] + container["args"] == ["bash", "-c", f"{COMMAND} --resume"]
     assert container["resources"]["limits"]["google.com/tpu"] * hosts == chips
-    # 75 must be restarted; 1 and 2 (failed, wrong usage) must not.
+    # A job that exits with 75 must be restarted; one with 1 or 2 (failed, wrong usage) must not.
     (rule,) = job["podFailurePolicy"]["rules"]
     assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "In")
     assert {1, 2} <= set(rule["onExitCodes"]["values"])
     assert 75 not in rule["onExitCodes"]["values"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
-    # What --dry-run prints is what makes this very manifest.
-    line = shell("gke.sh", "run", "--dry-run", command=COMMAND, **of).stdout
-    made, apply = line.rsplit(" | ", 1)
-    again = subprocess.run(["bash", "-c", made], capture_output=True, text=True, check=True)
+    # The command that --dry-run prints produces the same manifest.
+    line = shell("gke.sh", "run", "--dry-run", command=COMMAND, **target).stdout
+    printed, apply = line.rsplit(" | ", 1)
+    again = subprocess.run(["bash", "-c", printed], capture_output=True, text=True, check=True)
     assert again.stdout == done.stdout
     assert parsed(apply)[0] == ["kubectl", "apply"]
 
 
-# ------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------- errors
 
-GOOD = {**OF_SLICE, "accelerator": "v5litepod-16"}
+GOOD = {**SLICE, "accelerator": "v5litepod-16"}
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,8 @@ GOOD = {**OF_SLICE, "accelerator": "v5litepod-16"}
     ],
 )
 def test_wrong_flags_are_named(script, bad, named):
-    of = GOOD if script in ("create.sh", "resume.sh") else OF_SLICE
-    good = {**of, **({"command": "true"} if script in ("run_all.sh", "resume.sh") else {})}
+    target = GOOD if script in ("create.sh", "resume.sh") else SLICE
+    good = {**target, **({"command": "true"} if script in ("run_all.sh", "resume.sh") else {})}
     done = shell(script, "--dry-run", **{**good, **bad})
     assert (done.returncode, done.stdout) == (2, "")
     assert named in done.stderr
@@ -247,7 +247,7 @@ def test_wrong_flags_are_named(script, bad, named):
 
 
 def test_gke_refuses():
-    of = {**GOOD, "cluster": "pods", "image": "i", "command": "true"}
+    target = {**GOOD, "cluster": "pods", "image": "i", "command": "true"}
     for verb, bad, named in (
         ("run", {"cluster": ""}, "--cluster"),
         ("run", {"image": ""}, "--image"),
@@ -255,7 +255,7 @@ def test_gke_refuses():
         ("nodes", {"accelerator": "v5litepod-8"}, "--accelerator v5litepod-8"),
         ("fly", {}, "fly"),
     ):
-        done = shell("gke.sh", verb, "--dry-run", **{**of, **bad})
+        done = shell("gke.sh", verb, "--dry-run", **{**target, **bad})
         assert (done.returncode, done.stdout) == (2, "")
         assert named in done.stderr
 
@@ -263,7 +263,7 @@ def test_gke_refuses():
 def test_missing_tools_and_values(tmp_path):
     for tool in ("bash", "dirname", "sed", "tr"):
         (tmp_path / tool).symlink_to(str(shutil.which(tool)))
-    done = shell("delete.sh", env={"PATH": str(tmp_path)}, **OF_SLICE)
+    done = shell("delete.sh", env={"PATH": str(tmp_path)}, **SLICE)
     assert done.returncode == 2
     assert "gcloud: not found" in done.stderr
     done = shell("delete.sh", "--zone")
@@ -272,9 +272,9 @@ def test_missing_tools_and_values(tmp_path):
 
 def test_variables_stand_in_for_flags():
     names = {"name": "POD_NAME", "project": "POD_PROJECT", "zone": "POD_ZONE"}
-    env = {names[flag]: value for flag, value in OF_SLICE.items()}
+    env = {names[flag]: value for flag, value in SLICE.items()}
     done = shell("delete.sh", "--dry-run", env=env)
-    assert [parsed(line) for line in done.stdout.splitlines()] == dry("delete.sh", **OF_SLICE)
+    assert [parsed(line) for line in done.stdout.splitlines()] == dry("delete.sh", **SLICE)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -300,7 +300,7 @@ def test_syntax_and_help(script):
 
 
 def test_the_readme():
-    """Its shell is shell, and the calls of these scripts in it are accepted in their order."""
+    """Its shell code parses, and the scripts accept the README's calls in their order."""
     readme = (SETUP / "README.md").read_text()
     shells = re.findall(r"^```bash\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     lines = []
@@ -321,7 +321,7 @@ def test_the_readme():
     assert called == {*CLOUD_SCRIPTS, "gke.sh"}
 
 
-# ----------------------------------------------------------------- runs against a small cloud
+# ----------------------------------------------------------------- runs on a stand-in cloud
 
 GCLOUD = r"""#!/usr/bin/env bash
 printf '%s ' "$@" | tr '\n' ' ' >>"$CLOUD/calls"; echo >>"$CLOUD/calls"
@@ -334,7 +334,7 @@ for word; do
   esac
 done
 case "$3 $4" in
-  *" list") # a line a look, the last one for good
+  *" list") # one line for each call; the last line stays
     [ ! -e "$state" ] || head -1 "$state"
     [ ! -e "$state" ] || [ "$(wc -l <"$state")" = 1 ] || sed -i 1d "$state" ;;
   *" create")
@@ -359,7 +359,7 @@ esac
 
 @pytest.fixture
 def cloud(tmp_path):
-    """(env, directory): gcloud, git and curl that reach no further than the directory."""
+    """(env, directory): stand-ins for gcloud, git and curl that only use the directory."""
     tools, where, source = (tmp_path / name for name in ("tools", "cloud", "source"))
     for directory in (tools, where, source):
         directory.mkdir()
@@ -379,12 +379,12 @@ for word; do case "$word" in --output=*) tar -czhf "${{word#*=}}" -C {source} . 
     return env, where
 
 
-def calls(where, what):
-    return [line for line in (where / "calls").read_text().splitlines() if what in line]
+def calls(where, text):
+    return [line for line in (where / "calls").read_text().splitlines() if text in line]
 
 
 def test_a_run_survives_preemption(cloud):
-    """It stops with 75, then its slice is taken back, then it finishes."""
+    """It stops with 75, then its slice is preempted, then it finishes."""
     env, where = cloud
     (where / "job").write_text(
         f"""[ "$*" = --resume ] || exit 3
@@ -396,7 +396,7 @@ case "$(wc -l <{where}/started)" in
 esac
 """
     )
-    flags = {**OF_SLICE, "accelerator": "v5p-16", "command": f"bash {where}/job"}
+    flags = {**SLICE, "accelerator": "v5p-16", "command": f"bash {where}/job"}
     done = shell("resume.sh", "--spot", env=env, **flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("ppo: finished\n")
@@ -410,7 +410,7 @@ esac
 def test_an_error_ends_it(cloud, code):
     env, where = cloud
     command = f'case "$HOME" in */1) exit {code};; esac; true'
-    flags = {**OF_SLICE, "accelerator": "v5p-16", "command": command}
+    flags = {**SLICE, "accelerator": "v5p-16", "command": command}
     done = shell("resume.sh", env=env, **flags)
     assert done.returncode == code
     assert "logs.sh" in done.stderr
@@ -418,25 +418,25 @@ def test_an_error_ends_it(cloud, code):
 
 
 def test_a_running_job_is_watched(cloud):
-    """As when resume.sh itself was stopped; its hosts do not always answer."""
+    """As after a restart of resume.sh; the hosts do not always answer."""
     env, where = cloud
-    flags = {**OF_SLICE, "accelerator": "v5p-16"}
+    flags = {**SLICE, "accelerator": "v5p-16"}
     assert shell("create.sh", env=env, **flags).returncode == 0
-    assert shell("install.sh", env=env, **OF_SLICE).returncode == 0
+    assert shell("install.sh", env=env, **SLICE).returncode == 0
     command = f"while [ ! -e {where}/end ]; do sleep 0.05; done"
-    started = shell("run_all.sh", "--detach", env=env, command=command, **OF_SLICE)
+    started = shell("run_all.sh", "--detach", env=env, command=command, **SLICE)
     assert started.returncode == 0
     argv = ["bash", str(SETUP / "resume.sh"), *(f"--{k}={v}" for k, v in flags.items())]
     argv.append(f"--command={command}")
     watching = subprocess.Popen(argv, env={**env, "HOME": "/"}, stdout=subprocess.PIPE, text=True)
     assert watching.stdout is not None
-    with watching.stdout as said:
-        assert said.readline() == "ppo: a job is running there; watching it\n"
+    with watching.stdout as output:
+        assert output.readline() == "ppo: a job is already running; watching it\n"
         (where / "misses").write_text("one\ntwo\n")
         while (where / "misses").stat().st_size:
             assert watching.poll() is None
         (where / "end").touch()
-        assert said.read() == "ppo: finished\n"
+        assert output.read() == "ppo: finished\n"
     assert watching.wait() == 0
     assert len(calls(where, "job.sh start")) == 1
 
@@ -451,7 +451,7 @@ def test_create_waits(cloud):
         *(f"ppo is {state}" for state in states[1:3]),
         "ppo is ACTIVE: 16 chips, 4 hosts",
     ]
-    assert not calls(where, " create ")  # it was asked for already
+    assert not calls(where, " create ")  # the slice was already requested
 
 
 def test_create_gives_up(cloud):
@@ -470,31 +470,31 @@ def test_gke_run(tmp_path):
     kubectl = tmp_path / "kubectl"
     kubectl.write_text(f'#!/bin/sh\necho "$*" >{tmp_path}/words; cat >{tmp_path}/stdin; exit 3\n')
     kubectl.chmod(0o755)
-    of = {**GOOD, "cluster": "pods", "image": "i", "command": COMMAND}
-    done = shell("gke.sh", "run", env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, **of)
+    target = {**GOOD, "cluster": "pods", "image": "i", "command": COMMAND}
+    done = shell("gke.sh", "run", env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, **target)
     assert done.returncode == 3
     words = (tmp_path / "words").read_text().split()
     assert words == ["--context=gke_my-project_us-west4_pods", "apply", "--filename=-"]
-    assert (tmp_path / "stdin").read_text() == shell("gke.sh", "manifest", **of).stdout
+    assert (tmp_path / "stdin").read_text() == shell("gke.sh", "manifest", **target).stdout
 
 
 def test_run_all_returns_the_hosts_code(cloud):
     env, where = cloud
     shell("create.sh", env=env, **GOOD)
-    done = shell("run_all.sh", env=env, command="true", **OF_SLICE)
+    done = shell("run_all.sh", env=env, command="true", **SLICE)
     assert done.returncode == 127  # nothing is installed
-    assert shell("install.sh", env=env, **OF_SLICE).returncode == 0
+    assert shell("install.sh", env=env, **SLICE).returncode == 0
     done = shell(
-        "run_all.sh", env=env, command=f"echo 'a  b' >{where}/$(basename $HOME).txt", **OF_SLICE
+        "run_all.sh", env=env, command=f"echo 'a  b' >{where}/$(basename $HOME).txt", **SLICE
     )
     assert done.returncode == 0, done.stderr
     assert [(where / f"{host}.txt").read_text() for host in range(2)] == ["a  b\n"] * 2
-    done = shell("run_all.sh", env=env, command='[ "$(basename $HOME)" = 0 ] || exit 9', **OF_SLICE)
+    done = shell("run_all.sh", env=env, command='[ "$(basename $HOME)" = 0 ] || exit 9', **SLICE)
     assert done.returncode == 9
 
 
 def test_a_job_saves_when_stopped(tmp_path):
-    """SIGTERM reaches the command, whose own exit code is kept; a second job is refused."""
+    """SIGTERM reaches the command, and its exit code is kept; a second job is refused."""
     (tmp_path / "instructjax").mkdir()
     env = {"HOME": str(tmp_path)}
     save = f"trap 'echo saved >{tmp_path}/saved; exit 75' TERM; touch {tmp_path}/up; sleep 9 & wait"
@@ -524,7 +524,7 @@ def test_a_job_saves_when_stopped(tmp_path):
     assert status() == "running"  # and no longer 75
     assert shell("job.sh", "stop", env=env).returncode == 0
     wait_for(lambda: status() == "143")
-    # As after a restart of the host, with another process of the same number.
+    # As after a restart of the host, when another process has the same id.
     (tmp_path / "job" / "code").unlink()
     (tmp_path / "job" / "pid").write_text(f"{os.getpid()} Mon-Jan-1-00:00:00-2024\n")
     assert status() == "lost"

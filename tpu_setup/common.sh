@@ -1,22 +1,22 @@
-# What the scripts here share: flags, checks, and running a command or printing it. Sourced only.
-# shellcheck shell=bash disable=SC2034  # the variables are the scripts'
+# Functions that the scripts share: flags, checks, and running or printing a command. Source only.
+# shellcheck shell=bash disable=SC2034  # the scripts use the variables
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-exec 3>&1 # printed commands, also from within $(...)
+exec 3>&1 # for printed commands, also inside $(...)
 
-# Each is a flag as well: --name is NAME.
+# Each variable is also a flag: --name sets NAME.
 NAME="${POD_NAME:-}"
 PROJECT="${POD_PROJECT:-}"
 ZONE="${POD_ZONE:-}"
 ACCELERATOR="${POD_ACCELERATOR:-}"
 RUNTIME_VERSION="${POD_RUNTIME_VERSION:-}" # default: the one for the accelerator, below
-SERVICE_ACCOUNT="${POD_SERVICE_ACCOUNT:-}" # default: the project's Compute Engine one
-POLL="${POD_POLL:-30}"                     # seconds from one look at the service to the next
+SERVICE_ACCOUNT="${POD_SERVICE_ACCOUNT:-}" # default: the project's Compute Engine account
+POLL="${POD_POLL:-30}"                     # seconds between two checks of the service
 DRY_RUN=""
 SPOT=""
 DIRECT=""
 
-# wrong FLAG WHY: ends the script as wrong usage.
+# wrong FLAG REASON: ends the script with exit code 2, wrong usage.
 wrong() {
   echo "error: $1: $2" >&2
   exit 2
@@ -27,7 +27,7 @@ failed() {
   exit "${2:-1}"
 }
 
-# usage: the comment that a script begins with.
+# usage: prints the comment at the top of the script.
 usage() {
   sed -n '2,/^[^#]/{/^#/s/^#[ ]\{0,1\}//p;}' "$0"
 }
@@ -46,7 +46,7 @@ parse() {
       printf -v "$variable" 1
       shift
     elif [[ "$valued" != *" $flag "* ]]; then
-      wrong "$1" "no such flag; --help lists them"
+      wrong "$1" "no such flag; --help lists the flags"
     elif [ "$1" != "$flag" ]; then
       printf -v "$variable" %s "${1#*=}"
       shift
@@ -59,10 +59,10 @@ parse() {
   done
 }
 
-# needs FLAG VALUE PATTERN EXAMPLE
+# needs FLAG VALUE PATTERN EXAMPLE [VARIABLE]: checks that a flag has a value of the right form.
 needs() {
   local whole="^($3)\$"
-  [ -n "$2" ] || wrong "$1" "is needed, as in $1 $4${5:+ (or $5)}"
+  [ -n "$2" ] || wrong "$1" "is required, for example $1 $4${5:+ (or set $5)}"
   [[ "$2" =~ $whole ]] || wrong "$1 $2" "expected something like $4"
 }
 
@@ -85,14 +85,14 @@ check_command() {
   [ "$COMMAND" = "${COMMAND//$'\n'/}" ] || wrong --command "must be one line"
 }
 
-# check_tool NAME: not for --dry-run, which runs nothing.
+# check_tool NAME: checks that a program is installed, unless --dry-run is given.
 check_tool() {
   [ -n "$DRY_RUN" ] || command -v "$1" >/dev/null ||
-    wrong "$1" "not found on PATH: https://cloud.google.com/sdk/docs/install, or see --dry-run"
+    wrong "$1" "not found on PATH: see https://cloud.google.com/sdk/docs/install, or use --dry-run"
 }
 
-# check_accelerator: sets CHIPS, HOSTS, TOPOLOGY, the runtime, and GKE's names for the slice.
-# Names count chips for v5e and v6e, and cores for v4 and v5p, two to a chip.
+# check_accelerator: sets CHIPS, HOSTS, TOPOLOGY, RUNTIME_VERSION and GKE's names for the slice.
+# The number in a name counts chips for v5e and v6e, and cores (two a chip) for v4 and v5p.
 check_accelerator() {
   needs --accelerator "$ACCELERATOR" '[a-z0-9]+-[0-9]+' v5litepod-16 POD_ACCELERATOR
   local kind="${ACCELERATOR%-*}" size="${ACCELERATOR##*-}" runtime
@@ -101,7 +101,7 @@ check_accelerator() {
     v6e) runtime=v2-alpha-tpuv6e GKE_ACCELERATOR=tpu-v6e-slice MACHINE=ct6e-standard-4t ;;
     v5p) runtime=v2-alpha-tpuv5 GKE_ACCELERATOR=tpu-v5p-slice MACHINE=ct5p-hightpu-4t ;;
     v4) runtime=tpu-ubuntu2204-base GKE_ACCELERATOR=tpu-v4-podslice MACHINE=ct4p-hightpu-4t ;;
-    v5e) wrong "--accelerator $ACCELERATOR" "its name in the cloud is v5litepod-$size" ;;
+    v5e) wrong "--accelerator $ACCELERATOR" "write the cloud's name, v5litepod-$size" ;;
     *) wrong "--accelerator $ACCELERATOR" "not one of v4-N, v5litepod-N, v5p-N, v6e-N" ;;
   esac
   case "$kind:$size" in
@@ -123,16 +123,16 @@ check_accelerator() {
     v4:1024 | v5p:1024) TOPOLOGY=8x8x8 ;;
     v4:2048 | v5p:2048) TOPOLOGY=8x8x16 ;;
     v4:4096 | v5p:4096) TOPOLOGY=8x16x16 ;;
-    *) wrong "--accelerator $ACCELERATOR" "no such size; powers of two, as in v5litepod-16, v5p-128" ;;
+    *) wrong "--accelerator $ACCELERATOR" "no such size; try a power of two: v5litepod-16, v5p-128" ;;
   esac
   CHIPS=$((${TOPOLOGY//x/*}))
-  HOSTS=$((CHIPS / 4)) # of 4 chips, but v5e and v6e have hosts of 8 too
+  HOSTS=$((CHIPS / 4)) # a host has 4 chips, but single hosts of v5e and v6e have up to 8
   case "$TOPOLOGY" in 1x1 | 2x2 | 2x4) HOSTS=1 ;; esac
   RUNTIME_VERSION="${RUNTIME_VERSION:-$runtime}"
   needs --runtime-version "$RUNTIME_VERSION" '[a-z0-9][a-z0-9.-]*' "$runtime"
 }
 
-# quoted WORD: for a POSIX shell, with quotes only where they are needed.
+# quoted WORD: prints it for a POSIX shell, with quotes only if needed.
 quoted() {
   case "$1" in
     '' | *[!A-Za-z0-9_./:=@%+,-]*) printf "'%s'" "$(printf %s "$1" | sed "s/'/'\\\\''/g")" ;;
@@ -140,25 +140,25 @@ quoted() {
   esac
 }
 
-# printed COMMAND...: the line that runs it.
+# printed COMMAND...: prints the line that runs the command.
 printed() {
   local word line=""
   for word; do line+="$(quoted "$word") "; done
   echo "${line% }"
 }
 
-# run COMMAND...: with --dry-run, prints it instead.
+# run COMMAND...: runs the command, or prints it with --dry-run.
 run() {
   if [ -z "$DRY_RUN" ]; then "$@"; else printed "$@" >&3; fi
 }
 
-# on_hosts WORKERS COMMAND: by ssh; its exit status is the first one that is not 0.
+# on_hosts WORKERS COMMAND: runs a command by ssh; the exit code is the first non-zero one.
 on_hosts() {
   run gcloud compute tpus tpu-vm ssh "$NAME" "--project=$PROJECT" "--zone=$ZONE" "--worker=$1" \
     "--command=$2"
 }
 
-# state: what the service calls it; empty if there is no such slice.
+# state: prints the service's state of the slice, or nothing if there is no such slice.
 state() {
   local kind=queued-resources field=state.state
   [ -z "$DIRECT" ] || kind=tpu-vm field=state
@@ -166,7 +166,7 @@ state() {
     "--filter=name~/$NAME\$" "--format=value($field)"
 }
 
-# is_up STATE: its hosts can be used. is_gone STATE: they never can again. is_going: nor soon.
+# is_up STATE: the hosts are usable. is_gone: they never will be again. is_going: they soon won't be.
 is_up() { [[ "$1" =~ ^(ACTIVE|READY)$ ]]; }
 is_gone() { [[ "$1" =~ ^(SUSPENDED|FAILED|PREEMPTED|TERMINATED|STOPPED)$ ]]; }
 is_going() { [[ "$1" =~ ^(SUSPENDING|STOPPING|DELETING)$ ]]; }

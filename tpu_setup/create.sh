@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Asks for a slice and waits until it is up; one that is there already is waited for.
+# Requests a slice and waits until it is up. If the slice exists or is queued, it only waits.
 #
 #   tpu_setup/create.sh --name ppo --project my-project --zone us-west4-a \
 #       --accelerator v5litepod-16 --spot
 #
-# --name NAME              of the queued resource and of its TPU VM
-# --project PROJECT
-# --zone ZONE              one that has the accelerator
+# --name NAME              name of the queued resource and of its TPU VM
+# --project PROJECT        Google Cloud project
+# --zone ZONE              a zone that has the accelerator
 # --accelerator TYPE       v5litepod-16, v5p-128, ...
-# --spot                   spot capacity: it can be taken back at any moment
-# --direct                 a TPU VM at once or an error, without the queue
-# --runtime-version NAME   of the hosts' image; default: the one for the accelerator
-# --service-account EMAIL  whose rights the hosts have; default: Compute Engine's own
+# --spot                   uses spot capacity, which can be preempted at any moment
+# --direct                 creates a TPU VM at once or fails, without the queue
+# --runtime-version NAME   the hosts' image; default: the one for the accelerator
+# --service-account EMAIL  account that the hosts use; default: Compute Engine's
 # --dry-run                prints the commands and runs nothing
 #
-# The first four are also read from POD_NAME, POD_PROJECT, POD_ZONE and POD_ACCELERATOR. To stop
-# waiting leaves the request in the queue; the same command waits for it again.
+# The first four can also be set as POD_NAME, POD_PROJECT, POD_ZONE and POD_ACCELERATOR. Ctrl-C
+# leaves the request in the queue; the same command waits for it again.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
@@ -29,7 +29,7 @@ check_tool gcloud
 
 now="$(state)"
 if is_gone "$now" || is_going "$now"; then
-  failed "$NAME is $now: tpu_setup/delete.sh it first, or let tpu_setup/resume.sh do both"
+  failed "$NAME is $now: run tpu_setup/delete.sh first, or let tpu_setup/resume.sh do both"
 fi
 if [ -z "$now" ]; then
   place=("--project=$PROJECT" "--zone=$ZONE" "--accelerator-type=$ACCELERATOR")
@@ -45,7 +45,7 @@ fi
 
 while now="$(state)"; [ -z "$DRY_RUN" ] && ! is_up "$now"; do
   if [ -z "$now" ] || is_gone "$now" || is_going "$now"; then
-    failed "$NAME is ${now:-not there any more}"
+    failed "$NAME is ${now:-gone: the request no longer exists}"
   fi
   echo "$NAME is $now"
   sleep "$POLL"

@@ -3,13 +3,13 @@
 #
 #   tpu_setup/delete.sh --name ppo --project my-project --zone us-west4-a
 #
-# --name NAME
-# --project PROJECT
-# --zone ZONE
-# --direct           it was created with --direct
+# --name NAME        name of the slice
+# --project PROJECT  Google Cloud project
+# --zone ZONE        zone of the slice
+# --direct           needed if the slice was created with --direct
 # --dry-run          prints the commands and runs nothing
 #
-# The first three are also read from POD_NAME, POD_PROJECT and POD_ZONE.
+# The first three can also be set as POD_NAME, POD_PROJECT and POD_ZONE.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 

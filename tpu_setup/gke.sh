@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The same on Google Kubernetes Engine: nodes for a slice, and a JobSet (jobset.yaml) on them, which
-# GKE restarts with --resume after preemption and where the command ends with 75.
+# Runs a job on Google Kubernetes Engine: nodes for a slice, and a JobSet (jobset.yaml) on them. GKE
+# restarts the JobSet with --resume after preemption, and if the command exits with 75.
 #
 #   tpu_setup/gke.sh nodes --name ppo --project my-project --zone us-west4-a --cluster pods \
 #       --accelerator v5litepod-16 --spot
@@ -8,28 +8,28 @@
 #       --accelerator v5litepod-16 --image us-west4-docker.pkg.dev/my-project/instructjax/main \
 #       --command 'python experiments/run_ppo.py --checkpoints gs://my-bucket/ppo'
 #
-# nodes      makes a node pool that is the slice; XPK's clusters have one already
+# nodes      creates a node pool, which is the slice; an XPK cluster already has one
 # manifest   prints the JobSet
-# run        applies it
-# logs       follows one host
-# stop       deletes the JobSet: its hosts save and end
+# run        applies the JobSet
+# logs       shows the output of one host as it appears
+# stop       deletes the JobSet, on which its hosts save a checkpoint and exit
 # delete     deletes the JobSet and the node pool
 #
-# --name NAME              of the JobSet and the node pool
-# --project PROJECT
-# --zone ZONE              of the nodes
-# --cluster CLUSTER
-# --location PLACE         of the cluster; default: the zone's region
-# --accelerator TYPE       v5litepod-16, v5p-128, ...: slices of several hosts
-# --spot                   nodes: spot capacity
-# --service-account EMAIL  nodes: whose rights the hosts have
-# --image IMAGE            run, manifest: holds the repository and its Python
-# --command TEXT           run, manifest: as for resume.sh. bash passes SIGTERM on only to a command
-#                          that replaces it: after other commands write `&& exec python ...`
-# --worker N               logs: the host; default: 0
+# --name NAME              name of the JobSet and of the node pool
+# --project PROJECT        Google Cloud project
+# --zone ZONE              zone of the nodes
+# --cluster CLUSTER        name of the cluster
+# --location PLACE         region or zone of the cluster; default: the zone's region
+# --accelerator TYPE       v5litepod-16, v5p-128, ...: a slice of several hosts
+# --spot                   nodes: uses spot capacity
+# --service-account EMAIL  nodes: account that the hosts use
+# --image IMAGE            run, manifest: image with the repository and its Python packages
+# --command TEXT           run, manifest: as for resume.sh. bash passes SIGTERM only to a command
+#                          that replaces it: after other commands, write `&& exec python ...`
+# --worker N               logs: number of the host; default: 0
 # --dry-run                prints the commands and runs nothing
 #
-# The variables of create.sh and POD_CLUSTER, POD_LOCATION and POD_IMAGE are read too.
+# Flags can also be set by the variables of create.sh and by POD_CLUSTER, POD_LOCATION, POD_IMAGE.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
@@ -58,7 +58,7 @@ needs --location "$LOCATION" '[a-z]+-[a-z]+[0-9]+(-(ai[0-9]+)?[a-z])?' us-west4
 
 check_job() {
   check_accelerator
-  [ "$HOSTS" -gt 1 ] || wrong "--accelerator $ACCELERATOR" "one host; this is for slices of several"
+  [ "$HOSTS" -gt 1 ] || wrong "--accelerator $ACCELERATOR" "has one host; choose one with several"
   needs --image "$IMAGE" '[A-Za-z0-9][A-Za-z0-9_./:@-]*' \
     us-docker.pkg.dev/my-project/instructjax/main POD_IMAGE
   check_command
@@ -68,14 +68,14 @@ check_job() {
 manifest() {
   local text name
   text="$(<"$HERE/jobset.yaml")"
-  local COMMAND="'${COMMAND//"'"/"''"}'" # as YAML quotes
+  local COMMAND="'${COMMAND//"'"/"''"}'" # quoted for YAML
   for name in NAME HOSTS GKE_ACCELERATOR TOPOLOGY IMAGE COMMAND; do
     text="${text//"\${$name}"/"${!name}"}"
   done
   printf '%s\n' "$text"
 }
 
-# The context that `gcloud container clusters get-credentials` makes, whichever is the current one.
+# Uses the context made by `gcloud container clusters get-credentials`, not the current context.
 kubernetes() { run kubectl "--context=gke_${PROJECT}_${LOCATION}_$CLUSTER" "$@"; }
 
 of_slice=("--name=$NAME" "--project=$PROJECT" "--zone=$ZONE" "--cluster=$CLUSTER"
@@ -84,7 +84,7 @@ of_cluster=("--cluster=$CLUSTER" "--project=$PROJECT" "--location=$LOCATION")
 case "$verb" in
   nodes)
     check_accelerator
-    [ "$HOSTS" -gt 1 ] || wrong "--accelerator $ACCELERATOR" "one host; this is for slices of several"
+    [ "$HOSTS" -gt 1 ] || wrong "--accelerator $ACCELERATOR" "has one host; choose one with several"
     check_service_account
     check_tool gcloud
     pool=("--machine-type=$MACHINE" "--tpu-topology=$TOPOLOGY" "--num-nodes=$HOSTS"

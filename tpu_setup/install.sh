@@ -3,20 +3,20 @@
 #
 #   tpu_setup/install.sh --name ppo --project my-project --zone us-west4-a --ref main
 #
-# --name NAME
-# --project PROJECT
-# --zone ZONE
-# --ref COMMIT       what to install; default: HEAD. Uncommitted changes are left out.
+# --name NAME        name of the slice
+# --project PROJECT  Google Cloud project
+# --zone ZONE        zone of the slice
+# --ref COMMIT       commit to install; default: HEAD. Uncommitted changes are not installed.
 # --dry-run          prints the commands and runs nothing
 #
-# The first three are also read from POD_NAME, POD_PROJECT and POD_ZONE. The hosts fetch uv, Python
-# and the packages themselves: they need a way to the internet. Run again, it updates.
+# The first three can also be set as POD_NAME, POD_PROJECT and POD_ZONE. The hosts download uv,
+# Python and the packages, so they need internet access. Run the script again to update.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 REF=HEAD
 UV_VERSION="${POD_UV_VERSION:-0.13.9}"
-PYTHON_VERSION="${POD_PYTHON_VERSION:-3.12}" # the images' own is too old
+PYTHON_VERSION="${POD_PYTHON_VERSION:-3.12}" # the images' Python is too old
 
 parse "--name --project --zone --ref" "" "$@"
 check_name
@@ -36,7 +36,7 @@ fi
 run git -C "$root" archive --format=tar.gz "--output=$archive" "$REF"
 run gcloud compute tpus tpu-vm scp "$archive" "$NAME:instructjax.tar.gz" \
   "--project=$PROJECT" "--zone=$ZONE" --worker=all
-# The old code goes, and with it modules that the commit does not have; runs and data stay.
+# Delete the old code, or modules that the commit does not have would remain. Runs and data stay.
 unpack="cd instructjax; rm -rf instructjax experiments tpu_setup; tar -xzf ../instructjax.tar.gz"
 uv="\$HOME/.local/bin/uv"
 fetch_uv="curl -LsSf https://astral.sh/uv/$UV_VERSION/install.sh | sh -s -- --quiet"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The one long-running command of a host; the other scripts call this there.
+# Runs the single long-running job of a host. The other scripts call this script on the hosts.
 #
 #   bash tpu_setup/job.sh start 'python experiments/run_ppo.py'
 #
 # run TEXT     runs a line of bash in ~/instructjax with ~/venv's Python, and waits
-# start TEXT   the same in the background, with its output in ~/job/log
-# status       prints the host's name and `none`, `running`, the exit code, or `lost`: it ended
-#              without one, as when the host was restarted
-# stop         SIGTERM, on which the scripts save and exit with 75
+# start TEXT   does the same in the background, with the output in ~/job/log
+# status       prints the host's name and `none`, `running`, the exit code, or `lost` if the job
+#              ended without an exit code, as when the host was restarted
+# stop         sends SIGTERM, on which the scripts save a checkpoint and exit with 75
 # --dry-run    as the first word: prints what run, start and stop would execute
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -20,7 +20,7 @@ verb="${1:---help}"
 COMMAND="${2:-}"
 job="$HOME/job"
 
-# Numbers of processes begin anew with the host, so the time it started is kept beside it.
+# After a restart of the host another process may get the job's id, so its start time is kept too.
 started_at() { ps -o lstart= -p "$1" 2>/dev/null | tr -s ' ' - || true; }
 alive() {
   [ ! -s "$job/code" ] && [ -s "$job/pid" ] && read -r pid began <"$job/pid" &&
@@ -30,10 +30,10 @@ alive() {
 case "$verb" in
   run | start)
     check_command
-    [ -d "$HOME/instructjax" ] || failed "no ~/instructjax on $(hostname): tpu_setup/install.sh first"
+    [ -d "$HOME/instructjax" ] || failed "no ~/instructjax on $(hostname): run tpu_setup/install.sh"
     cd "$HOME/instructjax"
     export PATH="$HOME/venv/bin:$PATH" PYTHONUNBUFFERED=1
-    export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}" # without a TPU an error, not a slow run
+    export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}" # without a TPU jax fails instead of being slow
     ;;
 esac
 
@@ -41,9 +41,9 @@ case "$verb" in
   run) run bash -c "$COMMAND" ;;
   start)
     ! alive || failed "a job is running on $(hostname) already, process $pid"
-    # On SIGTERM to the group this shell stays, where the command saves and ends: a trap waits for
-    # it, and children do not inherit traps.
-    # shellcheck disable=SC2016  # for the shell inside
+    # SIGTERM goes to the whole process group. The command saves and exits. The shell must survive
+    # to write the exit code, so it has a trap, which children do not inherit.
+    # shellcheck disable=SC2016  # the inner shell expands these
     shell='trap "echo \$? >\"\$HOME/job/code\"" EXIT; trap : TERM INT HUP; '
     # shellcheck disable=SC2016
     shell+='echo "$(date -u +%FT%TZ) $1"; eval "$1"'

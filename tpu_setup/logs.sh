@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Follows what the job of one host prints, until Ctrl-C, which does not stop the job.
+# Shows the output of one host's job as it appears, until Ctrl-C, which does not stop the job.
 #
 #   tpu_setup/logs.sh --name ppo --project my-project --zone us-west4-a --worker 3
 #
-# --name NAME
-# --project PROJECT
-# --zone ZONE
-# --worker N         the host; default: 0, which writes metrics and samples
+# --name NAME        name of the slice
+# --project PROJECT  Google Cloud project
+# --zone ZONE        zone of the slice
+# --worker N         number of the host; default: 0, the host that writes metrics and samples
 # --dry-run          prints the commands and runs nothing
 #
-# The first three are also read from POD_NAME, POD_PROJECT and POD_ZONE.
+# The first three can also be set as POD_NAME, POD_PROJECT and POD_ZONE.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 

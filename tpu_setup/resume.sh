@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Keeps a run going until it has finished: brings the slice up, installs, runs the command with
-# --resume on all hosts and watches. Where the slice was taken back it is deleted and asked for
-# anew; where the command ended with 75 (stopped, but resumable) it is run again.
+# Keeps a run going until it has finished. It creates the slice, installs, runs the command with
+# --resume on all hosts and watches it. It replaces a preempted slice by a new one. If the command
+# exits with 75 (stopped, but resumable), it runs the command again.
 #
 #   tpu_setup/resume.sh --name ppo --project my-project --zone us-west4-a \
 #       --accelerator v5litepod-16 --spot \
 #       --command 'python experiments/run_ppo.py --checkpoints gs://my-bucket/ppo'
 #
 # --command TEXT     a line of bash that ends with one of experiments/run_*.py and its flags;
-#                    --resume is added, which starts a run that has no checkpoint yet
-# --ref COMMIT       what to install; default: HEAD
-# --dry-run          prints the commands after the slice was taken back, and runs nothing
+#                    --resume is added, and also starts a run that has no checkpoint yet
+# --ref COMMIT       commit to install; default: HEAD
+# --dry-run          prints the commands that follow a preemption, and runs nothing
 # --name, --project, --zone, --accelerator, --spot, --direct, --runtime-version and
 # --service-account are those of create.sh.
 #
-# Ctrl-C leaves the job running; the same command watches it again. What is on the hosts' disks is
-# lost with the slice: checkpoints belong in a bucket. The exit code is 0 when all hosts finished,
-# else the first one that is neither 0 nor 75.
+# Ctrl-C leaves the job running; the same command watches it again. The hosts' disks are lost with
+# the slice, so keep checkpoints in a bucket. The exit code is 0 if all hosts finished, else the
+# first one that is neither 0 nor 75.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 REF=HEAD
 COMMAND=""
-PATIENCE=10 # looks or tries in a row that may fail
+PATIENCE=10 # checks or attempts in a row that may fail
 
 parse "--name --project --zone --accelerator --runtime-version --service-account --ref --command" \
   "--spot --direct" "$@"
@@ -42,7 +42,7 @@ create=("--accelerator=$ACCELERATOR" "--runtime-version=$RUNTIME_VERSION"
 [ -z "$SPOT" ] || create+=(--spot)
 case " $COMMAND " in *" --resume "*) ;; *) COMMAND+=" --resume" ;; esac
 
-# jobs_of_hosts: a line for each host, its name and what job.sh says of it.
+# jobs_of_hosts: prints a line for each host: its name and the status of its job.
 jobs_of_hosts() {
   local job=instructjax/tpu_setup/job.sh
   on_hosts all "if [ -e $job ]; then bash $job status; else echo \$(hostname) none; fi"
@@ -56,26 +56,26 @@ bring_up() {
     now="$(state)" || return
   done
   if [ -n "$DRY_RUN" ] || is_gone "$now"; then
-    echo "$NAME is ${now:-gone}: asking for it anew" >&2
+    echo "$NAME is ${now:-gone}: requesting a new slice" >&2
     "$HERE/delete.sh" "${place[@]}" ${common[@]+"${common[@]}"} || return
     now=""
   fi
   is_up "$now" || "$HERE/create.sh" "${place[@]}" "${create[@]}" ${common[@]+"${common[@]}"}
 }
 
-# begin: installs and starts the job, unless one is running there.
+# begin: installs and starts the job, unless a job is already running.
 begin() {
   local jobs
   jobs="$(jobs_of_hosts)" || return
   if grep -q ' running$' <<<"$jobs"; then
-    echo "$NAME: a job is running there; watching it"
+    echo "$NAME: a job is already running; watching it"
   else
     "$HERE/install.sh" "${place[@]}" "--ref=$REF" ${DRY_RUN:+--dry-run} &&
       "$HERE/run_all.sh" "${place[@]}" --detach "--command=$COMMAND" ${DRY_RUN:+--dry-run}
   fi
 }
 
-# watch: returns where the job is to be run again; ends the script where it finished or failed.
+# watch: returns if the job must be run again; ends the script if it finished or failed.
 watch() {
   local missed=0 now jobs code
   while [ "$missed" -lt "$PATIENCE" ]; do
@@ -86,20 +86,20 @@ watch() {
     jobs="$(jobs_of_hosts)" || continue
     [ "$(grep -cE ' (none|running|lost|[0-9]+)$' <<<"$jobs")" = "$HOSTS" ] || continue
     missed=0
-    # While one runs, the others' ends will be its own too: an error on one host stops all.
+    # Wait until all have ended: an error on one host stops the others too.
     ! grep -q ' running$' <<<"$jobs" || continue
-    # A process that was lost took the others down with errors, which are not the command's.
+    # If a job was lost, the other hosts' errors are a consequence, not the command's own.
     ! grep -qE ' (lost|none)$' <<<"$jobs" || return 0
     code="$(awk '$2 != 0 && $2 != 75 {print $2; exit}' <<<"$jobs")"
     if [ -n "$code" ]; then
       echo "$jobs" >&2
-      failed "the command failed; tpu_setup/logs.sh --worker N shows what a host printed" "$code"
+      failed "the command failed; tpu_setup/logs.sh --worker N shows a host's output" "$code"
     fi
     ! grep -q ' 75$' <<<"$jobs" || return 0
     echo "$NAME: finished"
     exit 0
   done
-  failed "$NAME: not all of $HOSTS hosts answer; the job may be running"
+  failed "$NAME: some of its $HOSTS hosts do not answer; the job may still be running"
 }
 
 if [ -n "$DRY_RUN" ]; then
@@ -112,11 +112,11 @@ while true; do
   if bring_up && begin; then
     tries=0
     watch
-    echo "$NAME: to be resumed"
+    echo "$NAME: resuming"
   else
     status=$?
     [ "$status" -ne 2 ] || exit 2
-    # A slice can be taken back while it is being set up, which the service says a little later.
+    # The slice may have been preempted during setup; the service reports that a little later.
     tries=$((tries + 1))
     now="$(state)" || now=unknown
     [ "$now" != FAILED ] && [ "$tries" -lt "$PATIENCE" ] ||

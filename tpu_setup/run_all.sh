@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Runs the same command on all hosts, in ~/instructjax with its Python.
+# Runs the same command on all hosts, in ~/instructjax with ~/venv's Python.
 #
 #   tpu_setup/run_all.sh --name ppo --project my-project --zone us-west4-a \
 #       --command "python -c 'import jax; jax.distributed.initialize(); print(jax.devices())'"
 #   tpu_setup/run_all.sh --name ppo --project my-project --zone us-west4-a --detach \
 #       --command 'python experiments/run_ppo.py'
 #
-# --name NAME
-# --project PROJECT
-# --zone ZONE
+# --name NAME        name of the slice
+# --project PROJECT  Google Cloud project
+# --zone ZONE        zone of the slice
 # --command TEXT     a line of bash
-# --detach           starts it as the job of each host, which outlives the connection: logs.sh
-#                    follows it, resume.sh keeps it going; `bash tpu_setup/job.sh stop` as
-#                    --command ends it with a checkpoint
+# --detach           starts the command as each host's job, which outlives the connection. logs.sh
+#                    shows its output. resume.sh restarts it. `bash tpu_setup/job.sh stop` as
+#                    --command stops it with a checkpoint
 # --dry-run          prints the commands and runs nothing
 #
-# The first three are also read from POD_NAME, POD_PROJECT and POD_ZONE. The exit code is the
-# first one of a host that is not 0; with --detach, that of starting.
+# The first three can also be set as POD_NAME, POD_PROJECT and POD_ZONE. The exit code is the first
+# non-zero one of a host; with --detach, that of starting the command.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 

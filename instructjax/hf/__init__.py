@@ -4,7 +4,7 @@ families.toml   tensor names and config keys of each family, as data
 families.py     reads families.toml
 configs.py      config.json <-> ModelConfig
 tensors.py      safetensors <-> parameter leaves, shard by shard
-checkpoint.py   load and save
+checkpoint.py   loads and saves a directory
 """
 
 from instructjax.hf.checkpoint import load, load_config, load_tokenizer, save

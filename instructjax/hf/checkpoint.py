@@ -26,51 +26,51 @@ _TEXTS = ["*.json", "*.model", "*.txt", "*.jinja"]
 _WEIGHTS = ["model*.safetensors"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CONVERT = """\
-Pickled weights run code when they are opened, so they are refused. Convert them once (needs torch):
+Opening pickled weights can run code, so they are refused. Convert them once (needs torch):
   python -c "from transformers import AutoModelForCausalLM as M; \
 M.from_pretrained('{path}').save_pretrained('{path}-safetensors')"
-and copy the tokenizer's files beside the result."""
+Then copy the tokenizer's files into the new directory."""
 
 
 def load(
     path: str | os.PathLike, mesh: Mesh | None = None, dtype: str = "float32"
 ) -> tuple[ModelConfig, Params]:
-    """Loads a Hugging Face checkpoint onto a mesh, each shard straight from the file.
+    """Loads a Hugging Face checkpoint onto a mesh. Each host reads only its devices' shards.
 
     A `...ForSequenceClassification` checkpoint with one label becomes a model with a scalar head,
-    its `reward_bias` (config.json) included.
+    whose bias is `reward_bias` of `config.json`.
 
     Args:
-      path: a directory with `config.json` and safetensors, or a name on the hub.
-      mesh: where to; default: the first device.
-      dtype: of the parameters, whatever the file's is.
+      path: a directory with `config.json` and safetensors, or a model's name on the hub.
+      mesh: the mesh that holds the parameters; default: the first device alone.
+      dtype: dtype of the parameters in memory, whatever the file's dtype is.
 
     Returns:
       (config, params)
 
     Raises:
-      FileNotFoundError: nothing there, or on the hub.
-      ValueError: an architecture or switch that is not implemented, or tensors that are missing,
-        unused, duplicate or of the wrong shape; the message lists them.
+      FileNotFoundError: `path` is neither a checkpoint nor a hub model, or a file is missing.
+      ValueError: an architecture or a config key is not implemented, or tensors are missing,
+        unused, duplicated or of the wrong shape; the message lists them.
     """
     directory = _resolve(path, _TEXTS + _WEIGHTS)
     where = str(path)
-    found = tensors.open_files(_weight_files(directory, where))
+    arrays = tensors.open_files(_weight_files(directory, where))
     raw, config = _read_config(directory, where)
     if config.scalar_head:  # transformers' classes have no bias
-        found.setdefault("score.bias", np.asarray(raw.get("reward_bias", 0.0)))
+        arrays.setdefault("score.bias", np.asarray(raw.get("reward_bias", 0.0)))
 
     shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
     layout = sharding.shardings(logical_axes(config), shapes, mesh)
-    leaves, places = tensors.flatten(shapes), tensors.flatten(layout)
+    leaves, layouts = tensors.flatten(shapes), tensors.flatten(layout)
     wanted = tensors.entries(config, set(leaves))
-    found = tensors.check_names(found, config, wanted, where)
+    arrays = tensors.check_names(arrays, config, wanted, where)
 
     def read(leaf: str) -> jax.Array:
         shape = leaves[leaf].shape
-        block = tensors.reader(leaf, shape, jnp.dtype(dtype), wanted, found, config)
-        return jax.make_array_from_callback(shape, places[leaf], block)
+        read_block = tensors.reader(leaf, shape, jnp.dtype(dtype), wanted, arrays, config)
+        return jax.make_array_from_callback(shape, layouts[leaf], read_block)
 
     large = sum(leaf.size for leaf in leaves.values()) > 2**29
     loaded = {
@@ -81,12 +81,12 @@ def load(
 
 
 def load_config(path: str | os.PathLike) -> ModelConfig:
-    """The ModelConfig of a checkpoint, no weights read. Args and errors as `load`."""
+    """Reads a checkpoint's ModelConfig, not its weights. Arguments and errors: as for `load`."""
     return _read_config(_resolve(path, _TEXTS), str(path))[1]
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
-    """The tokenizer beside a checkpoint, a transformers PreTrainedTokenizerBase."""
+    """Loads a checkpoint's tokenizer, a transformers PreTrainedTokenizerBase."""
     tokenizer = configs.transformers().AutoTokenizer
     return tokenizer.from_pretrained(_resolve(path, _TEXTS), trust_remote_code=False)
 
@@ -100,29 +100,29 @@ def save(
     dtype: str | None = None,
     max_file_size: int = 5 * 10**9,
 ) -> None:
-    """Writes a directory that `transformers` loads, tokenizer and generation config included.
+    """Writes a directory that `transformers` loads, with tokenizer and generation config.
 
-    A model with a scalar head becomes a `...ForSequenceClassification`. That class has no bias:
-    families with LayerNorm take it into the final norm, families with RMSNorm keep it in
-    `config.json` as `reward_bias`, to be added to their scores. It scores the rightmost token
-    that is not padding, so it gets a pad id that is no EOS, and a row of the embedding for it
-    where there is none. On several hosts all must call this; the first writes, and all return when
-    it has.
+    A model with a scalar head becomes a `...ForSequenceClassification`. That class has no bias.
+    Families with LayerNorm fold the bias into the final norm. Families with RMSNorm keep it in
+    `config.json` as `reward_bias`, which a reader must add to the scores. The class scores the
+    rightmost token that is not padding, so the export gets a pad id other than EOS and, if the
+    embedding has no row for that id, a row of zeros. On several hosts every host must call `save`;
+    host 0 writes, and all hosts return once it has finished.
 
     Args:
-      path: a directory; made if missing. Weights of an earlier export in it are replaced.
-      tokenizer: saved beside the weights.
-      dtype: of the file; default: the parameters' own.
-      max_file_size: in bytes, of one safetensors file.
+      path: the directory, created if missing. Weights of an earlier export in it are replaced.
+      tokenizer: the tokenizer to save beside the weights, if any.
+      dtype: dtype of the weights in the file; default: the parameters' dtype.
+      max_file_size: largest size of one safetensors file, in bytes.
 
     Raises:
-      ValueError: the config is none that its family can express, or the tokenizer has more
-        tokens than the model.
+      ValueError: the family cannot express the config, or the tokenizer has more tokens than the
+        model.
     """
     directory = Path(path)
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        size = config.vocab_size
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {size}")
+    if tokenizer is not None and len(tokenizer) > (size := config.vocab_size):
+        larger = f"the tokenizer has {len(tokenizer)} tokens, the model {size}"
+        raise ValueError(f"{larger}; save the tokenizer that the model was trained with")
     reward_bias = float(params["score"]["bias"]) if config.scalar_head else 0.0
     if config.scalar_head:
         if config.norm == "layer" and reward_bias:
@@ -148,8 +148,8 @@ def save(
         directory.mkdir(parents=True, exist_ok=True)
         for stale in directory.glob("model*.safetensors.part"):
             stale.unlink()
-    for name, held in files.filename_to_tensors.items():
-        group = [entry for entry in wanted if entry.name in held]
+    for name, names in files.filename_to_tensors.items():
+        group = [entry for entry in wanted if entry.name in names]
         content = dict(tensors.file_tensors(group, leaves, config, file_dtype))
         if writer:
             save_file(content, directory / f"{name}.part", metadata={"format": "pt"})
@@ -166,9 +166,9 @@ def _publish(
     tokenizer: Any,
     reward_bias: float,
 ) -> None:
-    """Puts new weights in the place of old ones, and all else beside them."""
-    # An earlier export stays whole until here. From here to config.json, which comes last, the
-    # directory is none: what an interruption leaves does not load.
+    """Replaces an earlier export by the new weights, then writes the other files."""
+    # An earlier export stays intact up to this line. config.json is deleted first and written
+    # last, so a directory that an interruption leaves incomplete does not load.
     for pattern in ("config.json", "generation_config.json", "model*.safetensors", "*.index.json"):
         for stale in directory.glob(pattern):
             stale.unlink()
@@ -190,12 +190,12 @@ def _publish(
 
 
 def _resolve(path: str | os.PathLike, patterns: list[str]) -> Path:
-    """The directory itself, or the files of a hub model that match."""
+    """The directory itself, or a download of the hub model's files that match the patterns."""
     directory, name = Path(path), str(path)
     if directory.is_dir():
         return directory
     if directory.exists():
-        raise ValueError(f"{path}: a file; give the directory that holds config.json")
+        raise ValueError(f"{path} is a file: give the directory that holds config.json")
     try:
         local = huggingface_hub.snapshot_download(
             name, allow_patterns=patterns, ignore_patterns=["*/*"]
@@ -205,7 +205,7 @@ def _resolve(path: str | os.PathLike, patterns: list[str]) -> Path:
     except (OSError, huggingface_hub.errors.HfHubHTTPError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
-            f"{path}: no such directory, and the hub did not give a model of that name: {reason}"
+            f"{path}: no such directory, and the hub gave no model of that name: {reason}"
         ) from error
     _refuse_pickles(remote, name)
     return Path(local)
@@ -229,7 +229,7 @@ def _weight_files(directory: Path, where: str) -> list[Path]:
             raise FileNotFoundError(f"{index} names files that are not there: {', '.join(absent)}")
         return [directory / file for file in files]
     _refuse_pickles([file.name for file in directory.iterdir()], where)
-    raise FileNotFoundError(f"{where}: no model.safetensors, nor an index of several files")
+    raise FileNotFoundError(f"{where}: no model.safetensors and no model.safetensors.index.json")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -248,16 +248,16 @@ def _read_config(directory: Path, where: str) -> tuple[dict[str, Any], ModelConf
     try:
         auto = configs.transformers().AutoConfig
         hf = auto.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers' own checks name the key, not the file
+    except Exception as error:  # transformers' checks name the key, not the file
         raise ValueError(f"{file}: {error}") from error
-    _check_family(hf.model_type, where)  # it may read one family as another
+    _check_family(hf.model_type, where)  # transformers may read one family as another
     config = configs.from_hf(hf, where)
     if any(name.endswith("SequenceClassification") for name in raw.get("architectures") or []):
         if hf.num_labels != 1:
             raise ValueError(f"{where}: num_labels is {hf.num_labels}; a reward model has 1")
         config = dataclasses.replace(config, scalar_head=True)
     generation = directory / "generation_config.json"
-    if generation.is_file():  # chat models name there all the tokens that end a turn
+    if generation.is_file():  # lists every token that ends a turn of a chat model
         ids = configs.as_ids(_read_json(generation).get("eos_token_id"))
         eos_ids = tuple(dict.fromkeys(config.eos_ids + ids))
         config = dataclasses.replace(config, eos_ids=eos_ids)
@@ -276,18 +276,18 @@ def _check_family(model_type: Any, where: str) -> None:
 
 
 def _fold_bias(params: Params) -> Params:
-    """Moves the score's bias into the final LayerNorm's: beta += b w / |w|^2."""
+    """Moves the score's bias into the final LayerNorm's bias: beta += b w / |w|^2."""
     w, b, norm = params["score"]["kernel"], params["score"]["bias"], params["final_norm"]
     square = jnp.vdot(w, w)
     if not square:
-        raise ValueError("a score kernel of zeros has no place for its bias")
+        raise ValueError("the score's bias cannot be exported: the score's kernel is all zeros")
     return {**params, "final_norm": {**norm, "bias": norm["bias"] + b * w / square}}
 
 
 def _with_pad(
     config: ModelConfig, params: Params, tokenizer: Any
 ) -> tuple[ModelConfig, Params, Any]:
-    """Gives a reward model a pad id that is no EOS, and the embedding a row for it."""
+    """Gives a reward model a pad id other than EOS, and the embedding a row for that id."""
     pad, ends = config.pad_id, set(config.eos_ids)
     if tokenizer is not None:
         pad, ends = tokenizer.pad_token_id, ends | {tokenizer.eos_token_id}
@@ -299,8 +299,8 @@ def _with_pad(
             pad = tokenizer.pad_token_id
     if pad >= config.vocab_size:
         table = params["embed"]["tokens"]
-        short = max(0, pad + 1 - table.shape[0])
-        table = jnp.pad(table, ((0, short), (0, 0))).at[config.vocab_size : pad + 1].set(0)
+        missing = max(0, pad + 1 - table.shape[0])
+        table = jnp.pad(table, ((0, missing), (0, 0))).at[config.vocab_size : pad + 1].set(0)
         params = {**params, "embed": {**params["embed"], "tokens": table}}
         config = dataclasses.replace(config, vocab_size=pad + 1)
     return dataclasses.replace(config, pad_id=pad), params, tokenizer
@@ -314,9 +314,9 @@ tags: [rlhf, instructjax]
 A {family} {kind}, written by instructjax.
 """
 _REWARD = """
-Load it with `AutoModelForSequenceClassification`. A sequence's score is read at its EOS: pad on the
-right with id {pad_id}. Add {bias!r} (`reward_bias` in config.json) to each score: the class has no
-bias. Rankings do not change.
+Load it with `AutoModelForSequenceClassification`. The score of a sequence is read at its EOS: pad
+on the right with id {pad_id}. Add {bias!r} (`reward_bias` in config.json) to each score, because
+that class has no bias. Rankings do not depend on the bias.
 """
 
 

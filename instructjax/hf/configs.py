@@ -1,4 +1,4 @@
-"""`config.json` to ModelConfig and back, refusing by name whatever we would compute differently."""
+"""`config.json` to ModelConfig and back; refuses by name every key that is not implemented."""
 
 import dataclasses
 import functools
@@ -9,17 +9,17 @@ from typing import Any
 from instructjax.hf.families import FAMILIES, HARMLESS, ROPE_KEYS
 from instructjax.models.config import Activation, ModelConfig, Rope
 
-# Keys that `from_hf` reads one by one.
+# Keys that `from_hf` reads besides those in `families.toml`.
 _READ = """
 layer_types max_window_layers rope_parameters sliding_window use_sliding_window
 _sliding_window_pattern word_embed_proj_dim"""
-# Fields of ModelConfig that no config.json holds.
-_OURS = "scalar_head dtype remat unroll dropout"
+# Fields of ModelConfig that have no key in config.json.
+_NO_KEY = "scalar_head dtype remat unroll dropout"
 
 
 @functools.cache
 def transformers() -> Any:
-    """The library, without its advice to install PyTorch, which we have no use for."""
+    """The library, without its warning that PyTorch is missing: nothing here needs PyTorch."""
     quiet = lambda record: "PyTorch was not found" not in str(record.msg)  # noqa: E731
     logging.getLogger("transformers").addFilter(quiet)
     import transformers
@@ -31,11 +31,11 @@ def from_hf(hf: Any, where: str) -> ModelConfig:
     """The ModelConfig of a transformers config.
 
     Args:
-      hf: a PreTrainedConfig of a model_type in FAMILIES.
-      where: the checkpoint, for errors.
+      hf: a PreTrainedConfig whose model_type is in FAMILIES.
+      where: name of the checkpoint, for error messages.
 
     Raises:
-      ValueError: names the switch that is not implemented.
+      ValueError: the config sets a key that is not implemented; the message names the key.
     """
     family = FAMILIES[hf.model_type]
 
@@ -46,19 +46,19 @@ def from_hf(hf: Any, where: str) -> ModelConfig:
 
     if getattr(hf, "quantization_config", None) is not None:
         refuse("quantization_config", hf.quantization_config)
-    # What transformers itself reads. It keeps other keys as attributes, and ignores them.
+    # The keys that transformers reads. It keeps other keys as attributes and ignores them.
     known = type(hf)().to_dict()
     given = {key: value for key, value in hf.to_dict().items() if key in known}
     used = {*family.fields.values(), *HARMLESS, *_READ.split()}
     for key, value in given.items():
-        # An absent switch is written as null by some versions and as false by others.
+        # Some versions write a switch that is off as null, others as false.
         if key not in used and (value or None) != (known[key] or None):
             refuse(key, value)
     if given.get("word_embed_proj_dim", hf.hidden_size) != hf.hidden_size:  # OPT-350m
         refuse("word_embed_proj_dim", hf.word_embed_proj_dim)
 
-    values = family.fixed | {ours: getattr(hf, key) for ours, key in family.fields.items()}
-    for name in ("bos_id", "pad_id"):  # none is -1 in some old files
+    values = family.fixed | {field: getattr(hf, key) for field, key in family.fields.items()}
+    for name in ("bos_id", "pad_id"):  # some old files write -1 for "no such token"
         values[name] = None if (values[name] or 0) < 0 else values[name]
     if values["activation"] not in typing.get_args(Activation):
         refuse(family.fields["activation"], values["activation"])
@@ -66,8 +66,8 @@ def from_hf(hf: Any, where: str) -> ModelConfig:
         values["mlp_width"] = 4 * values["width"]
 
     window = given.get("sliding_window")
-    everywhere = ["full_attention" if window is None else "sliding_attention"]
-    kinds = given.get("layer_types") or everywhere * values["layers"]
+    default = ["full_attention" if window is None else "sliding_attention"]
+    kinds = given.get("layer_types") or default * values["layers"]
     for kind in set(kinds) - {"full_attention", "sliding_attention"}:
         refuse("layer_types", kind)
     if "sliding_attention" in kinds:
@@ -83,7 +83,7 @@ def from_hf(hf: Any, where: str) -> ModelConfig:
 
 
 def as_ids(eos: int | list[int] | None) -> tuple[int, ...]:
-    """`eos_token_id` of a config or a generation config, which may be one, several or null."""
+    """`eos_token_id` of a config or a generation config, which may be an id, a list or null."""
     return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
@@ -95,25 +95,25 @@ def _rope(parameters: dict[str, Any], partial: bool, refuse) -> Rope:
         refuse("rope_parameters", {key: parameters[key] for key in unknown})
     if parameters["rope_type"] not in ("default", "linear", "llama3"):
         refuse("rope_type", parameters["rope_type"])
-    return Rope(**{o: parameters[t] for o, t in ROPE_KEYS.items() if t in parameters})
+    return Rope(**{field: parameters[k] for field, k in ROPE_KEYS.items() if k in parameters})
 
 
 def to_hf(config: ModelConfig) -> Any:
     """The transformers config that this model is exported with.
 
     Raises:
-      ValueError: names a field that the family's transformers code has no place for.
+      ValueError: the family's config class cannot express a field; the message names the field.
     """
     family, auto = FAMILIES[config.family], transformers().AutoConfig
     known = auto.for_model(config.family).to_dict()
-    # One way to write each thing, so that what is read back can be compared.
+    # Normalise fields that have two spellings: the export is read back and compared below.
     c = config
     if not any(c.windowed):
         c = dataclasses.replace(c, windowed=(), window=None)
     if c.query_scalar is None and "query_scalar" in family.fields:
         c = dataclasses.replace(c, query_scalar=c.head_dim)
 
-    keys: dict[str, Any] = {theirs: getattr(c, ours) for ours, theirs in family.fields.items()}
+    keys: dict[str, Any] = {key: getattr(c, field) for field, key in family.fields.items()}
     eos = list(c.eos_ids)
     keys["eos_token_id"] = eos if len(eos) > 1 else eos[0] if eos else None
     if c.positions == "rotary":
@@ -131,8 +131,8 @@ def to_hf(config: ModelConfig) -> Any:
     back = from_hf(hf, "export")
     for field in dataclasses.fields(ModelConfig):
         value = getattr(c, field.name)
-        if field.name not in _OURS.split() and getattr(back, field.name) != value:
-            raise ValueError(f"{c.family} has no place for {field.name} = {value!r}")
+        if field.name not in _NO_KEY.split() and getattr(back, field.name) != value:
+            raise ValueError(f"config.json of {c.family} cannot hold {field.name} = {value!r}")
     stem = type(hf).__name__.removesuffix("Config")
     hf.architectures = [family.causal or f"{stem}ForCausalLM"]
     if c.scalar_head:

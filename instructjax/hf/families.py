@@ -1,4 +1,4 @@
-"""The families as data: `families.toml`, which also says how to read it."""
+"""Reads the table of model families, `families.toml`; its format is described there."""
 
 import dataclasses
 import tomllib
@@ -13,10 +13,10 @@ class Family:
     prefix: str  # of all names but the head's; checkpoints of the base model alone lack it
     head: str  # name of the unembedding where it is not tied
     tensors: dict[str, tuple[str, str]]  # name -> (leaf, einops pattern)
-    fields: dict[str, str]  # ModelConfig field -> config.json key, copied as they are
+    fields: dict[str, str]  # ModelConfig field -> config.json key with the same value
     fixed: dict[str, Any]  # ModelConfig field -> value
     buffers: str = r"(?!)"  # regular expression of names that hold no weights; default: none
-    causal: str | None = None  # the language model's class, where it is not ...ForCausalLM
+    causal: str | None = None  # the language model's class; default: ...ForCausalLM
 
 
 def _families(data: dict[str, Any]) -> dict[str, Family]:
@@ -28,7 +28,7 @@ def _families(data: dict[str, Any]) -> dict[str, Family]:
         table = {**base, **new}
         for key in ("tensors", "fields", "fixed"):
             table[key] = {**base.get(key, {}), **new.get(key, {})}
-        for field in table["fixed"]:  # a key of the earlier family that this one has not
+        for field in table["fixed"]:  # the earlier family has a key for it, this family does not
             table["fields"].pop(field, None)
         tables[model_type] = table
     return {model_type: Family(**table) for model_type, table in tables.items()}

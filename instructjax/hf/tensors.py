@@ -1,4 +1,4 @@
-"""Checkpoint tensors: one list of entries, read onto shards and written back."""
+"""The tensors of a checkpoint: lists them, reads them shard by shard, writes them."""
 
 import dataclasses
 import json
@@ -24,30 +24,30 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint and the leaf, or stacked leaves, of ours that it holds."""
+    """One tensor of a checkpoint and the parameter leaves that it holds."""
 
     name: str
-    leaves: tuple[str, ...]  # paths in the parameter tree
-    pattern: str  # einops, file -> ours; ours begins with `x` where leaves are stacked
-    layer: int | None  # index into a stacked leaf
+    leaves: tuple[str, ...]  # paths in the parameter tree; more than one are stacked in the file
+    pattern: str  # einops, file -> leaf; the leaf's side begins with `x` where leaves are stacked
+    layer: int | None  # index along the first axis of a leaf that holds all layers
     shape: tuple[int, ...]  # in the file
 
 
 def entries(config: ModelConfig, present: set[str]) -> list[Entry]:
-    """The tensors of a checkpoint of this config, each leaf in exactly one place.
+    """Lists the tensors of a checkpoint of this config. Each leaf is in exactly one entry.
 
     Args:
-      present: the paths of all leaves.
+      present: paths of all leaves of the parameters.
 
     Raises:
-      ValueError: lists the leaves that the family's table has no tensor for.
+      ValueError: the family's table has no tensor for a leaf; the message lists such leaves.
     """
     family = FAMILIES[config.family]
     table = {family.prefix + name: row for name, row in family.tensors.items()}
     table[family.head] = ("unembed/kernel", "v d -> v d")
     table["score.weight"] = ("score/kernel", "1 d -> d")
     table["score.bias"] = ("score/bias", " -> ")
-    found: list[Entry] = []
+    listed: list[Entry] = []
     for template, (target, pattern) in table.items():
         stacked = "{}" in template
         leaves = _expand(f"layers/{target}" if stacked else target)
@@ -55,11 +55,11 @@ def entries(config: ModelConfig, present: set[str]) -> list[Entry]:
             continue  # a bias or norm that this config turns off
         shape = _file_shape(pattern, config, len(leaves))
         for layer in range(config.layers) if stacked else [None]:
-            found.append(Entry(template.format(layer), leaves, pattern, layer, shape))
-    homeless = present - {leaf for entry in found for leaf in entry.leaves}
-    if homeless:
-        raise ValueError(f"{config.family} has no tensor for {', '.join(sorted(homeless))}")
-    return found
+            listed.append(Entry(template.format(layer), leaves, pattern, layer, shape))
+    missing = present - {leaf for entry in listed for leaf in entry.leaves}
+    if missing:
+        raise ValueError(f"{config.family} has no tensor for {', '.join(sorted(missing))}")
+    return listed
 
 
 def _expand(target: str) -> tuple[str, ...]:
@@ -87,20 +87,20 @@ def _file_shape(pattern: str, config: ModelConfig, stacked: int) -> tuple[int, .
 
 
 def open_files(files: list[Path]) -> dict[str, np.ndarray]:
-    """Every tensor of some safetensors files as a memory map: nothing is read yet.
+    """Opens every tensor of some safetensors files as a memory map, without reading it.
 
-    The library's slices are of NumPy arrays without bfloat16, or of jax arrays on a device; a
-    map gives strided views of any dtype, so a shard reads its own bytes and no more.
+    The library's own slices cannot be bfloat16 NumPy arrays, and its jax slices are copied to a
+    device. A memory map gives strided views of any dtype, so a shard reads only its own bytes.
 
     Raises:
-      ValueError: a file is damaged, a dtype has no counterpart, or two files hold one name.
+      ValueError: a file is damaged, a dtype is not supported, or two files hold the same name.
     """
     tensors: dict[str, np.ndarray] = {}
-    owner: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     for file in files:
         try:
             with safetensors.safe_open(file, framework="numpy"):
-                pass  # the library checks the header: sizes, overlaps, order
+                pass  # opening makes the library check the header: sizes, overlaps, order
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
         with open(file, "rb") as stream:
@@ -109,28 +109,28 @@ def open_files(files: list[Path]) -> dict[str, np.ndarray]:
         header.pop("__metadata__", None)
         for name, info in header.items():
             if name in tensors:
-                raise ValueError(f"{name} is in two files: {owner[name]} and {file}")
+                raise ValueError(f"{name} is in two files: {file_of[name]} and {file}")
             dtype = _DTYPES.get(info["dtype"])
             if dtype is None and not info["dtype"].startswith(("BOOL", "U8", "I")):
                 raise ValueError(f"{file}: {name} has dtype {info['dtype']}, not {list(_DTYPES)}")
             offset = 8 + size + info["data_offsets"][0]
             shape = tuple(info["shape"])
-            # Integers and booleans are buffers (causal masks) or refused by name later.
+            # Integers and booleans are buffers (causal masks), or `check_names` refuses them.
             if dtype is None or math.prod(shape) == 0:
                 tensors[name] = np.empty((0,), np.uint8)
             else:
                 tensors[name] = np.memmap(file, dtype, "r", offset, shape)
-            owner[name] = file
+            file_of[name] = file
     return tensors
 
 
 def check_names(
     tensors: dict[str, np.ndarray], config: ModelConfig, wanted: list[Entry], where: str
 ) -> dict[str, np.ndarray]:
-    """The wanted tensors by their full names, after every name and shape has been checked.
+    """Checks every name and shape, and returns the wanted tensors by their full names.
 
     Raises:
-      ValueError: lists the names that are missing, unused, or of another shape.
+      ValueError: tensors are missing, unused or of another shape; the message lists their names.
     """
     family = FAMILIES[config.family]
     heads = (family.head, "score.weight", "score.bias")
@@ -148,11 +148,11 @@ def check_names(
         embedding = family.prefix + next(iter(family.tensors))
         if not np.array_equal(tensors[family.head], tensors[embedding]):
             raise ValueError(
-                f"{where}: tie_word_embeddings is true, yet {family.head} is not {embedding}"
+                f"{where}: tie_word_embeddings is true, but {family.head} is not {embedding}"
             )
         unused.remove(family.head)
     if unused:
-        raise ValueError(f"{where}: no place for {_listing(sorted(unused))}")
+        raise ValueError(f"{where}: unused {_listing(sorted(unused))}")
     wrong = [
         f"{entry.name} is {list(tensors[entry.name].shape)}, not {list(entry.shape)}"
         for entry in wanted
@@ -176,15 +176,15 @@ def reader(
     tensors: dict[str, np.ndarray],
     config: ModelConfig,
 ) -> Callable[[Any], np.ndarray]:
-    """Reads any block of one leaf, for `jax.make_array_from_callback`.
+    """A function that reads any block of one leaf, for `jax.make_array_from_callback`.
 
-    Rows of the padded vocabulary that no tensor has are 0.
+    Rows of the padded vocabulary have no tensor and are 0.
     """
     views: list[np.ndarray] = []
     for entry in wanted:  # layers in order
         if leaf in entry.leaves:
             sizes = _sizes(entry.pattern, config, len(entry.leaves))
-            # Only splits and transposes: a view of the file.
+            # The patterns only split and transpose, so this is a view of the file.
             view = einops.rearrange(tensors[entry.name], entry.pattern, **sizes)
             views.append(view[entry.leaves.index(leaf)] if "x" in sizes else view)
     stacked = leaf.startswith("layers/")
@@ -207,17 +207,17 @@ def reader(
 def file_tensors(
     wanted: list[Entry], leaves: dict[str, jax.Array], config: ModelConfig, dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Each entry's tensor as the file has it, fetched one layer at a time."""
+    """Yields (name, tensor in the file's shape) of each entry, fetching one layer at a time."""
     for entry in wanted:
         parts = []
         for leaf in entry.leaves:
             array = leaves[leaf]
             part = sharding.fetch(array if entry.layer is None else _layer(array, entry.layer))
             parts.append(part[: config.vocab_size] if entry.pattern.startswith("v ") else part)
-        theirs, ours = entry.pattern.split(" -> ")
-        whole = np.stack(parts) if ours.startswith("x ") else parts[0]
+        file_axes, leaf_axes = entry.pattern.split(" -> ")
+        whole = np.stack(parts) if leaf_axes.startswith("x ") else parts[0]
         sizes = _sizes(entry.pattern, config, len(entry.leaves))
-        tensor = einops.rearrange(whole, f"{ours} -> {theirs}", **sizes)
+        tensor = einops.rearrange(whole, f"{leaf_axes} -> {file_axes}", **sizes)
         yield entry.name, np.ascontiguousarray(tensor.astype(dtype))
 
 
@@ -227,6 +227,6 @@ def _layer(stacked: jax.Array, layer: int) -> jax.Array:
 
 
 def flatten(params: Params) -> dict[str, Any]:
-    """Leaves by their path, `layers/attention/query/kernel`."""
+    """Leaves by their path, such as `layers/attention/query/kernel`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in flat}

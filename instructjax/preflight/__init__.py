@@ -1,17 +1,17 @@
-"""What a program will need on a TPU slice, from a machine without one.
+"""The memory, work and time of a program on a TPU slice, found on a machine without a TPU.
 
-chips.py     what each type of chip can do at best; the slices that there are
+chips.py     peak rates of each type of chip, and the slices that exist
 topology.py  a mesh over the devices of a slice, through libtpu
-hlo.py       the text of an optimised module, read
-loops.py     how often its loops run
+hlo.py       parses the text of an optimised module
+loops.py     trip counts of its loops
 flops.py     FLOPs of an op
 traffic.py   bytes that an op moves
-count.py     all of that over a whole program, with its collectives
+count.py     FLOPs, bytes and collectives of a whole program
 program.py   `analyse`: compile, count, estimate
-report.py    tables and a verdict
+report.py    tables and verdicts
 """
 
 from instructjax.preflight.chips import Topology, parse_topology, slices
-from instructjax.preflight.program import Compilable, Memory, Program, analyse, held, shard_bytes
+from instructjax.preflight.program import Compilable, Program, analyse, lower_bound, shard_bytes
 from instructjax.preflight.report import ASSUMPTIONS, tables, verdict
 from instructjax.preflight.topology import load_libtpu, make_mesh

@@ -1,9 +1,9 @@
-"""Cloud TPUs: what one chip can do at best, and the slices that they come in.
+"""Cloud TPUs: the peak rates of one chip, and the slices that exist.
 
-Figures are peaks, as published; nothing here was measured. The sources:
+Figures are published peaks; nothing here was measured. Sources:
 
 [v5e], [v5p], [v6e], [tpu7x]: docs.cloud.google.com/tpu/docs/v5e and so on, "key specifications";
-[v4]: the same page of v4, which does not state the bandwidth of its interconnect;
+[v4]: the same page for v4, which does not state the bandwidth of its interconnect;
 [book]: "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus, "TPU specs".
 """
 
@@ -17,18 +17,18 @@ GiB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip; its `devices` in JAX share all of it equally."""
+    """One type of chip. The JAX devices of a chip share its memory and rates equally."""
 
-    name: str  # of --topology, and of libtpu's topologies
+    name: str  # as in --topology and in libtpu's topologies
     hbm: float  # bytes
-    usable: float  # bytes of HBM that the compiler gives programs, by its own out-of-memory errors
+    usable: float  # bytes of HBM that a program can use, from the compiler's out-of-memory errors
     flops: float  # bfloat16 a second; float32 matmuls run at this rate at default precision
     hbm_bandwidth: float  # bytes a second
     link: float  # bytes a second of one link of the interconnect, one way
-    wraps: int  # an axis of the slice is a ring where this divides it, else a line; see `_ring`
-    cloud: str  # the cloud's name of a slice, of {chips} or {cores}
-    slices: tuple[str, ...]  # that the cloud lends, smallest first
-    devices: int = 1  # of JAX
+    wraps: int  # an axis of the slice is a ring if this divides its size, else a line; see `_ring`
+    cloud: str  # template of the cloud's name of a slice, with {chips} or {cores}
+    slices: tuple[str, ...]  # grids that the cloud offers, smallest first
+    devices: int = 1  # JAX devices
     config: str | None = None  # libtpu's chip_config_name
 
 
@@ -38,9 +38,9 @@ _CUBES = (
 )
 _SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # libtpu describes no 1x1
 
-# `usable` is what libtpu 0.0.42.1 says is available when a program is too large. The bandwidths of
-# links are [book]'s; the pages' own "bidirectional bandwidth per chip" gives 11 % more: v5e 400
-# GB/s over 4 links, v6e 800 over 4, v5p 1200 over 6, both ways together. Where axes wrap: [book].
+# `usable` is the HBM that libtpu 0.0.42.1 reports as available when a program is too large. `link`
+# and `wraps` are from [book]. The pages' "bidirectional bandwidth per chip" gives 11 % more: v5e
+# 400 GB/s over 4 links, v6e 800 over 4, v5p 1200 over 6, summed over both directions.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -55,8 +55,8 @@ CHIPS = {
             *("v5e", 16 * GiB, 15.75 * GiB, 197e12, 819e9, 45e9, 16, "v5litepod-{chips}"),
             slices=_SQUARES,
         ),
-        # [v5p]: 459 TFLOP/s, 95 GiB, 2765 GB/s. Two cores a chip, one device. libtpu has 0.74 GiB
-        # more than the page.
+        # [v5p]: 459 TFLOP/s, 95 GiB, 2765 GB/s. Two cores a chip, one device. libtpu reports 0.74
+        # GiB more than the page.
         Chip(
             *("v5p", 95 * GiB, 95.74 * GiB, 459e12, 2765e9, 90e9, 4, "v5p-{cores}"),
             slices=(*_CUBES, "16x16x24"),
@@ -68,8 +68,8 @@ CHIPS = {
             slices=_SQUARES,
         ),
         # [tpu7x]: 2307 TFLOP/s, 192 GiB, 7380 GB/s. Two devices a chip, 94.75 GiB usable in each;
-        # what they share between them is not modelled. Lent through GKE only, by topology; its
-        # list of slices is not verified.
+        # traffic between the two is not modelled. GKE alone offers it, by topology; the list of
+        # slices is not verified.
         Chip(
             *("tpu7x", 192 * GiB, 189.5 * GiB, 2307e12, 7380e9, 90e9, 4, "tpu7x of GKE"),
             slices=_CUBES,
@@ -81,7 +81,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: chips of one type, in a grid; or several such, joined by the data-centre network."""
+    """A slice, a grid of chips of one type, or several equal slices on the data-centre network."""
 
     chip: Chip
     grid: tuple[int, ...]
@@ -89,7 +89,7 @@ class Topology:
 
     @property
     def slice(self) -> str:
-        """One of them, as `--topology` takes it: v5e:4x4."""
+        """One slice as `--topology` takes it: v5e:4x4."""
         return f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
 
     @property
@@ -108,50 +108,50 @@ class Topology:
 
     @property
     def cloud(self) -> str:
-        """What the cloud calls it: v5litepod-16, v5p-128 (64 chips: the number counts cores)."""
+        """The cloud's name: v5litepod-16, v5p-128 (64 chips: the number counts cores)."""
         chips = math.prod(self.grid)
-        one = self.chip.cloud.format(chips=chips, cores=2 * chips)
-        return one if self.num_slices == 1 else f"{self.num_slices} x {one}"
+        name = self.chip.cloud.format(chips=chips, cores=2 * chips)
+        return name if self.num_slices == 1 else f"{self.num_slices} x {name}"
 
     def _ring(self, length: int) -> bool:
-        # In three dimensions only whole cubes of 4x4x4 have the optical links that close a ring.
+        # In three dimensions only grids of whole 4x4x4 cubes have the optical links for a ring.
         divided = [size % self.chip.wraps == 0 for size in self.grid]
         return length % self.chip.wraps == 0 and (len(self.grid) == 2 or all(divided))
 
     def ring_bandwidth(self, group: int) -> float:
-        """Bytes a second that each device of a collective can send, on its best day.
+        """Bytes a second that each device of a collective can send, at most.
 
-        A group lies along as few axes of the grid as hold it, longest first, and sends both ways
-        round each: two links an axis that is a ring, one an axis that is a line. Groups that lie
-        across one another are assumed not to meet.
+        A group is assumed to lie along as few axes of the grid as can hold it, longest first, and
+        to send in both directions: over two links of an axis that is a ring, one of an axis that is
+        a line. Different groups are assumed not to share links.
 
         Args:
-          group: devices of the collective, two at least.
+          group: number of devices of the collective, at least two.
 
         Returns:
-          nan of several slices: what crosses the network between them is not told apart.
+          Bytes a second; nan if there are several slices, whose network is not modelled.
         """
         if self.num_slices > 1:
             return math.nan
-        needed, links, held = -(-group // self.chip.devices), 0, 1
+        chips, links, capacity = -(-group // self.chip.devices), 0, 1
         for length in sorted(self.grid, reverse=True):
             if length == 1:
                 break
             links += 2 if self._ring(length) else 1
-            held *= length
-            if held >= needed:
+            capacity *= length
+            if capacity >= chips:
                 break
         return max(links, 1) * self.chip.link / self.chip.devices
 
 
 def parse_topology(text: str, num_slices: int = 1) -> Topology:
-    """Reads `v5e:4x4`, `v5p:4x4x8`: a type of chip and the grid that they are in.
+    """Parses a type of chip and a grid of such chips, as in `v5e:4x4` or `v5p:4x4x8`.
 
     Args:
-      num_slices: how many of them there are.
+      num_slices: number of such slices.
 
     Raises:
-      ValueError: says what is wrong and what there is; of the cloud's name, what to write for it.
+      ValueError: the text is not such a topology; a name of the cloud's gets the right spelling.
     """
     kind, _, grid = text.partition(":")
     for chip in CHIPS.values():
@@ -167,15 +167,15 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
         raise ValueError(f"--topology {text}: a {kind} slice has {dims} dimensions, as {example}")
     sizes = tuple(map(int, grid.split("x")))
     if any(size % 2 for size in sizes[:2]):  # a host holds 2x2 chips
-        raise ValueError(f"--topology {text}: the first two dimensions are even, as in {example}")
+        raise ValueError(f"--topology {text}: the first two sizes must be even, as in {example}")
     return Topology(chip, sizes, num_slices)
 
 
 def slices(kind: str) -> Iterator[Topology]:
-    """The slices of a type of chip, smallest first.
+    """Yields the slices of a type of chip, smallest first.
 
     Raises:
-      ValueError: there is no such type.
+      ValueError: there is no such type of chip.
     """
     if kind not in CHIPS:
         raise ValueError(f"--topology {kind}: not one of {', '.join(CHIPS)}")

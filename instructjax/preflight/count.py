@@ -1,7 +1,7 @@
-"""What one run of a compiled program does on each device: FLOPs, bytes, collectives.
+"""FLOPs, bytes and collectives of one run of a compiled program, on each device.
 
-Counted from the optimised HLO, a loop's body as often as it runs: `compiled.cost_analysis()`
-counts it once. FLOPs are those of matmuls, which is what a peak rate is of.
+They are counted from the optimised HLO. A loop's body counts as often as it runs;
+`compiled.cost_analysis()` counts it once. FLOPs are those of matmuls, as in a chip's peak rate.
 """
 
 import collections
@@ -26,18 +26,18 @@ from instructjax.preflight.traffic import (
 
 @dataclass(frozen=True)
 class Collective:
-    """The collectives of one kind and group size that come from one place."""
+    """All collectives of the same kind, group size and place in the program."""
 
     kind: str  # all-gather, all-reduce, ...
-    group: int  # devices that take part in each
+    group: int  # number of devices that take part in each
     where: str  # jit(step)/while/body/dot_general
-    count: float  # times that one runs
-    bytes: float  # sent by each device, in all
+    count: float  # how many run
+    bytes: float  # that each device sends, in total
 
 
 @dataclass(frozen=True)
 class Array:
-    """An array that some op makes."""
+    """An array that an op creates."""
 
     shape: str  # bf16[8,128]
     bytes: float
@@ -46,38 +46,37 @@ class Array:
 
 @dataclass(frozen=True)
 class Counts:
-    """Per device and run of the program."""
+    """What one run of the program does on one device."""
 
     flops: float
     hbm_bytes: float  # read and written
     host_bytes: float  # moved to and from host memory
-    collectives: tuple[Collective, ...]  # what sends most first
-    aliased_bytes: float  # of arguments whose memory results take over
+    collectives: tuple[Collective, ...]  # in descending order of bytes
+    aliased_bytes: float  # of arguments whose memory a result reuses
     largest: tuple[Array, ...]
-    assumed: tuple[str, ...]  # the loops whose trips the caller gave
-    uncounted: tuple[str, ...]  # kernels whose FLOPs nobody states: not in `flops`
+    assumed: tuple[str, ...]  # loops whose trip counts the caller gave
+    uncounted: tuple[str, ...]  # kernels that state no FLOPs; not in `flops`
 
 
 def count(module: Module, trips: Sequence[float] = (), largest: int = 20) -> Counts:
-    """Counts one run of a program.
-
-    Of a conditional, the branch with the most FLOPs counts.
+    """Counts one run of a program. In a conditional, the branch with the most FLOPs counts.
 
     Args:
       module: of `hlo.parse(compiled.as_text())`.
-      trips: of the loops that run for as long as their data say, in the order of the program, a
-        loop before those within it.
-      largest: how many of the largest arrays to name.
+      trips: trip counts of the loops whose number of turns depends on data, in program order; a
+        loop comes before the loops inside it.
+      largest: number of largest arrays to list.
 
     Raises:
-      ValueError: there are more or fewer such loops than `trips`; names them.
+      ValueError: the number of such loops is not the number of `trips`; the message lists the
+        loops.
     """
     walk = _Walk(module, trips)
     total = walk.run(module.entry, {})
     if len(walk.assumed) != len(trips):
         raise ValueError(
-            f"{len(walk.assumed)} loops run for as long as their data say"
-            f" ({', '.join(walk.assumed) or 'none'}); trips are given for {len(trips)}"
+            f"{len(walk.assumed)} loops have trip counts that depend on data"
+            f" ({', '.join(walk.assumed) or 'none'}), but trips are given for {len(trips)}"
         )
     return Counts(
         flops=total.flops,
@@ -96,21 +95,21 @@ def count(module: Module, trips: Sequence[float] = (), largest: int = 20) -> Cou
     )
 
 
-def sent_bytes(kind: str, group: int, put_in: float) -> float:
+def sent_bytes(kind: str, group: int, operand_bytes: float) -> float:
     """Bytes that each device of a group sends for a collective, around a ring.
 
     Args:
       kind: of `traffic.COLLECTIVES`.
-      group: devices.
-      put_in: bytes that each of them puts in.
+      group: number of devices.
+      operand_bytes: bytes of the collective's operands on each device.
     """
-    if kind == "all-gather":  # what it puts in goes to all others
-        return put_in * (group - 1)
+    if kind == "all-gather":  # each device's operand goes to all others
+        return operand_bytes * (group - 1)
     if kind == "all-reduce":  # a reduce-scatter, then an all-gather of the shares
-        return 2 * put_in * (group - 1) / group
+        return 2 * operand_bytes * (group - 1) / group
     if kind in ("reduce-scatter", "all-to-all", "ragged-all-to-all"):
-        return put_in * (group - 1) / group
-    return put_in
+        return operand_bytes * (group - 1) / group
+    return operand_bytes
 
 
 _zeros = functools.partial(collections.defaultdict, float)
@@ -130,13 +129,13 @@ class _Sum:
         _add(self.count, other.count, times)
 
 
-def _add(mine: dict[Any, float], more: Mapping[Any, float], times: float = 1) -> None:
+def _add(total: dict[Any, float], more: Mapping[Any, float], times: float = 1) -> None:
     for key, value in more.items():
-        mine[key] += times * value
+        total[key] += times * value
 
 
 class _Walk:
-    """Through all that runs, from the entry."""
+    """Walks through every computation that runs, from the entry on."""
 
     def __init__(self, module: Module, trips: Sequence[float]):
         self.module, self.trips = module, trips
@@ -145,10 +144,10 @@ class _Walk:
         self.arrays: set[Array] = set()
 
     def run(self, where: Computation, known: loops.Known) -> _Sum:
-        """One run of a computation.
+        """Counts one run of a computation.
 
         Args:
-          known: integers among the elements of its parameter.
+          known: the integers that are known among the elements of its parameter.
         """
         total, chains = _Sum(), set()
         for op in where.ops.values():
@@ -173,9 +172,9 @@ class _Walk:
             i = len(self.assumed)
             self.assumed.append(op.where)
             n = self.trips[i] if i < len(self.trips) else math.nan  # `count` raises
-        same = loops.invariants(self.module, where, op, known)
-        total.add(self.run(self.module.called(op, "body"), same), n)
-        total.add(self.run(self.module.called(op, "condition"), same), n + 1)
+        constants = loops.invariants(self.module, where, op, known)
+        total.add(self.run(self.module.called(op, "body"), constants), n)
+        total.add(self.run(self.module.called(op, "condition"), constants), n + 1)
 
     def _branches(self, op: Op) -> list[Computation]:
         listed = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
@@ -186,73 +185,73 @@ class _Walk:
     def _inside(
         self, total: _Sum, where: Computation, op: Op, chains: set[str], fused: bool = False
     ) -> None:
-        """Matmuls and collectives of an op, and of all that is fused into it.
+        """Adds the matmuls and collectives of an op and of the ops fused into it.
 
         Args:
-          chains: of the asynchronous collectives that were counted.
+          chains: chain ids of the asynchronous collectives already counted.
         """
         if op.opcode == "fusion":
             inside = self.module.called(op, "calls")
             for inner in inside.ops.values():
                 self._inside(total, inside, inner, chains, fused=True)
         elif op.opcode.removesuffix("-start") in COLLECTIVES:
-            # An asynchronous collective is fused into all that runs beside it: one op in several
-            # places, with one number.
+            # An asynchronous collective is fused into every op that overlaps with it: the copies
+            # share a chain id.
             chain = re.search(r'chain_id="(\d+)"', op.attributes)
             if chain and chain.group(1) in chains:
                 return
             chains.update(chain.groups() if chain else ())
             self._collective(total, where, op)
-            if fused:  # see traffic
+            if fused:  # traffic.py leaves these reads out
                 for leaf in operands(where, op):
                     total.moved[leaf.space] += leaf.bytes
         else:
-            made = flops(where, op)
-            if made is None:
+            op_flops = flops(where, op)
+            if op_flops is None:
                 self.uncounted.add(op.where)
-            total.flops += made or 0
+            total.flops += op_flops or 0
 
     def _collective(self, total: _Sum, where: Computation, op: Op) -> None:
         kind = op.opcode.removesuffix("-start")
-        # A TPU's reduce-scatter is written as an all-reduce of which a share is kept.
+        # A TPU's reduce-scatter is written as an all-reduce, each device keeping a share.
         if where.name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         group = group_size(op, self.module.partitions)
         if group > 1:
-            put_in = sum(leaf.bytes for leaf in operands(where, op))
-            total.sent[kind, group, op.where] += sent_bytes(kind, group, put_in)
+            operand_bytes = sum(leaf.bytes for leaf in operands(where, op))
+            total.sent[kind, group, op.where] += sent_bytes(kind, group, operand_bytes)
             total.count[kind, group, op.where] += 1
 
 
 def group_size(op: Op, devices: int) -> int:
-    """How many devices take part in a collective: the size of the first of its groups.
+    """Number of devices that take part in a collective: the size of its first group.
 
     Args:
-      op: with `replica_groups` in one of HLO's three notations, or pairs of source and target,
-        whose group is the longest chain of devices.
-      devices: of the module, who all take part where no groups are listed.
+      op: its attributes hold `replica_groups` in one of HLO's three notations, or pairs of source
+        and target, whose group is the longest chain of devices.
+      devices: number of devices of the module, all of which take part if no groups are listed.
     """
     text = op.attributes
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):  # {{0,1},{2,3}}
-        return found.group(1).count(",") + 1
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):  # [2,4]<=[4,2]T(1,0)
-        return int(found.group(1))
-    # mesh['a'=4,'b'=2], device_ids=(..) {'a'}; {'a':(2)2} is 2 of the 4, within every 2
-    found = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
-    if found:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
-        over = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found.group(2))
-        return math.prod(int(part or sizes[axis]) for axis, part in over)
-    if found := re.search(r"source_target_pairs=\{(.*?\})\}", text):  # {{0,1},{1,0}}
-        pairs = re.findall(r"\{(\d+),(\d+)\}", found.group(1))
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):  # {{0,1},{2,3}}
+        return match.group(1).count(",") + 1
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):  # [2,4]<=[4,2]T(1,0)
+        return int(match.group(1))
+    # mesh['a'=4,'b'=2], device_ids=(..) {'a'}; {'a':(2)2} is a part of 2 of the axis of 4
+    match = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
+    if match:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match.group(2))
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if match := re.search(r"source_target_pairs=\{(.*?\})\}", text):  # {{0,1},{1,0}}
+        pairs = re.findall(r"\{(\d+),(\d+)\}", match.group(1))
         return max(_chain(dict(pairs), start) for start, _ in pairs)
     return devices
 
 
-def _chain(to: dict[str, str], at: str) -> int:
-    """How many devices one gets to from one of them."""
-    passed = set()
-    while at not in passed:
-        passed.add(at)
-        at = to.get(at, at)
-    return len(passed)
+def _chain(target_of: dict[str, str], device: str) -> int:
+    """Number of devices on the chain of targets that begins at a device."""
+    visited = set()
+    while device not in visited:
+        visited.add(device)
+        device = target_of.get(device, device)
+    return len(visited)

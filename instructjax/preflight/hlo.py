@@ -1,7 +1,7 @@
-"""The text of an optimised HLO module, read: computations of ops with shapes, places and names.
+"""Parses the text of an optimised HLO module: its computations, and their ops.
 
-A TPU's text says of each array where it lies: `bf16[64,512]{1,0:T(8,128)(2,1)S(1)}` is in space
-1, the chip's own vector memory; without an S it is in HBM.
+A TPU's text states the memory space of each array: `bf16[64,512]{1,0:T(8,128)(2,1)S(1)}` is in
+space 1, the chip's vector memory; an array without an S is in HBM.
 """
 
 import functools
@@ -10,20 +10,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-HBM, HOST = 0, 5  # memory spaces; 1 is vector memory, the rest hold scalars and semaphores
+HBM, HOST = 0, 5  # memory spaces; 1 is vector memory, the others hold scalars and semaphores
 
 
 @dataclass(frozen=True)
 class Buffer:
     """One array of an op's result."""
 
-    dtype: str  # as HLO spells it: f32, bf16, pred
+    dtype: str  # HLO's name: f32, bf16, pred
     dims: tuple[int, ...]
     space: int
 
     @property
     def bytes(self) -> float:
-        """Without the padding of TPU tiles."""
+        """Size in bytes, without the padding of TPU tiles."""
         bits = re.search(r"\d+", self.dtype)
         width = 8 if self.dtype == "pred" else int(bits.group()) if bits else 0  # tokens: 0
         return math.prod(self.dims) * width / 8
@@ -40,24 +40,24 @@ class Op:
     opcode: str
     result: tuple[Buffer, ...]  # the leaves of a tuple in order
     operands: tuple[str, ...]  # names of ops of the same computation
-    literal: str  # what a constant or a parameter has between its parentheses
+    literal: str  # the text between the parentheses of a constant or a parameter
     attributes: str
 
     def attribute(self, key: str) -> str | None:
-        """The computation that `key=%name` names, or another value without braces."""
-        found = re.search(rf"\b{key}=[%\"]?([\w.-]+)", self.attributes)
-        return found and found.group(1)
+        """Value of an attribute without braces, such as a computation's name; None if absent."""
+        match = re.search(rf"\b{key}=[%\"]?([\w.-]+)", self.attributes)
+        return match and match.group(1)
 
     @property
     def where(self) -> str:
-        """The path of the Python code behind it: jit(step)/while/body/dot_general."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found.group(1) if found else self.name
+        """Path of the Python code that the op comes from: jit(step)/while/body/dot_general."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match.group(1) if match else self.name
 
 
 @dataclass(frozen=True)
 class Computation:
-    """Ops in the order that they run in."""
+    """A sequence of ops, in the order in which they run."""
 
     name: str
     ops: dict[str, Op]
@@ -65,13 +65,13 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> list[Op]:
-        """By number."""
-        found = [op for op in self.ops.values() if op.opcode == "parameter"]
-        return sorted(found, key=lambda op: int(op.literal))
+        """The parameters, sorted by number."""
+        parameters = [op for op in self.ops.values() if op.opcode == "parameter"]
+        return sorted(parameters, key=lambda op: int(op.literal))
 
     @functools.cached_property
     def users(self) -> dict[str, list[tuple[Op, int]]]:
-        """Of each op: (who reads it, as which operand)."""
+        """For each op by name, a list of (op that reads it, index of that op's operand)."""
         users: dict[str, list[tuple[Op, int]]] = {name: [] for name in self.ops}
         for op in self.ops.values():
             for i, operand in enumerate(op.operands):
@@ -85,19 +85,19 @@ class Module:
 
     computations: dict[str, Computation]
     entry: Computation
-    partitions: int  # devices
-    aliased: tuple[int, ...]  # parameters whose memory a result takes over
+    partitions: int  # number of devices
+    aliased: tuple[int, ...]  # numbers of the parameters whose memory a result reuses
 
     def called(self, op: Op, key: str) -> Computation:
-        """The computation that the op names under `key`: calls, body, ..."""
+        """The computation that the op's attribute `key` names: calls, body, ..."""
         return self.computations[str(op.attribute(key))]
 
 
 def parse(text: str) -> Module:
-    """Reads `compiled.as_text()`.
+    """Parses `compiled.as_text()`.
 
     Raises:
-      ValueError: a line is not an instruction.
+      ValueError: a line is not an instruction, or there is no entry computation.
     """
     computations, entry = {}, None
     header, *_ = text.split("\n", 1)
@@ -124,8 +124,8 @@ def _computations(text: str) -> Iterator[tuple[bool, str, list[str]]]:
     name, is_entry, lines = None, False, []
     for line in text.split("\n"):
         if name is None:
-            if found := header.match(line):
-                is_entry, name, lines = bool(found.group(1)), found.group(2), []
+            if match := header.match(line):
+                is_entry, name, lines = bool(match.group(1)), match.group(2), []
         elif line == "}" or line.startswith("}, execution_thread="):
             yield is_entry, name, lines
             name = None
@@ -136,37 +136,37 @@ def _computations(text: str) -> Iterator[tuple[bool, str, list[str]]]:
 
 
 def _op(line: str) -> Op:
-    name, _, rest = line.removeprefix("ROOT ").partition(" = ")
-    end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].strip()
-    begin = rest.find("(")
+    name, _, text = line.removeprefix("ROOT ").partition(" = ")
+    end = _closing(text) + 1 if text.startswith("(") else text.index(" ")
+    shape, text = text[:end], text[end:].strip()
+    begin = text.find("(")
     if begin < 0:
         raise ValueError(f"not an HLO instruction: {line[:200]}")
-    end = _closing(rest)
-    arguments, opcode = rest[begin + 1 : end], rest[:begin]
-    named = opcode not in ("constant", "parameter")
-    operands = re.findall(r"%([\w.-]+)", arguments) if named else []
-    literal = "" if named else arguments
+    end = _closing(text)
+    arguments, opcode = text[begin + 1 : end], text[:begin]
+    has_operands = opcode not in ("constant", "parameter")
+    operands = re.findall(r"%([\w.-]+)", arguments) if has_operands else []
+    literal = "" if has_operands else arguments
     return Op(
-        name.removeprefix("%"), opcode, _buffers(shape), tuple(operands), literal, rest[end + 1 :]
+        name.removeprefix("%"), opcode, _buffers(shape), tuple(operands), literal, text[end + 1 :]
     )
 
 
 def _closing(text: str) -> int:
-    """Where the first parenthesis of the text is closed."""
+    """Index of the parenthesis that closes the first one of the text."""
     depth = 0
-    for found in re.finditer(r"[()]", text):
-        depth += 1 if found.group() == "(" else -1
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match.group() == "(" else -1
         if depth == 0:
-            return found.start()
+            return match.start()
     raise ValueError(f"unbalanced parentheses: {text[:200]}")
 
 
 def _buffers(shape: str) -> tuple[Buffer, ...]:
-    def one(dtype: str, dims: str, layout: str) -> Buffer:
+    def buffer(dtype: str, dims: str, layout: str) -> Buffer:
         space = re.search(r"S\((\d+)\)", layout)
         sizes = tuple(int(size.removeprefix("<=")) for size in dims.split(",") if size)
         return Buffer(dtype, sizes, int(space.group(1)) if space else HBM)
 
     leaves = re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", shape)
-    return tuple(one(*leaf) for leaf in leaves)
+    return tuple(buffer(*leaf) for leaf in leaves)

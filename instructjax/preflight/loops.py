@@ -1,58 +1,58 @@
-"""How often a while loop runs, and what stays the same in it.
+"""Trip counts of while loops, and the values that a loop does not change.
 
-XLA on CPU notes the trips of a `lax.scan`; on TPU they have to be read off the loop itself: its
-index begins at a constant, grows by one, and is compared with another.
+On CPU, XLA notes the trip count of a `lax.scan`. On TPU it is derived from the loop itself: from
+the index's start, its step, and the bound that it is compared with.
 """
 
 import re
 
 from instructjax.preflight.hlo import Computation, Module, Op
 
-# Integers known beforehand among the elements of a computation's tuple parameter.
+# The elements of a computation's tuple parameter that are known integers: index -> value.
 Known = dict[int, int]
 _FLIPPED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE"}
 
 
 def invariants(module: Module, where: Computation, loop: Op, known: Known) -> Known:
-    """Integers that the loop carries and never changes, by their place in its tuple.
+    """The known integers that the loop carries and never changes, by their index in its tuple.
 
     Args:
-      where: the computation that the loop is in.
-      known: of the parameter of `where`.
+      where: the computation that contains the loop.
+      known: known elements of the parameter of `where`.
     """
     start, body = where.ops[loop.operands[0]], module.called(loop, "body")
     if start.opcode != "tuple" or body.root.opcode != "tuple":
         return {}
-    found = {}
+    constants = {}
     for i, (before, after) in enumerate(zip(start.operands, body.root.operands, strict=True)):
         value = _value(where, before, known)
         if value is not None and _element(body, after) == i:
-            found[i] = value
-    return found
+            constants[i] = value
+    return constants
 
 
 def trips(module: Module, where: Computation, loop: Op, known: Known) -> int | None:
-    """The number of times that the body runs; None if it depends on data.
+    """Number of times that the body runs; None if it depends on data.
 
-    Args: as `invariants`.
+    Args: see `invariants`.
     """
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(noted.group(1))
     condition, body = module.called(loop, "condition"), module.called(loop, "body")
     start, test = where.ops[loop.operands[0]], condition.root
-    same = invariants(module, where, loop, known)
+    constants = invariants(module, where, loop, known)
     if test.opcode != "compare" or start.opcode != "tuple" or body.root.opcode != "tuple":
         return None
     left, right = test.operands
     direction = test.attribute("direction")
-    index, bound = _element(condition, left), _value(condition, right, same)
-    if bound is None:  # the other way round, or no bound that is known
-        index, bound = _element(condition, right), _value(condition, left, same)
+    index, bound = _element(condition, left), _value(condition, right, constants)
+    if bound is None:  # the bound may be on the left
+        index, bound = _element(condition, right), _value(condition, left, constants)
         direction = _FLIPPED.get(str(direction))
     if index is None or bound is None:
         return None
     first = _value(where, start.operands[index], known)
-    step = _step(body, body.root.operands[index], index, same)
+    step = _step(body, body.root.operands[index], index, constants)
     if first is None or not step:
         return None
     if direction in ("LE", "GE"):
@@ -62,7 +62,7 @@ def trips(module: Module, where: Computation, loop: Op, known: Known) -> int | N
 
 
 def _source(where: Computation, name: str) -> Op:
-    """The op, or what it is a copy of."""
+    """The op itself or, if it is a copy, the op that it copies."""
     op = where.ops[name]
     while op.opcode in ("copy", "bitcast"):
         op = where.ops[op.operands[0]]
@@ -70,7 +70,7 @@ def _source(where: Computation, name: str) -> Op:
 
 
 def _element(where: Computation, name: str) -> int | None:
-    """Which element of the parameter the op is; None if it is none."""
+    """Index of the parameter's element that the op is; None if it is not one."""
     op = _source(where, name)
     if op.opcode != "get-tuple-element" or where.ops[op.operands[0]].opcode != "parameter":
         return None
@@ -78,7 +78,7 @@ def _element(where: Computation, name: str) -> int | None:
 
 
 def _value(where: Computation, name: str, known: Known) -> int | None:
-    """The integer that the op is, if that can be known."""
+    """The op's value if it is a known integer, else None."""
     op = _source(where, name)
     if op.opcode == "constant":
         return int(op.literal) if re.fullmatch(r"-?\d+", op.literal) else None
@@ -87,7 +87,7 @@ def _value(where: Computation, name: str, known: Known) -> int | None:
 
 
 def _step(body: Computation, name: str, index: int, known: Known) -> int | None:
-    """What a turn adds to element `index`."""
+    """The integer that one turn of the loop adds to element `index`; None if it is not known."""
     op = _source(body, name)
     if op.opcode != "add":
         return None

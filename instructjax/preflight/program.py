@@ -1,4 +1,4 @@
-"""Jitted functions compiled for a slice: their memory, their counts, an estimate of their time."""
+"""Compiles jitted functions for a slice, and reports their memory, counts and estimated time."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from instructjax.preflight import hlo
 from instructjax.preflight.chips import GiB, Topology
 from instructjax.preflight.count import Counts, count
 
-# What an argument is, by the first of these that its path has: `state.opt_state[1][0].mu['embed']`.
+# Kind of an argument: the first whose pattern is in its path, `state.opt_state[1][0].mu['embed']`.
 KINDS = {
     "optimizer": r"opt_state|ema",
     "gradients": r"grads",
@@ -29,53 +29,53 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Compilable:
-    """A jitted function, with what it is called with."""
+    """A jitted function and its arguments."""
 
-    name: str  # for the table
-    jitted: Any  # of `jax.jit`
+    name: str  # in the tables
+    jitted: Any  # result of `jax.jit`
     args: tuple[Any, ...]  # trees of ShapeDtypeStructs, sharded over `topology.make_mesh`'s devices
     static: Mapping[str, Any] = field(default_factory=dict)  # the static arguments, by name
     trips: Sequence[float] = ()  # see `count.count`
-    runs: float = 1  # in an iteration of PPO; of SFT and RM, in a step
-    resident: float = 0  # see `Memory`; `shard_bytes` of those trees
-    # Calls of the same program that do less, by name: their trips. They are listed with no runs.
+    runs: float = 1  # in an iteration of PPO, or a step of SFT or RM
+    resident: float = 0  # see `Memory`; `shard_bytes` of the trees that stay
+    # Shorter calls of the same program: name -> trips. They are listed with 0 runs.
     parts: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. Those of arguments are their shards', without the padding of tiles."""
+    """Bytes on one device. Sizes of arguments are their shards', without the padding of tiles."""
 
     parameters: float
     optimizer: float  # moments, and an average of the parameters
-    gradients: float  # that are arguments: of several batches, added up
+    gradients: float  # sums of gradients over several batches, if they are arguments
     cache: float
     other: float  # batches, keys, the padding of all arguments
-    outputs: float  # that take over no argument's memory
-    temporaries: float  # activations, gradients, gathered weights; where it does not fit, all else
+    outputs: float  # results that do not reuse an argument's memory
+    temporaries: float  # activations, gradients, gathered weights; all else if it does not fit
     code: float
-    host: float  # arguments that rest in pinned host memory
-    resident: float = 0.0  # what is no argument and stays in HBM all the while: other models
+    host: float  # arguments in pinned host memory
+    resident: float = 0.0  # other models that stay in HBM during the run
 
     @property
     def peak(self) -> float:
-        """HBM at most: what the compiler laid out, arguments included."""
+        """Largest use of HBM as laid out by the compiler, arguments and other models included."""
         return sum(dataclasses.astuple(self)) - self.host
 
 
 @dataclass(frozen=True)
 class Program:
-    """What is known of one program, for each device."""
+    """Memory, counts and times of one program on each device."""
 
     name: str
     topology: Topology
     memory: Memory
-    counts: Counts | None  # None where the compiler gave up: it does not fit
-    runs: float  # in what the programs of a table make together, such as one iteration of PPO
+    counts: Counts | None  # None if the program does not fit and so was not compiled
+    runs: float  # in the work that a table describes, such as one iteration of PPO
 
     @property
     def usable(self) -> float:
-        """Bytes of HBM that there are."""
+        """Bytes of HBM that programs on one device can use."""
         return self.topology.chip.usable / self.topology.chip.devices
 
     @property
@@ -84,20 +84,20 @@ class Program:
 
     @property
     def compute_seconds(self) -> float:
-        """Of one run, at the peak rate of matmuls; nan where it was not compiled."""
+        """Seconds of matmuls in one run, at the peak rate; nan if it was not compiled."""
         chip = self.topology.chip
         return self.counts.flops / (chip.flops / chip.devices) if self.counts else float("nan")
 
     @property
     def memory_seconds(self) -> float:
-        """Of one run, at the peak bandwidth of HBM."""
+        """Seconds of HBM traffic in one run, at the peak bandwidth; nan if it was not compiled."""
         chip = self.topology.chip
         rate = chip.hbm_bandwidth / chip.devices
         return self.counts.hbm_bytes / rate if self.counts else float("nan")
 
     @property
     def network_seconds(self) -> float:
-        """Of one run: all its collectives one after another; see `Topology.ring_bandwidth`."""
+        """Seconds of all collectives of one run in sequence; see `Topology.ring_bandwidth`."""
         if self.counts is None:
             return float("nan")
         rate = self.topology.ring_bandwidth
@@ -105,15 +105,15 @@ class Program:
 
     @property
     def seconds(self) -> float:
-        """Roofline of one run: max(compute, HBM), then the network.
+        """Roofline of one run in seconds: max(compute, HBM) + network.
 
-        Not in it: latencies, moves to and from host memory, the host's own work, and matmuls whose
-        shapes fill no matrix unit. Nor that the compiler hides collectives behind compute.
+        It leaves out latencies, copies to and from host memory, the host's own work, and matmuls
+        too small to fill a matrix unit. It does not overlap collectives with compute.
         """
         return max(self.compute_seconds, self.memory_seconds) + self.network_seconds
 
     def json(self) -> dict[str, Any]:
-        """For a file: bytes, FLOPs and seconds of one device and run; None what is not known."""
+        """Bytes, FLOPs and seconds of one device and run, for a file; None if not known."""
         seconds = {
             "compute": self.compute_seconds,
             "memory": self.memory_seconds,
@@ -138,35 +138,35 @@ def analyse(
     topology: Topology,
     until: Callable[[Program], bool] = lambda program: False,
 ) -> Generator[list[Program]]:
-    """Compiles functions for a slice, two at a time; of each in turn, its parts and itself.
+    """Compiles functions for a slice, two at a time; yields, in order, each one's parts and itself.
 
     Args:
-      topology: the slice that the arguments are over.
-      until: ends it with the first program of which it is true: no other begins after that.
+      topology: the slice that the arguments are sharded over.
+      until: stops the analysis if true of a program: no further program is started.
     """
     ended = threading.Event()
 
     def run(each: Compilable) -> list[Program]:
-        found = [] if ended.is_set() else _analyse(each, topology)
-        # Here, and not where results are read: by then a worker would have begun the next.
-        if found and until(found[-1]):
+        analysed = [] if ended.is_set() else _analyse(each, topology)
+        # Set here, not in the loop below: a worker would start the next program before that.
+        if analysed and until(analysed[-1]):
             ended.set()
-        return found
+        return analysed
 
     with _uncached(), ThreadPoolExecutor(max_workers=2) as pool:
-        begun = [pool.submit(run, each) for each in programs]
+        futures = [pool.submit(run, each) for each in programs]
         try:
-            for each in begun:
-                found = each.result()
-                yield found
-                if until(found[-1]):
+            for future in futures:
+                analysed = future.result()
+                yield analysed
+                if until(analysed[-1]):
                     return
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def held(program: Compilable, topology: Topology) -> Program:
-    """What is known before a program is compiled: what its arguments and other models take."""
+def lower_bound(program: Compilable, topology: Topology) -> Program:
+    """The memory that a program takes at least: arguments and other models, without compiling."""
     sizes = _arguments(program.jitted, program.args) | {"resident": program.resident}
     memory = Memory(**sizes, other=0, outputs=0, temporaries=0, code=0)
     return Program(program.name, topology, memory, None, program.runs)
@@ -174,23 +174,23 @@ def held(program: Compilable, topology: Topology) -> Program:
 
 def _analyse(program: Compilable, topology: Topology) -> list[Program]:
     name, jitted, args = program.name, program.jitted, program.args
-    known = held(program, topology)
-    if known.memory.peak > known.usable:  # the compiler would take its time to say so
-        return [known]
+    bound = lower_bound(program, topology)
+    if bound.memory.peak > bound.usable:  # compiling would take long to come to the same answer
+        return [bound]
     try:
         compiled = jitted.lower(*args, **program.static).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
             raise
-        rest = max(0.0, needed - (known.memory.peak - program.resident))
+        more = max(0.0, needed - (bound.memory.peak - program.resident))
         return [
-            dataclasses.replace(known, memory=dataclasses.replace(known.memory, temporaries=rest))
+            dataclasses.replace(bound, memory=dataclasses.replace(bound.memory, temporaries=more))
         ]
     stats = compiled.memory_analysis()
-    arguments = sum(getattr(known.memory, kind) for kind in KINDS)
+    arguments = sum(getattr(bound.memory, kind) for kind in KINDS)
     memory = dataclasses.replace(
-        known.memory,
+        bound.memory,
         other=max(0.0, stats.argument_size_in_bytes - arguments),
         outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
@@ -201,17 +201,17 @@ def _analyse(program: Compilable, topology: Topology) -> list[Program]:
     calls = [(part, trips, 0) for part, trips in program.parts.items()]
     calls.append((name, program.trips, program.runs))
     return [
-        Program(called, topology, memory, count(module, trips), runs)
-        for called, trips, runs in calls
+        Program(call_name, topology, memory, count(module, trips), runs)
+        for call_name, trips, runs in calls
     ]
 
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Without jax's cache on disk, which cannot read back what was compiled for no real device."""
+    """Turns off jax's cache on disk: it cannot load a program compiled for absent devices."""
     enabled = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # it looks at its settings once
+    compilation_cache.reset_cache()  # the cache reads its settings only once
     try:
         yield
     finally:
@@ -230,30 +230,30 @@ def shard_bytes(tree: Any) -> float:
 
 
 def _arguments(jitted: Any, args: Sequence[Any]) -> dict[str, float]:
-    """Bytes of each kind of argument on one device, and in host memory."""
+    """Bytes of each kind of argument on one device, and of those in host memory."""
     sizes = dict.fromkeys([*KINDS, "host"], 0.0)
-    # A pytree's path begins with a number; what the function calls the argument says more.
+    # A path in the tuple begins with a number; the function's parameter name replaces it.
     names = list(inspect.signature(jitted).parameters)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tuple(args)):
-        said = names[path[0].idx] + jax.tree_util.keystr(path[1:])
-        kind = next((kind for kind, words in KINDS.items() if re.search(words, said)), None)
-        held = shard_bytes(leaf)
+        name = names[path[0].idx] + jax.tree_util.keystr(path[1:])
+        kind = next((kind for kind, words in KINDS.items() if re.search(words, name)), None)
+        size = shard_bytes(leaf)
         if leaf.sharding.memory_kind == "pinned_host":
-            sizes["host"] += held
+            sizes["host"] += size
         elif kind is not None:
-            sizes[kind] += held
+            sizes[kind] += size
     return sizes
 
 
 def _needed(error: str) -> float | None:
-    """Bytes of HBM that the compiler says a program would take; None of another error."""
+    """Bytes of HBM that an out-of-memory error says a program needs; None for another error."""
     units = {"K": 2**10, "M": 2**20, "G": GiB, "T": 2**40}
     size = r"([\d.]+)([KMGT])"
     total = rf"memory required .*?\({size}\) exceeds available HBM"
-    # Of what nearly fits it says more, with what the chip reserves for itself in the total.
+    # If the program nearly fits, the message is another: its total includes the chip's reserve.
     excess = rf"memory space hbm\. Used {size} of {size} hbm\. Exceeded hbm capacity by {size}"
-    if found := re.search(excess, error):
-        _, _, number, unit, *over = found.groups()
-        return float(number) * units[unit] + float(over[0]) * units[over[1]]
-    found = re.search(total, error)
-    return float(found.group(1)) * units[found.group(2)] if found else None
+    if match := re.search(excess, error):
+        _, _, number, unit, excess_number, excess_unit = match.groups()
+        return float(number) * units[unit] + float(excess_number) * units[excess_unit]
+    match = re.search(total, error)
+    return float(match.group(1)) * units[match.group(2)] if match else None

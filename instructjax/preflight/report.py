@@ -1,4 +1,4 @@
-"""Programs as a table, and a verdict on each."""
+"""Tables of programs, and a verdict on each program."""
 
 import math
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from instructjax.preflight.count import Collective, Counts
 from instructjax.preflight.program import Program
 
 ASSUMPTIONS = (
-    "Compiled, not run. FLOPs are those of matmuls, and every loop counts as often as it runs. The"
+    "Compiled, not run. FLOPs are those of matmuls; a loop's body counts as often as it runs. The"
     " roofline is max(FLOPs / peak, bytes / HBM bandwidth) + bytes sent / interconnect, at"
-    " published peaks: collectives overlap with nothing, and nothing waits for the host. Between"
-    " slices it is not estimated (?)."
+    " published peaks. It assumes that collectives overlap with nothing and that nothing waits for"
+    " the host. A ? stands for time on the network between slices, which is not estimated."
 )
 
 
 def tables(programs: Sequence[Program]) -> list[Table]:
-    """Memory; work and collectives of what was compiled.
+    """A table of memory and, if any program was compiled, tables of work and of collectives.
 
     Args:
-      programs: at least one, all of one slice.
+      programs: at least one, all for the same slice.
     """
     compiled = [program for program in programs if program.counts]
     return [_memory(programs), *([_work(compiled), _collectives(compiled)] if compiled else [])]
@@ -31,7 +31,7 @@ def tables(programs: Sequence[Program]) -> list[Table]:
 def _memory(programs: Sequence[Program]) -> Table:
     first = programs[0]
     where = f"{first.topology.name} ({first.topology.cloud}), {first.topology.devices} devices"
-    made = _table(
+    table = _table(
         f"{where}, {_gib(first.usable)} GiB of HBM usable in each",
         *(
             "GiB a device",
@@ -48,7 +48,7 @@ def _memory(programs: Sequence[Program]) -> Table:
     )
     for each in programs:
         m = each.memory
-        held = (
+        sizes = (
             m.parameters,
             m.optimizer,
             m.gradients,
@@ -57,12 +57,12 @@ def _memory(programs: Sequence[Program]) -> Table:
             m.other + m.outputs + m.code,
             m.resident,
         )
-        made.add_row(each.name, *map(_gib, (*held, m.peak, m.host)))
-    return made
+        table.add_row(each.name, *map(_gib, (*sizes, m.peak, m.host)))
+    return table
 
 
 def _work(programs: Sequence[Program]) -> Table:
-    made = _table(
+    table = _table(
         "Work of a device in one run, with the time of each part at the chip's peak",
         *("", "TFLOP", "ms", "HBM GB", "ms", "sent GB", "ms", "roofline ms", "runs"),
     )
@@ -74,45 +74,45 @@ def _work(programs: Sequence[Program]) -> Table:
             *(each.counts.hbm_bytes / 1e9, 1e3 * each.memory_seconds),
             *(sent / 1e9, 1e3 * each.network_seconds),
         )
-        made.add_row(each.name, *map(_short, (*parts, 1e3 * each.seconds, each.runs)))
+        table.add_row(each.name, *map(_short, (*parts, 1e3 * each.seconds, each.runs)))
     if len(programs) > 1:
-        made.add_section()
+        table.add_section()
         total = sum(each.runs * each.seconds for each in programs)
-        made.add_row("all runs", *[""] * 6, _short(1e3 * total), "")
-    return made
+        table.add_row("all runs", *[""] * 6, _short(1e3 * total), "")
+    return table
 
 
 def _collectives(programs: Sequence[Program]) -> Table:
-    made = _table(None, "", "collective", "devices", "times", "sent MB", "ms")
+    table = _table(None, "", "collective", "devices", "times", "sent MB", "ms")
     for program in programs:
         kinds: dict[tuple[str, int], list[Collective]] = {}
         for each in program.counts.collectives if program.counts else ():
             kinds.setdefault((each.kind, each.group), []).append(each)
-        for (kind, group), those in kinds.items():
-            sent, times = sum(x.bytes for x in those), sum(x.count for x in those)
-            took = sent / program.topology.ring_bandwidth(group)
-            figures = (group, times, sent / 1e6, 1e3 * took)
-            made.add_row(program.name, kind, *map(_short, figures))
-    return made
+        for (kind, group), collectives in kinds.items():
+            sent, times = sum(x.bytes for x in collectives), sum(x.count for x in collectives)
+            seconds = sent / program.topology.ring_bandwidth(group)
+            figures = (group, times, sent / 1e6, 1e3 * seconds)
+            table.add_row(program.name, kind, *map(_short, figures))
+    return table
 
 
-def _table(title: str | None, first: str, *rest: str) -> Table:
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    made.add_column(first)
-    for heading in rest:
-        made.add_column(heading, justify="left" if heading == "collective" else "right")
-    return made
+def _table(title: str | None, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first)
+    for heading in others:
+        table.add_column(heading, justify="left" if heading == "collective" else "right")
+    return table
 
 
 def verdict(program: Program) -> str:
-    """Whether it fits; by how much not, and what helps; what else there is to know of it."""
+    """Says whether a program fits, what helps if it does not, and notes on its counts."""
     peak, usable = program.memory.peak, program.usable
     if program.fits:
         share = 100 * peak / usable
         lines = [f"{program.name}: fits, {_gib(peak)} of {_gib(usable)} GiB ({share:.0f} %)"]
     else:
-        over = f"{_gib(peak - usable)} GiB over {_gib(usable)}"
-        lines = [f"{program.name}: does not fit, {over}", *advice(program)]
+        excess = f"{_gib(peak - usable)} GiB over {_gib(usable)}"
+        lines = [f"{program.name}: does not fit, {excess}", *advice(program)]
     if program.counts:
         lines += _notes(program.counts)
     return "\n  ".join(lines)
@@ -121,31 +121,31 @@ def verdict(program: Program) -> str:
 def _notes(counts: Counts) -> list[str]:
     total = sum(each.bytes for each in counts.collectives)
     notes = [
-        f"{100 * each.bytes / total:.0f} % of what it sends: {each.kind}, {each.count:g} times, at"
+        f"{100 * each.bytes / total:.0f} % of bytes sent: {each.kind}, {each.count:g} times, at"
         f" {each.where}"
         for each in counts.collectives[:3]
         if each.bytes > 0.1 * total
     ]
     if counts.uncounted:
-        notes.append(f"FLOPs unknown, not counted: {', '.join(counts.uncounted)}")
+        notes.append(f"kernels of unknown FLOPs, not counted: {', '.join(counts.uncounted)}")
     if counts.assumed:
-        notes.append(f"trips assumed, not known: {', '.join(counts.assumed)}")
+        notes.append(f"loops with assumed trip counts: {', '.join(counts.assumed)}")
     return notes
 
 
 def advice(program: Program) -> list[str]:
-    """What takes a tenth of the memory or more, largest first, with the knob that helps."""
-    m, text = program.memory, []
+    """Each part that takes over a tenth of the memory, largest first, with the flags that help."""
+    m = program.memory
     states = m.parameters + m.optimizer
     trained = f"{_gib(states)} GiB of parameters and optimizer: more fsdp in --mesh, which splits"
-    frozen = f"{_gib(m.parameters)} GiB of parameters: more tensor or fsdp in --mesh; of a frozen"
+    frozen = f"{_gib(m.parameters)} GiB of parameters: more tensor or fsdp in --mesh; for a frozen"
     smaller = "--remat full, more microbatches (fewer rows at a time), --shard_sequence"
     if program.name in ("prefill", "rollout"):
         smaller = "--sample_batch (fewer prompts at a time), more tensor in --mesh"
-    knobs = [
+    parts = [
         (states, f"{trained} them, or a larger slice")
         if m.optimizer
-        else (states, f"{frozen} model, --offload between its turns"),
+        else (states, f"{frozen} model, --offload (kept on the host between uses)"),
         (
             m.temporaries,
             f"{_gib(m.temporaries)} GiB of activations and other temporaries: {smaller}, a larger"
@@ -154,14 +154,11 @@ def advice(program: Program) -> list[str]:
         (m.cache, f"{_gib(m.cache)} GiB of cache: more tensor in --mesh, fewer rows at a time"),
         (
             m.resident,
-            f"{_gib(m.resident)} GiB of the other models: --offload for those that are frozen and,"
-            " in a rollout, for all; more fsdp in --mesh for those that are trained",
+            f"{_gib(m.resident)} GiB of the other models: --offload, which moves frozen models and,"
+            " in a rollout, all models to the host; more fsdp in --mesh for trained models",
         ),
     ]
-    for size, words in sorted(knobs, reverse=True):
-        if size > 0.1 * m.peak:
-            text.append(words)
-    return text
+    return [text for size, text in sorted(parts, reverse=True) if size > 0.1 * m.peak]
 
 
 def _gib(size: float) -> str:

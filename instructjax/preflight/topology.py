@@ -1,4 +1,4 @@
-"""A mesh over TPUs that are not there: libtpu describes them, and compiles for them."""
+"""A mesh over TPUs that this machine does not have; libtpu describes them and compiles for them."""
 
 import importlib.util
 import os
@@ -13,12 +13,12 @@ from instructjax.preflight.chips import Topology
 
 
 def load_libtpu() -> None:
-    """Settles this process for libtpu without a TPU: silent, beside others, jax on the CPU alone.
+    """Sets up this process to use libtpu without a TPU, and jax to use the CPU alone.
 
-    To be called before jax has looked for devices.
+    libtpu then prints nothing, and other processes may use it. Call before jax looks for devices.
 
     Raises:
-      ModuleNotFoundError: libtpu is not installed; names the extra that brings it.
+      ModuleNotFoundError: libtpu is not installed; the message names the extra to install.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
@@ -26,12 +26,12 @@ def load_libtpu() -> None:
             " 'instructjax[preflight]' (Linux on x86-64)"
         )
     for name, value in {
-        # libtpu would ask a metadata server what TPU this host has, and complain on stderr of
-        # getting no answer; nothing that is compiled depends on what it is told here.
+        # Otherwise libtpu asks a metadata server for this host's TPU and prints errors when it gets
+        # no answer. Compiled programs do not depend on these values.
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else the second of two processes aborts
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise the second of two processes aborts
     }.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
@@ -42,11 +42,11 @@ def make_mesh(topology: Topology, mesh: str = "") -> Mesh:
 
     Args:
       topology: of `chips.parse_topology`.
-      mesh: `data=..,fsdp=..,tensor=..`.
+      mesh: value of `--mesh`, such as `data=2,fsdp=-1`.
 
     Raises:
       ModuleNotFoundError: libtpu is not installed.
-      ValueError: libtpu knows no such slice, or the mesh does not fit it.
+      ValueError: libtpu knows no such slice, or the mesh does not fit the slice.
     """
     load_libtpu()
     keywords: dict[str, Any] = (
@@ -55,7 +55,7 @@ def make_mesh(topology: Topology, mesh: str = "") -> Mesh:
     if topology.chip.config is not None:
         keywords["chip_config_name"] = topology.chip.config
     try:
-        described = topologies.get_topology_desc(topology.slice, "tpu", **keywords)
+        description = topologies.get_topology_desc(topology.slice, "tpu", **keywords)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"--topology {topology.name}: {str(error).splitlines()[0]}") from error
-    return sharding.make_mesh(**sharding.parse_mesh(mesh), devices=described.devices)
+    return sharding.make_mesh(**sharding.parse_mesh(mesh), devices=description.devices)
