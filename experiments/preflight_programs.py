@@ -253,7 +253,7 @@ def text_batch(rows: int, length: int, mesh: Mesh) -> dict[str, Any]:
 
 
 def response_rows(rows: int, P: int, R: int, mesh: Mesh) -> dict[str, Any]:
-    """Rows of a rollout once it is scored; see responses.py."""
+    """Rows of a rollout once it is scored; see rollout.py."""
     of_responses = "tokens_BR", "mask_BR", "logp_BR", "value_BR", "advantage_BR", "return_BR"
     of_prompts = dict.fromkeys(("prompt_BP", "prompt_mask_BP"), (rows, P))
     return abstract_rows({**of_prompts, **dict.fromkeys(of_responses, (rows, R))}, mesh)
