@@ -81,7 +81,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
         lengths = np.concatenate([half.prompt.lengths for half in (seen, unseen)])
         widths = sampler.buckets(lengths.tolist())
         P = min(widths[-1], model.max_length - R)
-        buckets = rollout.bucket_sizes(R, flags.buckets)
+        buckets = sampler.buckets(range(1, R + 1), flags.buckets, 8, longest=R)
         prompt_sizes, sizes = (" or ".join(map(str, x)) for x in (widths, buckets))
         print(f"  prompts are padded to {prompt_sizes} tokens, responses to {sizes}")
         stream = Stream(PromptRows(seen), config.batch_size, seed=config.seed)
