@@ -70,7 +70,7 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
     # The data. An EOS id alone makes the sampler expect that responses end early.
     prompts = draw_tokens((rows_count, task.prompt)).tolist()
     eos_ids = (task.vocab - 2,) if min(task.lengths) < R else ()
-    buckets = rollout.bucket_sizes(R, task.buckets)
+    buckets = sampler.buckets(range(1, R + 1), task.buckets, 8, longest=R)
     T = task.prompt + R
     text = {
         "tokens_BT": draw_tokens((task.minibatch, T)),

@@ -17,7 +17,7 @@ from run_ppo import Programs
 from instructjax import models, offload, preflight, sampler, scoring, sharding, state
 from instructjax.models import ModelConfig, Params
 from instructjax.preflight import Compilable
-from instructjax.sampler.decode import Batch
+from instructjax.sampler.decode import PaddedPrompts, Settings
 
 SHAPE = jax.ShapeDtypeStruct
 
@@ -162,12 +162,13 @@ def ppo_programs(
 
 def rollout(
     config: ppo_config.Config, model: ModelConfig, P: int, R: int, mesh: Mesh
-) -> tuple[Batch, dict[str, Any], list[float]]:
+) -> tuple[PaddedPrompts, dict[str, Any], list[float]]:
     """(prompts, static arguments, trips of the loops) of the sampler's program."""
     prompts = config.sample_batch or config.batch_size
-    rows, settings = sampler.plan(prompts, R, model.eos_ids, mesh, temperature=config.temperature)
+    settings = Settings(model, R, temperature=config.temperature, eos_ids=model.eos_ids)
+    rows, settings = sampler.plan(prompts, settings, mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    whole = Batch(
+    whole = PaddedPrompts(
         np.empty((rows * shards, P), np.int32),
         np.empty((rows * shards, P), bool),
         np.empty(rows * shards, np.int32),
@@ -180,7 +181,7 @@ def rollout(
     trips = [R * rows / settings.slots]
     if settings.slots < rows:
         trips.append(settings.slots / R)
-    return batch, {"config": model, "settings": settings, "mesh": mesh}, trips
+    return batch, {"settings": settings, "mesh": mesh}, trips
 
 
 # ------------------------------------------------------------------------------------ arguments

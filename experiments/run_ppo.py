@@ -302,7 +302,10 @@ class Programs:
         replicated = sharding.replicated(mesh)
         self.config, self.model, self.mesh = config, model, mesh
         self.prompt_widths = prompt_widths
-        self.response_widths = rollout.bucket_sizes(config.max_new_tokens, flags.buckets)
+        longest = config.max_new_tokens
+        self.response_widths = sampler.buckets(
+            range(1, longest + 1), flags.buckets, 8, longest=longest
+        )
         self.rescore = config.model_dtype != "float32" if flags.rescore is None else flags.rescore
 
         # Log-probabilities, values, experience.

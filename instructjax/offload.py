@@ -1,25 +1,17 @@
 """Frozen models, and arrays that wait in host memory for the phase that uses them."""
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from instructjax import models
 from instructjax.models import Params
 
 
 def freeze(params: Params, dtype: str) -> Params:
-    """A copy in the compute dtype, but for what computes in float32 in a trained model too.
-
-    Norms rounded to bfloat16 would be another model than the policy, and KL not 0 at the start.
-    """
-
-    def cast(path, x: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        return x if "norm" in name or "score" in name else x.astype(dtype)
-
-    return jax.jit(functools.partial(jax.tree_util.tree_map_with_path, cast))(params)
+    """A copy in the compute dtype; see `models.cast`."""
+    return jax.jit(models.cast, static_argnums=1)(params, dtype)
 
 
 @dataclass(frozen=True)

@@ -121,21 +121,8 @@ def sample(
 
 def left_padded(prompts: Sequence[Sequence[int]], length: int) -> Batch:
     """prompt_BP and prompt_mask_BP of lists of token ids, in NumPy."""
-    prompt_BP = np.zeros((len(prompts), length), np.int32)
-    mask_BP = np.zeros((len(prompts), length), bool)
-    for i, prompt in enumerate(prompts):
-        prompt_BP[i, length - len(prompt) :] = prompt
-        mask_BP[i, length - len(prompt) :] = True
+    prompt_BP, mask_BP = sampler.pad_prompts(prompts, length)
     return {"prompt_BP": prompt_BP, "prompt_mask_BP": mask_BP}
-
-
-def bucket_sizes(longest: int, count: int, multiple: int = 8) -> list[int]:
-    """At most `count` lengths, evenly spaced, that hold everything up to `longest`.
-
-    Each is a compiled shape: more of them waste less padding and compile longer.
-    """
-    steps = [-(-longest * i // (count * multiple)) * multiple for i in range(1, count + 1)]
-    return sorted({min(size, longest) for size in steps})
 
 
 def batches(

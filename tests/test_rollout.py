@@ -166,24 +166,6 @@ def test_left_padded():
         rollout.left_padded([[1, 2, 3, 4]], 3)
 
 
-def test_bucket_sizes_by_hand():
-    assert rollout.bucket_sizes(32, 2) == [16, 32]
-    assert rollout.bucket_sizes(32, 1) == [32]
-    assert rollout.bucket_sizes(20, 2) == [16, 20]
-    assert rollout.bucket_sizes(5, 4) == [5]
-    assert rollout.bucket_sizes(1024, 4) == [256, 512, 768, 1024]
-
-
-@settings(deadline=None)
-@given(st.integers(1, 300), st.integers(1, 6))
-def test_bucket_sizes(longest, count):
-    sizes = rollout.bucket_sizes(longest, count)
-    assert sizes == sorted(set(sizes))
-    assert sizes[-1] == longest
-    assert len(sizes) <= count
-    assert all(size % 8 == 0 for size in sizes[:-1])
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(0, R), min_size=1, max_size=9),

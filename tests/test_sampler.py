@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from instructjax import models, sampler, sharding
 from instructjax.models import ModelConfig, Rope
-from instructjax.sampler import decode, draw
+from instructjax.sampler import decode, draw, sample
 
 CONFIG = ModelConfig(
     vocab_size=40, layers=2, width=16, heads=2, mlp_width=32, max_length=128, eos_ids=(3,)
@@ -332,15 +334,16 @@ def test_no_parameter_is_gathered_in_the_loop(axes):
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, layout
     )
     rows = sharding.batched(mesh)
-    batch = decode.Batch(
+    prompts = decode.PaddedPrompts(
         *(
             jax.ShapeDtypeStruct(shape, kind, sharding=rows)
             for shape, kind in (((32, 8), jnp.int32), ((32, 8), bool), ((32,), jnp.int32))
         )
     )
-    settings = decode.Settings(R, 0, 1.0, 0, 1.0, (3,), samples=1, slots=2)
     program = sampler.generate_on_device.lower(
-        placed, batch, jax.random.key(0), config=config, settings=settings, mesh=mesh
+        *(placed, prompts, jax.random.key(0)),
+        settings=sampler.Settings(config, R, eos_ids=(3,), slots=2),
+        mesh=mesh,
     ).compile()
     within, before = collectives(program.as_text())
     smallest = 64 * 64 // axes[2]  # a query kernel's share
@@ -353,7 +356,7 @@ def test_weights_for_decoding():
     """The compute dtype, but for the norms; whole on each data shard, split over tensor."""
     mesh = sharding.make_mesh(2, 2, 2)
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
-    weights = jax.jit(sampler._lay_out, static_argnums=(1, 2))(params(), config, mesh)
+    weights = jax.jit(sample.lay_out, static_argnums=(1, 2))(params(), config, mesh)
     query = weights["layers"][1]["attention"]["query"]["kernel"]
     assert query.dtype == jnp.bfloat16
     assert query.sharding.spec == jax.sharding.PartitionSpec(None, "tensor")
@@ -380,6 +383,26 @@ def test_buckets():
     assert sampler.buckets(lengths, most=1) == (208,)
     assert sampler.buckets(lengths, most=2) == (16, 208)
     assert sampler.buckets(lengths, most=3) == (16, 64, 208)
+    # Responses of any length up to the longest allowed.
+    for longest, most, widths in [
+        (32, 2, (16, 32)),
+        (32, 1, (32,)),
+        (20, 2, (8, 20)),
+        (6, 1, (6,)),
+        (5, 4, (5,)),
+        (1024, 4, (256, 512, 768, 1024)),
+    ]:
+        assert sampler.buckets(range(1, longest + 1), most, 8, longest=longest) == widths
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.integers(1, 6))
+def test_buckets_of_all_lengths(longest, most):
+    widths = sampler.buckets(range(1, longest + 1), most, 8, longest=longest)
+    assert widths == tuple(sorted(set(widths)))
+    assert widths[-1] == longest
+    assert len(widths) <= most
+    assert all(width % 8 == 0 for width in widths[:-1])
 
 
 def test_streaming_gives_the_same_tokens():

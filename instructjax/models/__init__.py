@@ -18,4 +18,12 @@ from instructjax.models.heads import (
     token_logp,
     unembedding,
 )
-from instructjax.models.layer import Params, Shard, init, logical_axes, unsharded, with_scalar_head
+from instructjax.models.layer import (
+    Params,
+    Shard,
+    cast,
+    init,
+    logical_axes,
+    unsharded,
+    with_scalar_head,
+)

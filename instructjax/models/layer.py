@@ -269,6 +269,19 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     return meta.unbox(_boxed_init(config, key))
 
 
+def cast(params: Params, dtype: str) -> Params:
+    """Weights in the compute dtype, except norms and the scalar head, which compute in float32.
+
+    Norms rounded to bfloat16 would make another model than the one that is trained.
+    """
+
+    def cast_leaf(path, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        return x if "norm" in name or "score" in name else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast_leaf, params)
+
+
 def logical_axes(config: ModelConfig) -> Params:
     """The tree of `init`, with a tuple of logical axis names in place of each array."""
     boxed = jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0))

@@ -1,14 +1,29 @@
-"""The decode loop: everything between the prompts on the device and their responses.
+"""The decode loop: from padded prompts to responses, all on the device.
 
-Fewer responses are written at a time (slots) than there are to write (rows). A slot whose response
-ends takes the next waiting row within the loop: its prompt was prefilled before with all others,
-so a refill copies one row of their caches. When no row waits, the slots that still live move into
-half as many, twice. Plain batching is the case of as many slots as rows.
+A row is a response to write. A slot writes one row at a time, and there may be fewer slots than
+rows. All prompts are prefilled first. A slot whose response has ended takes the next waiting row,
+which costs a copy of its prompt's cache. When no row waits, the busy slots move into half as many,
+and later into a quarter. As many slots as rows are plain batching.
+
+Six rows in four slots. A cell is the row that the slot writes; a dot marks the row's last token.
+(Slots shrink from 16 up; here they shrink from four.)
+
+    step       0    1    2  |  3  |  4    5
+    column    P+0  P+1  P+2 | P+3 | P+4  P+5
+    slot 0     0    0    0  |  0. |  2    2.
+    slot 1     1.   4    4. |  2  |
+    slot 2     2    2    2  |
+    slot 3     3    3.   5. |
+
+Row 4 refills slot 1 before step 1, and row 5 refills slot 3 before step 2. After step 2 no row
+waits and two slots are busy, so rows 0 and 2 move into two slots; after step 3, row 2 moves into
+one. At each step all slots write the same column, P + step % R. The token that is overwritten
+there is R steps old, so its response has ended.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -24,225 +39,209 @@ from instructjax.sampler import draw
 
 @flax.struct.dataclass
 class Rollout:
-    """Responses, a row per sample: the samples of a prompt stand together."""
+    """Responses, one row per sample; the samples of a prompt are neighbours."""
 
     tokens_BR: jax.Array  # int32, the response with its EOS; 0 after it
     mask_BR: jax.Array  # bool, a prefix: True up to and including EOS
     logp_BR: jax.Array  # float32, of each token at the sampling temperature; 0 after the end
-    live_fraction: Any = None  # float32 [], share of slots' steps that gave a token
+    live_fraction: Any = None  # float32 [], share of the slots' steps that gave a token
 
     def responses(self) -> list[list[int]]:
-        """Token ids of each row, EOS included."""
-        # On several hosts, each gets all.
+        """Token ids of each row, EOS included; every host gets all rows."""
         tokens, lengths = process_allgather((self.tokens_BR, self.mask_BR.sum(-1)), tiled=True)
         return [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
 
 
 class Settings(NamedTuple):
-    """What a program is compiled for, besides the model and the arrays' shapes."""
+    """What a program is compiled for, besides the arrays' shapes."""
 
+    config: ModelConfig
     max_new_tokens: int
-    min_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    eos_ids: tuple[int, ...]
-    samples: int
-    slots: int  # of one data shard
-
-    @property
-    def sizes(self) -> list[int]:
-        """Slots of each loop.
-
-        At the end most slots would be idle, if some responses are long: two more programs take
-        the time of half as many slots, and of a quarter.
-        """
-        several = bool(self.eos_ids) and self.slots >= 16
-        return [self.slots, self.slots // 2, self.slots // 4] if several else [self.slots]
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    eos_ids: tuple[int, ...] = ()
+    samples: int = 1  # of each prompt
+    slots: int = 1  # of one data shard
+    shard: Shard = models.unsharded
 
 
-class Batch(NamedTuple):
-    """Prompts padded on the left. The rows that fill up the mesh have the index -1."""
+class PaddedPrompts(NamedTuple):
+    """Prompts padded on the left. Rows that only fill up the mesh have the number -1."""
 
     tokens_BP: Any  # int32
-    live_BP: Any  # bool
-    index_B: Any  # int32, what a prompt's noise depends on
+    mask_BP: Any  # bool
+    number_B: Any  # int32, what a prompt's noise depends on
+
+
+class Prefilled(NamedTuple):
+    """Prompts after their prefill."""
+
+    hidden_BD: jax.Array  # of each prompt's last token
+    cache: Cache  # of P columns
+
+
+class Slots(NamedTuple):
+    """What each slot (B) holds."""
+
+    hidden_BD: jax.Array  # of the last token
+    cache: Cache  # P columns of the prompt, then R columns of responses
+    row_B: jax.Array  # int32, the row that the slot writes; the number of rows if it is idle
+    length_B: jax.Array  # int32, tokens of the response so far
 
 
 @flax.struct.dataclass
 class State:
-    """What the loop carries. B are slots; the rows are those of one data shard."""
+    """What the loop of one data shard carries."""
 
-    hidden_BD: jax.Array  # of each slot's last token
-    cache: Cache  # P columns for prompts, then R that all slots go round in together
-    row_B: jax.Array  # int32, the row that a slot writes; idle: the number of rows
-    length_B: jax.Array  # int32, tokens of its response so far
-    waiting: jax.Array  # int32 [], the first row that has had no slot yet
-    steps: jax.Array  # int32 [], tokens drawn by each slot
-    spent: jax.Array  # int32 [], the same summed over slots
-    out: Rollout  # of all rows
+    slots: Slots
+    real_rows: jax.Array  # int32 [], rows to write; the rows after them fill up the mesh
+    next_row: jax.Array  # int32 [], the first row that has had no slot yet
+    steps: jax.Array  # int32 [], steps so far
+    slot_steps: jax.Array  # int32 [], the number of slots, summed over these steps
+    rollout: Rollout  # of all rows
 
 
-Prompts = tuple[jax.Array, Cache]  # hidden_BD of the last tokens; caches of P columns
-
-
-def run(
+def decode(
     weights: Params,
-    batch: Batch,
+    prompts: PaddedPrompts,
     key: jax.Array,
-    *,
-    config: ModelConfig,
-    s: Settings,
-    shard: Shard = models.unsharded,
-    together: tuple[str, ...] = (),
+    settings: Settings,
+    lockstep_axes: tuple[str, ...] = (),
 ) -> tuple[Rollout, jax.Array]:
-    """One data shard's responses, and the steps that its slots took, [1].
+    """Writes the responses of one data shard.
 
     Args:
-      weights: of `_lay_out`.
-      together: mesh axes whose shards go on for as long as any of them has work.
+      weights: see `sample.lay_out`.
+      lockstep_axes: mesh axes whose shards go on for as long as any of them has work.
+
+    Returns:
+      (the rollout of all rows, the steps that its slots took [1]).
     """
-    rows, real = len(batch.index_B) * s.samples, jnp.sum(batch.index_B >= 0) * s.samples
-    prompts = prefill(weights, batch, config, s, shard)
-    state = take(start(prompts, rows, config, s), prompts, real, s, slot=0, n=s.slots)
-    more = functools.partial(step, weights, batch.index_B, key, config=config, s=s, shard=shard)
+    state, prefilled = begin(weights, prompts, settings)
+    rows, n = len(state.rollout.mask_BR), settings.slots
 
-    def more_than(n: int) -> Callable[[State], jax.Array]:
-        def unfinished(state: State) -> jax.Array:
-            busy = (state.waiting < real) | (jnp.sum(state.row_B < rows) > n)
-            return jax.lax.psum(busy.astype(jnp.int32), together) > 0
+    def has_work(state: State, next_size: int) -> jax.Array:
+        busy = jnp.sum(state.slots.row_B < rows)
+        work = (state.next_row < state.real_rows) | (busy > next_size)
+        return jax.lax.psum(work.astype(jnp.int32), lockstep_axes) > 0
 
-        return unfinished
+    def step(state: State) -> State:
+        if len(state.slots.row_B) == n < rows:
+            state = refill(state, prefilled)
+        return draw_and_extend(weights, prompts.number_B, key, state, settings)
 
-    for size, smaller in zip(s.sizes, [*s.sizes[1:], 0], strict=True):
-        turn = more
-        if size < s.slots:
+    # The loop shrinks at the end, so that the last, long responses take less time.
+    sizes = [n, n // 2, n // 4, 0] if settings.eos_ids and n >= 16 else [n, 0]
+    for size, next_size in itertools.pairwise(sizes):
+        if size < n:
             state = compact(state, size)
-        elif size < rows:
-            turn = lambda state: more(refill(state, prompts, real, s))  # noqa: E731
-        state = jax.lax.while_loop(more_than(smaller), turn, state)
-    return state.out, state.spent[None]
+        state = jax.lax.while_loop(functools.partial(has_work, next_size=next_size), step, state)
+    return state.rollout, state.slot_steps[None]
 
 
-def prefill(weights, batch: Batch, config, s: Settings, shard: Shard) -> Prompts:
-    """The prompts, as many at a time as there are slots."""
-    B, P = batch.tokens_BP.shape
-
-    def some(tokens_live):
-        hidden, cache = models.extend(weights, config, None, *tokens_live, column=0, shard=shard)
-        return hidden[:, -1], cache
-
-    n = -(-B // s.slots)
-    if n == 1:
-        return some(batch[:2])
-    even = [jnp.pad(x, ((0, n * s.slots - B), (0, 0))).reshape(n, -1, P) for x in batch[:2]]
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:B], jax.lax.map(some, even))
-
-
-def start(prompts: Prompts, rows: int, config: ModelConfig, s: Settings) -> State:
-    """All slots idle."""
-    hidden_BD, cache = prompts
-    P, R, idle_B = cache.live_BS.shape[1], s.max_new_tokens, jnp.full(s.slots, rows)
+def begin(weights: Params, prompts: PaddedPrompts, settings: Settings) -> tuple[State, Prefilled]:
+    """Prefills all prompts and gives the first rows to the slots."""
+    prefilled = prefill(weights, prompts, settings)
+    (B, P), n, R = prompts.tokens_BP.shape, settings.slots, settings.max_new_tokens
+    rows = B * settings.samples
+    idle = Slots(
+        hidden_BD=jnp.zeros_like(prefilled.hidden_BD, shape=(n, settings.config.width)),
+        cache=Cache.create(settings.config, n, P + R, prefilled.cache.stacked),
+        row_B=jnp.full(n, rows),
+        length_B=jnp.full(n, 0),
+    )
+    empty = [jnp.zeros((rows, R), dtype) for dtype in (jnp.int32, bool, jnp.float32)]
+    real_rows = jnp.sum(prompts.number_B >= 0) * settings.samples
     zero = jnp.int32(0)
-    return State(
-        hidden_BD=jnp.zeros((s.slots, config.width), hidden_BD.dtype),
-        cache=Cache.create(config, s.slots, P + R, cache.stacked),
-        row_B=idle_B,
-        length_B=jnp.zeros_like(idle_B),
-        waiting=zero,
-        steps=zero,
-        spent=zero,
-        out=Rollout(
-            jnp.zeros((rows, R), jnp.int32), jnp.zeros((rows, R), bool), jnp.zeros((rows, R))
-        ),
-    )
+    state = State(idle, real_rows, zero, zero, zero, Rollout(*empty))
+    return assign_rows(state, prefilled, slot=0, n=n), prefilled
 
 
-def take(state: State, prompts: Prompts, real: jax.Array, s: Settings, slot, n: int) -> State:
-    """The next n waiting rows, if so many are real, go to `slot` and the slots after it."""
-    row_n = state.waiting + jnp.arange(n)
-    put = lambda x, y: jax.lax.dynamic_update_slice(x, y, (slot, *[0] * (x.ndim - 1)))  # noqa: E731
-    copied = jax.tree.map(lambda x: x[row_n // s.samples], prompts)
-    hidden_BD, cache = jax.tree.map(put, (state.hidden_BD, state.cache), copied)
-    # The response before this one, if there was any, is no longer seen.
-    clean = jnp.zeros((n, s.max_new_tokens), bool)
-    seen = jnp.concatenate([copied[1].live_BS, clean], axis=1)
-    return dataclasses.replace(
-        state,
-        hidden_BD=hidden_BD,
-        cache=cache.replace(live_BS=put(cache.live_BS, seen)),
-        row_B=put(state.row_B, jnp.where(row_n < real, row_n, len(state.out.mask_BR))),
-        length_B=put(state.length_B, jnp.zeros_like(row_n)),
-        waiting=state.waiting + n,
-    )
+def prefill(weights: Params, prompts: PaddedPrompts, settings: Settings) -> Prefilled:
+    """Runs the model on the prompts, as many at a time as there are slots."""
+    B, P = prompts.tokens_BP.shape
+
+    def run(tokens_mask) -> Prefilled:
+        where: Any = {"column": 0, "shard": settings.shard}
+        hidden, cache = models.extend(weights, settings.config, None, *tokens_mask, **where)
+        return Prefilled(hidden[:, -1], cache)
+
+    turns = -(-B // settings.slots)
+    if turns == 1:
+        return run(prompts[:2])
+    padding = (0, turns * settings.slots - B), (0, 0)
+    stacked = [jnp.pad(x, padding).reshape(turns, -1, P) for x in prompts[:2]]
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:B], jax.lax.map(run, stacked))
 
 
-def refill(state: State, prompts: Prompts, real: jax.Array, s: Settings) -> State:
-    """Idle slots take waiting rows, one a turn: the work is that of the rows that are copied."""
-    rows = len(state.out.mask_BR)
+def assign_rows(state: State, prefilled: Prefilled, slot: jax.Array | int, n: int) -> State:
+    """Gives the next n rows to n slots, from `slot` on; a slot without a real row is idle."""
+    rows, R = state.rollout.mask_BR.shape
+    samples = rows // len(prefilled.hidden_BD)
+    row_n = state.next_row + jnp.arange(n)
+    hidden_nD, cache = jax.tree.map(lambda x: x[row_n // samples], prefilled)
+    # The R columns of the slot's last response are no longer seen.
+    cache = cache.replace(live_BS=jnp.pad(cache.live_BS, ((0, 0), (0, R))))
+    row_or_idle_n = jnp.where(row_n < state.real_rows, row_n, rows)
+    given = Slots(hidden_nD, cache, row_or_idle_n, jnp.zeros_like(row_n))
+    put = lambda x, new: jax.lax.dynamic_update_slice(x, new, (slot, *[0] * (x.ndim - 1)))  # noqa: E731
+    slots = jax.tree.map(put, state.slots, given)
+    return dataclasses.replace(state, slots=slots, next_row=state.next_row + n)
 
-    def due(state: State) -> jax.Array:
-        return (state.waiting < real) & jnp.any(state.row_B == rows)
 
-    def one(state: State) -> State:
-        return take(state, prompts, real, s, jnp.argmax(state.row_B), 1)  # an idle one
+def refill(state: State, prefilled: Prefilled) -> State:
+    """Gives waiting rows to idle slots, one at a time: the work is that of the rows copied."""
+    idle = len(state.rollout.mask_BR)
 
-    return jax.lax.while_loop(due, one, state)
+    def unfilled(state: State) -> jax.Array:
+        return (state.next_row < state.real_rows) & jnp.any(state.slots.row_B == idle)
+
+    def refill_slot(state: State) -> State:
+        return assign_rows(state, prefilled, slot=jnp.argmax(state.slots.row_B), n=1)
+
+    return jax.lax.while_loop(unfilled, refill_slot, state)
 
 
-def step(
-    weights: Params,
-    index_B: jax.Array,
-    key: jax.Array,
-    state: State,
-    *,
-    config: ModelConfig,
-    s: Settings,
-    shard: Shard = models.unsharded,
+def draw_and_extend(
+    weights: Params, number_B: jax.Array, key: jax.Array, state: State, settings: Settings
 ) -> State:
-    """One more token in each slot. Idle slots draw one too, which goes nowhere."""
-    rows, R = state.out.mask_BR.shape
-    row_B, length_B, live_B = state.row_B, state.length_B, state.row_B < rows
-    unembed_VD = weights["unembed"]["kernel"]
-    hidden_BTD = state.hidden_BD[:, None]
-    logits_BV = models.token_logits(hidden_BTD, unembed_VD, config, s.temperature)[:, 0]
-    logits_BV = allowed_BV = shard(logits_BV, "batch", "vocab")
+    """Draws a token in each slot and runs the model on it. The tokens of idle slots are dropped."""
+    (hidden_BD, cache, row_B, length_B), s = state.slots, settings
+    rows, R = state.rollout.mask_BR.shape
+    live_B = row_B < rows
+
+    hidden_B1D, unembed_VD = hidden_BD[:, None], weights["unembed"]["kernel"]
+    logits_BV = models.token_logits(hidden_B1D, unembed_VD, s.config, s.temperature)[:, 0]
+    logits_BV = allowed_BV = s.shard(logits_BV, "batch", "vocab")
     eos = jnp.array(s.eos_ids, jnp.int32)
     if s.eos_ids and s.min_new_tokens:
         early_B1 = (length_B < s.min_new_tokens)[:, None]
         ends_1V = jnp.isin(jnp.arange(logits_BV.shape[1]), eos)[None]
         allowed_BV = jnp.where(early_B1 & ends_1V, NEG_INF, logits_BV)
-    whose = index_B[row_B // s.samples], row_B % s.samples, length_B
-    noise_BV = draw.noise(key, *whose, config.vocab_size, logits_BV.shape[1])
+    counters = number_B[row_B // s.samples], row_B % s.samples, length_B
+    noise_BV = draw.noise(key, *counters, s.config.vocab_size, logits_BV.shape[1])
     token_B = draw.argmax(draw.restrict(allowed_BV, s.top_k, s.top_p) + noise_BV)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
     logp_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
-    put = lambda x, y: x.at[row_B, length_B].set(y, mode="drop")  # noqa: E731
-    out = jax.tree.map(put, state.out, Rollout(token_B, live_B, logp_B))
+    record = lambda x_BR, new_B: x_BR.at[row_B, length_B].set(new_B, mode="drop")  # noqa: E731
+    rollout = jax.tree.map(record, state.rollout, Rollout(token_B, live_B, logp_B))
 
-    # All slots write the same column, and go round in the last R of them: what a slot overwrites
-    # there is R steps old, of a response that has ended.
-    column = state.cache.live_BS.shape[1] - R + state.steps % R
+    column = cache.live_BS.shape[1] - R + state.steps % R
     new = token_B[:, None], live_B[:, None]
-    hidden, cache = models.extend(weights, config, state.cache, *new, column=column, shard=shard)
+    hidden, cache = models.extend(weights, s.config, cache, *new, column=column, shard=s.shard)
     ended_B = (length_B + 1 == R) | jnp.isin(token_B, eos)
     return dataclasses.replace(
         state,
-        hidden_BD=hidden[:, 0],
-        cache=cache,
-        row_B=jnp.where(ended_B, rows, row_B),
-        length_B=length_B + 1,
+        slots=Slots(hidden[:, 0], cache, jnp.where(ended_B, rows, row_B), length_B + 1),
         steps=state.steps + 1,
-        spent=state.spent + len(row_B),
-        out=out,
+        slot_steps=state.slot_steps + len(row_B),
+        rollout=rollout,
     )
 
 
 def compact(state: State, size: int) -> State:
-    """Moves the slots that are not idle into `size` ones."""
-    first = jnp.argsort(state.row_B)[:size]  # idle ones come last
-    slots = state.hidden_BD, state.cache, state.row_B, state.length_B
-    hidden_BD, cache, row_B, length_B = jax.tree.map(lambda x: x[first], slots)
-    return dataclasses.replace(
-        state, hidden_BD=hidden_BD, cache=cache, row_B=row_B, length_B=length_B
-    )
+    """Moves the busy slots into `size` slots."""
+    first = jnp.argsort(state.slots.row_B)[:size]  # idle ones come last
+    return dataclasses.replace(state, slots=jax.tree.map(lambda x: x[first], state.slots))

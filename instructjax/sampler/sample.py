@@ -1,11 +1,12 @@
 """Sampling: prompts in, a Rollout out; and one response as a stream of tokens.
 
-A row's noise is a function of (key, prompt index, sample, position) alone, so a prompt gets the
-same tokens in any batch, slot and bucket, under any padding and on any mesh.
+The noise of a token depends on (key, number of its prompt, sample index, position) alone. A prompt
+therefore gets the same tokens in any batch, slot and bucket, under any padding and on any mesh.
 """
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from instructjax import models, sharding
 from instructjax.models import ModelConfig, Params
 from instructjax.sampler import decode
-from instructjax.sampler.decode import Batch, Rollout, Settings, State
+from instructjax.sampler.decode import PaddedPrompts, Rollout, Settings
 
 
 def generate(
@@ -41,69 +42,51 @@ def generate(
     Args:
       prompts: lists of token ids, none empty.
       key: of all noise; the same key gives the same responses.
-      min_new_tokens: EOS is not drawn before this many tokens are there.
+      min_new_tokens: no EOS is drawn before this many tokens.
       temperature: logits are divided by it.
-      top_k, top_p: sample among the k likeliest tokens, and among the likeliest of total
+      top_k, top_p: sample among the k likeliest tokens, and among the likeliest tokens of total
         probability p; 0 and 1 turn them off. `logp_BR` is of the whole distribution all the same,
-        and so it is where min_new_tokens forbids EOS.
-      eos_ids: tokens that end a response; default: the config's.
-      samples_per_prompt: they share the prompt's prefill.
-      indices: of the prompts, in the data: what their noise depends on. Default: 0, 1, ...
-      slots: responses written at a time on the whole mesh, which changes no token; default: a
-        quarter of the rows, but 8 to a data shard, and all of them if none can end early.
-      widths: that prompts are padded to, see `buckets`; default: multiples of 32.
-      mesh: rows are split over data x fsdp, each data shard with slots and a queue of its own.
+        also where min_new_tokens forbids EOS.
+      eos_ids: tokens that end a response. Default: the config's.
+      samples_per_prompt: the samples share the prompt's prefill.
+      indices: what a row's noise depends on: the number of the episode in its stream, or the index
+        of the prompt in the data. Two rows with the same number and sample index get the same
+        noise. Default: 0, 1, ...
+      slots: responses written at a time on the whole mesh; changes no token. Default: a quarter of
+        the rows but at least 8 per data shard; all rows if no response can end early.
+      widths: lengths that prompts may be padded to, see `buckets`. Default: multiples of 32.
+      mesh: rows are split over data x fsdp; each data shard has its own slots and queue.
 
     Returns:
       a Rollout of len(prompts) * samples_per_prompt rows.
 
     Raises:
-      ValueError: a prompt is empty, leaves no room in the model's context or is wider than all of
+      ValueError: a prompt is empty, leaves no room in the model's context or is longer than all
         `widths`; a setting is out of range.
     """
-    per_shard, settings = plan(
-        len(prompts),
-        max_new_tokens,
-        tuple(eos_ids) or config.eos_ids,
-        mesh,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        samples_per_prompt=samples_per_prompt,
-        slots=slots,
-    )
-    batch = _padded(config, settings, prompts, indices, per_shard * _shards(mesh), widths)
+    settings = Settings(
+        config, max_new_tokens, min_new_tokens, temperature, top_k, top_p,
+        tuple(eos_ids) or config.eos_ids, samples_per_prompt,
+    )  # fmt: skip
+    per_shard, settings = plan(len(prompts), settings, mesh, slots)
+    padded: Any = _checked_and_padded(prompts, indices, per_shard * _shards(mesh), widths, settings)
     if mesh is not None:
-        batch = jax.device_put(batch, sharding.batched(mesh))
-    static = {"config": config, "settings": settings, "mesh": mesh}
-    out, live_fraction = generate_on_device(params, batch, key, **static)
-    out = jax.tree.map(lambda x: x[: len(prompts) * samples_per_prompt], out)
-    return out.replace(live_fraction=live_fraction)
+        padded = jax.device_put(padded, sharding.batched(mesh))
+    rollout, live_fraction = generate_on_device(params, padded, key, settings=settings, mesh=mesh)
+    rollout = jax.tree.map(lambda x: x[: len(prompts) * samples_per_prompt], rollout)
+    return rollout.replace(live_fraction=live_fraction)
 
 
 def plan(
-    prompts: int,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    mesh: Mesh | None = None,
-    *,
-    min_new_tokens: int = 0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    samples_per_prompt: int = 1,
-    slots: int | None = None,
+    prompts: int, settings: Settings, mesh: Mesh | None = None, slots: int | None = None
 ) -> tuple[int, Settings]:
-    """(prompts of a data shard, what its program is compiled for); see `generate`."""
-    shards = _shards(mesh)
-    per_shard = -(-prompts // shards)
-    rows = per_shard * samples_per_prompt
-    can_end = bool(eos_ids) and min_new_tokens < max_new_tokens
-    default = shards * (max(8, -(-rows // 4)) if can_end else rows)
-    shape = samples_per_prompt, min(-(-(default if slots is None else slots) // shards), rows)
-    sizes = max_new_tokens, min_new_tokens
-    return per_shard, Settings(*sizes, temperature, top_k, top_p, eos_ids, *shape)
+    """(prompts of a data shard, the settings with its slots); `slots` as in `generate`."""
+    per_shard = -(-prompts // _shards(mesh))
+    rows = per_shard * settings.samples
+    can_end = settings.eos_ids and settings.min_new_tokens < settings.max_new_tokens
+    default = max(8, -(-rows // 4)) if can_end else rows
+    shard_slots = default if slots is None else -(-slots // _shards(mesh))
+    return per_shard, settings._replace(slots=min(shard_slots, rows))
 
 
 def stream(
@@ -121,47 +104,72 @@ def stream(
 ) -> Iterator[int]:
     """Yields the tokens of `generate` for one prompt as they come, EOS included."""
     eos_ids = tuple(eos_ids) or config.eos_ids
-    s = Settings(max_new_tokens, 0, temperature, top_k, top_p, eos_ids, samples=1, slots=1)
-    batch = _padded(config, s, [prompt], None, 1, ())
-    weights = jax.jit(_lay_out, static_argnums=(1, 2))(params, config, mesh)
-    state = _begin(weights, batch, config=config, settings=s)
-    while state.row_B[0] == 0:  # it is idle when row 0 is done
-        state = _advance(weights, batch, key, state, config=config, settings=s)
-        yield int(state.out.tokens_BR[0, state.length_B[0] - 1])
+    settings = Settings(config, max_new_tokens, 0, temperature, top_k, top_p, eos_ids)
+    padded = _checked_and_padded([prompt], None, 1, (), settings)
+    weights = jax.jit(lay_out, static_argnums=(1, 2))(params, config, mesh)
+    state, _ = jax.jit(decode.begin, static_argnums=2)(weights, padded, settings)
+    step = jax.jit(decode.draw_and_extend, static_argnums=4, donate_argnums=3)
+    while state.slots.row_B[0] == 0:  # row 0 is not done
+        state = step(weights, padded.number_B, key, state, settings)
+        yield int(state.rollout.tokens_BR[0, state.slots.length_B[0] - 1])
 
 
-def buckets(lengths: Sequence[int], most: int = 4, multiple: int = 16) -> tuple[int, ...]:
-    """At most `most` widths to pad prompts of these lengths to, the last one that of the longest.
+# ---------------------------------------------------------------------------- padding
 
-    A width is a compiled program. Each is added where it saves the most padding.
+
+def buckets(
+    lengths: Sequence[int], most: int = 4, multiple: int = 16, longest: int | None = None
+) -> tuple[int, ...]:
+    """At most `most` widths, in ascending order, to pad sequences of these lengths to.
+
+    Each width is a compiled program. The greatest holds the longest sequence; each further one is
+    chosen to save the most padding.
+
+    Args:
+      multiple: widths are multiples of this.
+      longest: a width beyond this one, the greatest that a sequence may have, is cut to it.
     """
     rounded = -(-np.asarray(lengths) // multiple) * multiple
-    left, chosen = sorted(set(rounded.tolist())), []
+    if longest is not None:
+        rounded = np.minimum(rounded, longest)
+    candidates, chosen = sorted(set(rounded.tolist())), []
 
     def columns(width: int) -> int:
         widths = np.array(sorted([*chosen, width]))
         return int(widths[np.searchsorted(widths, rounded)].sum())
 
-    chosen.append(left.pop())
-    while left and len(chosen) < most:
-        chosen.append(min(left, key=columns))
-        left.remove(chosen[-1])
+    chosen.append(candidates.pop())
+    while candidates and len(chosen) < most:
+        chosen.append(min(candidates, key=columns))
+        candidates.remove(chosen[-1])
     return tuple(sorted(chosen))
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens_BP, mask_BP) of lists of token ids, padded on the left to `width`, in NumPy."""
+    tokens_BP = np.zeros((len(prompts), width), np.int32)
+    mask_BP = np.zeros((len(prompts), width), bool)
+    for tokens_P, mask_P, prompt in zip(tokens_BP, mask_BP, prompts, strict=True):
+        tokens_P[width - len(prompt) :] = prompt
+        mask_P[width - len(prompt) :] = True
+    return tokens_BP, mask_BP
 
 
 def _shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def _padded(config, s: Settings, prompts, indices, rows: int, widths: Sequence[int]) -> Batch:
-    """A batch of `rows` rows, once all is known to be in range."""
+def _checked_and_padded(
+    prompts, indices, rows: int, widths: Sequence[int], s: Settings
+) -> PaddedPrompts:
+    """The prompts and filler up to `rows`, once all arguments are known to be in range."""
     if not prompts or not all(prompts):
         raise ValueError("there is no prompt, or a prompt is empty")
     R, longest = s.max_new_tokens, max(map(len, prompts))
-    if longest + R > config.max_length:
+    if longest + R > s.config.max_length:
         raise ValueError(
             f"a prompt of {longest} tokens and {R} new ones do not fit the model's"
-            f" context of {config.max_length}"
+            f" context of {s.config.max_length}"
         )
     if s.temperature <= 0 or not 0 < s.top_p <= 1 or s.top_k < 0:
         raise ValueError("temperature must be positive, top_p in (0, 1], top_k not negative")
@@ -170,79 +178,54 @@ def _padded(config, s: Settings, prompts, indices, rows: int, widths: Sequence[i
     fitting = [width for width in widths or [-(-longest // 32) * 32] if width >= longest]
     if not fitting:
         raise ValueError(f"a prompt of {longest} tokens is wider than every width of {widths}")
-    P = min(*fitting, config.max_length - R)
-    batch = Batch(
-        np.zeros((rows, P), np.int32), np.zeros((rows, P), bool), np.full(rows, -1, np.int32)
-    )
-    for i, prompt in enumerate(prompts):
-        batch.tokens_BP[i, P - len(prompt) :] = prompt
-        batch.live_BP[i, P - len(prompt) :] = True
-    batch.index_B[: len(prompts)] = np.arange(len(prompts)) if indices is None else indices
-    return batch
+    filler = rows - len(prompts)
+    padded = pad_prompts([*prompts, *[()] * filler], min(*fitting, s.config.max_length - R))
+    numbers = np.arange(len(prompts)) if indices is None else np.asarray(indices)
+    return PaddedPrompts(*padded, np.pad(numbers.astype(np.int32), (0, filler), constant_values=-1))
 
 
 # ---------------------------------------------------------------------------- on the device
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings", "mesh"))
-def generate_on_device(params, batch: Batch, key, *, config, settings, mesh: Mesh | None):
-    """`generate`'s program: the Rollout of all rows, and the share of live slots."""
-    weights = _lay_out(params, config, mesh)
-    run = functools.partial(decode.run, config=config, s=settings)
-    if mesh is not None:
-        # A loop to each data shard; what is split over tensor is left to the compiler, and as its
-        # collectives may not be met by some shards alone, all then take their steps together.
-        rows, whole = PartitionSpec(sharding.RULES["batch"]), PartitionSpec()
-        run = jax.shard_map(
-            functools.partial(
-                run,
-                shard=sharding.constrainer(mesh, sharding.GENERATION),
-                together=sharding.RULES["batch"] if mesh.shape["tensor"] > 1 else (),
-            ),
+@functools.partial(jax.jit, static_argnames=("settings", "mesh"))
+def generate_on_device(
+    params: Params, prompts: PaddedPrompts, key: jax.Array, *, settings: Settings, mesh: Mesh | None
+) -> tuple[Rollout, jax.Array]:
+    """`generate`'s program: (the Rollout of all rows, the share of live slots)."""
+    weights = lay_out(params, settings.config, mesh)
+    if mesh is None:
+        rollout, slot_steps = decode.decode(weights, prompts, key, settings)
+    else:
+        # Each data shard runs its own loop, and the compiler splits the work over tensor. All
+        # shards must then meet in its collectives, so they take their steps in lockstep.
+        axes, whole = sharding.RULES["batch"], PartitionSpec()
+        settings = settings._replace(shard=sharding.constrainer(mesh, sharding.GENERATION))
+        lockstep_axes = axes if mesh.shape["tensor"] > 1 else ()
+        rollout, slot_steps = jax.shard_map(
+            functools.partial(decode.decode, settings=settings, lockstep_axes=lockstep_axes),
             mesh=mesh,
-            in_specs=(whole, rows, whole),
-            out_specs=rows,
-            axis_names=set(sharding.RULES["batch"]),
+            in_specs=(whole, PartitionSpec(axes), whole),
+            out_specs=PartitionSpec(axes),
+            axis_names=set(axes),
             check_vma=False,
-        )
-    out, spent = run(weights, batch, key)
-    return out, jnp.sum(out.mask_BR) / (jnp.max(spent) * len(spent))
+        )(weights, prompts, key)
+    return rollout, jnp.sum(rollout.mask_BR) / (jnp.max(slot_steps) * len(slot_steps))
 
 
-def _lay_out(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
-    """Weights for decoding, in the compute dtype, gathered over data and fsdp.
+def lay_out(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
+    """Weights for decoding: in the compute dtype (`models.cast`), gathered over data and fsdp.
 
-    A tree a layer; on TPUs stacked (see `models.extend`), so that deep models compile soon.
+    One tree per layer; on TPUs stacked (see `models.extend`), so that deep models compile soon.
     """
-
-    def cast(tree: Params, vector: int) -> Params:
-        """All but the norms' vectors, which compute in float32."""
-        return jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > vector else x, tree)
-
-    weights = cast({**params, "unembed": {"kernel": models.unembedding(params)}}, vector=1)
-    weights |= {"layers": cast(params["layers"], vector=2)}
+    unembed = {"unembed": {"kernel": models.unembedding(params)}}
+    weights = models.cast({**params, **unembed}, config.dtype)
     axes = models.logical_axes(config) | {"unembed": {"kernel": ("vocab", "width")}}
     if mesh is None or not sharding.constrainer(mesh).fused:
         weights = models.unstack(weights, config)
-        names = axes["layers"]
-        layer = jax.tree.map(lambda x: x[1:], names, is_leaf=lambda x: isinstance(x, tuple))
+        is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+        layer = jax.tree.map(lambda x: x[1:], axes["layers"], is_leaf=is_axes)
         axes |= {"layers": [layer] * config.layers}
     if mesh is None:
         return weights
     layout = sharding.shardings(axes, weights, mesh, sharding.GENERATION)
     return jax.lax.with_sharding_constraint(weights, layout)
-
-
-# ---------------------------------------------------------------------------- a token at a time
-
-
-@functools.partial(jax.jit, static_argnames=("config", "settings"))
-def _begin(weights, batch: Batch, *, config, settings) -> State:
-    prompts = decode.prefill(weights, batch, config, settings, models.unsharded)
-    idle = decode.start(prompts, 1, config, settings)
-    return decode.take(idle, prompts, jnp.int32(1), settings, slot=0, n=1)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "settings"), donate_argnames="state")
-def _advance(weights, batch: Batch, key, state, *, config, settings) -> State:
-    return decode.step(weights, batch.index_B, key, state, config=config, s=settings)
