@@ -1,8 +1,8 @@
-"""Our side of `benchmark.py ppo`: the library's functions, called as run_ppo.py calls them.
+"""Our side of `benchmark.py ppo`: the programs of run_ppo.py, called as its loop calls them.
 
     python benchmarks/benchmark_ppo_ours.py '{"layers": 4, ...}'     fields: benchmark_ppo.Task
 
-An iteration for each line on stdin, one line of JSON to stdout for each.
+Runs an iteration for each line on stdin, and prints a line of JSON for each.
 """
 
 import contextlib
@@ -22,55 +22,65 @@ import jax.numpy as jnp
 import numpy as np
 from benchmark_ppo import Task
 from ppo_config import PPO, PTX, Config
-from ppo_programs import make_programs
+from run_ppo import Programs, TrainingState
 
-from instructjax import models, ppo, rollout, sampler, scoring, sharding, state
+from instructjax import models, ppo, rollout, scoring, sharding, state
 from instructjax.models import ModelConfig
-from instructjax.ppo import update
-from instructjax.run.process import keep_memory, return_memory
+from instructjax.run.process import keep_memory
 from instructjax.sampler import draw
 
 
 def iterations(task: Task) -> Iterator[dict[str, float]]:
-    """Seconds of each phase of one iteration after another, as run_ppo.py makes them."""
-    rows_count, R = len(task.lengths), task.response
+    """Seconds of each phase of one iteration after another."""
+    batch_size, R = len(task.lengths), task.response
     rng = np.random.default_rng(0)
     draw_tokens = functools.partial(rng.integers, 0, task.vocab - 2, dtype=np.int32)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
-    # The four models. On CPU few layers are fastest unrolled, and many scanned.
-    config = ModelConfig(
+    # The four models. On CPU few layers are fastest unrolled, and many scanned. With an EOS id the
+    # sampler expects responses that end early.
+    model = ModelConfig(
         task.vocab, task.layers, task.width, task.heads, 4 * task.width, max_length=1024,
         unroll=task.layers if task.layers <= 4 else 1,
+        eos_ids=(task.vocab - 2,) if min(task.lengths) < R else (),
     )  # fmt: skip
-    head = dataclasses.replace(config, scalar_head=True)
+    reward_model = dataclasses.replace(model, scalar_head=True)
 
-    def born(config: ModelConfig, seed: int) -> models.Params:
-        axes = models.logical_axes(config)
-        make = functools.partial(models.init, config)
-        layout = sharding.shardings(axes, jax.eval_shape(make, jax.random.key(0)), mesh)
-        return jax.jit(make, out_shardings=layout)(jax.random.key(seed))
+    def random_params(config: ModelConfig, seed: int) -> models.Params:
+        init = functools.partial(models.init, config)
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        layout = sharding.shardings(models.logical_axes(config), shapes, mesh)
+        return jax.jit(init, out_shardings=layout)(jax.random.key(seed))
 
-    reference, reward = born(config, 0), born(head, 1)
-    flags = Config(
-        batch_size=rows_count,
-        # No average of the weights: TRL keeps none.
-        ppo=PPO(minibatch=task.minibatch, learning_rate=1e-5, value_learning_rate=1e-5, ema=0),
+    reference, reward = random_params(model, 0), random_params(reward_model, 1)
+    config = Config(
+        batch_size=batch_size,
+        max_new_tokens=R,
+        ppo=PPO(
+            minibatch=task.minibatch,
+            microbatches=task.microbatches,
+            buckets=task.buckets,
+            learning_rate=1e-5,
+            value_learning_rate=1e-5,
+            ema=0,  # TRL keeps no average of the weights
+        ),
         ptx=PTX(coef=27.8 if task.ptx_ratio else 0.0),
     )
-    programs = make_programs(flags, config, head, reference, reward, mesh)
-    current = ppo.PPOState(
-        policy=state.create(reference, programs.policy_tx),
-        value=state.create(reward, programs.value_tx),
-        ema=None,
-        beta=jax.device_put(jnp.float32(0.05), sharding.replicated(mesh)),
+    programs = Programs(config, model, reward_model, reference, reward, mesh, (task.prompt,))
+    training = TrainingState(
+        ppo.PPOState(
+            policy=state.create(reference, programs.policy_tx),
+            value=state.create(reward, programs.value_tx),
+            ema=None,
+            beta=jax.device_put(jnp.float32(0.05), sharding.replicated(mesh)),
+        ),
+        offload=False,
+        wait_for_save=lambda: None,
     )
-    score_of = scoring.scorer(head, mesh)
+    score = functools.partial(scoring.scorer(reward_model, mesh), reward)
 
-    # The data. An EOS id alone makes the sampler expect that responses end early.
-    prompts = draw_tokens((rows_count, task.prompt)).tolist()
-    eos_ids = (task.vocab - 2,) if min(task.lengths) < R else ()
-    buckets = sampler.buckets(range(1, R + 1), task.buckets, 8, longest=R)
+    # The data.
+    prompts = draw_tokens((batch_size, task.prompt)).tolist()
     T = task.prompt + R
     text = {
         "tokens_BT": draw_tokens((task.minibatch, T)),
@@ -78,98 +88,86 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
         "positions_BT": np.tile(np.arange(T, dtype=np.int32), (task.minibatch, 1)),
         "mask_BT": np.tile(np.arange(T) > 0, (task.minibatch, 1)),
     }
-    texts = [rollout.put(text, mesh)] * task.ptx_ratio
-
-    def over(rows: rollout.Rows, fn: Callable[..., jax.Array], params: models.Params) -> Any:
-        of_rows = functools.partial(fn, params)
-        return rollout.map_batches(of_rows, rows, task.minibatch, buckets, mesh)
-
-    def sample(max_new_tokens: int, step: int) -> sampler.Rollout:
-        params, key = current.policy.params, jax.random.key(step)
-        new = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
-        return sampler.generate(params, config, prompts, key, **new, mesh=mesh)
+    text_batches = [rollout.put(text, mesh)] * task.ptx_ratio
+    gradients: dict[str, float] = defaultdict(float)
+    for name in ("policy", "ptx", "value"):
+        gradient = getattr(programs, f"{name}_gradient")
+        gradient.add = clocked(gradient.add, gradients, f"  {name} gradients")
 
     for step in range(sys.maxsize):
+        gradients.clear()
         clock = [time.perf_counter()]
-        return_memory()
-        sampled = sample(R, step)
-        names = ("tokens_BR", "mask_BR", "logp_BR")
-        rows = dict(zip(names, jax.device_get([getattr(sampled, x) for x in names]), strict=True))
-        rows |= rollout.left_padded(prompts, task.prompt)
+        with training.sampling() as params:
+            key = jax.random.key(step)
+            rows, _ = programs.sample(params, prompts, range(batch_size), key)
         assert rows["mask_BR"].sum(1).tolist() == task.lengths
-        return_memory()
         clock.append(time.perf_counter())
 
-        score_B = over(rows, score_of, reward)
-        assert current.value is not None
-        rows["value_BR"] = over(rows, programs.value_of, current.value.params)
-        ref_BR = over(rows, programs.logp_of, reference)
-        arrays = rows["logp_BR"], ref_BR, rows["value_BR"], rows["mask_BR"], score_B
-        made, _ = programs.experience(*arrays, rollout.ended(rows, eos_ids), current.beta)
-        rows |= jax.device_get(made)
+        score_B = programs.run_model(rows, score)
+        rows["value_BR"] = programs.values(training.state, rows)
+        experience, _ = programs.make_experience(
+            logp_BR=rows["logp_BR"],
+            ref_logp_BR=programs.logp(reference, rows),
+            value_BR=rows["value_BR"],
+            mask_BR=rows["mask_BR"],
+            score_B=score_B,
+            ended_B=rollout.ended(rows, model.eos_ids),
+            beta=training.state.beta,
+        )
+        rows |= jax.device_get(experience)
         clock.append(time.perf_counter())
 
-        for index in rng.permutation(rows_count).reshape(-1, task.minibatch):
-            size = task.minibatch // task.microbatches
-            shares = rollout.batches(rows, index, size, buckets)
-            parts = [rollout.put(part, mesh) for _, part in shares]
-            current, _ = programs.update(current, parts, int(rows["mask_BR"][index].sum()), texts)
-        jax.block_until_ready(current)
+        for index in rng.permutation(batch_size).reshape(-1, task.minibatch):
+            minibatch, tokens = programs.minibatch(rows, index)
+            training.state, _ = programs.update(training.state, minibatch, tokens, text_batches)
+        jax.block_until_ready(training.state)
         clock.append(time.perf_counter())
         phases = ("sampling", "scoring", "updates")
-        found: dict[str, float] = dict(zip(phases, np.diff(clock).tolist(), strict=True))
-        found["seconds"] = sum(found.values())
-        jax.block_until_ready(sample(1, step).tokens_BR)  # beside the iteration, to tell its share
-        yield found | {"  prefill": time.perf_counter() - clock[-1]}
+        seconds: dict[str, float] = dict(zip(phases, np.diff(clock).tolist(), strict=True))
+        seconds["seconds"] = sum(seconds.values())
+        # One token more, beside the iteration, tells the share of the prefill.
+        settings = {"width": task.prompt, "widths": (task.prompt,), "mesh": mesh}
+        params = training.state.policy.params
+        rollout.sample(params, model, prompts, range(batch_size), key, max_new_tokens=1, **settings)
+        yield seconds | gradients | {"  prefill": time.perf_counter() - clock[-1]}
 
 
 @contextlib.contextmanager
 def forced_lengths(task: Task) -> Iterator[None]:
-    """Responses end where the task says, at the price of one comparison: the noise decides."""
-    eos, lengths_B, real = task.vocab - 2, jnp.array(task.lengths), draw.noise
+    """Makes responses end where the task says, at the price of one comparison: by the noise."""
+    eos, lengths_B, noise = task.vocab - 2, jnp.array(task.lengths), draw.noise
 
-    def noise(key, index_B, sample_B, position_B, vocab_size, width):
-        noise_BV = real(key, index_B, sample_B, position_B, vocab_size, width)
-        ends_B1 = (position_B == lengths_B[index_B] - 1)[:, None]
+    def ending_noise(key, number_B, sample_B, position_B, vocab_size, width):
+        noise_BV = noise(key, number_B, sample_B, position_B, vocab_size, width)
+        ends_B1 = (position_B == lengths_B[number_B] - 1)[:, None]
         return jnp.where(jnp.arange(width) == eos, jnp.where(ends_B1, 1e9, -1e9), noise_BV)
 
-    with mock.patch.object(draw, "noise", noise):
+    with mock.patch.object(draw, "noise", ending_noise):
         yield
 
 
-@contextlib.contextmanager
-def clocked_gradients(seconds: dict[str, float]) -> Iterator[None]:
-    """Adds up the time of each gradient of an update, by the name of its loss."""
-    real = update.make_adder
+def clocked(fn: Callable[..., Any], seconds: dict[str, float], name: str) -> Callable[..., Any]:
+    """fn, which waits for its result and adds its time to seconds[name]."""
 
-    def make_adder(loss_fn: Any, layout: Any = None) -> Any:
-        add, name = real(loss_fn, layout), loss_fn.func.__name__.removesuffix("_loss")
+    def timed(*args):
+        begin = time.perf_counter()
+        result = jax.block_until_ready(fn(*args))
+        seconds[name] += time.perf_counter() - begin
+        return result
 
-        def clocked(*args):
-            begin = time.perf_counter()
-            result = jax.block_until_ready(add(*args))
-            seconds[name] += time.perf_counter() - begin
-            return result
-
-        return clocked
-
-    with mock.patch.object(update, "make_adder", make_adder):
-        yield
+    return timed
 
 
 def main(task: Task) -> None:
-    """An iteration for each line on stdin, a line of JSON for each, like benchmark_ppo_trl.py."""
+    """Runs an iteration for each line on stdin, like benchmark_ppo_trl.py."""
     keep_memory()  # as in the scripts
     print(json.dumps({}), flush=True)
-    gradients: dict[str, float] = defaultdict(float)
-    with forced_lengths(task), clocked_gradients(gradients):
-        turns = iterations(task)
+    with forced_lengths(task):
+        timings = iterations(task)
         while sys.stdin.readline():
-            gradients.clear()
-            found = next(turns)
-            found |= {f"  {name} gradients": value for name, value in gradients.items()}
+            seconds = next(timings)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            print(json.dumps(found | {"peak_gb": peak}), flush=True)
+            print(json.dumps(seconds | {"peak_gb": peak}), flush=True)
 
 
 if __name__ == "__main__":
