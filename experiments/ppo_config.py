@@ -92,8 +92,6 @@ class Config(RunConfig):
     out: Path = Path("runs/ppo")
     model: str = "runs/sft"
     """The policy at the start, which is the KL reference too."""
-    tokenizer: str | None = None
-    """A Hugging Face directory or hub name; default: the model's own."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts."""
     pretrain: DataConfig = field(default_factory=lambda: DataConfig(""))
@@ -126,12 +124,6 @@ class Config(RunConfig):
     offload: bool = False
     """Reference and reward models rest in host memory while they are not used, and so does all that
     is trained, but for the policy's weights, while responses are sampled."""
-    model_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and matmuls, and of frozen models; trained parameters are float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: full is least memory."""
-    unroll: int = 1
-    """Layers to a turn of the scan; all of them is fastest for small models on CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -377,7 +377,7 @@ def load_value_net(
     found = [spec for spec in config.reward.spec if not scoring.is_function(spec)]
     path = config.value_model or (found[0] if found else None)
     if path is None:
-        return run_rm.born(model, params, config.seed, mesh)
+        return run_rm.with_reward_head(model, params, config.seed, mesh)
     own, params = scoring.load_model(path, mesh, tokenizer, "float32", "--value_model")
     computed = {"dtype": config.model_dtype, "remat": config.remat, "unroll": config.unroll}
     return dataclasses.replace(own, **computed), params
