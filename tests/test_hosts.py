@@ -377,7 +377,7 @@ def test_without_a_tpu_libtpu_says_nothing():
 
 
 def test_two_processes_train_by_another_algorithm(runs):
-    """GRPO, whose rollout lies on the devices of both hosts. Its KL is 0 before the first update."""
+    """GRPO, whose rollout lies on both hosts. The KL is 0 before the first update."""
     (row,) = metrics_of(runs[1] / "grpo")
     assert row["objective/kl"] == pytest.approx(0, abs=1e-4)
     assert 0 < row["rollout/length"] <= 4
