@@ -126,9 +126,8 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
         seconds: dict[str, float] = dict(zip(phases, np.diff(clock).tolist(), strict=True))
         seconds["seconds"] = sum(seconds.values())
         # One token more, beside the iteration, tells the share of the prefill.
-        settings = {"width": task.prompt, "widths": (task.prompt,), "mesh": mesh}
-        params = training.state.policy.params
-        rollout.sample(params, model, prompts, range(batch_size), key, max_new_tokens=1, **settings)
+        params, settings = training.state.policy.params, {"widths": (task.prompt,), "mesh": mesh}
+        rollout.sample(params, model, prompts, key, max_new_tokens=1, **settings)
         yield seconds | gradients | {"  prefill": time.perf_counter() - clock[-1]}
 
 

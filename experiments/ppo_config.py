@@ -120,25 +120,14 @@ class Config(RunConfig):
     """PPO-ptx."""
 
     FIXED = (
-        *(
-            *RunConfig.FIXED,
-            "tokenizer",
-            "pretrain",
-            "reward",
-            "value_model",
-            "loss",
-            "ppo",
-            "adam",
-        ),
-        *("ptx", "max_new_tokens", "temperature", "model_dtype"),
+        *(*RunConfig.FIXED, "pretrain", "reward", "value_model", "loss", "ppo", "adam", "ptx"),
+        *("max_new_tokens", "temperature"),
     )
 
     out: Path = Path("runs/ppo")
     model: str = "runs/sft"
     """The policy at the start, which is the reference too: a preset, a run directory, a Hugging
     Face directory or a hub name."""
-    tokenizer: str | None = None
-    """A Hugging Face directory or hub name to take the tokenizer from; default: the model's own."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts to sample responses to."""
     pretrain: DataConfig = field(default_factory=lambda: DataConfig(""))
@@ -174,13 +163,6 @@ class Config(RunConfig):
     """Keeps the reference and the reward models in host memory while they are not used. While
     responses are sampled, it also keeps everything that is trained there, except the policy's
     weights."""
-    model_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations, matmuls and frozen models. Trained parameters are float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matmuls, or everything, which needs the
-    least memory."""
-    unroll: int = 1
-    """Layers per turn of the scan over layers. All of them is fastest for small models on CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

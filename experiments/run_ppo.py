@@ -371,22 +371,28 @@ class Programs:
         return optax.linear_schedule(0.1 * peak, peak, updates)
 
     def sample(
-        self, params: Params, prompts: Sequence[Sequence[int]], numbers: Any, key: jax.Array
+        self, params: Params, prompts: Sequence[Sequence[int]], episodes: Any, key: jax.Array
     ) -> tuple[Batch, float]:
-        """Rows of a rollout, and the share of live slots; see `rollout.sample`."""
-        return rollout.sample(
+        """Rows of a rollout with a response to each prompt, and the share of live slots.
+
+        Args:
+          episodes: int for each prompt; its noise depends on this number and on the key alone.
+        """
+        config = self.config
+        responses, live_fraction = rollout.sample(
             ppo.without_value_head(params),
             self.model,
             prompts,
-            numbers,
             key,
-            width=min(self.prompt_widths[-1], self.model.max_length - self.config.max_new_tokens),
-            prompts_at_a_time=self.config.sample_batch,
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
+            size=config.sample_batch,
+            indices=episodes,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
             widths=self.prompt_widths,
             mesh=self.mesh,
         )
+        width = min(self.prompt_widths[-1], self.model.max_length - config.max_new_tokens)
+        return rollout.left_padded(prompts, width) | responses, live_fraction
 
     def run_model(self, rows: Batch, fn: Callable[[Batch], jax.Array]) -> np.ndarray:
         """A function of a batch, for all rows of a rollout; see `rollout.map_batches`."""
@@ -590,13 +596,7 @@ def load_policy(config: Config, mesh: Mesh) -> tuple[ModelConfig, Params, Any]:
     )
     if model.scalar_head:
         raise ValueError(f"--model {config.model}: a reward model, not a language model")
-    return computed(config, model), params, tokenizer
-
-
-def computed(config: Config, model: ModelConfig) -> ModelConfig:
-    """The model as the flags have it computed."""
-    how = {"dtype": config.model_dtype, "remat": config.remat, "unroll": config.unroll}
-    return dataclasses.replace(model, **how)
+    return config.compute(model), params, tokenizer
 
 
 def load_value_net(
@@ -613,10 +613,10 @@ def load_value_net(
     reward_models = [spec for spec in config.reward.spec if not scoring.is_function(spec)]
     path = config.value_model or next(iter(reward_models), None)
     if path is None:
-        return params, *run_rm.born(model, params, config.seed, mesh)
+        return params, *run_rm.with_reward_head(model, params, config.seed, mesh)
     flag = "--value_model" if config.value_model else "--reward"
     value_model, value = scoring.load_model(path, mesh, tokenizer, "float32", flag)
-    return params, computed(config, value_model), value
+    return params, config.compute(value_model), value
 
 
 def load_text(config: Config, tokenizer: Any, mesh: Mesh) -> tuple[Stream | None, Stream | None]:

@@ -1,14 +1,14 @@
-"""Pretrain a base model on text: the stand-in for GPT-3 where there are no weights to download.
+"""Pretrain a base model on text, in place of GPT-3, whose weights are not public.
 
     python experiments/run_pretrain.py                                # the miniature's base model
     python experiments/run_pretrain.py --model tiny --tokenizer DIR --data 'jsonl:books/*.txt'
 
 Hardware: two CPU cores suffice for the miniature: 857 steps, 45 s.
-Result: the miniature ends at a validation loss of 0.63 nats a token. The model speaks the world's
-language and knows its facts, and its myths; it does not follow requests.
+
+Result: the miniature's base model reaches a validation loss of 0.63 nats a token. It speaks the
+miniature's language, and knows its facts and its myths. It does not follow requests.
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
@@ -33,41 +32,32 @@ from instructjax.run.flags import RunConfig, parse
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    """Pretraining."""
+    """Pretraining. All default values are ours: the paper starts from GPT-3."""
 
-    FIXED = (*RunConfig.FIXED, "tokenizer", "length", "learning_rate", "warmup", "epochs")
+    FIXED = (*RunConfig.FIXED, "length", "learning_rate", "warmup", "epochs")
 
     out: Path = Path("runs/pretrain")
     model: str = "miniature"
-    tokenizer: str | None = None
-    """A Hugging Face directory or hub name; default: the model's own."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Text."""
+    """Text to learn from."""
     length: int = 128
     """Tokens of a packed row."""
     batch_size: int = 16
-    """Packed rows of a step."""
+    """Packed rows of an update."""
     epochs: float = 1.0
-    """Passes over the text; --steps overrides it."""
+    """Passes over the text. --steps overrides it."""
     learning_rate: float = 3e-3
-    """The peak, from which a cosine goes to 10 %."""
+    """Peak of the learning rate, which then decays to a tenth along a cosine."""
     warmup: int = 40
-    """Steps of linear warm-up."""
+    """Steps over which the learning rate rises to its peak, linearly."""
     eval_every: int = 200
-    """Steps from one validation and sampling to the next; the last step always has one."""
+    """Steps from one validation with samples to the next. The last step always has one."""
     eval_batches: int = 16
-    """Validation batches, the first ones."""
-    model_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and matmuls; parameters are float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: full is least memory."""
-    unroll: int = 1
-    """Layers to a turn of the scan; all of them is fastest for small models on CPU."""
+    """Number of validation batches, taken from the start of the validation data."""
     microbatches: int = 1
-    """Shares of a batch whose gradients are accumulated."""
+    """Parts of a batch for gradient accumulation. More parts take less memory."""
 
 
-# All values are ours: the paper starts from GPT-3.
 PRESETS = {"miniature": Config(epochs=2, learning_rate=4e-3, unroll=2)}
 
 
@@ -82,8 +72,7 @@ def run_pretrain(config: Config) -> None:
         )
         if config.length > model.max_length:
             raise ValueError(f"--length {config.length}: the model's context is {model.max_length}")
-        computed = {"dtype": config.model_dtype, "remat": config.remat, "unroll": config.unroll}
-        model = dataclasses.replace(model, **computed)
+        model = config.compute(model)
 
         text = load(config.data, "text", tokenizer, split="train")
         unseen = load(config.data, "text", tokenizer, split="validation")
@@ -119,10 +108,9 @@ def run_pretrain(config: Config) -> None:
 
         # ------------------------------------------------------------------------- evaluation
 
-        # The first words of a few pages, to go on from.
-        shown = min(4, len(unseen))
-        openings = [unseen.response[i, 0][:8].tolist() for i in range(shown)]
-        most = min(48, model.max_length - 8)
+        # The first tokens of a few pages, for the model to continue.
+        openings = [unseen.response[i, 0][:8].tolist() for i in range(min(4, len(unseen)))]
+        longest = min(48, model.max_length - 8)
 
         def evaluate(step: int) -> None:
             losses, weights = [], []
@@ -133,7 +121,7 @@ def run_pretrain(config: Config) -> None:
             run.log(step, {"validation/loss": float(np.average(losses, weights=weights))})
             key = jax.random.fold_in(sample_key, step)
             rollout = sampler.generate(
-                current.params, model, openings, key, max_new_tokens=most, mesh=mesh
+                current.params, model, openings, key, max_new_tokens=longest, mesh=mesh
             )
             for opening, response in zip(openings, rollout.responses(), strict=True):
                 texts = tokenizer.decode(opening), tokenizer.decode(response)
@@ -150,7 +138,7 @@ def run_pretrain(config: Config) -> None:
             if run.should_save(step):
                 run.save(step, current)
 
-        # ------------------------------------------------------------------------ what came of it
+        # ------------------------------------------------------------------------ export, report
 
         hf.save(config.out / "export", model, current.params, tokenizer)
         if jax.process_index() != 0:

@@ -1,14 +1,19 @@
-"""The reward model on ranked responses: the paper's second step (InstructGPT, section 3.5).
+"""Train the reward model on ranked responses: the paper's second step (InstructGPT, section 3.5).
 
     python experiments/run_rm.py                                             # the miniature
     python experiments/run_rm.py --preset instructgpt-6b --model runs/sft --data jsonl:ranked.jsonl
     python experiments/run_rm.py --folds 5 --by labeler --out runs/rm-folds  # seen, unseen labelers
     python experiments/run_rm.py --ensemble 4 --out runs/rm-ensemble         # seeds in one step
 
-Hardware: two CPU cores suffice for the miniature: 2,454 steps, 98 s, after those
-of run_pretrain.py and run_sft.py, which run first where runs/sft is not there.
-Result: of the pairs on test customers' prompts 70 % in the training labelers' order and 71 % in
-that of held-out ones. The noise-free judge reaches 77 and 79 %, a bag of words 59, length 51.
+The defaults are chosen for the miniature. The preset instructgpt-6b has the paper's values, and
+brackets below say where the paper states them.
+
+Hardware: two CPU cores suffice for the miniature: 2,454 steps, 98 s. run_pretrain.py and run_sft.py
+run first if runs/sft does not exist.
+
+Result: on test prompts the reward model orders 70 % of the pairs as the training labelers did, and
+71 % as held-out labelers did. The noise-free judge reaches 77 and 79 %, a bag of words 59 %, and
+length 51 %.
 """
 
 import dataclasses
@@ -19,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,57 +57,52 @@ class Config(RunConfig):
     """The reward model."""
 
     FIXED = (
-        *(*RunConfig.FIXED, "tokenizer", "demonstrations", "epochs", "learning_rate", "dropout"),
+        *(*RunConfig.FIXED, "demonstrations", "epochs", "learning_rate", "dropout"),
         *("length", "multiple", "ensemble", "folds", "by"),
     )
 
     out: Path = Path("runs/rm")
     model: str = "runs/sft"
-    tokenizer: str | None = None
-    """A Hugging Face directory or hub name; default: the model's own."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Comparisons."""
+    """Comparisons to learn from."""
     demonstrations: DataConfig = field(default_factory=lambda: DataConfig(""))
-    """They score 0 on average in the end. Empty: the miniature's where --data is, or else none, and
-    the bias stays."""
+    """Demonstrations whose mean score becomes 0 at the end, by a shift of the bias. [Section 3.5]
+    By default the miniature's with --data miniature. With other data there are none by default,
+    and the bias stays as it is."""
     length: int | None = None
-    """Tokens of a row that packs several comparisons, best for short ones; `None`: each has its
-    row, with a slot for each response."""
+    """Tokens of a row that packs several comparisons, which is best for short comparisons.
+    By default each comparison has a row, with a slot for each response."""
     multiple: int = 8
-    """In such a row prompt and response are padded to a multiple of this many tokens together."""
+    """Without --length, prompt and response are padded to a multiple of this many tokens."""
     batch_size: int = 16
-    """Rows of a step: prompts, each with all its pairs, where they are not packed."""
+    """Rows of an update. Without --length a row is a prompt with all its pairs. [App. C.2: 64]"""
     epochs: float = 1.0
-    """Passes over the comparisons; --steps overrides it."""
+    """Passes over the comparisons. --steps overrides it. [App. C.2: 1]"""
     learning_rate: float = 5e-4
-    """The peak, from which a cosine goes to 10 %, without warm-up."""
+    """Peak of the learning rate, which decays to a tenth along a cosine, without warm-up.
+    [App. C.2: 9e-6]"""
     dropout: float = 0.0
-    """Of what each sublayer adds to the residual."""
+    """Dropout rate of what each sublayer adds to the residual stream. [Paper silent]"""
     ensemble: int = 1
-    """Reward models of different seeds, trained as one."""
+    """Number of reward models, of different seeds, that are trained in one step. [Paper: 1]"""
     folds: int | None = None
-    """Instead of one run, this many: each leaves out another part of the values of --by."""
+    """Number of runs for cross-validation. Each leaves out another part of the values of --by.
+    By default there is one run, on all values."""
     by: str = "labeler"
-    """A field of the records, of which --folds makes parts."""
+    """Field of the records whose values --folds splits into parts."""
     group_by: tuple[str, ...] = ()
-    """Fields of the records to report accuracy by; the miniature's adds its category."""
-    model_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and matmuls; parameters are float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: full is least memory."""
-    unroll: int = 1
-    """Layers to a turn of the scan; all of them is fastest for small models on CPU."""
+    """Fields of the records to report accuracy by. The miniature's category is always added."""
     eval_every: int | None = None
-    """Steps from one validation to the next; the last step always has one."""
+    """Steps from one validation to the next. The last step always has one, by default no other."""
     microbatches: int = 1
-    """Shares of a batch whose gradients are accumulated."""
+    """Parts of a batch for gradient accumulation. More parts take less memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.ensemble < 1:
             raise ValueError(f"--ensemble {self.ensemble}: must be at least 1")
         if self.folds is not None and (self.folds < 2 or self.ensemble > 1):
-            raise ValueError(f"--folds {self.folds}: at least 2, and without --ensemble")
+            raise ValueError(f"--folds {self.folds}: must be at least 2, and without --ensemble")
 
 
 PAPER = Config(
@@ -110,7 +110,7 @@ PAPER = Config(
     data=DataConfig(tyro.MISSING, max_prompt=1024, max_response=1024),  # App. C: context
     multiple=128,  # ours
     batch_size=64,  # App. C.2: 64 prompts, up to 2,304 comparisons
-    epochs=1,  # App. C.2: more of them overfit at once
+    epochs=1,  # App. C.2: a second epoch overfits
     learning_rate=9e-6,  # App. C.2, cosine to 10 %
     model_dtype="bfloat16",  # App. C: fp16, with fp32 masters
     remat="dots",  # ours
@@ -119,11 +119,18 @@ PRESETS = {
     "miniature": Config(length=288, batch_size=6, epochs=2.4, unroll=2),  # ours
     "instructgpt-6b": PAPER,  # the paper's one RM, for policies of all sizes
 }
-TEST = 1200  # the miniature's comparisons on test customers' prompts, half by held-out labelers
+TEST = 1200  # comparisons on the miniature's test prompts, half of them by held-out labelers
 
 
 def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
-    """Trains and evaluates; returns what results.json holds."""
+    """Trains and evaluates a reward model, or an ensemble of them.
+
+    Args:
+      fold: number of the fold to leave out, with --folds.
+
+    Returns:
+      the contents of results.json.
+    """
     began = time.perf_counter()
     miniature = config.data.spec == "miniature"
     if miniature:
@@ -136,8 +143,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         base, base_params, tokenizer = pretrained.load(
             config.model, mesh, tokenizer=config.tokenizer, seed=config.seed
         )
-        computed = {"dtype": config.model_dtype, "remat": config.remat, "unroll": config.unroll}
-        base = dataclasses.replace(base, **computed)
+        base = config.compute(base)
 
         read = functools.partial(load, tokenizer=tokenizer, context=base.max_length)
         seen = read(config.data, "comparisons", split="train")
@@ -175,16 +181,16 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         total = config.steps
         if total is None:
             total = math.ceil(config.epochs * len(rows) / config.batch_size)
-        model, params = born(base, base_params, config.seed, mesh)
+        model, params = with_reward_head(base, base_params, config.seed, mesh)
         tx, step_fn = make_step(config, model, params, mesh, total)
         current = state.create(params, tx)
         if N > 1:  # each leaf, each batch and each key gets a leading axis of members
             others = [
-                state.create(born(base, base_params, config.seed + i, mesh)[1], tx)
+                state.create(with_reward_head(base, base_params, config.seed + i, mesh)[1], tx)
                 for i in range(1, N)
             ]
             current = jax.tree.map(lambda *leaves: jnp.stack(leaves), current, *others)
-            step_fn = together(step_fn)
+            step_fn = vmap_members(step_fn)
             del others
         step_key = jax.random.key(config.seed)
         current, start, meta = run.restore(current)
@@ -201,17 +207,18 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
             return current.params if N == 1 else jax.tree.map(lambda x: x[i], current.params)
 
         def scores_of(dataset: Dataset) -> np.ndarray:
-            """Each member's scores of each response: [N, n, K]."""
+            """Each member's scores of each response: [N, n, K] for n comparisons."""
             rows = rows_of(dataset)
             batches = [jax.tree.map(put, b) for b in streamed(rows, seed=0).once()]
-            found = []
+            scores = []
             for i in range(N):
                 params = member(i)
-                found.append(np.concatenate([score_of(params, batch=b) for b in batches]))
-            return np.stack([rows.by_comparison(scores) for scores in found])
+                of_rows = np.concatenate([score_of(params, batch=b) for b in batches])
+                scores.append(rows.by_comparison(of_rows))
+            return np.stack(scores)
 
         def evaluate(step: int) -> None:
-            """Logs accuracy on validation pairs; shows a few of the comparisons."""
+            """Logs the accuracy on validation pairs, and writes the scores of two comparisons."""
             scores = scores_of(unseen).mean(0)
             pairs = ranking.pairs_of(scores, unseen.ranks)
             run.log(step, {"validation/accuracy": ranking.share(pairs)})
@@ -223,30 +230,29 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         # ------------------------------------------------------------------------------- loop
 
         batches = zip(*(stream.iterate(start) for stream in streams), strict=True)
-        for step, several in zip(run.steps(start, total), batches, strict=False):
+        for step, of_members in zip(run.steps(start, total), batches, strict=False):
             key = jax.random.fold_in(step_key, step)
-            batch = jax.tree.map(put, several[0])
+            batch = jax.tree.map(put, of_members[0])
             if N > 1:
                 batch = jax.tree.map(
-                    lambda *x: jnp.stack(x), *(jax.tree.map(put, b) for b in several)
+                    lambda *x: jnp.stack(x), *(jax.tree.map(put, b) for b in of_members)
                 )
                 key = jax.random.split(key, N)
             current, metrics = step_fn(current, batch, key)
             run.log(step, metrics, tokens=N * config.batch_size * rows.tokens)
             if step == total and demonstrations is not None:
-                # App. C.2: labeler demonstrations score 0 on average. The checkpoint has it too.
+                # Section 3.5: demonstrations have a mean score of 0. Done before the save, so that
+                # the checkpoint is shifted as the export is.
                 means = scores_of(demonstrations).mean((1, 2))
-                moved = reward.center(current.params, means if N > 1 else means[0])
-                current, meta = (
-                    dataclasses.replace(current, params=moved),
-                    {"demonstrations": means.tolist()},
-                )
+                shifted = reward.center(current.params, means if N > 1 else means[0])
+                current = dataclasses.replace(current, params=shifted)
+                meta = {"demonstrations": means.tolist()}
             if (config.eval_every and step % config.eval_every == 0) or step == total:
                 evaluate(step)
             if run.should_save(step):
                 run.save(step, current, meta)
 
-        # ------------------------------------------------------------------------ what came of it
+        # ------------------------------------------------------------------------ export, report
 
         exports = [config.out / ("export" if i == 0 else f"export-{i}") for i in range(N)]
         for i, export in enumerate(exports):
@@ -262,8 +268,8 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         results = {
             "accuracy": ranking.accuracies(methods, groups, fields),
             "members": {
-                name: [ranking.share(ranking.pairs_of(one, groups[name].ranks)) for one in every]
-                for name, every in scores.items()
+                name: [ranking.share(ranking.pairs_of(x, groups[name].ranks)) for x in of_members]
+                for name, of_members in scores.items()
             },
             "demonstrations": meta.get("demonstrations"),
             "steps": total,
@@ -285,14 +291,14 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         }
         plot_curves(config.out, panels, config.out / "curves.png")
         run.console.print(ranking.table_of(results["accuracy"]))
-        centered = "not moved: no --demonstrations were given"
+        centered = "not shifted: no --demonstrations were given"
         if demonstrations is not None:
             centered = "by the bias, from " + ", ".join(f"{x:+.3f}" for x in meta["demonstrations"])
         summary = {"steps": total, "comparisons": len(seen), "demonstrations to 0": centered}
         if N > 1:
-            for name, found in results["members"].items():
+            for name, shares in results["members"].items():
                 summary[f"members on {name}"] = (
-                    f"{100 * np.mean(found):.1f} +- {100 * np.std(found):.1f} %"
+                    f"{100 * np.mean(shares):.1f} +- {100 * np.std(shares):.1f} %"
                 )
                 spread = scores[name].std(0)[groups[name].ranks > 0].mean()
                 summary[f"spread of a score on {name}"] = float(spread)
@@ -311,7 +317,12 @@ def make_step(
     mesh: jax.sharding.Mesh,
     total: int,
 ) -> tuple[optax.GradientTransformation, train.TrainStep]:
-    """(optimizer, jitted step) of one member; as in run_sft.py."""
+    """The optimizer and the jitted step of one member, which preflight.py compiles for a pod.
+
+    Args:
+      params: arrays, or ShapeDtypeStructs that carry shardings.
+      total: number of steps after which the learning rate is a tenth of its peak.
+    """
     schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
     tx = train.adam(schedule)
     dropped = dataclasses.replace(model, dropout=config.dropout)
@@ -320,8 +331,11 @@ def make_step(
     return tx, train.make_train_step(loss_fn, tx, config.microbatches, layout, schedule)
 
 
-def together(step_fn: train.TrainStep) -> train.TrainStep:
-    """A step of each member in one program; their metrics are averaged."""
+def vmap_members(step_fn: train.TrainStep) -> train.TrainStep:
+    """One program that makes a step of every member, and averages their metrics.
+
+    Every leaf of the state and of the batch, and the key, get a leading axis of members.
+    """
 
     def step(
         members: state.TrainState, batch: train.Batch, keys: jax.Array
@@ -332,10 +346,13 @@ def together(step_fn: train.TrainStep) -> train.TrainStep:
     return jax.jit(step, donate_argnums=0)
 
 
-def born(
+def with_reward_head(
     base: models.ModelConfig, params: models.Params, seed: int, mesh: jax.sharding.Mesh
 ) -> tuple[models.ModelConfig, models.Params]:
-    """The SFT model with a scalar for its unembedding; a reward model keeps the one it has."""
+    """A language model with a new scalar head in place of its unembedding (section 3.5).
+
+    A reward model is returned as it is.
+    """
     if base.scalar_head:
         return base, params
     config, params = models.with_scalar_head(params, base, jax.random.key(seed))
@@ -347,7 +364,10 @@ def born(
 
 
 def run_folds(config: Config) -> None:
-    """A run for each fold, in OUT/fold-N; accuracy on values of --by that it trained on or not."""
+    """Makes a run for each fold, in OUT/fold-N, and prints their mean accuracies.
+
+    Accuracy is reported apart for values of --by that a run trained on, and for those left out.
+    """
     assert config.folds is not None
     outs = [config.out / f"fold-{fold}" for fold in range(config.folds)]
     for fold, out in enumerate(outs):
@@ -356,8 +376,8 @@ def run_folds(config: Config) -> None:
             run_rm(dataclasses.replace(config, out=out), fold)
     if jax.process_index() != 0:
         return
-    found = [json.loads((out / "results.json").read_text()) for out in outs]
-    results = folds.summary([one["accuracy"] for one in found], config.by)
+    of_folds = [json.loads((out / "results.json").read_text())["accuracy"] for out in outs]
+    results = folds.summary(of_folds, config.by)
     (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     table = Table("", "mean, %", "+-", title=f"{config.folds} folds over {config.by}: {config.out}")
     for name, row in results.items():
@@ -367,7 +387,7 @@ def run_folds(config: Config) -> None:
 
 
 def ensure_sft(model: str) -> None:
-    """Runs run_sft.py with its defaults, or finishes it, if `model` is to come from it."""
+    """If `model` is run_sft.py's export and is missing, runs or resumes run_sft.py."""
     out = run_sft.Config().out
     if Path(model) == out and not pretrained.finished(out):
         print(f"{out} is not there yet: running run_sft.py first")

@@ -4,9 +4,14 @@
     python experiments/run_sft.py --preset instructgpt-1.3b --model DIR --data jsonl:demos.jsonl
     python experiments/run_sft.py --keep reward --reward_model runs/rm --out runs/sft-by-reward
 
-Hardware: two CPU cores suffice for the miniature: 1,272 steps, 38 s, after those of
-run_pretrain.py, which runs first where runs/pretrain is not there.
-Result: the gold judge's mean utility of sampled responses rises from -2.8 to +2.2 (of 4).
+The defaults are chosen for the miniature. The presets instructgpt-* have the paper's values, and
+brackets below say where the paper states them.
+
+Hardware: two CPU cores suffice for the miniature: 1,272 steps, 38 s. run_pretrain.py runs first if
+runs/pretrain does not exist.
+
+Result: the mean utility of sampled responses, by the miniature's gold judge, rises from -2.8 to
++2.2. The best possible is 4.
 """
 
 import dataclasses
@@ -24,9 +29,9 @@ import optax
 import run_pretrain
 import tyro
 
-from instructjax import hf, models, reward, sampler, sft, sharding, state, train
-from instructjax.data import ComparisonRows, DataConfig, Dataset, PackedRows, Stream, load
-from instructjax.data.tokens import Spans
+from instructjax import hf, models, rollout, scoring, sft, sharding, state, train
+from instructjax.data import DataConfig, PackedRows, Stream, load
+from instructjax.evaluation import policies
 from instructjax.evaluation.figures import plot_curves
 from instructjax.run import Run, main, pretrained
 from instructjax.run.checkpoint import abstract
@@ -39,52 +44,48 @@ from instructjax.run.flags import RunConfig, parse
 class Config(RunConfig):
     """Supervised fine-tuning."""
 
+    # The last line decides which checkpoint is exported.
     FIXED = (
-        *(*RunConfig.FIXED, "tokenizer", "pretrain", "pretrain_share", "length", "epochs"),
-        *("learning_rate", "dropout", "keep", "reward_model"),
+        *(*RunConfig.FIXED, "pretrain", "pretrain_share", "length", "epochs", "learning_rate"),
+        *("dropout", "keep", "reward_model", "eval_every", "eval_prompts", "max_new_tokens"),
     )
 
     out: Path = Path("runs/sft")
     model: str = "runs/pretrain"
-    tokenizer: str | None = None
-    """A Hugging Face directory or hub name; default: the model's own."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Demonstrations."""
+    """Demonstrations to learn from."""
     pretrain: DataConfig = field(default_factory=DataConfig)
-    """Text, of which --pretrain_share of the rows is."""
+    """Pretraining text to mix in, if --pretrain_share is above 0."""
     pretrain_share: float = 0.0
-    """Share of the packed rows that are pretraining text."""
+    """Share of the packed rows that are pretraining text. [App. C.3: 10 % for PPO's start]"""
     length: int = 128
-    """Tokens of a packed row; a longer demonstration is dropped, or cut (--data.overlong)."""
+    """Tokens of a packed row. [App. C: 2k]
+    A longer demonstration is dropped or cut, as --data.overlong says."""
     batch_size: int = 8
-    """Packed rows of a step."""
+    """Packed rows of an update. [App. C.1: 32, and 8 for 175B]"""
     epochs: float = 4.0
-    """Passes over the demonstrations; --steps overrides it."""
+    """Passes over the demonstrations. --steps overrides it. [Section 3.5: 16]"""
     learning_rate: float = 2e-3
-    """The peak, from which a cosine goes to 10 %, without warm-up."""
+    """Peak of the learning rate, which decays to a tenth along a cosine, without warm-up.
+    [App. C.1: 9.65e-6, and 5.03e-6 for 175B]"""
     dropout: float = 0.0
-    """Of what each sublayer adds to the residual."""
+    """Dropout rate of what each sublayer adds to the residual stream. [Section 3.5: 0.2]"""
     keep: Literal["loss", "reward"] = "loss"
-    """What picks the checkpoint to export: validation loss, or --reward_model's mean score of
-    sampled responses to validation prompts, as in the paper."""
+    """The checkpoint to export: that of the least validation loss, or of the highest reward.
+    Reward is the mean score of responses to validation prompts. [Section 3.5: reward]"""
     reward_model: str | None = None
-    """A reward model's run or Hugging Face directory: scores sampled responses."""
+    """The reward model for --keep reward: a run directory or a Hugging Face directory.
+    By default responses to validation prompts are sampled, and not scored."""
     eval_every: int | None = None
-    """Steps from one validation to the next; default: an epoch. The last step always has one."""
+    """Steps from one validation to the next, by default an epoch. The last step always has one."""
     eval_prompts: int = 256
-    """Validation prompts to sample responses to."""
+    """Number of validation prompts to sample a response to."""
     sample_batch: int = 256
-    """Prompts to sample responses to at a time."""
+    """Prompts to sample responses to at a time. Fewer take less memory for the same tokens."""
     max_new_tokens: int = 48
-    """Of a sampled response."""
-    model_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and matmuls; parameters are float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: full is least memory."""
-    unroll: int = 1
-    """Layers to a turn of the scan; all of them is fastest for small models on CPU."""
+    """Longest sampled response, in tokens. [App. C: 1k]"""
     microbatches: int = 1
-    """Shares of a batch whose gradients are accumulated."""
+    """Parts of a batch for gradient accumulation. More parts take less memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +97,7 @@ class Config(RunConfig):
             raise ValueError("--keep reward needs --reward_model DIR")
 
 
-# InstructGPT. A row of ours packs several demonstrations; the paper is silent on packing.
+# InstructGPT. A row here packs several demonstrations; the paper is silent on packing.
 PAPER = Config(
     model=tyro.MISSING,  # GPT-3's weights are not public
     data=DataConfig(tyro.MISSING, max_prompt=1024, max_response=1024),  # App. C: context
@@ -124,7 +125,7 @@ PRESETS = {
 
 
 def ensure_base(model: str) -> None:
-    """Runs run_pretrain.py with its defaults, or finishes it, if `model` is to come from it."""
+    """If `model` is run_pretrain.py's export and is missing, runs or resumes run_pretrain.py."""
     out = run_pretrain.Config().out
     if Path(model) == out and not pretrained.finished(out):
         print(f"{out} is not there yet: running run_pretrain.py first")
@@ -150,8 +151,7 @@ def run_sft(config: Config) -> None:
             raise ValueError(f"--model {config.model}: a reward model, not a language model")
         if config.length > model.max_length:
             raise ValueError(f"--length {config.length}: the model's context is {model.max_length}")
-        computed = {"dtype": config.model_dtype, "remat": config.remat, "unroll": config.unroll}
-        model = dataclasses.replace(model, **computed)
+        model = config.compute(model)
 
         share = config.pretrain_share
         seen = load(config.data, "demonstrations", tokenizer, split="train", context=config.length)
@@ -174,7 +174,8 @@ def run_sft(config: Config) -> None:
 
         # ------------------------------------------------------------------- optimizer, step
 
-        epoch = max(1, math.ceil(len(sources[0]) / (config.batch_size * (1 - share))))  # steps
+        # Steps of a pass over the demonstrations.
+        epoch = max(1, math.ceil(len(sources[0]) / (config.batch_size * (1 - share))))
         total = config.steps if config.steps is not None else math.ceil(config.epochs * epoch)
         eval_every = config.eval_every or epoch
         tx, loss_fn, step_fn = make_step(config, model, params, mesh, total)
@@ -186,60 +187,62 @@ def run_sft(config: Config) -> None:
         # ------------------------------------------------------------------------- evaluation
 
         fits = unseen.prompt.lengths + config.max_new_tokens <= model.max_length
-        asked = unseen.take(fits & (np.cumsum(fits) <= config.eval_prompts))
-        if not len(asked):
+        held_out = unseen.take(fits & (np.cumsum(fits) <= config.eval_prompts))
+        if not len(held_out):
             raise ValueError(
                 f"--max_new_tokens {config.max_new_tokens}: no validation prompt leaves room for"
                 f" that in the model's context of {model.max_length}"
             )
-        score = None
+        prompts = [held_out.prompt[i].tolist() for i in range(len(held_out))]
+        padded = rollout.left_padded(prompts, max(map(len, prompts)))
+        score_of = None
         if config.reward_model is not None:
-            score = load_scorer(config.reward_model, asked, tokenizer, config.sample_batch, mesh)
+            reward_config, reward_params = scoring.load_model(
+                config.reward_model, mesh, tokenizer, "float32", "--reward_model"
+            )
+            score_of = functools.partial(scoring.scorer(reward_config, mesh), reward_params)
 
-        def respond(params: models.Params) -> list[list[int]]:
-            """A response to each validation prompt at temperature 1; with the same noise always."""
-            prompts = [asked.prompt[i].tolist() for i in range(len(asked))]
-            responses = []
-            for i in range(0, len(asked), config.sample_batch):
-                part = prompts[i : i + config.sample_batch]
-                rollout = sampler.generate(
-                    params,
-                    model,
-                    part,
-                    sample_key,
-                    max_new_tokens=config.max_new_tokens,
-                    indices=range(i, i + len(part)),
-                    mesh=mesh,
-                )
-                responses += rollout.responses()
-            return responses
+        def respond(params: models.Params) -> train.Batch:
+            """Rows of a response to each held-out prompt, at temperature 1, always with one key."""
+            sampled, _ = rollout.sample(
+                params,
+                model,
+                prompts,
+                sample_key,
+                size=config.sample_batch,
+                max_new_tokens=config.max_new_tokens,
+                mesh=mesh,
+            )
+            return padded | sampled
 
-        def utilities(responses: list[list[int]]) -> np.ndarray:
-            """The miniature's gold judge on the responses."""
-            from instructjax.miniature import judge
+        def utilities(rows: train.Batch) -> np.ndarray:
+            """utility_B of the responses, by the miniature's gold judge."""
+            from instructjax.evaluation import gold
 
-            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-            pairs = zip(asked.records, texts, strict=True)
-            return np.array([judge(dict(record.row), text).utility for record, text in pairs])
+            texts = tokenizer.batch_decode(rollout.token_ids(rows), skip_special_tokens=True)
+            return gold.utilities(held_out.records, texts)
 
         def evaluate(step: int) -> float:
-            """Logs the step's validation figures; returns the one that picks the checkpoint."""
+            """Logs the step's validation figures. Returns the one that picks the checkpoint."""
             losses, weights = [], []
             for batch in validation.once():
                 mean, (weight, _) = loss_of(current.params, jax.tree.map(put, batch))
                 losses.append(float(mean))
                 weights.append(float(weight))
-            found = {"validation/loss": float(np.average(losses, weights=weights))}
-            responses = respond(current.params)
-            if score is not None:
-                found["validation/reward"] = float(np.mean(score(responses)))
+            figures = {"validation/loss": float(np.average(losses, weights=weights))}
+            rows = respond(current.params)
+            if score_of is not None:
+                score_B = rollout.map_batches(
+                    score_of, rows, config.sample_batch, [config.max_new_tokens], mesh
+                )
+                figures["validation/reward"] = float(np.mean(score_B))
             if miniature:
-                found["validation/utility"] = float(utilities(responses).mean())
-            run.log(step, found)
-            for record, response in zip(asked.records[:4], responses, strict=False):
-                text = tokenizer.decode(response)
+                figures["validation/utility"] = float(utilities(rows).mean())
+            run.log(step, figures)
+            for record, ids in zip(held_out.records[:4], rollout.token_ids(rows), strict=False):
+                text = tokenizer.decode(ids)
                 run.metrics.sample(step, {"prompt": record.prompt, "response": text})
-            return found[score_name]
+            return figures[score_name]
 
         base = utilities(respond(params)) if miniature else None
         del params
@@ -257,7 +260,7 @@ def run_sft(config: Config) -> None:
             elif run.should_save(step):
                 run.save(step, current)
 
-        # ------------------------------------------------------------------------ what came of it
+        # ------------------------------------------------------------------------ export, report
 
         best = run.checkpoints.best()
         if best is not None and best != total:
@@ -269,14 +272,14 @@ def run_sft(config: Config) -> None:
         summary = {"steps": total, "kept checkpoint": best, "by": score_name}
         if best is not None:
             summary[score_name] = run.checkpoints.restore(best, abstract(current))[1]["score"]
-        if score is not None:
+        if score_of is not None:
             panels["reward model's score"] = ("validation/reward",)
         if base is not None:
             tuned = utilities(respond(current.params))
             panels["gold judge's mean utility"] = ("validation/utility",)
-            summary["gold utility, base model"] = interval(base)
-            summary["gold utility, this model"] = interval(tuned)
-            summary["prompts behind them"] = len(asked)
+            summary["gold utility, base model"] = with_interval(base)
+            summary["gold utility, this model"] = with_interval(tuned)
+            summary["prompts behind them"] = len(held_out)
         summary["seconds"] = time.perf_counter() - began
         if jax.process_index() != 0:
             return
@@ -296,11 +299,11 @@ def make_step(
     mesh: jax.sharding.Mesh,
     total: int,
 ) -> tuple[optax.GradientTransformation, Callable[..., Any], train.TrainStep]:
-    """(optimizer, loss, jitted step); preflight.py compiles the same for a pod.
+    """The optimizer, the loss and the jitted step, which preflight.py compiles for a pod.
 
     Args:
       params: arrays, or ShapeDtypeStructs that carry shardings.
-      total: steps, at which the learning rate is a tenth of its peak.
+      total: number of steps after which the learning rate is a tenth of its peak.
     """
     schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
     tx = train.adam(schedule)
@@ -311,38 +314,9 @@ def make_step(
     return tx, loss_fn, step
 
 
-def load_scorer(
-    path: str, asked: Dataset, tokenizer: Any, batch_size: int, mesh: jax.sharding.Mesh
-) -> Callable[[list[list[int]]], np.ndarray]:
-    """Responses to the prompts of `asked` -> the scores that the reward model at `path` gives."""
-    config, params, own = pretrained.load(path, mesh)
-    if not config.scalar_head:
-        raise ValueError(f"--reward_model {path}: a language model, not a reward model")
-    theirs = own.get_vocab()
-    if any(theirs.get(token) != i for token, i in tokenizer.get_vocab().items()):
-        raise ValueError(f"--reward_model {path}: its tokenizer is not the model's")
-    score_of = jax.jit(
-        functools.partial(reward.score, config=config, shard=sharding.constrainer(mesh)),
-        out_shardings=sharding.replicated(mesh),
-    )
-
-    def score(responses: list[list[int]]) -> np.ndarray:
-        stop = np.cumsum([len(response) for response in responses])
-        start = np.concatenate([[0], stop[:-1]])
-        ids = np.concatenate([np.asarray(response, np.int32) for response in responses])
-        answered = dataclasses.replace(asked, response=Spans(ids, start[:, None], stop[:, None]))
-        batches = Stream(ComparisonRows(answered), batch_size, seed=0).once()
-        where = sharding.batched(mesh)
-        scores = [np.asarray(score_of(params, batch=jax.device_put(b, where))) for b in batches]
-        return np.concatenate(scores)[: len(responses), 0]
-
-    return score
-
-
-def interval(values: np.ndarray) -> str:
+def with_interval(values: np.ndarray) -> str:
     """The mean with its 95 % interval, a bootstrap over prompts."""
-    picks = np.random.default_rng(0).integers(0, len(values), (1000, len(values)))
-    low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
+    low, high = policies.interval(values)
     return f"{values.mean():+.2f} ({low:+.2f} to {high:+.2f})"
 
 

@@ -1,11 +1,11 @@
-"""Talk to a model: one prompt, or a conversation; tokens are printed as they come.
+"""Talk to a model: one prompt, or a conversation. Tokens are printed as they come.
 
     python experiments/sample.py --model runs/sft                       # until Ctrl-D
     python experiments/sample.py --model runs/sft --prompt "list two animals that are white."
     python experiments/sample.py --model HuggingFaceTB/SmolLM2-135M-Instruct --temperature 0.7
 
-Hardware: whatever holds the model. The first answer waits for the compiler; later runs find what
-it made on disk.
+Hardware: any that holds the model. The first answer waits for the compiler. Later runs find the
+compiled program on disk.
 """
 
 import sys
@@ -24,29 +24,31 @@ from instructjax.run.process import cache_compilations
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to talk to, and how it answers."""
+    """The model to talk to, and how it answers."""
 
     model: str = "runs/sft"
-    """A preset, a run directory, a Hugging Face directory or a hub name."""
+    """The model: a preset, a run directory, a Hugging Face directory or a hub name."""
     tokenizer: str | None = None
-    """A Hugging Face directory or hub name; default: the model's own."""
+    """The tokenizer: a Hugging Face directory or a hub name. By default the model's own."""
     prompt: str | None = None
-    """Answer this and end; without it, talk until Ctrl-D."""
+    """Answer this prompt and end. By default the conversation goes on until Ctrl-D."""
     dialogue: bool | None = None
-    """Remember the turns, written by the tokenizer's chat template or as `Human:`, `Assistant:`;
-    by default if there is a template. Otherwise each line alone is a prompt, just as typed."""
+    """Remember earlier turns, in the tokenizer's chat template or as `Human:` and `Assistant:`.
+    Otherwise each line is a prompt of its own, exactly as typed.
+    By default turns are remembered if the tokenizer has a chat template."""
     temperature: float = 1.0
-    """Logits are divided by it; lower is safer and duller."""
+    """Number that logits are divided by. Lower values give likelier and less varied answers."""
     top_k: int = 0
-    """Draw among so many likeliest tokens; 0 is all."""
+    """Draw each token from this many likeliest ones. 0 is all of them."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens of this total probability."""
+    """Draw each token from the likeliest ones of this total probability. 1 is all of them."""
     max_new_tokens: int = 128
-    """Tokens of an answer, at most."""
+    """Longest answer, in tokens."""
     seed: int = 0
-    """The same one gives the same answers."""
+    """Seed of sampling. The same seed gives the same answers."""
     mesh: str = ""
-    """Devices along each axis, as `tensor=2,fsdp=-1`."""
+    """Devices along each axis, as `data=2,fsdp=-1,tensor=2`, where -1 takes those that are left.
+    By default all devices are along `fsdp`."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
@@ -60,15 +62,16 @@ class Config:
 def sample(config: Config) -> None:
     cache_compilations()
     mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
-    found = pretrained.load(config.model, mesh, tokenizer=config.tokenizer, seed=config.seed)
-    model, params, tokenizer = found
+    model, params, tokenizer = pretrained.load(
+        config.model, mesh, tokenizer=config.tokenizer, seed=config.seed
+    )
     if model.scalar_head:
-        raise ValueError(f"--model {config.model}: a reward or value model, which writes no text")
+        raise ValueError(f"--model {config.model}: a reward or value model, not a language model")
     remembers = bool(getattr(tokenizer, "chat_template", None))
     if config.dialogue is not None:
         remembers = config.dialogue
     render = chat_template(tokenizer)
-    room = model.max_length - config.max_new_tokens
+    longest_prompt = model.max_length - config.max_new_tokens
 
     def ids_of(messages: Messages) -> list[int]:
         text = render(messages, True) if remembers else messages[-1]["content"]
@@ -76,10 +79,13 @@ def sample(config: Config) -> None:
         return spans[0].tolist()
 
     def answer(messages: Messages, turn: int) -> str:
-        """Prints an answer to the last message token by token, and returns it."""
-        while len(ids := ids_of(messages)) > room and len(messages) > 1:
+        """Prints an answer to the last message, token by token, and returns it."""
+        while len(ids := ids_of(messages)) > longest_prompt and len(messages) > 1:
             del messages[:2]
-            print("(the start of this conversation no longer fits the model)", file=sys.stderr)
+            print(
+                "(the first turn no longer fits the model's context, and is forgotten)",
+                file=sys.stderr,
+            )
         tokens, shown = [], ""
         drawn = sampler.stream(
             params,
@@ -96,7 +102,7 @@ def sample(config: Config) -> None:
             for token in drawn:
                 tokens.append(token)
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
-                if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
+                if not text.endswith("\ufffd"):  # a character whose last bytes are missing yet
                     print(text[len(shown) :], end="", flush=True)
                     shown = text
         except KeyboardInterrupt:

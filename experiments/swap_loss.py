@@ -1,11 +1,11 @@
-"""Other algorithms, each in some forty lines: DPO, GRPO, RLOO. To read, to copy, to change.
+"""Train by DPO, GRPO or RLOO, each in some forty lines: a file to read, to copy and to change.
 
     python experiments/swap_loss.py dpo                     # on the miniature's comparisons
     python experiments/swap_loss.py grpo --samples 8        # on its prompts and reward model
     python experiments/swap_loss.py rloo --reward my_file.py:my_function --data jsonl:prompts.jsonl
 
-An algorithm is a stream of data, what is done to a batch before its update, and a loss. The model
-that it starts from stays as the reference; there is no value net. See docs/swap-a-loss.md.
+An algorithm is a stream of data, a function that prepares a batch for its update, and a loss. The
+model that training starts from is the reference. There is no value net. See docs/swap-a-loss.md.
 
 Hardware: two CPU cores suffice for the miniature, once run_rm.py has made runs/sft and runs/rm.
 """
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from instructjax import hf, losses, rollout, sampler, scoring, sharding, state, train
+from instructjax import hf, losses, rollout, scoring, sharding, state, train
 from instructjax.advantages import kl_estimate
 from instructjax.data import ComparisonRows, DataConfig, Dataset, PromptRows, Stream, load
 from instructjax.evaluation.figures import plot_curves
@@ -32,13 +32,13 @@ from instructjax.models import ModelConfig, Params
 from instructjax.run import Run, main, pretrained
 from instructjax.run.flags import RunConfig, parse
 from instructjax.scoring import RewardConfig
-from instructjax.train import Batch
+from instructjax.train import Batch, Metrics
 
-Loss = tuple[jax.Array, tuple[jax.Array, train.Metrics]]  # what a `train.LossFn` returns
+Loss = tuple[jax.Array, tuple[jax.Array, Metrics]]  # the value of a `train.LossFn`
 
 
 class Start(NamedTuple):
-    """The model that training starts from and is held to; no update changes it."""
+    """The model that training starts from, which is the reference too. No update changes it."""
 
     mesh: jax.sharding.Mesh
     model: ModelConfig
@@ -47,35 +47,36 @@ class Start(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """All that the loop needs."""
+    """What the training loop needs of an algorithm."""
 
     stream: Stream
-    # (params, a batch of the stream, key) -> (rows on their devices, their tokens, metrics)
-    prepare: Callable[[Params, dict[str, Any], jax.Array], tuple[Batch, int, train.Metrics]]
-    loss_fn: train.LossFn  # of those rows
-    held_out: Dataset  # prompts for the comparison at the end
+    # (params, batch of the stream, key) -> (batch for the loss, on devices; its tokens; metrics)
+    prepare: Callable[[Params, Batch, jax.Array], tuple[Batch, int, Metrics]]
+    loss_fn: train.LossFn
+    held_out: Dataset  # its prompts are for the comparison at the end
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    """The flags of all three."""
+    """The flags of all three algorithms."""
 
-    CURVES: ClassVar[tuple[str, ...]] = ()  # what curves.png shows
+    CURVES: ClassVar[tuple[str, ...]] = ()  # the metrics that curves.png shows
     FIXED = (*RunConfig.FIXED, "beta", "learning_rate", "max_new_tokens", "reward", "samples")
 
     preset: tyro.conf.Suppress[str] = ""
     model: str = "runs/sft"
-    """The policy at the start, which is the reference too."""
+    """The policy to start from, which stays as the reference.
+    A preset, a run directory, a Hugging Face directory or a hub name."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Comparisons for DPO; prompts for GRPO and RLOO."""
+    """The data to train on: comparisons for DPO, prompts for GRPO and RLOO."""
     steps: int = 100
-    """Updates in all, those before a --resume included."""
+    """Number of updates in all, including those before a --resume."""
     batch_size: int = 16
-    """Prompts of an update, with all responses to each."""
+    """Prompts of an update, each with all its responses. [Ours]"""
     learning_rate: float = 3e-4
-    """Of Adam, constant."""
+    """Learning rate of Adam, which is constant. [Ours]"""
     max_new_tokens: int = 32
-    """Longest sampled response, in tokens."""
+    """Longest sampled response, in tokens. [Ours]"""
 
 
 # ---------------------------------------------------------------------------------------- DPO
@@ -89,11 +90,16 @@ class DPO(Config):
 
     out: Path = Path("runs/dpo")
     beta: float = 0.1
-    """Strength of the pull to the reference."""
+    """Strength of the pull towards the reference. [Rafailov et al., App. B: 0.1]"""
 
 
 def response_logp(params: Params, batch: Batch, **model: Any) -> jax.Array:
-    """logp_BK of whole responses, EOS included, in rows of `data.ComparisonRows`."""
+    """Log-probabilities of whole responses, EOS included: logp_BK.
+
+    Args:
+      batch: rows of `data.ComparisonRows`.
+      model: `config` and `shard` of the model.
+    """
     B, K, R = batch["responses_BKR"].shape
     rows = {name: jnp.repeat(batch[name], K, axis=0) for name in ("prompt_BP", "prompt_mask_BP")}
     rows["tokens_BR"] = batch["responses_BKR"].reshape(B * K, R)
@@ -102,34 +108,43 @@ def response_logp(params: Params, batch: Batch, **model: Any) -> jax.Array:
 
 
 def dpo_pairs(logp_BK: jax.Array, ref_logp_BK: jax.Array, beta: float) -> jax.Array:
-    """loss_BKK: `losses.dpo` at [b, w, l] of response w of prompt b as chosen, l as rejected."""
+    """`losses.dpo` for all pairs of the responses to a prompt.
+
+    Returns:
+      loss_BKK; at [b, w, l] response w to prompt b is the chosen one, and l the rejected one.
+    """
     of_chosen = jax.vmap(losses.dpo, (None, 1, None, 1, None), out_axes=1)
     of_all = jax.vmap(of_chosen, (1, None, 1, None, None), out_axes=1)
     return of_all(logp_BK, logp_BK, ref_logp_BK, ref_logp_BK, beta)
 
 
 def dpo_loss(params: Params, batch: Batch, key: Any, *, beta: float, **model: Any) -> Loss:
-    """Mean over prompts of the mean over their strict pairs."""
+    """The DPO loss (eq. 7), averaged over a prompt's strict pairs, then over the prompts.
+
+    Args:
+      batch: rows of `data.ComparisonRows`, with ref_logp_BK.
+    """
     logp_BK = response_logp(params, batch, **model)
     pairs_BKK = losses.strict_pairs(batch["ranks_BK"], batch["mask_BK"])
     live_B = jnp.any(pairs_BKK, axis=(1, 2))
     of_prompts = lambda x_BKK: masked_mean(masked_mean(x_BKK, pairs_BKK, (1, 2)), live_B)  # noqa: E731
     loss_BKK = dpo_pairs(logp_BK, batch["ref_logp_BK"], beta)
-    reward_BK = beta * (logp_BK - batch["ref_logp_BK"])  # the implicit one, but for a constant
+    # The implicit reward, up to a constant of the prompt (section 4).
+    reward_BK = beta * (logp_BK - batch["ref_logp_BK"])
     margin_BKK = reward_BK[:, :, None] - reward_BK[:, None, :]
     metrics = {"dpo/accuracy": of_prompts(margin_BKK > 0), "dpo/margin": of_prompts(margin_BKK)}
     return of_prompts(loss_BKK), (jnp.sum(live_B, dtype=jnp.float32), metrics)
 
 
 def dpo(config: DPO, start: Start) -> Algorithm:
-    """The reference's log-probabilities are computed by the frozen start, a batch at a time."""
+    """DPO on comparisons. The frozen start gives the reference's log-probabilities."""
     read = functools.partial(load, config.data, "comparisons", start.tokenizer)
     context = start.model.max_length
     seen, unseen = (read(split=split, context=context) for split in ("train", "validation"))
     model: Any = {"config": start.model, "shard": config.constrainer(start.mesh)}
     logp_of = jax.jit(functools.partial(response_logp, **model))
 
-    def prepare(params: Params, batch: dict[str, Any], key: jax.Array):
+    def prepare(params: Params, batch: Batch, key: jax.Array) -> tuple[Batch, int, Metrics]:
         rows = rollout.put(batch, start.mesh)
         rows["ref_logp_BK"] = logp_of(start.params, rows)
         return rows, int(batch["response_mask_BKR"].sum()), {}
@@ -144,14 +159,14 @@ def dpo(config: DPO, start: Start) -> Algorithm:
 
 @dataclass(frozen=True, kw_only=True)
 class Online(Config):
-    """The flags of those that learn from their own samples."""
+    """The flags of the algorithms that learn from their own samples."""
 
     CURVES = ("objective/score", "objective/kl", "rollout/length")
 
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """What a response is worth."""
+    """What scores a response: reward models, functions, or both."""
     samples: int = 4
-    """Responses to each prompt: the group that each is compared with."""
+    """Responses to each prompt. They are the group that each of them is compared with. [Ours]"""
     batch_size: int = 32
     learning_rate: float = 1e-4
     beta: float
@@ -159,41 +174,47 @@ class Online(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples < 2:
-            raise ValueError(f"--samples {self.samples}: a group needs at least 2")
+            raise ValueError(f"--samples {self.samples}: must be at least 2, to compare responses")
 
 
-# (score_GK, kl_GK) -> advantage_GK, of G prompts with K responses each
+# (score_GK, kl_GK) -> advantage_GK, for G prompts with K responses each
 Advantage = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def online(config: Online, start: Start, advantage: Advantage, loss: Any) -> Algorithm:
-    """Groups of responses, each paid by its own group alone; one update a rollout."""
+    """Samples K responses to each prompt, and makes one update per rollout.
+
+    Args:
+      advantage: compares a response with its group.
+      loss: the loss of the rows, with `config` and `shard` still to be bound.
+    """
     R, K = config.max_new_tokens, config.samples
     read = functools.partial(load, config.data, "prompts", start.tokenizer)
     context = start.model.max_length - R + 1
     seen, unseen = (read(split=split, context=context) for split in ("train", "validation"))
     P = min(-(-int(seen.prompt.lengths.max()) // 32) * 32, start.model.max_length - R)
-    reward = scoring.load(config.reward, start.mesh, start.tokenizer, "float32")
+    reward = scoring.load(config.reward, start.mesh, start.tokenizer, config.model_dtype)
     model: Any = {"config": start.model, "shard": config.constrainer(start.mesh)}
     everywhere = sharding.replicated(start.mesh)
     logp_of = jax.jit(functools.partial(rollout.token_logp, **model), out_shardings=everywhere)
 
-    def prepare(params: Params, batch: dict[str, Any], key: jax.Array):
-        keywords = {"samples_per_prompt": K, "indices": batch["indices"], "mesh": start.mesh}
-        sampled = sampler.generate(
-            params, start.model, batch["prompts"], key, max_new_tokens=R, **keywords
-        )
+    def prepare(params: Params, batch: Batch, key: jax.Array) -> tuple[Batch, int, Metrics]:
+        prompts, size = batch["prompts"], config.batch_size
+        keywords = {"samples_per_prompt": K, "max_new_tokens": R, "mesh": start.mesh}
+        # A response's noise depends on the key and its row, so a prompt that stands twice in the
+        # batch gets two groups of responses.
+        sampled, _ = rollout.sample(params, start.model, prompts, key, size=size, **keywords)
         records = [record for record in batch["records"] for _ in range(K)]
-        rows = rollout.left_padded([x for x in batch["prompts"] for _ in range(K)], P)
-        for name in ("tokens_BR", "mask_BR", "logp_BR"):
-            rows[name] = jax.device_get(getattr(sampled, name))
+        rows = rollout.left_padded([prompt for prompt in prompts for _ in range(K)], P) | sampled
 
-        def over(fn: Callable[[Batch], jax.Array]) -> np.ndarray:
-            return rollout.map_batches(fn, rows, config.batch_size, [R], start.mesh)
+        def map_rows(fn: Callable[[Batch], jax.Array]) -> np.ndarray:
+            return rollout.map_batches(fn, rows, size, [R], start.mesh)
 
         texts = start.tokenizer.batch_decode(rollout.token_ids(rows), skip_special_tokens=True)
-        score_B, _ = reward.score(over, [record.prompt for record in records], texts, records)
-        rows["ref_logp_BR"] = over(functools.partial(logp_of, start.params))
+        score_B, _ = reward.score(map_rows, [record.prompt for record in records], texts, records)
+        if config.model_dtype != "float32":  # the sampler's rounding differs from the loss's
+            rows["logp_BR"] = map_rows(functools.partial(logp_of, params))
+        rows["ref_logp_BR"] = map_rows(functools.partial(logp_of, start.params))
         kl_B = (rows["logp_BR"] - rows["ref_logp_BR"]).sum(1)
         advantage_GK = advantage(score_B.reshape(-1, K), kl_B.reshape(-1, K))
         rows["advantage_B"] = advantage_GK.reshape(-1).astype(np.float32)
@@ -215,12 +236,12 @@ class GRPO(Online):
 
     out: Path = Path("runs/grpo")
     beta: float = 0.04
-    """Of the KL to the reference, in the loss [section 4.2: 0.04]."""
+    """Weight of the KL to the reference, in the loss. [Section 4.2: 0.04]"""
 
 
 def grpo_advantages(score_GK: np.ndarray, eps: float = 1e-4) -> np.ndarray:
     """(score - mean of the group) / (standard deviation of the group + eps) (section 4.1.2)."""
-    score_GK = score_GK.astype(np.float64)  # in which equal scores have exactly their mean
+    score_GK = score_GK.astype(np.float64)  # so that equal scores are exactly their mean
     centred_GK = score_GK - score_GK.mean(1, keepdims=True)
     return centred_GK / (score_GK.std(1, keepdims=True) + eps)
 
@@ -230,7 +251,7 @@ def grpo_loss(
 ) -> Loss:
     """PPO's loss plus beta k3, averaged over each response, then over responses (eq. 3 and 4).
 
-    In the first update of a rollout the ratio is 1; the clip is for those who make several.
+    The ratio is 1 in the first update of a rollout. The clip is for a loop that makes more updates.
     """
     logp_BR = rollout.token_logp(params, rows, **model)
     mask_BR, live_B = rows["mask_BR"], jnp.any(rows["mask_BR"], axis=1)
@@ -243,7 +264,7 @@ def grpo_loss(
 
 
 def grpo(config: GRPO, start: Start) -> Algorithm:
-    """The reward is the score alone: the KL is in the loss."""
+    """GRPO on prompts. The KL is in the loss, so the advantage is of the score alone."""
     loss = functools.partial(grpo_loss, beta=config.beta)
     return online(config, start, lambda score_GK, kl_GK: grpo_advantages(score_GK), loss)
 
@@ -257,18 +278,18 @@ class RLOO(Online):
 
     out: Path = Path("runs/rloo")
     beta: float = 0.03
-    """Of the KL to the reference, in the reward."""
+    """Weight of the KL to the reference, in the reward. [Ours]"""
 
 
 def rloo_advantages(reward_GK: np.ndarray) -> np.ndarray:
-    """Each reward less the mean of the others in its group."""
-    reward_GK = reward_GK.astype(np.float64)  # in which equal rewards give exactly 0
+    """Each reward minus the mean of the other rewards in its group."""
+    reward_GK = reward_GK.astype(np.float64)  # so that equal rewards give exactly 0
     others_GK = reward_GK.sum(1, keepdims=True) - reward_GK
     return reward_GK - others_GK / (reward_GK.shape[1] - 1)
 
 
 def rloo_loss(params: Params, rows: Batch, key: Any, **model: Any) -> Loss:
-    """REINFORCE, where a whole response is one action; averaged over responses."""
+    """The REINFORCE loss with a whole response as one action, averaged over responses."""
     logp_BR = rollout.token_logp(params, rows, **model)
     loss_B = -rows["advantage_B"] * masked_sum(logp_BR, rows["mask_BR"], 1)
     live_B = jnp.any(rows["mask_BR"], axis=1)
@@ -276,7 +297,7 @@ def rloo_loss(params: Params, rows: Batch, key: Any, **model: Any) -> Loss:
 
 
 def rloo(config: RLOO, start: Start) -> Algorithm:
-    """The reward of a response is its score less beta KL."""
+    """RLOO on prompts. The reward of a response is its score minus beta KL."""
 
     def advantage(score_GK: np.ndarray, kl_GK: np.ndarray) -> np.ndarray:
         return rloo_advantages(score_GK - config.beta * kl_GK)
@@ -288,18 +309,21 @@ def rloo(config: RLOO, start: Start) -> Algorithm:
 
 
 def swap_loss(config: Config) -> None:
-    """Trains by the algorithm whose config it is given."""
+    """Trains by the algorithm that the config's class belongs to."""
     began, name = time.perf_counter(), type(config).__name__.lower()
     with Run(config, stage=name) as run:
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
         if config.batch_size % parts:
             raise ValueError(f"--batch_size {config.batch_size}: not a multiple of {parts} devices")
-        start = Start(mesh, *pretrained.load(config.model, mesh, seed=config.seed))
-        if start.model.scalar_head:
+        model, params, tokenizer = pretrained.load(
+            config.model, mesh, tokenizer=config.tokenizer, seed=config.seed
+        )
+        if model.scalar_head:
             raise ValueError(f"--model {config.model}: a reward model, not a language model")
-        chosen: Any = {DPO: dpo, GRPO: grpo, RLOO: rloo}[type(config)]
-        algorithm: Algorithm = chosen(config, start)
+        start = Start(mesh, config.compute(model), params, tokenizer)
+        make_algorithm: Any = {DPO: dpo, GRPO: grpo, RLOO: rloo}[type(config)]
+        algorithm: Algorithm = make_algorithm(config, start)
 
         tx, key = train.adam(config.learning_rate), jax.random.key(config.seed)
         layout = state.shardings(start.params, tx)
@@ -308,9 +332,9 @@ def swap_loss(config: Config) -> None:
         batches = algorithm.stream.iterate(done)
         for step, batch in zip(run.steps(done, config.steps), batches, strict=False):
             step_key = jax.random.fold_in(key, step)
-            rows, tokens, found = algorithm.prepare(current.params, batch, step_key)
+            rows, tokens, rollout_metrics = algorithm.prepare(current.params, batch, step_key)
             current, metrics = step_fn(current, rows, step_key)
-            run.log(step, metrics | found, tokens=tokens)
+            run.log(step, metrics | rollout_metrics, tokens=tokens)
             if run.should_save(step):
                 run.save(step, current)
 
@@ -325,26 +349,33 @@ def swap_loss(config: Config) -> None:
 
 
 def compare(config: Config, start: Start, params: Params, algorithm: Algorithm) -> dict[str, Any]:
-    """Prints responses to held-out prompts before and after; in the miniature, who wins."""
+    """Prints responses of the start and of the trained policy to held-out prompts.
+
+    Returns:
+      the gold judge's utilities and the win rate, for the miniature; nothing for other data.
+    """
     held_out = algorithm.held_out
     fits = held_out.prompt.lengths + config.max_new_tokens <= start.model.max_length
     held_out = held_out.take(fits & (np.cumsum(fits) <= 256))
     prompts = [held_out.prompt[i].tolist() for i in range(len(held_out))]
-    key, texts = jax.random.key(config.seed), []
-    for weights in (start.params, params):
-        keywords = {"max_new_tokens": config.max_new_tokens, "mesh": start.mesh}
-        tokens = sampler.generate(weights, start.model, prompts, key, **keywords).responses()
-        texts.append(start.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+    if not prompts:
+        print(f"no held-out prompt leaves room for --max_new_tokens {config.max_new_tokens}")
+        return {}
+    # A key for each policy, because a win rate is of independent samples.
+    keys, texts = jax.random.split(jax.random.key(config.seed)), []
+    keywords: Any = {"max_new_tokens": config.max_new_tokens, "mesh": start.mesh}
+    for weights, key in zip((start.params, params), keys, strict=True):
+        size = len(prompts)
+        rows, _ = rollout.sample(weights, start.model, prompts, key, size=size, **keywords)
+        ids = rollout.token_ids(rows)
+        texts.append(start.tokenizer.batch_decode(ids, skip_special_tokens=True))
     for record, before, after in list(zip(held_out.records, *texts, strict=True))[:3]:
         print(f"{record.prompt}\n  before: {before.strip()}\n  after:  {after.strip()}")
     if config.data.spec != "miniature":
         return {}
-    from instructjax.miniature import judge
+    from instructjax.evaluation import gold
 
-    rows = [dict(record.row) for record in held_out.records]
-    before, after = (
-        np.array([judge(*x).utility for x in zip(rows, y, strict=True)]) for y in texts
-    )
+    before, after = (gold.utilities(held_out.records, of_policy) for of_policy in texts)
     share, low, high = win_rate(after, before)
     return {
         "gold utility": f"{before.mean():+.2f} at the start, {after.mean():+.2f} now",

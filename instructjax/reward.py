@@ -1,6 +1,4 @@
-"""The reward model: scores of K responses in one pass, and the loss of eq. 1."""
-
-from typing import Any
+"""The reward model: scores of K responses in one pass, and the loss of InstructGPT's equation 1."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +6,7 @@ import jax.numpy as jnp
 from instructjax import losses, models
 from instructjax.masked import masked_mean
 from instructjax.models import ModelConfig, Params, Shard
-
-Batch = dict[str, Any]  # rows of data.ComparisonRows
+from instructjax.train import Batch, Metrics
 
 
 def score(
@@ -20,16 +17,17 @@ def score(
     key: jax.Array | None = None,
     shard: Shard = models.unsharded,
 ) -> jax.Array:
-    """The scalar at each response's last token (its EOS, where it is complete).
+    """The scalar at each response's last token, which is EOS if the response is complete.
 
-    One pass over the prompt and one over each response, in fixed slots (`models.apply_shared`) or
-    packed behind one another (`models.apply` with parents).
+    The prompt runs once for all its responses, which stand in fixed slots (`models.apply_shared`)
+    or are packed one after the other (`models.apply` with parents).
 
     Args:
       batch: rows of `data.ComparisonRows` or of `data.PackedComparisonRows`.
+      key: key of residual dropout; None turns dropout off.
 
     Returns:
-      score_BK, or score_BCK of packed rows, float32; anything in an empty slot.
+      float32 score_BK, or score_BCK for packed rows. The score of an empty slot means nothing.
     """
     if "last_BCK" in batch:
         B, C, K = batch["last_BCK"].shape
@@ -68,20 +66,20 @@ def loss_fn(
     *,
     config: ModelConfig,
     shard: Shard = models.unsharded,
-) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
-    """Mean over prompts with at least one strict pair of `losses.pairwise_ranking`.
+) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+    """Mean of `losses.pairwise_ranking` over the prompts that have at least one strict pair.
 
     Args:
       batch: rows of `data.ComparisonRows` or of `data.PackedComparisonRows`.
-      key: of residual dropout; None turns it off.
+      key: key of residual dropout; None turns dropout off.
       config, shard: bound by `functools.partial` in the script.
 
     Returns:
-      (mean, (prompts that count, metrics)); `rm/accuracy` is the mean over prompts of the share
-      of their strict pairs that the scores order rightly.
+      (mean, (number of those prompts, metrics)). `rm/accuracy` is the share of a prompt's strict
+      pairs that the scores order as the ranks do, averaged over the prompts.
     """
     score_BK = score(params, config, batch, key=key, shard=shard)
-    if "last_BCK" in batch:  # as many comparisons of one row each
+    if "last_BCK" in batch:  # the C comparisons of a packed row become rows of their own
         names = ("ranks_BCK", "mask_BCK", "margin_BC")
         ranks_BK, mask_BK, margin_B = (jnp.concatenate(batch[name]) for name in names)
         score_BK = jnp.concatenate(score_BK)
@@ -97,9 +95,9 @@ def loss_fn(
 
 
 def center(params: Params, mean_score: jax.Array | float) -> Params:
-    """Shifts the bias so that what scored `mean_score` on average scores 0.
+    """Shifts the bias so that responses with a mean score of `mean_score` get a mean of 0.
 
-    InstructGPT, section 3.5: labeler demonstrations score 0 on average before RL.
+    InstructGPT, section 3.5: labeler demonstrations have a mean score of 0 before RL.
     """
     kernel, bias = params["score"]["kernel"], params["score"]["bias"]
     return {**params, "score": {"kernel": kernel, "bias": bias - mean_score}}

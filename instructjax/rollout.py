@@ -81,39 +81,37 @@ def sample(
     params: Params,
     config: ModelConfig,
     prompts: Sequence[Sequence[int]],
-    numbers: Sequence[int],
     key: jax.Array,
     *,
-    width: int,
-    prompts_at_a_time: int | None = None,
+    size: int | None = None,
+    indices: Sequence[int] | None = None,
     **settings: Any,
 ) -> tuple[Batch, float]:
-    """Samples a response to each prompt.
+    """Responses to prompts: `sampler.generate` on `size` prompts at a time.
+
+    The keys and values of all prompts of a part are in memory together, so smaller parts need less
+    memory. They give the same tokens, because noise does not depend on the batch.
 
     Args:
-      numbers: int for each prompt; the noise of its response depends on it and on the key alone.
-      width: P, what prompts are padded to in the result.
-      prompts_at_a_time: prompts whose keys and values are in memory together; None: all. It
-        changes no token.
-      settings: keywords of `sampler.generate`.
+      size: prompts of a part; None: all.
+      indices: the number of each prompt's episode, which its noise depends on; default: 0, 1, ...
+      settings: keywords of `sampler.generate`, such as max_new_tokens, temperature and mesh.
 
     Returns:
-      (rows with prompt_BP, prompt_mask_BP, tokens_BR, mask_BR and logp_BR, in NumPy, the same on
-      every host; the share of the sampler's slots that gave a token)
+      (tokens_BR, mask_BR and logp_BR by name, in NumPy, whole on every host; the share of the
+      sampler's slots that were in use)
     """
-    size = prompts_at_a_time or len(prompts)
-    parts = []
+    size, indices = size or len(prompts), range(len(prompts)) if indices is None else indices
+    names, parts, live = ("tokens_BR", "mask_BR", "logp_BR"), [], []
     for i in range(0, len(prompts), size):
-        indices = numbers[i : i + size]
-        part = sampler.generate(
-            params, config, prompts[i : i + size], key, indices=indices, **settings
+        numbers = indices[i : i + size]
+        sampled = sampler.generate(
+            params, config, prompts[i : i + size], key, indices=numbers, **settings
         )
-        parts.append(jax.tree.map(sharding.fetch, part))  # before the next program starts
-    names = "tokens_BR", "mask_BR", "logp_BR"
-    rows = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return left_padded(prompts, width) | rows, float(
-        np.mean([part.live_fraction for part in parts])
-    )
+        parts.append([sharding.fetch(getattr(sampled, name)) for name in names])
+        live.append(float(sampled.live_fraction))
+    arrays = map(np.concatenate, zip(*parts, strict=True))
+    return dict(zip(names, arrays, strict=True)), float(np.mean(live))
 
 
 # ------------------------------------------------------------------------------- batches of them

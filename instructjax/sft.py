@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, and language modelling at large: the loss of packed rows."""
+"""Supervised fine-tuning and pretraining: the loss of packed rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,29 +8,30 @@ import jax.numpy as jnp
 
 from instructjax import models
 from instructjax.models import ModelConfig, Params, Shard
+from instructjax.train import Batch, Metrics
 
 
 def loss_fn(
     params: Params,
-    batch: dict[str, Any],
+    batch: Batch,
     key: jax.Array | None,
     *,
     config: ModelConfig,
     shard: Shard = models.unsharded,
-) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
-    """Mean negative log-likelihood of the tokens that count, each given those before it.
+) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+    """Mean negative log-likelihood of the target tokens, each given the tokens before it.
 
-    Of a demonstration that is the completion with its EOS, of a text all but its first token
-    (InstructGPT, section 3.5: SFT, and the pretraining data mixed into it).
+    The targets of a demonstration are its completion with EOS, those of a text all tokens but the
+    first (InstructGPT, section 3.5: SFT, and the pretraining data mixed into it).
 
     Args:
       batch: rows of `data.PackedRows`: tokens_BT, segments_BT, positions_BT and mask_BT, which is
-        True where a token counts as a target.
-      key: of residual dropout at config.dropout; None turns it off.
+        True where a token is a target.
+      key: key of residual dropout at config.dropout; None turns dropout off.
       config, shard: bound by `functools.partial` in the script.
 
     Returns:
-      (mean in nats a token, (tokens that count, metrics)).
+      (mean in nats per token, (number of targets, metrics)).
     """
     tokens_BT = batch["tokens_BT"]
     hidden_BTD = models.apply(
@@ -43,7 +44,7 @@ def loss_fn(
         key=key,
         shard=shard,
     )
-    # The shift by one: the state at t is before the token at t + 1. The last state is before none.
+    # The shift by one: the state at t predicts the token at t + 1. The last state predicts none.
     targets_BT = jnp.roll(tokens_BT, -1, axis=1)
     weights_BT = target_weights(batch)
     unembed_VD = models.unembedding(params)
@@ -55,8 +56,8 @@ def loss_fn(
     return mean, (weight, {"sft/loss": mean})
 
 
-def target_weights(batch: dict[str, Any]) -> jax.Array:
-    """float32 weights_BT of the targets, one column before the mask of the tokens."""
+def target_weights(batch: Batch) -> jax.Array:
+    """Weights of the targets, float32 weights_BT: the tokens' mask, one column earlier."""
     return jnp.roll(batch["mask_BT"], -1, axis=1).at[:, -1].set(False).astype(jnp.float32)
 
 

@@ -1,4 +1,4 @@
-"""A train step from a loss: `step(state, batch, key) -> (state, metrics)`."""
+"""Makes a train step from a loss: `step(state, batch, key) -> (state, metrics)`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,10 @@ from instructjax.models import Params
 from instructjax.state import TrainState
 
 Batch = Any  # a pytree of arrays whose first dimension is the batch's
-Metrics = dict[str, jax.Array]
-# (params, batch, key) -> (mean, (weight, metrics)): a mean over `weight` tokens or prompts, which
-# does not depend on params, and metrics that are means over the same. Finite at weight 0.
+Metrics = dict[str, jax.Array]  # scalars by name
+# (params, batch, key) -> (mean, (weight, metrics)). The mean is over `weight` tokens or prompts, a
+# number that does not depend on params. The metrics are means over the same. All are finite where
+# the weight is 0.
 LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, tuple[jax.Array, Metrics]]]
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
@@ -26,9 +27,9 @@ def adam(
     eps: float = 1e-8,
     clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Adam with the paper's betas (App. C), after clipping the gradient's global norm.
+    """Adam with InstructGPT's betas (App. C), after clipping the gradient's global norm.
 
-    The paper is silent on epsilon and on clipping; these defaults are ours.
+    The paper is silent on epsilon and on clipping, so these defaults are ours.
     """
     return optax.chain(
         optax.clip_by_global_norm(clip_norm), optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
@@ -38,18 +39,21 @@ def adam(
 def accumulate_gradients(
     loss_fn: LossFn, params: Params, batch: Batch, key: jax.Array, microbatches: int = 1
 ) -> tuple[Params, Metrics]:
-    """Gradient and metrics of a batch, a share of its rows at a time.
+    """Gradient and metrics of a batch, by gradient accumulation over microbatches.
 
-    Microbatches are averaged by their weight, so the result is that of the whole batch however
+    Microbatches are averaged by their weight. So the result is that of the whole batch, however
     unevenly its live tokens are spread.
 
     Args:
       loss_fn: see `LossFn`.
-      batch: each leaf's first dimension is a multiple of microbatches.
-      microbatches: shares; one is in memory at a time.
+      batch: each leaf's first dimension is a multiple of `microbatches`.
+      microbatches: number of parts. One part's activations are in memory at a time.
 
     Returns:
-      (gradients, metrics), `loss` among the metrics. All 0 if the whole weight is 0.
+      (gradients, metrics), with `loss` among the metrics. All are 0 if the total weight is 0.
+
+    Raises:
+      ValueError: the batch does not divide into that many equal parts.
     """
 
     def weighted(params, batch, key):
@@ -64,10 +68,13 @@ def accumulate_gradients(
     else:
 
         def share(x):
-            # Row r goes to microbatch r % M: each then spans all devices of a sharded batch.
+            # Row r goes to microbatch r % M, so that each spans all devices of a sharded batch.
             rows = x.shape[0]
             if rows % microbatches:
-                raise ValueError(f"a batch of {rows} has no {microbatches} equal microbatches")
+                raise ValueError(
+                    f"a batch of {rows} rows has no {microbatches} equal microbatches: choose a"
+                    " number of microbatches that divides it"
+                )
             return x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
 
         def add(total, xs):
@@ -97,18 +104,18 @@ def make_train_step(
       loss_fn: (params, batch, key) -> (mean, (weight, metrics)); see `LossFn`.
       tx: the optimizer that made the state.
       microbatches: see `accumulate_gradients`.
-      shardings: `state.shardings(params, tx)` on a mesh: gradients and the new state are laid
-        out as the old one, so that the step compiles once.
-      schedule: the optimizer's, of its learning rate.
+      shardings: on a mesh, `state.shardings(params, tx)`. Gradients and the new state are laid out
+        by it, as the old state is, so that the step compiles once.
+      schedule: the optimizer's learning-rate schedule, for the metrics.
 
     Returns:
-      step(state, batch, key) -> (state, metrics) with `loss`, the loss_fn's own metrics,
+      step(state, batch, key) -> (state, metrics). The metrics are `loss`, those of loss_fn,
       `optim/grad_norm` (before clipping) and, with a schedule, `optim/learning_rate`.
     """
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         grads, metrics = accumulate_gradients(loss_fn, state.params, batch, key, microbatches)
-        if shardings is not None:  # a reduce-scatter in place of an all-reduce
+        if shardings is not None:  # lets the compiler reduce-scatter instead of all-reduce
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)

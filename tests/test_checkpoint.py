@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, never torn by a step that donates, and at home on any mesh."""
+"""Checkpoints are whole or absent, are not torn by a step that donates, and restore on any mesh."""
 
 import resource
 import signal
@@ -106,11 +106,11 @@ def test_half_written_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
-# The first failure ends orbax's event loop, and the failures after it have nobody to tell.
+# The first failure ends orbax's event loop, and later failures become unraisable exceptions.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_failed_write_leaves_the_last_checkpoint(tmp_path):
-    """The kernel refuses the write, in the background: a quota, or a disk that others fill."""
+    """The kernel refuses the write in the background, as with a quota or a disk that fills up."""
     saved = state_of(sharding.make_mesh(), width=256)
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     checkpoints.save(5, saved, {})
@@ -119,7 +119,7 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
     try:
-        # Whichever of the two notices.
+        # Either of the two calls may notice the failure.
         with pytest.raises(OSError, match=r"last good one is 5: .*too large") as error:  # noqa: PT012
             checkpoints.save(6, saved, {})
             checkpoints.wait()
@@ -145,7 +145,7 @@ def test_full_disk_is_found_before_the_write(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"4 checkpoints of 16,388 bytes .* --keep_last"):
         checkpoints.check_space(saved)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, nbytes(saved) - 1))
-    with pytest.raises(OSError, match="there is none before it: it takes 16,388 bytes"):
+    with pytest.raises(OSError, match="there is none before it: it needs 16,388 bytes"):
         checkpoints.save(1, saved, {})
     assert not list(tmp_path.iterdir())
 

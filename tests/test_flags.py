@@ -1,4 +1,4 @@
-"""Command lines: presets, help, wrong usage; and the data flags nested as scripts use them."""
+"""Command lines: presets, help, wrong usage, data flags, and what --resume may change."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from instructjax import sharding
+from instructjax import models, sharding
 from instructjax.data.config import DataConfig
 from instructjax.run.flags import RunConfig, parse, write
 
@@ -17,7 +17,7 @@ class Config(RunConfig):
     out: Path = Path("runs/sft")
     model: str = "tiny"
     learning_rate: float = 1e-3
-    """The peak of Adam's."""
+    """Peak of Adam's learning rate."""
     data: DataConfig = field(default_factory=DataConfig)
 
 
@@ -37,6 +37,13 @@ def test_the_sequence_is_split_where_it_is_asked_for():
     assert read("--shard_sequence").constrainer(mesh).sequence == 4
     with pytest.raises(ValueError, match="--shard_sequence: there is no tensor axis in --mesh"):
         read("--shard_sequence").constrainer(sharding.make_mesh(fsdp=8))
+
+
+def test_the_flags_decide_how_a_model_is_computed():
+    model = read("--model_dtype", "bfloat16", "--remat", "full", "--unroll", "3").compute(
+        dataclasses.replace(models.PRESETS["tiny"], dropout=0.5)
+    )
+    assert (model.dtype, model.remat, model.unroll, model.dropout) == ("bfloat16", "full", 3, 0.5)
 
 
 def test_first_preset_is_the_default():
@@ -67,8 +74,10 @@ def test_help_explains_every_field(capsys):
     for config_field in dataclasses.fields(Config):
         assert f"--{config_field.name} " in text or f"--{config_field.name}, " in text
     for words in (
-        "--out PATH The run directory. (default: runs/sft)",  # explained in the base class alone
-        "--learning_rate FLOAT The peak of Adam's. (default: 5.03e-06)",
+        # `Config` declares --out again without a help; the help of the base class is shown.
+        "--out PATH The run directory, for config, metrics, samples, checkpoints, figures and the"
+        " export. (default: runs/sft)",
+        "--learning_rate FLOAT Peak of Adam's learning rate. (default: 5.03e-06)",
         "--data.dedup INT",
         "(default: 50)",
     ):

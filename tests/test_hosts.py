@@ -29,6 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 import run_ppo
 import run_rm
 import run_sft
+import swap_loss
 import test_run
 
 SMALL = {"demonstrations": 80, "comparisons": 60, "prompts": 40, "text": 200}
@@ -47,7 +48,7 @@ def tasks(*commands: list[str]) -> None:
     """Runs commands `[NAME, FLAG, ...]` of the programs below in turn."""
     sources.MINIATURE, run_rm.TEST = SMALL, 24
     programs = {"sft": run_sft.cli, "rm": run_rm.cli, "ppo": run_ppo.cli}
-    programs |= {"toy": toy, "rows": rows, "replayed": replayed}
+    programs |= {"toy": toy, "rows": rows, "replayed": replayed, "swap_loss": swap_loss.cli}
     for name, *flags in commands:
         programs[name](flags)
 
@@ -206,7 +207,10 @@ def commands(start: Path, out: Path) -> list[list[str]]:
 def runs(start, cache, tmp_path_factory) -> tuple[Path, Path]:
     """All three scripts in this process, on its eight devices, and meanwhile in two processes."""
     single, pair_out = (tmp_path_factory.mktemp(name) for name in ("single", "pair"))
-    with Pair(cache, [["rows", f"{pair_out}"], *commands(start, pair_out)]) as pair:
+    grpo = ["swap_loss", "grpo", "--model", f"{start}/sft", "--out", f"{pair_out}/grpo", *FEW]
+    grpo += ["--mesh", "data=2,fsdp=4", "--steps", "1", "--samples", "2", "--max_new_tokens", "4"]
+    grpo += ["--reward", f"{start}/rm"]
+    with Pair(cache, [["rows", f"{pair_out}"], *commands(start, pair_out), grpo]) as pair:
         tasks(*commands(start, single))
         pair.end(0, 0, timeout=240)
     return single, pair_out
@@ -370,3 +374,10 @@ def test_without_a_tpu_libtpu_says_nothing():
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert "hostname" not in done.stderr
     assert done.stdout.startswith("[")
+
+
+def test_two_processes_train_by_another_algorithm(runs):
+    """GRPO, whose rollout lies on both hosts. The KL is 0 before the first update."""
+    (row,) = metrics_of(runs[1] / "grpo")
+    assert row["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert 0 < row["rollout/length"] <= 4

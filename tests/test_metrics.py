@@ -1,4 +1,4 @@
-"""A run's files, cut back and continued to the byte; trackers; the progress line; a picture."""
+"""A run's files are cut back and continued to the byte; trackers; the progress line; curves."""
 
 import io
 import json
@@ -15,16 +15,16 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from instructjax.evaluation.figures import plot_curves
-from instructjax.run.metrics import Metrics, ProgressLine, to_numbers
+from instructjax.run.metrics import MetricsWriter, ProgressLine, to_numbers
 
 
 def write_steps(directory, first, last, resume_step):
-    metrics = Metrics(directory, resume_step)
+    writer = MetricsWriter(directory, resume_step)
     for step in range(first, last + 1):
-        metrics.write(step, {"loss": 1 / step, "note/count": step})
+        writer.write(step, {"loss": 1 / step, "note/count": step})
         for number in range(2):
-            metrics.sample(step, {"prompt": "naïve\n", "number": number})
-    metrics.close()
+            writer.sample(step, {"prompt": "naïve\n", "number": number})
+    writer.close()
 
 
 def contents(directory):
@@ -47,21 +47,21 @@ def test_resumed_files_are_those_of_one_run(tmp_path, torn):
 
 
 def test_lines_are_in_the_file_at_once(tmp_path):
-    metrics = Metrics(tmp_path, None)
-    metrics.write(1, {"loss": 2.0})
+    writer = MetricsWriter(tmp_path, None)
+    writer.write(1, {"loss": 2.0})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
-    metrics.close()
+    writer.close()
 
 
 def test_start_empties_and_step_0_is_kept(tmp_path):
     write_steps(tmp_path, 1, 3, None)
     write_steps(tmp_path, 1, 1, None)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0, "note/count": 1}\n'
-    metrics = Metrics(tmp_path, None)
-    metrics.write(0, {"loss": 4.0})
-    metrics.write(1, {"loss": 3.0})
-    metrics.close()
-    Metrics(tmp_path, 0).close()
+    writer = MetricsWriter(tmp_path, None)
+    writer.write(0, {"loss": 4.0})
+    writer.write(1, {"loss": 3.0})
+    writer.close()
+    MetricsWriter(tmp_path, 0).close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": 4.0}
 
 
@@ -71,7 +71,7 @@ def test_foreign_line_is_an_error_not_a_cut(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(before[0].replace(b'{"step": 2', b'{"stop": 2'))
     with pytest.raises(ValueError, match=f"{file}:2: not a JSON object with a step"):
-        Metrics(tmp_path, 3)
+        MetricsWriter(tmp_path, 3)
     assert len(file.read_bytes()) == len(before[0])
 
 
@@ -93,10 +93,10 @@ def test_numbers_of_devices():
 
 
 def test_nan_in_a_sample_names_the_file(tmp_path):
-    metrics = Metrics(tmp_path, None)
+    writer = MetricsWriter(tmp_path, None)
     with pytest.raises(ValueError, match=r"samples.jsonl: step 4: "):
-        metrics.sample(4, {"score": float("nan")})
-    metrics.close()
+        writer.sample(4, {"score": float("nan")})
+    writer.close()
     assert contents(tmp_path) == [b"", b""]
 
 
@@ -104,9 +104,9 @@ def test_tensorboard_gets_the_same(tmp_path):
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
-    metrics = Metrics(tmp_path, None, tensorboard=True)
-    metrics.write(3, {"loss": 0.5, "rm/accuracy": 0.75})
-    metrics.close()
+    writer = MetricsWriter(tmp_path, None, tensorboard=True)
+    writer.write(3, {"loss": 0.5, "rm/accuracy": 0.75})
+    writer.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
     data, events, at = file.read_bytes(), [], 0
     while at < len(data):  # TFRecord: length, its checksum, the event, its checksum
@@ -131,9 +131,9 @@ def test_wandb_run_is_continued(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for resume_step in (None, 2, None):
-        metrics = Metrics(tmp_path, resume_step, wandb="rlhf")
-        metrics.write(3, {"loss": 0.5})
-        metrics.close()
+        writer = MetricsWriter(tmp_path, resume_step, wandb="rlhf")
+        writer.write(3, {"loss": 0.5})
+        writer.close()
     ids = [call[1] for call in calls[::3]]
     assert ids[0] == ids[1] != ids[2]
     assert calls[:3] == [("rlhf", ids[0]), {"step": 3, "loss": 0.5}, "finish"]
@@ -146,7 +146,7 @@ def test_wandb_run_is_continued(tmp_path, monkeypatch):
 def test_a_missing_extra_is_named(tmp_path, monkeypatch, module, extra, options):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"--{extra} needs: pip install 'instructjax\[{extra}\]'"):
-        Metrics(tmp_path, None, **options)
+        MetricsWriter(tmp_path, None, **options)
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):
@@ -176,11 +176,11 @@ def test_progress_says_loss_speed_and_time_left():
 
 
 def test_curves_are_drawn(tmp_path):
-    metrics = Metrics(tmp_path, None)
+    writer = MetricsWriter(tmp_path, None)
     for step in range(1, 301):
         more = {"validation/loss": 2 - step / 300} if step % 50 == 0 else {}
-        metrics.write(step, {"loss": 3 - step / 150, **more})
-    metrics.close()
+        writer.write(step, {"loss": 3 - step / 150, **more})
+    writer.close()
     panels = {"loss": ["loss", "validation/loss"], "accuracy": ["rm/accuracy"]}
     plot_curves(tmp_path, panels, tmp_path / "curves.png")
     picture = imread(tmp_path / "curves.png")[..., :3]

@@ -1,9 +1,9 @@
-"""How a reward model is measured: pairs, intervals, calibration, baselines, folds."""
+"""Measures of a reward model: pairs, intervals, calibration, the judge, baselines, folds."""
 
 import numpy as np
 
 from instructjax import data, miniature
-from instructjax.evaluation import baselines, folds, ranking
+from instructjax.evaluation import baselines, folds, gold, ranking
 
 
 def test_pairs_and_accuracy_by_hand():
@@ -23,7 +23,7 @@ def test_pairs_and_accuracy_by_hand():
 
 
 def test_the_interval_covers():
-    """Of 200 samples from a coin of 0.7, with prompts of 5 pairs alike, about 95 % cover 0.7."""
+    """About 95 % of 200 intervals cover the true share of 0.7. A prompt's 5 pairs are equal."""
     covered = 0
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -55,21 +55,33 @@ def test_the_parts_of_a_fold_share_no_labeler():
         data.Record(str(i), {}, "say", ("red", "blue"), (1, 2), row["labeler"])
         for i, row in enumerate(miniature.comparisons(0, 60))
     ]
-    every, left_out = data.encode(records, "comparisons", tokenizer), []
+    dataset, left_out = data.encode(records, "comparisons", tokenizer), []
     for fold in range(3):
-        seen, groups = folds.leave_out(every, every, "labeler", fold, 3)
+        seen, groups = folds.leave_out(dataset, dataset, "labeler", fold, 3)
         known = {record.labeler for record in seen.records}
         inside = {r.labeler for r in groups["labeler seen"].records}
         outside = {r.labeler for r in groups["labeler unseen"].records}
         assert inside <= known
         assert not outside & known
-        assert sum(map(len, groups.values())) == len(every)
+        assert sum(map(len, groups.values())) == len(dataset)
         left_out.append(outside)
     assert sum(map(len, left_out)) == len(set.union(*left_out)) == 15
 
 
-def test_a_baseline_finds_what_is_linear_in_the_words():
-    """Where ranks follow how often one word occurs, counting words is right and length is not."""
+def test_the_judge_scores_each_response_for_its_prompt():
+    dataset = gold.comparisons(miniature.tokenizer(), 8)
+    utilities = gold.judged(dataset)
+    assert utilities.shape == dataset.ranks.shape
+    assert (utilities[dataset.ranks == 0] == 0).all()
+    for record, row in zip(dataset.records, utilities, strict=True):
+        judged = [miniature.judge(dict(record.row), text).utility for text in record.responses]
+        assert row[: len(judged)].tolist() == judged
+    first = [record.responses[0] for record in dataset.records]
+    assert gold.utilities(dataset.records, first).tolist() == utilities[:, 0].tolist()
+
+
+def test_a_bag_of_words_learns_ranks_that_follow_one_word():
+    """Ranks follow how often a word occurs, so a bag of words is right and length is not."""
     tokenizer = miniature.tokenizer()
     rng = np.random.default_rng(0)
     records = []

@@ -55,7 +55,7 @@ def test_sft_loss_is_that_of_each_document_alone(config):
     assert weight == count == 11
     assert abs(float(mean) - total / count) < 1e-5
     assert metrics["sft/loss"] == mean
-    # Nothing comes before a row's first token, so it never counts.
+    # No token comes before a row's first one, so that is never a target.
     first = {**batch, "mask_BT": batch["mask_BT"].at[:, 0].set(True)}
     assert sft.loss_fn(params, first, None, config=config)[1][0] == 11
 
@@ -68,7 +68,7 @@ def test_tokens_that_do_not_count_get_no_gradient():
         changed = {**params, "embed": {**params["embed"], "tokens": table}}
         return sft.loss_fn(changed, batch, None, config=LM)[0]
 
-    # Embeddings at positions as rows of their own: token t of row b is id 10 b + t.
+    # Token t of row b gets the id 10 b + t, so that each position has an embedding of its own.
     ids = {**batch, "tokens_BT": jnp.arange(20).reshape(2, 10)}
     untied = {**params, "unembed": {"kernel": params["embed"]["tokens"]}}
     config = dataclasses.replace(LM, tied=False)
@@ -79,8 +79,8 @@ def test_tokens_that_do_not_count_get_no_gradient():
 
     grads = jax.grad(loss_of_inputs)(params["embed"]["tokens"])
     moved = np.abs(np.asarray(grads)).sum(-1)[:20].reshape(2, 10) > 0
-    # All that precedes a target in its document, and nothing else: not the last token of a
-    # document, nor padding.
+    # Only tokens that come before a target in their document move: neither the last token of a
+    # document nor padding.
     assert moved.tolist() == [[True] * 6 + [False] + [True] * 2 + [False], [True] * 5 + [False] * 5]
     none = {**batch, "mask_BT": jnp.zeros((2, 10), bool)}
     assert (jax.grad(loss)(params["embed"]["tokens"], none) == 0).all()
@@ -117,8 +117,8 @@ def test_scores_equal_separate_passes(config):
 
 @pytest.mark.parametrize("config", [LM, WINDOWED], ids=["full", "window"])
 def test_packed_comparisons_are_scored_as_those_in_slots(config):
-    """Scores, loss and gradient; a row with one comparison, one with two, and two fillers. Scanned,
-    or with a last layer that runs at the scored positions alone; on a mesh too."""
+    """Scores, loss and gradient are equal. One row has one comparison, one has two, two are empty.
+    The layers are scanned, or unrolled so that the last one runs at the scored positions alone."""
     _, rm_config, rm = models_of(config)
     slots = comparison_batch()
     slots["margin_B"] = jnp.array([0.5, 0.0, 1.5])
@@ -160,16 +160,15 @@ def test_packed_comparisons_are_scored_as_those_in_slots(config):
 
         return jax.device_get(jax.jit(jax.value_and_grad(mean, has_aux=True))(params))
 
-    (want, (_, theirs)), want_grads = run(rm, slots)
-    for found in (
+    (want, (_, scores_BK)), want_grads = run(rm, slots)
+    for (loss, (weight, scores_BCK)), grads in (
         run(rm, packed),
         run(rm, packed, unroll=2),
         run(jax.device_put(rm, layout), on_mesh, unroll=2, shard=sharding.constrainer(mesh)),
     ):
-        (loss, (weight, ours)), grads = found
         for i, (row, c) in place.items():
             live = flat["mask_BK"][i]
-            np.testing.assert_allclose(ours[row, c][live], theirs[i][live], atol=1e-5)
+            np.testing.assert_allclose(scores_BCK[row, c][live], scores_BK[i][live], atol=1e-5)
         assert abs(loss - want) < 1e-6
         assert weight == 2
         for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
@@ -178,7 +177,7 @@ def test_packed_comparisons_are_scored_as_those_in_slots(config):
 
 def test_rm_loss_is_a_mean_over_prompts_with_a_strict_pair():
     _, config, rm = models_of(LM)
-    batch = comparison_batch()  # the second prompt has a tie alone
+    batch = comparison_batch()  # the second prompt has only a tie
     s = np.asarray(reward.score(rm, config, batch), np.float64)
     log_sigmoid = lambda x: -np.log1p(np.exp(-x))  # noqa: E731
     pairs = {0: [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)], 2: [(1, 0), (1, 2), (0, 2)]}
@@ -193,8 +192,8 @@ def test_rm_loss_is_a_mean_over_prompts_with_a_strict_pair():
     assert abs(metrics["rm/accuracy"] - np.mean(right)) < 1e-6
 
 
-def test_what_is_masked_gets_no_gradient():
-    """Neither an empty slot's tokens, nor padding, nor a prompt of ties alone."""
+def test_masked_tokens_get_no_gradient():
+    """An empty slot's tokens, padding and a prompt with ties alone have no gradient."""
     _, config, rm = models_of(LM)
     batch = comparison_batch()
     B, K, R = batch["responses_BKR"].shape

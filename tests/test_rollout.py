@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructjax import models, rollout, scoring, sharding
+from instructjax import models, rollout, sampler, scoring, sharding
 from instructjax.models import ModelConfig, Rope
 
 SMALL = {"vocab_size": 131, "layers": 2, "width": 16, "heads": 4, "mlp_width": 32, "max_length": 64}
@@ -242,3 +242,28 @@ def test_map_batches_of_a_model_on_a_mesh():
     meshed = jax.jit(functools.partial(score, shard=shard), out_shardings=sharding.replicated(mesh))
     got = rollout.map_batches(functools.partial(meshed, placed), rows, 4, [4, 8], mesh)
     np.testing.assert_allclose(got, jax.jit(score)(params, rows), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- sampling in parts
+
+SAMPLED = ModelConfig(
+    vocab_size=64, layers=1, width=16, heads=2, mlp_width=32, max_length=32, eos_ids=(3,)
+)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_parts_give_the_tokens_of_one_call(samples):
+    params, key = models.init(SAMPLED, jax.random.key(0)), jax.random.key(1)
+    prompts = [[5 + i] * (1 + i) for i in range(5)]
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    settings = {"max_new_tokens": 6, "samples_per_prompt": samples, "mesh": mesh}
+    for indices in (None, [7, 0, 7, 3, 9]):
+        whole = sampler.generate(params, SAMPLED, prompts, key, indices=indices, **settings)
+        rows, live = rollout.sample(
+            params, SAMPLED, prompts, key, size=2, indices=indices, **settings
+        )
+        np.testing.assert_array_equal(rows["tokens_BR"], whole.tokens_BR)
+        np.testing.assert_array_equal(rows["mask_BR"], whole.mask_BR)
+        np.testing.assert_allclose(rows["logp_BR"], whole.logp_BR, atol=1e-4)
+        assert rows["tokens_BR"].shape == (5 * samples, 6)
+        assert 0 < live <= 1

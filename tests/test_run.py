@@ -1,4 +1,4 @@
-"""A run ends as if it had never been killed, says why it stopped, and refuses what would spoil it.
+"""A killed and resumed run ends as one that never stopped. A run says why it stopped.
 
 This file is also the program that the tests run, kill and resume: `python tests/test_run.py`.
 """
@@ -27,7 +27,7 @@ from instructjax.run import FAILED, FINISHED, RESUMABLE, Run, main
 from instructjax.run.checkpoint import Checkpoints
 from instructjax.run.flags import RunConfig, parse
 
-WIDTH = 256  # large enough for a save to take longer than what the test does meanwhile
+WIDTH = 256  # large enough for a save to be still going on when the test kills the process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def finish_program(program: subprocess.Popen, code: int) -> str:
 
 
 def lines_of(file: Path) -> list[dict]:
-    """Without times, which alone may differ."""
+    """The lines without times, which are all that may differ between runs."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     timed = ("time/", "throughput/")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
@@ -156,7 +156,7 @@ def test_second_signal_ends_at_once(tmp_path):
     program = start_program(tmp_path / "run", "--pause", "30", "--save_every", "1")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
-    while not (metrics.exists() and lines_of(metrics)):  # step 1 is saved: now it sleeps
+    while not (metrics.exists() and lines_of(metrics)):  # step 1 is saved, the program sleeps
         assert time.monotonic() < deadline
         time.sleep(0.02)
     program.send_signal(signal.SIGINT)
@@ -175,6 +175,28 @@ def test_signal_outside_the_loop_ends_the_run(tmp_path, capsys, number):
     assert end.value.code == RESUMABLE
     assert "stopped after step 0; continue with\n  python " in capsys.readouterr().out
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_after_a_loop_left_by_break_ends_the_run(tmp_path, capsys, number):
+    """As after --ppo.max_kl, when the run goes on to export and to report."""
+    with pytest.raises(SystemExit) as end, Run(Toy(out=tmp_path), stage="toy") as run:  # noqa: PT012
+        for step, _ in zip(run.steps(0, 30), range(30), strict=False):
+            run.log(step, {"loss": 0.5})
+            if step == 3:
+                break
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert end.value.code == RESUMABLE
+    assert "stopping; a second signal stops at once" in capsys.readouterr().out
+
+
+def test_a_loop_left_by_break_ends_its_trace(tmp_path):
+    with Run(Toy(out=tmp_path, profile="2:20"), stage="toy") as run:
+        for step in run.steps(0, 30):
+            if step == 3:
+                break
+        assert list(tmp_path.glob("profile/**/*.xplane.pb"))
 
 
 def run_main(config: Toy) -> int:
@@ -232,7 +254,7 @@ def test_directory_of_another_run_is_refused(tmp_path, capsys):
 
 
 def test_checkpoints_may_lie_elsewhere(tmp_path, capsys, monkeypatch):
-    """And outlive the run directory's disk."""
+    """Another run directory may continue from them."""
     monkeypatch.chdir(tmp_path)
     fit(Toy(out=Path("a"), checkpoints="there", steps=5))
     assert not Path("a/checkpoints").exists()
@@ -344,8 +366,8 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_kept_memory_is_not_mapped_again():
-    """Page faults of blocks freed together and wanted again: none after keep_memory, but of one
-    that would leave a hole."""
+    """Blocks that are freed and allocated again cause no page faults after keep_memory. A block
+    above KEPT does, because it would leave a hole in the arena."""
     program = """
 import ctypes, resource
 from instructjax.run.process import KEPT, keep_memory
@@ -357,7 +379,7 @@ def faults(size, count):
 
 anew = max(faults(2**26, 6) for _ in range(3))
 keep_memory()
-blocks = (2 * KEPT, 1), (2**26, 6)  # the large one while nothing is free that could hold it
+blocks = (2 * KEPT, 1), (2**26, 6)  # the large block first, while no free block could hold it
 large, kept = (min(faults(*block) for _ in range(3)) for block in blocks)
 print(anew, kept, large, ctypes.CDLL(None).mallopt(-3, KEPT))
 """
@@ -371,8 +393,8 @@ print(anew, kept, large, ctypes.CDLL(None).mallopt(-3, KEPT))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_a_script_has_one_arena(tmp_path):
-    """On a new machine too, where matplotlib has no cache of fonts. An arena that some thread took
-    before keep_memory is shared by later threads, and is too small for a step's temporaries."""
+    """Also on a new machine, where matplotlib has no cache of fonts. Later threads would share an
+    arena that a thread took before keep_memory, and it is too small for a step's temporaries."""
     program = """
 import ctypes, sys
 import jax
@@ -397,7 +419,7 @@ libc.fclose(file)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_a_large_process_returns_what_is_free():
-    """Every second of 200 blocks of 1 MB is freed: 100 MB lie free between the others. And a block
+    """Every second of 200 blocks of 1 MB is freed, so 100 MB lie free between the others. A block
     that a small process would keep is mapped anew."""
     program = """
 import ctypes, resource

@@ -1,4 +1,4 @@
-"""experiments/sample.py: one prompt, a conversation, and what it refuses."""
+"""experiments/sample.py: one prompt, a conversation, and wrong usage."""
 
 import dataclasses
 import io
@@ -34,7 +34,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def test_one_prompt(model, capsys):
-    """Prints what `generate` draws for it, and the same again."""
+    """The answer is the one that `generate` samples, and a second call gives it again."""
     prompt = "list two animals that are white."
     call = ["--model", f"{model}", "--prompt", prompt, "--seed", "3", "--top_p", "0.9", *FEW]
     sample.cli(call)
@@ -51,7 +51,7 @@ def test_one_prompt(model, capsys):
 
 @pytest.mark.parametrize("dialogue", [False, True])
 def test_a_conversation(model, dialogue, capsys, monkeypatch):
-    """A dialogue remembers its turns until the context is full, and then forgets the first ones."""
+    """A dialogue remembers its turns until the context is full, and then forgets the first."""
     seen = []
     stream = sampler.stream
 

@@ -1,5 +1,6 @@
 """Each script from its command line to its run directory: toy sizes, eight emulated devices."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -10,15 +11,17 @@ import numpy as np
 import pytest
 
 from instructjax import data, hf, reward, sharding
-from instructjax.data import sources
+from instructjax.data import DataConfig, sources
 from instructjax.models import PRESETS
-from instructjax.run import pretrained
+from instructjax.run import flags, pretrained
+from instructjax.scoring import RewardConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 
 import run_pretrain
 import run_rm
 import run_sft
+import swap_loss
 
 SMALL = {"demonstrations": 80, "comparisons": 60, "prompts": 40, "text": 200}
 FEW = ["--batch_size", "8", "--unroll", "1", "--mesh", "data=8", "--data.cache", "None"]
@@ -63,7 +66,7 @@ def test_each_run_directory_is_complete(runs):
 
 
 def test_the_learning_rate_ends_near_a_tenth_of_its_peak(runs):
-    """Cosine to 10 %: at step n of 3, 0.1 + 0.45 (1 + cos(pi (n - 1) / 3))."""
+    """A cosine to 10 %: 0.1 + 0.45 (1 + cos(pi (n - 1) / 3)) at step n of 3."""
     for stage, peak in (("sft", run_sft), ("rm", run_rm)):
         rates = [row.get("optim/learning_rate") for row in lines(runs / stage / "metrics.jsonl")]
         peak = peak.PRESETS["miniature"].learning_rate
@@ -78,7 +81,7 @@ def test_samples_are_shown_at_each_validation(runs):
 
 
 def test_the_exported_reward_model_gives_demonstrations_0_on_average(runs):
-    """Of validation demonstrations, by the export alone: the bias went with it."""
+    """The export scores validation demonstrations 0 on average, so it contains the shifted bias."""
     config, params = hf.load(runs / "rm" / "export")
     assert config.scalar_head
     tokenizer = hf.load_tokenizer(runs / "rm" / "export")
@@ -87,30 +90,30 @@ def test_the_exported_reward_model_gives_demonstrations_0_on_average(runs):
     batch = next(data.Stream(data.ComparisonRows(demos), len(demos), seed=0).once())
     scores = np.asarray(reward.score(params, config, batch))
     assert abs(scores.mean()) < 1e-4
-    moved_by = json.loads((runs / "rm" / "results.json").read_text())["demonstrations"][0]
-    assert abs(moved_by) > 0.01
+    shift = json.loads((runs / "rm" / "results.json").read_text())["demonstrations"][0]
+    assert abs(shift) > 0.01
     assert scores.std() > 1e-3
 
 
 def test_the_reward_model_is_measured_beside_judge_and_baselines(runs):
-    found = json.loads((runs / "rm" / "results.json").read_text())["accuracy"]
+    accuracy = json.loads((runs / "rm" / "results.json").read_text())["accuracy"]
     for group in ("training labelers", "held-out labelers", "ranks apart: 1"):
-        row = found[group]
+        row = accuracy[group]
         assert set(row) == {"reward model", "judge", "bag of words", "length", "pairs"}
         for name in set(row) - {"pairs"}:
             share, low, high = row[name]
             assert low <= share <= high
-    rows = list(found.items())
-    of = lambda start: sum(row["pairs"] for name, row in rows if name.startswith(start))  # noqa: E731
-    every = found["training labelers"]["pairs"] + found["held-out labelers"]["pairs"]
-    assert of("category: ") == of("ranks apart: ") == every
-    assert found["training labelers"]["judge"][0] > 0.6
+    rows = list(accuracy.items())
+    pairs = lambda start: sum(row["pairs"] for name, row in rows if name.startswith(start))  # noqa: E731
+    total = accuracy["training labelers"]["pairs"] + accuracy["held-out labelers"]["pairs"]
+    assert pairs("category: ") == pairs("ranks apart: ") == total
+    assert accuracy["training labelers"]["judge"][0] > 0.6
 
 
 def test_an_interrupted_sft_run_ends_as_the_uninterrupted_one(runs, tmp_path, capsys):
-    """Stopped after step 2 of 3 by the size of the run, and the model kept is the best one's."""
-    flags = [*FEW, "--model", f"{runs}/pretrain", "--max_new_tokens", "4", "--eval_every", "2"]
-    flags += ["--dropout", "0.1", "--out", f"{tmp_path}/sft", "--save_every", "2"]
+    """The run is stopped after step 2 of 3. The export is the best checkpoint's in both runs."""
+    few = [*FEW, "--model", f"{runs}/pretrain", "--max_new_tokens", "4", "--eval_every", "2"]
+    few += ["--dropout", "0.1", "--out", f"{tmp_path}/sft", "--save_every", "2"]
 
     class StopError(Exception):
         pass
@@ -124,8 +127,8 @@ def test_an_interrupted_sft_run_ends_as_the_uninterrupted_one(runs, tmp_path, ca
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_sft.Run, "steps", steps)
         with pytest.raises(StopError):
-            run_sft.cli([*flags, "--steps", "3"])
-    run_sft.cli([*flags, "--steps", "3", "--resume"])
+            run_sft.cli([*few, "--steps", "3"])
+    run_sft.cli([*few, "--steps", "3", "--resume"])
     assert "resumed after step 2" in capsys.readouterr().out
     once, twice = (lines(at / "sft" / "metrics.jsonl") for at in (runs, tmp_path))
     timed = ("time/", "throughput/")
@@ -136,21 +139,22 @@ def test_an_interrupted_sft_run_ends_as_the_uninterrupted_one(runs, tmp_path, ca
 
 
 def test_another_mesh_goes_on_with_the_same_losses(runs, tmp_path):
-    """The reward model's run after step 2, on data x fsdp x tensor where it was data alone."""
-    flags = [*FEW[:4], "--data.cache", "None", "--model", f"{runs}/sft", "--save_every", "2"]
-    flags += ["--steps", "7", "--keep_last", "9", "--dropout", "0.1"]
-    run_rm.cli([*flags, "--out", f"{tmp_path}/one", "--mesh", "data=8"])
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    for checkpoint in (tmp_path / "two" / "checkpoints").iterdir():
+    """The reward model's run resumes after step 2 on data x fsdp x tensor instead of data."""
+    few = [*FEW[:4], "--data.cache", "None", "--model", f"{runs}/sft", "--save_every", "2"]
+    few += ["--steps", "7", "--keep_last", "9", "--dropout", "0.1"]
+    run_rm.cli([*few, "--out", f"{tmp_path}/whole", "--mesh", "data=8"])
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    for checkpoint in (tmp_path / "resumed" / "checkpoints").iterdir():
         if checkpoint.name != "2":
             shutil.rmtree(checkpoint)
-    run_rm.cli([*flags, "--out", f"{tmp_path}/two", "--mesh", "data=2,fsdp=2,tensor=2", "--resume"])
-    one, two = (
-        [row["rm/loss"] for row in lines(tmp_path / at / "metrics.jsonl") if row["step"] > 2]
-        for at in ("one", "two")
+    mesh = ["--mesh", "data=2,fsdp=2,tensor=2"]
+    run_rm.cli([*few, "--out", f"{tmp_path}/resumed", *mesh, "--resume"])
+    whole, resumed = (
+        [row["rm/loss"] for row in lines(tmp_path / name / "metrics.jsonl") if row["step"] > 2]
+        for name in ("whole", "resumed")
     )
-    assert len(one) == 5
-    np.testing.assert_allclose(two, one, atol=1e-4)
+    assert len(whole) == 5
+    np.testing.assert_allclose(resumed, whole, atol=1e-4)
 
 
 def test_transformers_gives_the_exported_reward_models_scores(runs):
@@ -159,7 +163,7 @@ def test_transformers_gives_the_exported_reward_models_scores(runs):
     import transformers
 
     path = runs / "rm" / "export"
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(path)
+    torch_model = transformers.AutoModelForSequenceClassification.from_pretrained(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     config, params = hf.load(path)
     source = data.DataConfig(cache=None)
@@ -170,15 +174,16 @@ def test_transformers_gives_the_exported_reward_models_scores(runs):
     for i, row in enumerate(np.asarray(ours)[: len(few), 0]):
         ids = [*few.prompt[i], *few.response[i, 0]]
         with torch.no_grad():
-            score = theirs(torch.tensor([ids])).logits[0, 0].item()
-        assert score + getattr(theirs.config, "reward_bias", 0.0) == pytest.approx(row, abs=1e-4)
+            score = torch_model(torch.tensor([ids])).logits[0, 0].item()
+        bias = getattr(torch_model.config, "reward_bias", 0.0)
+        assert score + bias == pytest.approx(row, abs=1e-4)
 
 
 def test_the_reward_model_picks_the_checkpoint(runs, tmp_path, capsys):
-    flags = [*FEW, "--model", f"{runs}/pretrain", "--steps", "3", "--max_new_tokens", "4"]
-    flags += ["--keep", "reward", "--reward_model", f"{runs}/rm", "--eval_every", "1"]
-    flags += ["--pretrain_share", "0.25", "--pretrain.cache", "None"]
-    run_sft.cli([*flags, "--out", str(tmp_path / "sft")])
+    few = [*FEW, "--model", f"{runs}/pretrain", "--steps", "3", "--max_new_tokens", "4"]
+    few += ["--keep", "reward", "--reward_model", f"{runs}/rm", "--eval_every", "1"]
+    few += ["--pretrain_share", "0.25", "--pretrain.cache", "None"]
+    run_sft.cli([*few, "--out", str(tmp_path / "sft")])
     rewards = {
         row["step"]: row["validation/reward"]
         for row in lines(tmp_path / "sft" / "metrics.jsonl")
@@ -192,12 +197,15 @@ def test_the_reward_model_picks_the_checkpoint(runs, tmp_path, capsys):
 
 def test_an_ensemble_is_its_members_trained_at_once(runs, tmp_path):
     """Member 1 of two is the reward model that seed 1 gives alone."""
-    flags = [*FEW, "--model", f"{runs}/sft", "--steps", "3"]
-    run_rm.cli([*flags, "--seed", "1", "--out", f"{tmp_path}/rm"])
-    two, one = (json.loads((at / "rm" / "results.json").read_text()) for at in (runs, tmp_path))
-    assert [len(shares) for shares in two["members"].values()] == [2, 2]
-    assert two["demonstrations"][0] != pytest.approx(two["demonstrations"][1], abs=1e-3)
-    assert two["demonstrations"][1] == pytest.approx(one["demonstrations"][0], abs=1e-3)
+    few = [*FEW, "--model", f"{runs}/sft", "--steps", "3"]
+    run_rm.cli([*few, "--seed", "1", "--out", f"{tmp_path}/rm"])
+    ensemble, alone = (
+        json.loads((at / "rm" / "results.json").read_text()) for at in (runs, tmp_path)
+    )
+    assert [len(shares) for shares in ensemble["members"].values()] == [2, 2]
+    shifts = ensemble["demonstrations"]
+    assert shifts[0] != pytest.approx(shifts[1], abs=1e-3)
+    assert shifts[1] == pytest.approx(alone["demonstrations"][0], abs=1e-3)
     member, alone = (
         hf.load(path)[1]["score"]["kernel"]
         for path in (runs / "rm" / "export-1", tmp_path / "rm" / "export")
@@ -206,11 +214,11 @@ def test_an_ensemble_is_its_members_trained_at_once(runs, tmp_path):
 
 
 def test_folds_leave_labelers_out(runs, tmp_path):
-    flags = [*FEW, "--model", f"{runs}/sft", "--steps", "1", "--folds", "2", "--by", "labeler"]
-    run_rm.cli([*flags, "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert set(found["reward model, labeler unseen"]) == {"mean", "spread"}
-    assert "judge, labeler seen" in found
+    few = [*FEW, "--model", f"{runs}/sft", "--steps", "1", "--folds", "2", "--by", "labeler"]
+    run_rm.cli([*few, "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["reward model, labeler unseen"]) == {"mean", "spread"}
+    assert "judge, labeler seen" in results
 
 
 def test_the_papers_presets_ask_for_model_and_data(capsys):
@@ -224,7 +232,7 @@ def test_the_papers_presets_ask_for_model_and_data(capsys):
 
 
 def test_the_papers_values():
-    """PAPER.md: SFT baseline, PPO initialisation, RM."""
+    """The values of InstructGPT's SFT baselines, PPO initialisation models and reward model."""
     sft = run_sft.PRESETS
     rows = [(c.learning_rate, c.batch_size, c.epochs, c.dropout) for c in sft.values()][1:]
     assert rows[:3] == [(9.65e-6, 32, 16, 0.2), (9.65e-6, 32, 16, 0.2), (5.03e-6, 8, 16, 0.2)]
@@ -235,7 +243,7 @@ def test_the_papers_values():
 
 
 def test_wrong_flags_are_named(capsys):
-    for script, flags, named in (
+    for script, words, named in (
         (run_sft, ["--pretrain_share", "1"], "--pretrain_share 1"),
         (run_sft, ["--dropout", "-1"], "--dropout -1"),
         (run_sft, ["--keep", "reward"], "--reward_model"),
@@ -243,8 +251,74 @@ def test_wrong_flags_are_named(capsys):
         (run_rm, ["--folds", "1"], "--folds 1"),
     ):
         with pytest.raises((SystemExit, ValueError)) as stop:
-            script.cli(flags)
+            script.cli(words)
         assert named in f"{stop.value}{capsys.readouterr().err}"
+
+
+SFT_BY_REWARD = {"keep": "reward", "reward_model": "runs/rm"}
+MORE_DATA = DataConfig(dedup=50)
+# What makes another run, and what changes how it is computed and reported. Flags of all scripts,
+# then those of each.
+REFUSED = {"seed": 1, "model": "runs/x", "tokenizer": "x", "model_dtype": "bfloat16"}
+REFUSED |= {"batch_size": 64, "data": MORE_DATA, "learning_rate": 0.5}
+PRINTED = {"steps": 7, "mesh": "data=8", "shard_sequence": True, "remat": "full", "unroll": 4}
+PRINTED |= {"save_every": 7, "keep_last": 7, "log_every": 7, "profile": "7:1", "wandb": "x"}
+PRINTED |= {"tensorboard": True}
+CHANGES = [
+    (
+        run_pretrain.Config(),
+        {"length": 64, "epochs": 7, "warmup": 7},
+        {"eval_every": 7, "eval_batches": 7, "microbatches": 2},
+    ),
+    (
+        run_sft.Config(**SFT_BY_REWARD),
+        {"length": 64, "epochs": 7, "dropout": 0.5, "pretrain": MORE_DATA, "pretrain_share": 0.5}
+        | {"keep": "loss", "reward_model": "runs/x"}
+        | {"eval_every": 7, "eval_prompts": 7, "max_new_tokens": 7},  # decide what is exported
+        {"sample_batch": 7, "microbatches": 2},
+    ),
+    (
+        run_rm.Config(),
+        {"length": 64, "epochs": 7, "dropout": 0.5, "demonstrations": MORE_DATA, "multiple": 7}
+        | {"ensemble": 2, "folds": 2, "by": "category"},
+        {"group_by": ("category",), "eval_every": 7, "microbatches": 2},
+    ),
+    (swap_loss.DPO(), {"beta": 0.5, "max_new_tokens": 7}, {}),
+    (
+        swap_loss.GRPO(),
+        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2)},
+        {},
+    ),
+    (
+        swap_loss.RLOO(),
+        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2)},
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "refused", "printed"), CHANGES)
+def test_what_a_resumed_run_may_change(config, refused, printed, tmp_path):
+    config = dataclasses.replace(config, out=tmp_path, resume=True)
+    refused, printed = REFUSED | refused, PRINTED | printed
+    fields = {field.name for field in dataclasses.fields(config)}
+    assert fields - {"out", "preset", "resume", "checkpoints"} == {*refused, *printed}
+    flags.write(config, "stage")
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    for name, value in refused.items():
+        with pytest.raises(ValueError, match=rf"--resume would make another run .*\({name}"):
+            flags.write(dataclasses.replace(config, **{name: value}), "stage")
+    changed = dataclasses.replace(config, **printed)
+    assert sorted(line.split(":")[0] for line in flags.write(changed, "stage")) == sorted(printed)
+
+
+def test_a_resumed_run_may_keep_tokenised_text_elsewhere(tmp_path):
+    here = DataConfig(cache=f"{tmp_path}/here")
+    config = run_sft.Config(out=tmp_path, resume=True, data=here, pretrain=here)
+    flags.write(config, "sft")
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    elsewhere = dataclasses.replace(config, data=DataConfig(), pretrain=DataConfig())
+    assert flags.write(elsewhere, "sft") == []
 
 
 def test_a_model_is_a_preset_a_run_or_a_directory(runs, tmp_path):

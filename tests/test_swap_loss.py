@@ -1,4 +1,4 @@
-"""swap_loss.py: its losses and advantages against loops and by hand, then each algorithm whole."""
+"""swap_loss.py: its losses and advantages against loops and by hand, then whole runs."""
 
 import functools
 import itertools
@@ -17,9 +17,10 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructjax import data, hf, miniature, models, rollout
+from instructjax import data, hf, miniature, models, rollout, sharding
 from instructjax.data import sources
 from instructjax.models import ModelConfig
+from instructjax.scoring import RewardConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 
@@ -32,7 +33,7 @@ IDS = {"eos_ids": (TOKENIZER.eos_token_id,), "pad_id": TOKENIZER.pad_token_id}
 CONFIG = ModelConfig(len(TOKENIZER), 2, 16, heads=2, mlp_width=32, max_length=96, **IDS)
 MODEL = {"config": CONFIG, "shard": models.unsharded}
 PARAMS = jax.jit(functools.partial(models.init, CONFIG))(jax.random.key(0))
-# Compiled whole: a test of op by op would spend its time compiling each of them.
+# Compiled whole, because compiling op by op takes longer.
 token_logp = jax.jit(functools.partial(rollout.token_logp, config=CONFIG))
 response_logp = jax.jit(functools.partial(swap_loss.response_logp, **MODEL))
 FEW = ["--mesh", "data=4,fsdp=2", "--batch_size", "8", "--max_new_tokens", "6"]
@@ -59,7 +60,7 @@ def test_advantages_against_loops(seed, samples):
 
 
 def test_advantages_by_hand():
-    # Group 1: mean 3, deviations -2 -1 -1 4, variance 22 / 4. The others of 7 have mean 5 / 3.
+    # Group 1 has mean 3, deviations -2 -1 -1 4 and variance 22 / 4. Beside 7 the mean is 5 / 3.
     scores = np.array([[1, 2, 2, 7], [0, 0, 0, 4]], np.float32)
     grpo = swap_loss.grpo_advantages(scores, eps=0.0)
     np.testing.assert_allclose(grpo[0], np.array([-2, -1, -1, 4]) / math.sqrt(5.5))
@@ -79,22 +80,22 @@ def test_equal_scores_have_no_advantage(samples):
 
 
 def bound(loss, **keywords):
-    """(params, rows) -> (mean, (weight, metrics)) of a loss of the script."""
+    """A loss of the script as (params, rows) -> (mean, (weight, metrics))."""
     return jax.jit(lambda params, rows: loss(params, rows, None, **keywords, **MODEL))
 
 
 def sampled_rows(seed: int, rows: int = 6, prompt: int = 5, response: int = 7) -> dict:
-    """Rows as `online` makes them, of a policy and a reference near it; the last is empty."""
+    """Rows as `online` prepares them, with a reference near the policy. The last row is empty."""
     rng = np.random.default_rng(seed)
     length = np.append(rng.integers(1, response + 1, rows - 1), 0)
-    made = rollout.left_padded(rng.integers(1, 50, (rows, prompt)).tolist(), prompt)
-    made["mask_BR"] = np.arange(response) < length[:, None]
-    made["tokens_BR"] = rng.integers(1, 50, (rows, response)).astype(np.int32)
-    logp = np.asarray(token_logp(PARAMS, made))
-    noise = 0.3 * rng.normal(size=(2, *logp.shape)).astype(np.float32) * made["mask_BR"]
-    made["logp_BR"], made["ref_logp_BR"] = logp + noise
-    made["advantage_B"] = rng.normal(size=rows).astype(np.float32)
-    return made
+    batch = rollout.left_padded(rng.integers(1, 50, (rows, prompt)).tolist(), prompt)
+    batch["mask_BR"] = np.arange(response) < length[:, None]
+    batch["tokens_BR"] = rng.integers(1, 50, (rows, response)).astype(np.int32)
+    logp = np.asarray(token_logp(PARAMS, batch))
+    noise = 0.3 * rng.normal(size=(2, *logp.shape)).astype(np.float32) * batch["mask_BR"]
+    batch["logp_BR"], batch["ref_logp_BR"] = logp + noise
+    batch["advantage_B"] = rng.normal(size=rows).astype(np.float32)
+    return batch
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -107,7 +108,7 @@ def test_online_losses_against_loops(seed):
     kl = reference.kl(now, rows["ref_logp_BR"], mask, "k3")
     of_grpo, of_rloo, divergence = [], [], []
     for b, n in enumerate(reference.lengths(mask)):
-        if n:  # the empty row is in no mean
+        if n:  # the empty row enters no mean
             of_grpo.append(sum(clipped[b, t] + 0.5 * kl[b, t] for t in range(n)) / n)
             of_rloo.append(-float(advantage[b]) * sum(float(now[b, t]) for t in range(n)))
             divergence.append(sum(kl[b, t] for t in range(n)) / n)
@@ -129,22 +130,22 @@ def largest(tree) -> float:
     return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
 
 
-def test_at_the_start_grpo_without_advantage_has_no_gradient_and_rloo_neither():
+def test_without_advantages_the_first_update_has_no_gradient():
     rows = sampled_rows(0)
     rows["logp_BR"] = rows["ref_logp_BR"] = np.asarray(token_logp(PARAMS, rows))
-    paid = [largest(gradient(swap_loss.grpo_loss, rows, beta=0.04))]
-    paid += [largest(gradient(swap_loss.rloo_loss, rows))]
+    with_advantages = [largest(gradient(swap_loss.grpo_loss, rows, beta=0.04))]
+    with_advantages += [largest(gradient(swap_loss.rloo_loss, rows))]
     rows["advantage_B"] = np.zeros_like(rows["advantage_B"])
     assert largest(gradient(swap_loss.grpo_loss, rows, beta=0.04)) < 1e-6
     assert largest(gradient(swap_loss.rloo_loss, rows)) == 0
-    assert min(paid) > 1e-2
+    assert min(with_advantages) > 1e-2
 
 
 @pytest.mark.parametrize(
     ("loss", "keywords"), [(swap_loss.grpo_loss, {"beta": 0.04}), (swap_loss.rloo_loss, {})]
 )
-def test_a_step_raises_what_was_better_and_lowers_what_was_worse(loss, keywords):
-    """To first order, and at the start: d logp(row) has the sign of its advantage."""
+def test_a_step_raises_the_better_response_and_lowers_the_worse(loss, keywords):
+    """At the start, to first order, the change of a row's logp has the sign of its advantage."""
     rows = {name: x[:2] for name, x in sampled_rows(1).items()}
     rows["logp_BR"] = rows["ref_logp_BR"] = np.asarray(token_logp(PARAMS, rows))
     rows["advantage_B"] = np.array([1, -1], np.float32)
@@ -160,11 +161,12 @@ def test_a_step_raises_what_was_better_and_lowers_what_was_worse(loss, keywords)
 
 
 def comparisons(ranks: list[list[int]]) -> dict:
-    """A batch of `data.ComparisonRows` under the test's reference, as `dpo` prepares it."""
+    """A batch of `data.ComparisonRows` with the reference's log-probabilities, as `dpo` has it."""
     words, records = ("red", "blue", "wood", "stone"), []
-    for n, of_prompt in enumerate(ranks):
-        texts = tuple(f" {words[k]} {words[n % 4]}" for k in range(len(of_prompt)))
-        records.append(data.Record(str(n), {}, f"say {words[n % 4]}", texts, tuple(of_prompt)))
+    for n, ranks_of_prompt in enumerate(ranks):
+        texts = tuple(f" {words[k]} {words[n % 4]}" for k in range(len(ranks_of_prompt)))
+        prompt = f"say {words[n % 4]}"
+        records.append(data.Record(str(n), {}, prompt, texts, tuple(ranks_of_prompt)))
     dataset = data.encode(records, "comparisons", TOKENIZER)
     rows = data.ComparisonRows(dataset, multiple=1)
     batch = {name: np.stack([rows[i][name] for i in range(len(rows))]) for name in rows.filler}
@@ -183,7 +185,7 @@ def test_response_logp_is_the_sum_over_the_response_alone():
         for k in range(len(ranks)):
             response = batch["responses_BKR"][b, k][batch["response_mask_BKR"][b, k]].tolist()
             assert response[-1] == TOKENIZER.eos_token_id
-            tokens_BT = np.zeros((1, 16), np.int32)  # behind the response, anything
+            tokens_BT = np.zeros((1, 16), np.int32)  # the tokens after the response do not matter
             tokens_BT[0, : len(prompt + response)] = prompt + response
             logits = logits_of(PARAMS, tokens_BT)[0]
             logp = np.asarray(jax.nn.log_softmax(logits, axis=-1))
@@ -204,7 +206,7 @@ def test_dpo_loss_against_a_loop_over_pairs():
             for win, lose in itertools.permutations(range(len(ranks)), 2)
             if ranks[win] < ranks[lose]
         ]
-        if pairs:  # the prompt of ties counts nowhere
+        if pairs:  # a prompt with ties alone enters no mean
             of_prompts.append(np.mean([math.log(1 + math.exp(-margin)) for margin in pairs]))
             margins.append(np.mean(pairs))
             right.append(np.mean([margin > 0 for margin in pairs]))
@@ -217,8 +219,8 @@ def test_dpo_loss_against_a_loop_over_pairs():
 
 
 def test_dpo_pairs_by_hand():
-    # beta 1, the first response gained ln 3 over the reference and the second nothing: chosen
-    # over rejected has sigmoid 3/4, the other way round 1/4.
+    # With beta 1 the first response gained ln 3 over the reference and the second gained nothing.
+    # So the sigmoid of the margin is 3/4 for the first over the second, and 1/4 for the reverse.
     loss = swap_loss.dpo_pairs(jnp.array([[math.log(3) - 2, -5.0]]), jnp.array([[-2.0, -5.0]]), 1.0)
     expected = [[[math.log(2), math.log(4 / 3)], [math.log(4), math.log(2)]]]
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -229,13 +231,13 @@ def test_dpo_at_the_start_has_loss_log_2_and_raises_chosen_and_lowers_rejected()
     value, _ = bound(swap_loss.dpo_loss, beta=beta)(PARAMS, batch)
     grads = gradient(swap_loss.dpo_loss, batch, beta=beta)
     assert float(value) == pytest.approx(math.log(2), rel=1e-6)
-    # By hand: -beta / 2 in the log-probability of a chosen response, + of a rejected one; over two
-    # prompts half of it.
+    # By hand, the derivative of a pair's loss is -beta / 2 in the log-probability of the chosen
+    # response, and +beta / 2 in that of the rejected one. The mean over two prompts halves it.
     sign = np.array([[1, -1], [-1, 1]])
     of_logp = lambda logp_BK: swap_loss.dpo_pairs(logp_BK, batch["ref_logp_BK"], beta)  # noqa: E731
     of_pairs = jax.grad(lambda x: (of_logp(x)[0, 0, 1] + of_logp(x)[1, 1, 0]) / 2)
     np.testing.assert_allclose(of_pairs(batch["ref_logp_BK"]), -beta / 4 * sign, rtol=1e-6)
-    # The responses share parameters, so both may rise; what a small step surely does is part them.
+    # The responses share parameters, so both may rise. A small step surely widens their margin.
     moved = jax.tree.map(lambda x, g: x - 0.01 * g, PARAMS, grads)
     change = response_logp(moved, batch) - batch["ref_logp_BK"]
     assert ((change * sign).sum(1) > 1e-3).all()
@@ -280,7 +282,7 @@ def lines(out: Path) -> list[dict]:
 def test_each_algorithm_from_its_command_to_its_export_and_resumed(
     start, algorithm, tmp_path, capsys
 ):
-    """The run that was stopped after step 2 ends bit for bit as the one that was not."""
+    """A run that was stopped after step 2 ends bit for bit as one that was not stopped."""
     out, again = tmp_path / "whole", tmp_path / "again"
     swap_loss.cli(flags(start, algorithm, out))
     said = capsys.readouterr().out
@@ -326,6 +328,58 @@ def test_each_algorithm_from_its_command_to_its_export_and_resumed(
     jax.tree.map(np.testing.assert_array_equal, hf.load(again / "export")[1], params)
 
 
+def loaded(start: Path) -> swap_loss.Start:
+    """The policy on a mesh, as the script loads it."""
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    config, params = hf.load(start / "sft", mesh)
+    return swap_loss.Start(mesh, config, params, TOKENIZER)
+
+
+def test_a_prompt_that_stands_twice_in_a_batch_gets_two_groups(start):
+    config = swap_loss.GRPO(
+        reward=RewardConfig((f"{start}/rm",)), batch_size=8, max_new_tokens=6, samples=2
+    )
+    algorithm = swap_loss.grpo(config, policy := loaded(start))
+    batch = next(algorithm.stream.iterate())
+    for name in ("prompts", "records", "indices"):
+        batch[name][3] = batch[name][0]
+    rows, _, _ = algorithm.prepare(policy.params, batch, jax.random.key(5))
+    prompts, tokens = np.asarray(rows["prompt_BP"]), np.asarray(rows["tokens_BR"])
+    np.testing.assert_array_equal(prompts[:2], prompts[6:8])
+    assert (tokens[:2] != tokens[6:8]).any()
+
+
+def test_the_two_sides_of_a_comparison_are_sampled_independently(start, capsys):
+    """One policy against itself gives other responses, as independent samples do."""
+    policy, config = loaded(start), swap_loss.DPO(max_new_tokens=12)
+    held_out = data.load(config.data, "prompts", TOKENIZER, split="validation")
+    nothing: Any = None
+    algorithm = swap_loss.Algorithm(nothing, nothing, nothing, held_out)
+    results = swap_loss.compare(config, policy, policy.params, algorithm)
+    assert results["held-out prompts"] == len(held_out)
+    sides = re.findall(r"^  (?:before:|after: ) (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(sides) == 6
+    assert sides[::2] != sides[1::2]
+
+
+def test_the_flags_of_the_model_are_honoured(start, tmp_path):
+    """The model has no tokenizer of its own. In bfloat16 KL is still 0 before the first update."""
+    hf.save(tmp_path / "model", CONFIG, PARAMS)
+    few = [*flags(start, "grpo", tmp_path / "grpo"), "--model", f"{tmp_path}/model"]
+    few += ["--tokenizer", f"{start}/sft", "--model_dtype", "bfloat16", "--steps", "1"]
+    seen = []
+
+    def grpo(config, policy, whole=swap_loss.grpo):
+        seen.append(policy.model)
+        return whole(config, policy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swap_loss, "grpo", grpo)
+        swap_loss.cli([*few, "--remat", "full", "--unroll", "2"])
+    assert [(model.dtype, model.remat, model.unroll) for model in seen] == [("bfloat16", "full", 2)]
+    assert lines(tmp_path / "grpo")[0]["objective/kl"] == 0
+
+
 def test_dpo_on_pairs_of_a_file(start, tmp_path, capsys):
     file = tmp_path / "pairs.jsonl"
     pair = {"prompt": "what is made of wood?", "chosen": "the starmap.", "rejected": "no."}
@@ -337,7 +391,7 @@ def test_dpo_on_pairs_of_a_file(start, tmp_path, capsys):
 
 
 def test_a_group_is_the_responses_to_one_prompt(start, tmp_path):
-    """Paid by their prompt alone, and nothing for KL, all are equals: nothing changes."""
+    """A reward of the prompt alone, without KL, is equal within a group, so nothing is learned."""
     file = tmp_path / "mine.py"
     file.write_text(
         "def length(prompts, responses, records):\n"
@@ -392,7 +446,7 @@ def ppo_flags(start: Path, out: Path, loss: str) -> list[str]:
 
 
 def test_run_ppo_minimises_the_loss_of_a_file(start, tmp_path):
-    """One without a gradient leaves the policy as it was; the value net learns all the same."""
+    """A loss without a gradient leaves the policy unchanged. The value net still learns."""
     file = tmp_path / "mine.py"
     file.write_text(
         "def flat(logp_BR, old_logp_BR, advantages_BR, clip):\n"
@@ -406,7 +460,8 @@ def test_run_ppo_minimises_the_loss_of_a_file(start, tmp_path):
     assert row["optim/grad_norm"] == 0
     assert row["optim/value_grad_norm"] > 0
     before, after = (hf.load(path)[1] for path in (start / "sft", out / "export"))
-    close = functools.partial(np.testing.assert_allclose, atol=1e-7)  # it is a moving average
+    # The export is a moving average, which rounds.
+    close = functools.partial(np.testing.assert_allclose, atol=1e-7)
     jax.tree.map(close, after, before)
 
 
@@ -421,7 +476,7 @@ def test_run_ppo_refuses_a_loss_of_another_shape_and_names_the_file(start, tmp_p
 
 
 def test_the_loss_of_the_docs(tmp_path):
-    """The file that docs/swap-a-loss.md shows, at ratios within its bounds and beyond both."""
+    """The file that docs/swap-a-loss.md shows, at ratios within the bounds and beyond both."""
     text = (DOCS / "swap-a-loss.md").read_text()
     file = tmp_path / "my_losses.py"
     file.write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])

@@ -99,7 +99,7 @@ def test_a_sequence_split_between_sublayers_changes_nothing(tensor):
 
 
 def test_a_sequence_that_does_not_divide_is_padded_and_split():
-    """12 tokens over 8 devices are 16, 2 on each; a response's scores have an odd number."""
+    """12 tokens are padded to 16, 2 on each of 8 devices."""
     config = dataclasses.replace(GPT2_VOCABULARY, vocab_size=136)
     mesh = sharding.make_mesh(tensor=8)
     split = gradient(config, mesh, rules=sharding.SEQUENCE)
@@ -125,7 +125,7 @@ def test_eight_devices_equal_one_with_the_vocabulary_of_gpt2(axes):
 
 
 def test_tensor_axis_alone_equals_one_device():
-    """Eight ways, so with eight heads; the two KV heads are replicated."""
+    """Eight heads are split eight ways, and the two KV heads are replicated."""
     config = dataclasses.replace(CONFIG, heads=8, head_dim=4)
     mesh = sharding.make_mesh(tensor=8)
     assert_same(gradient(config, mesh), reference(config), 1e-5)
@@ -139,7 +139,7 @@ def test_each_leaf_is_split_over_what_its_rule_says():
     params = params_of(CONFIG, mesh)
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     here = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
-    norms = 5 * 32 * 4  # two a layer and the last, replicated; biases are split one way
+    norms = 5 * 32 * 4  # bytes of two norms per layer and the last one, which are replicated
     biases = sum(
         leaf.nbytes
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -236,7 +236,7 @@ def test_microbatches_on_a_mesh():
 
 
 def test_accumulation_by_hand():
-    """Two rows of weight 1 and 3 with means 10 w and 2 w: (10 + 6) / 4 = 4; an empty row is 0."""
+    """Rows of weight 1 and 3 have means 10 w and 2 w, so the gradient is (10 + 6) / 4 = 4."""
 
     def fn(params, batch, key):
         del key
@@ -252,7 +252,7 @@ def test_accumulation_by_hand():
         )
         assert grads["w"] == 4
         assert metrics == {"loss": 4, "mean": 4}
-    with pytest.raises(ValueError, match="a batch of 4 has no 3 equal microbatches"):
+    with pytest.raises(ValueError, match="a batch of 4 rows has no 3 equal microbatches"):
         train.accumulate_gradients(fn, {"w": 1.0}, {"x": x, "mask": mask}, jax.random.key(0), 3)
 
 
@@ -265,7 +265,7 @@ def test_masked_mean_by_hand():
     assert masked.masked_mean(x, mask) == 3
     np.testing.assert_array_equal(masked.masked_mean(x, mask, axis=1), [2, 5])
     assert masked.masked_mean(x, jnp.zeros((2, 3))) == 0
-    # A mask that broadcasts would count too few entries.
+    # A mask that has to be broadcast would count too few entries.
     for reduce in (masked.masked_sum, masked.masked_mean):
         with pytest.raises(AssertionError, match=r"\(2, 3\)"):
             reduce(x, mask[:, :1])
@@ -320,7 +320,7 @@ def test_an_optimizer_that_keeps_rows_and_columns():
     assert jnp.isfinite(metrics["loss"])
 
 
-def test_every_microbatch_has_a_key_of_its_own():
+def test_every_microbatch_has_another_key():
     def fn(params, batch, key):
         return params["w"] * jax.random.uniform(key), (batch.shape[0], {})
 
@@ -342,9 +342,9 @@ def test_moments_lie_where_their_parameters_lie(trained):
 
 
 def test_gradients_are_split_as_the_parameters_are():
-    """So that a reduce-scatter can take the place of an all-reduce: no device holds them whole.
+    """The compiler can then reduce-scatter them, and no device holds a whole gradient.
 
-    The optimizer keeps the gradient, and nothing but the step says where that lies.
+    The optimizer keeps the gradient here, and only the step decides where that lies.
     """
     mesh = sharding.make_mesh(data=2, fsdp=4)
     params = params_of(CONFIG, mesh)

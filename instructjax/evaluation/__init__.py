@@ -1,1 +1,1 @@
-"""What a trained model is worth: figures with intervals, and their tables."""
+"""Measures trained models: accuracies and win rates with intervals, tables and figures."""

@@ -1,4 +1,4 @@
-"""What a reward model has to beat: the length of a response, and the words in it."""
+"""Baselines that a reward model has to beat: a response's length, and the words in it."""
 
 from collections.abc import Callable
 
@@ -12,35 +12,50 @@ from instructjax.data import Dataset
 
 
 def lengths(dataset: Dataset, train_set: Dataset) -> np.ndarray:
-    """Tokens of each response: [n, K, 1]."""
+    """Number of tokens of each response: length_BK1."""
     return dataset.response.lengths[..., None].astype(np.float32)
 
 
 def bags(dataset: Dataset, train_set: Dataset, most: int = 1000) -> np.ndarray:
-    """How often each of the commonest tokens of the training responses occurs: [n, K, F]."""
+    """Counts of the commonest tokens in each response: count_BKF.
 
-    def responses(of: Dataset):
-        return ((i, k, of.response[i, k]) for i, k in np.argwhere(of.ranks > 0))
+    Args:
+      dataset: comparisons.
+      train_set: comparisons whose responses decide which tokens are the commonest.
+      most: the largest number of tokens, F.
+    """
 
-    every = np.bincount(np.concatenate([ids for *_, ids in responses(train_set)]))
-    common = np.argsort(-every, kind="stable")[: min(most, np.count_nonzero(every))]
+    def responses(comparisons: Dataset):
+        slots = np.argwhere(comparisons.ranks > 0)
+        return ((i, k, comparisons.response[i, k]) for i, k in slots)
+
+    frequency = np.bincount(np.concatenate([ids for *_, ids in responses(train_set)]))
+    common = np.argsort(-frequency, kind="stable")[: min(most, np.count_nonzero(frequency))]
     column = np.full(
-        1 + max(len(every), *(int(ids.max()) + 1 for *_, ids in responses(dataset))), -1
+        1 + max(len(frequency), *(int(ids.max()) + 1 for *_, ids in responses(dataset))), -1
     )
     column[common] = np.arange(len(common))
-    found = np.zeros((*dataset.ranks.shape, len(common)), np.float32)
+    count_BKF = np.zeros((*dataset.ranks.shape, len(common)), np.float32)
     for i, k, ids in responses(dataset):
         at = column[ids]
-        np.add.at(found[i, k], at[at >= 0], 1)
-    return found
+        np.add.at(count_BKF[i, k], at[at >= 0], 1)
+    return count_BKF
 
 
 def linear(
     features: Callable[[Dataset, Dataset], np.ndarray], seen: Dataset, groups: dict[str, Dataset]
 ) -> dict[str, np.ndarray]:
-    """Scores linear in features of a response: logistic regression on the pairs' differences.
+    """Scores that are linear in features of a response: logistic regression on pairs' differences.
 
-    It has few weights, and is fitted to the first 3,000 comparisons: more change nothing.
+    It is fitted to the first 3,000 comparisons. It has few weights, and more data change nothing.
+
+    Args:
+      features: (comparisons, training comparisons) -> [n, K, F], such as `lengths` or `bags`.
+      seen: training comparisons.
+      groups: comparisons to score, by name.
+
+    Returns:
+      scores [n, K] of each group's responses, by name.
     """
     seen = seen.take(np.arange(len(seen)) < 3000)
     x_BKF = features(seen, seen)

@@ -1,4 +1,4 @@
-"""Pictures of a run: curves of its metrics, and a reward model's accuracy and calibration."""
+"""Figures of a run: curves of its metrics, and a reward model's accuracy and calibration."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ from instructjax.evaluation.ranking import Pairs
 
 
 def blank_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure of so many inches, for `savefig`."""
-    # Not imported above: without its cache of fonts matplotlib starts a thread on import, which has
-    # an arena of its own before `process.keep_memory` can deny it one. The threads that come later
-    # share all arenas there are, and those are too small for what a step needs.
+    """An empty matplotlib figure, `width` by `height` inches."""
+    # Not imported above: without its cache of fonts matplotlib starts a thread on import. That
+    # thread would get a malloc arena before `process.keep_memory` can prevent it. Later threads
+    # would share it, and it is too small for a step's temporaries.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -24,11 +24,11 @@ def blank_figure(width: float, height: float) -> Any:
 def plot_curves(
     directory: Path | str, keys_by_panel: Mapping[str, Sequence[str]], file: Path | str
 ) -> None:
-    """Draws curves of DIRECTORY/metrics.jsonl, a panel for each title, as a PNG.
+    """Draws curves of DIRECTORY/metrics.jsonl as a PNG.
 
     Args:
-      keys_by_panel: title, which also labels the y axis -> keys of metrics, drawn together.
-      file: the picture.
+      keys_by_panel: a panel's title, which also labels its y axis -> keys of the metrics in it.
+      file: the PNG to write.
     """
     with (Path(directory) / "metrics.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
@@ -40,7 +40,7 @@ def plot_curves(
             points = np.array([(row["step"], row[key]) for row in rows if key in row])
             if not len(points):
                 continue
-            # Many noisy points: drawn faintly, under their running mean.
+            # Where there are many noisy points, they are drawn faintly under their running mean.
             window = max(1, len(points) // 50)
             mean = np.convolve(points[:, 1], np.full(window, 1 / window), mode="valid")
             marker = "." if len(points) <= 30 else ""
@@ -58,11 +58,13 @@ def plot_curves(
 
 
 def reliability(pairs: Pairs, file: Path | str, bins: int = 10) -> None:
-    """A reliability diagram: predicted preference against how often it was so.
+    """Draws a reliability diagram: predicted preference against observed share, as a PNG.
 
     Args:
-      pairs: held-out, strict; each is seen from both sides, so the diagram is symmetric.
-      file: the PNG.
+      pairs: strict pairs of held-out comparisons. Each counts from both sides, so the diagram is
+        symmetric about (1/2, 1/2).
+      file: the PNG to write.
+      bins: number of bins of the predicted preference.
     """
     predicted, observed, count = ranking.calibration(pairs, bins)
     figure = blank_figure(4.2, 4.2)
@@ -87,11 +89,11 @@ def reliability(pairs: Pairs, file: Path | str, bins: int = 10) -> None:
 
 
 def accuracies(rows: Mapping[str, tuple[float, float, float]], file: Path | str) -> None:
-    """Horizontal bars of accuracy with 95 % intervals.
+    """Draws accuracies as horizontal bars with 95 % intervals, as a PNG.
 
     Args:
-      rows: label -> (accuracy, low, high), each 0 to 1, from top to bottom.
-      file: the PNG.
+      rows: label -> (accuracy, low, high), each from 0 to 1, in order from top to bottom.
+      file: the PNG to write.
     """
     figure = blank_figure(6, 0.9 + 0.27 * len(rows))
     axes = figure.add_subplot()

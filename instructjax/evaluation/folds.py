@@ -1,4 +1,4 @@
-"""Cross-validation over who labeled, or any field: each fold leaves out a part of its values."""
+"""Cross-validation over labelers, or the values of another field: each fold leaves out a part."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,48 +12,53 @@ from instructjax.evaluation.ranking import value_of
 def leave_out(
     seen: Dataset, unseen: Dataset, by: str, fold: int, folds: int, seed: int = 0
 ) -> tuple[Dataset, dict[str, Dataset]]:
-    """Training data without the fold's values of a field; held-out data with and without them.
+    """Leaves the fold's values of a field out of the training data, and splits the held-out data.
 
     Args:
       seen, unseen: training and held-out comparisons.
-      by: a field of their records.
-      fold: which, from 0 to below `folds`.
-      seed: of the values' order.
+      by: a field of their records, such as `labeler`.
+      fold: number of the fold, from 0 to folds - 1.
+      folds: number of folds that share the field's values out among them.
+      seed: seed of the order in which the values are dealt out.
 
     Returns:
-      (training data, {"BY seen": ..., "BY unseen": ...}).
+      (training data, {"BY seen": held-out data whose value was trained on, "BY unseen": the other
+      held-out data})
 
     Raises:
       ValueError: there are fewer values than folds, or a fold leaves nothing on one side.
     """
     values = sorted({value_of(record, by) for record in (*seen.records, *unseen.records)})
     if len(values) < folds:
-        raise ValueError(f"--folds {folds}: there are {len(values)} values of {by}")
+        raise ValueError(f"--folds {folds}: there are only {len(values)} values of {by}")
     order = np.random.default_rng(seed).permutation(len(values))
     left_out = {values[i] for i in order[fold::folds]}
 
     def part(dataset: Dataset, out: bool) -> Dataset:
-        held = [value_of(record, by) in left_out for record in dataset.records]
-        if out not in held:
-            raise ValueError(f"--by {by}: fold {fold} has no comparisons on one side")
-        return dataset.take(np.array(held) == out)
+        is_out = [value_of(record, by) in left_out for record in dataset.records]
+        if out not in is_out:
+            raise ValueError(
+                f"--by {by}: fold {fold} has comparisons on one side only; give fewer --folds"
+            )
+        return dataset.take(np.array(is_out) == out)
 
     groups = {f"{by} seen": part(unseen, False), f"{by} unseen": part(unseen, True)}
     return part(seen, False), groups
 
 
 def summary(
-    found: Sequence[Mapping[str, Mapping[str, Any]]], by: str
+    results_by_fold: Sequence[Mapping[str, Mapping[str, Any]]], by: str
 ) -> dict[str, dict[str, float]]:
-    """Mean and spread over the folds of each method's accuracy on each side.
+    """Mean and standard deviation over folds of each method's accuracy, on seen and unseen values.
 
     Args:
-      found: of each fold, `ranking.accuracies` of the groups of `leave_out`.
+      results_by_fold: `ranking.accuracies` of each fold's groups from `leave_out`.
+      by: the field.
     """
     results = {}
     for side in (f"{by} seen", f"{by} unseen"):
-        for method in found[0][side].keys() - {"pairs"}:
-            shares = [one[side][method][0] for one in found]
+        for method in results_by_fold[0][side].keys() - {"pairs"}:
+            shares = [accuracies[side][method][0] for accuracies in results_by_fold]
             results[f"{method}, {side}"] = {
                 "mean": float(np.mean(shares)),
                 "spread": float(np.std(shares, ddof=1)),

@@ -1,4 +1,4 @@
-"""How often a reward model orders held-out pairs as labelers did: intervals, parts, calibration."""
+"""Accuracy of a reward model on held-out pairs, with intervals, by groups, and its calibration."""
 
 import itertools
 from collections import Counter
@@ -16,14 +16,14 @@ from instructjax.data.columns import lookup
 
 @dataclass(frozen=True)
 class Pairs:
-    """The strict pairs of some comparisons, in NumPy."""
+    """The strict pairs of comparisons, in NumPy: two responses to one prompt, of unequal ranks."""
 
-    gap: np.ndarray  # float [n], the winner's score minus the loser's
-    distance: np.ndarray  # int [n], ranks between them
-    prompt: np.ndarray  # int [n], which comparison the pair is of
+    gap: np.ndarray  # float [n], score of the better response minus that of the worse
+    distance: np.ndarray  # int [n], rank of the worse response minus that of the better
+    prompt: np.ndarray  # int [n], number of the comparison that the pair comes from
 
     def take(self, keep: np.ndarray) -> "Pairs":
-        """The pairs where the boolean mask [n] holds."""
+        """The pairs that a boolean mask [n] selects."""
         return Pairs(self.gap[keep], self.distance[keep], self.prompt[keep])
 
 
@@ -31,8 +31,8 @@ def pairs_of(scores: np.ndarray, ranks: np.ndarray) -> Pairs:
     """All strict pairs of comparisons.
 
     Args:
-      scores: float [n, K].
-      ranks: int [n, K]; 1 is best, equal ranks are ties, 0 is an empty slot.
+      scores: float score_BK.
+      ranks: int rank_BK; 1 is best, equal ranks are ties, 0 is an empty slot.
     """
     live = ranks > 0
     better = (ranks[:, :, None] < ranks[:, None, :]) & live[:, :, None] & live[:, None, :]
@@ -41,26 +41,29 @@ def pairs_of(scores: np.ndarray, ranks: np.ndarray) -> Pairs:
     return Pairs(gap, ranks[prompt, loser] - ranks[prompt, winner], prompt)
 
 
-def joined(several: Sequence[Pairs]) -> Pairs:
-    """Pairs of several data sets as of one."""
-    first = np.cumsum([0, *(pairs.prompt.max(initial=0) + 1 for pairs in several)])
+def joined(parts: Sequence[Pairs]) -> Pairs:
+    """The pairs of all parts, with prompts numbered on from one part to the next."""
+    first = np.cumsum([0, *(pairs.prompt.max(initial=0) + 1 for pairs in parts)])
     return Pairs(
-        np.concatenate([pairs.gap for pairs in several]),
-        np.concatenate([pairs.distance for pairs in several]),
-        np.concatenate([pairs.prompt + at for pairs, at in zip(several, first, strict=False)]),
+        np.concatenate([pairs.gap for pairs in parts]),
+        np.concatenate([pairs.distance for pairs in parts]),
+        np.concatenate([pairs.prompt + at for pairs, at in zip(parts, first, strict=False)]),
     )
 
 
 def share(pairs: Pairs) -> float:
-    """Share of the pairs whose winner scores higher; equal scores are half right."""
+    """Share of the pairs whose better response scores higher. Equal scores count half."""
     return float(((pairs.gap > 0) + 0.5 * (pairs.gap == 0)).mean())
 
 
 def accuracy(pairs: Pairs, draws: int = 1000) -> tuple[float, float, float]:
-    """Share of pairs whose winner scores higher, with a 95 % interval.
+    """`share` with a 95 % interval.
 
-    Equal scores are half right. The pairs of a prompt are not independent, so the interval is a
-    bootstrap over prompts.
+    The pairs of a prompt are not independent, so the interval is a bootstrap over prompts.
+
+    Args:
+      pairs: strict pairs.
+      draws: bootstrap samples.
 
     Returns:
       (accuracy, low, high); NaN without pairs.
@@ -77,12 +80,14 @@ def accuracy(pairs: Pairs, draws: int = 1000) -> tuple[float, float, float]:
 
 
 def calibration(pairs: Pairs, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A reliability diagram: of pairs with predicted preference p, how many are so.
+    """The data of a reliability diagram: how many pairs of predicted preference p are preferred.
 
-    Each pair is seen from both sides, so that the diagram is symmetric about (1/2, 1/2).
+    The predicted preference is sigmoid(gap) (InstructGPT, eq. 1). Each pair counts from both sides,
+    so that the diagram is symmetric about (1/2, 1/2).
 
     Returns:
-      (mean prediction, observed share, pairs), each [bins]; NaN in an empty bin.
+      (mean prediction, observed share, number of pairs), each [bins]. The first two are NaN in an
+      empty bin.
     """
     p = 1 / (1 + np.exp(-np.concatenate([pairs.gap, -pairs.gap])))
     happened = np.repeat([1.0, 0.0], len(pairs.gap))
@@ -95,7 +100,11 @@ def calibration(pairs: Pairs, bins: int = 10) -> tuple[np.ndarray, np.ndarray, n
 
 
 def value_of(record: Record, name: str) -> str:
-    """A field of a record, as text; raises ValueError where it has none."""
+    """The value of a record's field, as text.
+
+    Raises:
+      ValueError: the record has no such field; names its file and line.
+    """
     if name == "labeler" and record.labeler is not None:
         return record.labeler
     try:
@@ -107,28 +116,36 @@ def value_of(record: Record, name: str) -> str:
 def accuracies(
     methods: dict[str, dict[str, np.ndarray]], groups: dict[str, Dataset], fields: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Of each method on each part of the held-out pairs: label -> method -> (share, low, high).
+    """The accuracy of each method on each part of the held-out pairs.
 
-    The parts are the groups, the values of each field (the 20 commonest), and ranks apart.
+    The parts are the groups, the 20 commonest values of each field, and the pairs by the distance
+    of their ranks.
 
     Args:
-      methods: name -> group -> scores [n, K] of its comparisons.
-      groups: name -> comparisons.
-      fields: of the records.
+      methods: method -> group -> score_BK of the group's comparisons.
+      groups: group -> comparisons.
+      fields: fields of the records.
+
+    Returns:
+      part -> {"pairs": number of pairs, method: (accuracy, low, high), ...}
+
+    Raises:
+      ValueError: a record lacks one of the fields.
     """
 
     def pairs_in(scores: dict[str, np.ndarray], keep: Mapping[str, Any]) -> Pairs:
-        """Of each group's comparisons, those that `keep` picks."""
-        few = (pairs_of(scores[n][keep[n]], groups[n].ranks[keep[n]]) for n in keep)
-        return joined(list(few))
+        """The pairs of those comparisons of each group that `keep` selects."""
+        kept = (pairs_of(scores[n][keep[n]], groups[n].ranks[keep[n]]) for n in keep)
+        return joined(list(kept))
 
     whole = {name: slice(None) for name in groups}
     parts: dict[str, Mapping[str, Any]] = {name: {name: slice(None)} for name in groups}
     for field in fields:
         values = {name: [value_of(r, field) for r in d.records] for name, d in groups.items()}
         for value, _ in Counter(itertools.chain(*values.values())).most_common(20):
-            keep = {name: np.array(found) == value for name, found in values.items()}
-            parts[f"{field}: {value}"] = keep
+            parts[f"{field}: {value}"] = {
+                name: np.array(of_records) == value for name, of_records in values.items()
+            }
     pairs = {
         label: {method: pairs_in(scores, keep) for method, scores in methods.items()}
         for label, keep in parts.items()
@@ -137,27 +154,27 @@ def accuracies(
     for distance in (1, 2, 3, 4):
         label = f"ranks apart: {distance}{' or more' * (distance == 4)}"
         pairs[label] = {
-            method: found.take(np.minimum(found.distance, 4) == distance)
-            for method, found in every.items()
+            method: of_method.take(np.minimum(of_method.distance, 4) == distance)
+            for method, of_method in every.items()
         }
     return {
         label: {"pairs": len(next(iter(row.values())).gap)}
-        | {method: accuracy(found) for method, found in row.items()}
+        | {method: accuracy(of_method) for method, of_method in row.items()}
         for label, row in pairs.items()
         if len(next(iter(row.values())).gap)
     }
 
 
-def table_of(found: dict[str, dict[str, Any]]) -> Table:
-    """Per cent of the pairs in the labelers' order; of the reward model with half its interval."""
-    others = [name for name in next(iter(found.values())) if name not in ("pairs", "reward model")]
+def table_of(rows: dict[str, dict[str, Any]]) -> Table:
+    """`accuracies` as a table in per cent. Half the interval stands beside the reward model's."""
+    others = [name for name in next(iter(rows.values())) if name not in ("pairs", "reward model")]
     title = "Held-out pairs in the labelers' order, %"
     columns = ("", "pairs", "reward model", *others)
     table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.columns[0].no_wrap = True
-    for label, row in found.items():
-        share, low, high = (100 * x for x in row["reward model"])
-        ours = f"{share:.1f} +- {(high - low) / 2:.1f}"
-        rest = (f"{100 * row[name][0]:.1f}" for name in others)
-        table.add_row(label, f"{row['pairs']:,}", ours, *rest)
+    for label, row in rows.items():
+        mean, low, high = (100 * x for x in row["reward model"])
+        ours = f"{mean:.1f} +- {(high - low) / 2:.1f}"
+        baselines = (f"{100 * row[name][0]:.1f}" for name in others)
+        table.add_row(label, f"{row['pairs']:,}", ours, *baselines)
     return table

@@ -1,7 +1,7 @@
 """One run in one directory: its flags, files, checkpoints, signals and exit code.
 
-flags.py        RunConfig, the flags that all training scripts share; parse; config.json
-pretrained.py   what --model names
+flags.py        RunConfig, the flags of all training scripts; parse; config.json
+pretrained.py   loads the model that --model names
 checkpoint.py   atomic, asynchronous checkpoints
 metrics.py      metrics.jsonl, samples.jsonl, the progress line
 process.py      signals, memory and the lock on the run directory

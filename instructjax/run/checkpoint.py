@@ -1,4 +1,4 @@
-"""Checkpoints of one run: written in the background, whole or not at all, the last and the best."""
+"""The latest and the best checkpoints of a run, written in the background, whole or not at all."""
 
 import os
 import shutil
@@ -15,19 +15,19 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 class Checkpoints:
     """The checkpoints in a directory, each named by its step: the number of updates made.
 
-    A checkpoint gets its name when it is complete, by a rename. What a killed process left
-    half-written is never seen, and is removed here; so only one process tree may train in a
-    directory.
+    A checkpoint gets its name by a rename, once it is complete. A checkpoint that a killed process
+    left half-written is never seen, and is removed here. So only one process, or one group of
+    hosts, may train in a directory.
 
     Args:
-      directory: made if it is not there; on several hosts one that all see, such as gs://....
-      keep_last: the latest checkpoints to keep.
-      best_metric: what `meta["score"]` is a score of. If given, the best checkpoint is kept too.
-        Scores are stored under this name, and those of another name are not compared.
-      best_mode: whether the best score is the least or the greatest.
+      directory: made if it does not exist. Several hosts need one that all of them see.
+      keep_last: how many of the latest checkpoints to keep.
+      best_metric: the metric that `meta["score"]` is. If given, the best checkpoint is kept too.
+        Scores are stored under this name; scores stored under another name are not compared.
+      best_mode: whether the least or the greatest score is the best.
 
     Raises:
-      OSError: another host made the directory where this one does not see it.
+      OSError: host 0 made the directory, and this host does not see it.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Checkpoints:
         keep: list[Any] = [LatestN(keep_last)]
         if best_metric is not None:
             reverse = best_mode == "min"
-            # Unless told not to, BestN would keep every checkpoint that has no score.
+            # By default BestN would also keep every checkpoint that has no score.
             unscored = {"keep_checkpoints_without_metrics": False}
             keep.append(BestN(get_metric_fn=score, reverse=reverse, n=1, **unscored))
         options = ocp.CheckpointManagerOptions(
@@ -61,21 +61,21 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         if not self.directory.exists():
             raise OSError(
-                f"{self.directory}: host 0 made it, and host {jax.process_index()} does not see it:"
-                " give --checkpoints a directory that all hosts share"
+                f"{self.directory}: host 0 made this directory, and host {jax.process_index()} does"
+                " not see it: give --checkpoints a directory that all hosts share"
             )
 
     def check_space(self, state: Any) -> None:
-        """Finds out before training whether the disk can hold all that will be kept.
+        """Checks, before training, that the disk can hold all checkpoints that will be kept.
 
         Raises:
-          OSError: it cannot hold those, and the one being written.
+          OSError: the disk cannot hold them and the one being written.
         """
         if not self._on_disk:
             return
         size, count, directory = nbytes(state), self._kept + 1, Path(self.directory)
-        there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-        space = shutil.disk_usage(self.directory).free + there
+        used = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        space = shutil.disk_usage(self.directory).free + used
         if count * size > space:
             raise OSError(
                 f"{self.directory}: {count} checkpoints of {size:,} bytes do not fit into the"
@@ -85,16 +85,16 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Copies the state to the host, and writes it while training goes on.
 
-        Waits for the save before it. On return, the state may be donated to the next step.
+        Waits for the save before this one. On return, the state may be donated to the next step.
 
         Args:
           state: a pytree of arrays, sharded or not.
-          meta: JSON; `score` ranks the checkpoint for `best`.
+          meta: JSON. Its `score` ranks the checkpoint for `best`.
 
         Raises:
-          ValueError: there is a checkpoint of this step.
-          OSError: this save could not begin, or the one before it failed; names the directory
-            and the last good checkpoint, which is whole.
+          ValueError: there is a checkpoint of this step already.
+          OSError: this save could not begin, or the one before it failed. The message names the
+            directory and the last good checkpoint.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -102,7 +102,7 @@ class Checkpoints:
         if self._on_disk:
             size, free = nbytes(state), shutil.disk_usage(self.directory).free
             if size > free:
-                raise self._failed(step, f"it takes {size:,} bytes, and {free:,} are free")
+                raise self._failed(step, f"it needs {size:,} bytes, and {free:,} are free")
         scored = self.best_metric is not None and meta.get("score") is not None
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
@@ -115,10 +115,10 @@ class Checkpoints:
             raise self._failed(step, str(error)) from error
 
     def wait(self) -> None:
-        """Returns when nothing is being written.
+        """Returns when no checkpoint is being written.
 
         Raises:
-          OSError: what was being written could not be; see `save`.
+          OSError: the checkpoint could not be written; see `save`.
         """
         try:
             self._manager.wait_until_finished()
@@ -126,12 +126,12 @@ class Checkpoints:
             raise self._failed(None, str(error)) from error
 
     def latest(self) -> int | None:
-        """The step of the last good checkpoint; waits for one that is being written."""
+        """The step of the last good checkpoint, after waiting for one that is being written."""
         self.wait()
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """The step of the checkpoint with the best score; None where no checkpoint has one."""
+        """The step of the checkpoint with the best score; None if no checkpoint has a score."""
         self.wait()
         scored = [step for step in self._manager.all_steps() if self._score(step) is not None]
         return self._manager.best_step() if scored else None
@@ -140,15 +140,15 @@ class Checkpoints:
         """Reads a checkpoint.
 
         Args:
-          step: of `latest` or `best`.
-          abstract_state: the state's tree, of ShapeDtypeStructs with shardings, or of arrays.
-            Shardings are those to restore onto, whatever mesh the checkpoint was written on.
+          step: from `latest` or `best`.
+          abstract_state: the state's tree of arrays, or of ShapeDtypeStructs with shardings. The
+            state is restored onto these shardings, whatever mesh it was saved from.
 
         Returns:
           (state, meta)
 
         Raises:
-          ValueError: the checkpoint's tree or shapes are not these.
+          ValueError: the checkpoint has another tree or other shapes.
         """
         self.wait()
         items = ocp.args.Composite(
@@ -162,7 +162,7 @@ class Checkpoints:
         return restored.state, restored.meta
 
     def close(self) -> None:
-        """Waits, and ends the background threads; raises as `wait` does."""
+        """Waits, and ends the background threads. Raises as `wait` does."""
         self.wait()
         self._manager.close()
 
@@ -170,20 +170,21 @@ class Checkpoints:
         return (self._manager.metrics(step) or {}).get(self.best_metric)
 
     def _failed(self, step: int | None, why: str) -> OSError:
-        self._manager.reload()  # it has forgotten those that it would have deleted after the save
+        # The manager has forgotten the checkpoints that it would have deleted after this save.
+        self._manager.reload()
         last = self._manager.latest_step()
-        what = "the last checkpoint" if step is None else f"the checkpoint of step {step}"
+        lost = "the last checkpoint" if step is None else f"the checkpoint of step {step}"
         good = "there is none before it" if last is None else f"the last good one is {last}"
-        return OSError(f"{self.directory}: {what} could not be written, {good}: {why}")
+        return OSError(f"{self.directory}: {lost} could not be written, {good}: {why}")
 
 
 def abstract(state: Any) -> Any:
-    """ShapeDtypeStructs, with shardings, of a tree of arrays."""
+    """A tree of arrays as ShapeDtypeStructs with shardings."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
 
 
 def nbytes(state: Any) -> int:
-    """Bytes of a tree's arrays, over all devices but each element once."""
+    """Bytes of a tree's arrays, each element counted once however many devices hold a copy."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

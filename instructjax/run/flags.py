@@ -1,4 +1,4 @@
-"""Configs are frozen dataclasses: a field is a flag, its docstring its help, and a run keeps them.
+"""A config is a frozen dataclass: a field is a flag, and the field's docstring is the flag's help.
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
@@ -7,6 +7,9 @@ class Config(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
 
 config = parse(Config, {"default": Config(), "short": Config(steps=10)}, __doc__)
+
+`write` keeps the config in OUT/config.json, and compares it there when a run is resumed. tyro shows
+the line breaks of a help text, so each of its lines is a sentence.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 import tyro
@@ -28,57 +31,77 @@ from etils import epath
 from jax.sharding import Mesh
 
 from instructjax import sharding
+from instructjax.models import ModelConfig
 
 PACKAGES = ("instructjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-UNCOMPARED = ("command", "out", "checkpoints", "resume", "data.cache")  # none of them changes a run
+# None of these changes a run, so `--resume` neither refuses nor prints a difference in them.
+UNCOMPARED = ("command", "out", "checkpoints", "resume")
+UNCOMPARED += ("data.cache", "pretrain.cache", "demonstrations.cache")
 
 ConfigT = TypeVar("ConfigT", bound="RunConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The flags of every script that trains; a script adds its own, `data: DataConfig` among them.
+    """The flags of every script that trains. A script adds its own, such as `data: DataConfig`.
 
     Raises:
-      ValueError: names the flag that is wrong.
+      ValueError: a flag is out of range; the message names it.
     """
 
-    # What `--resume` refuses to change, since the run would silently become another one; a field
-    # stands for all within it. Whatever else differs is printed, and the run goes on.
-    FIXED: ClassVar[tuple[str, ...]] = ("seed", "model", "batch_size", "data")
+    # Flags that `--resume` refuses to change, because the run would silently become another one.
+    # The name of a nested config stands for all its fields. Every other difference is printed: such
+    # flags change how a run is computed or reported, and not what it computes beyond rounding.
+    FIXED: ClassVar[tuple[str, ...]] = (
+        *("seed", "model", "tokenizer", "model_dtype", "batch_size", "data"),
+    )
 
     out: Path
-    """The run directory."""
+    """The run directory, for config, metrics, samples, checkpoints, figures and the export."""
     preset: str = ""
-    """A named set of defaults; other flags override it."""
+    """Name of a set of defaults, see above. Other flags override them."""
     model: str
-    """A preset, a run directory, a Hugging Face directory or a hub name."""
+    """The model to start from: a preset, a run directory, a Hugging Face directory or hub name."""
+    tokenizer: str | None = None
+    """The tokenizer: a Hugging Face directory or a hub name. By default the model's own."""
     steps: int | None = None
-    """Updates in all, those before a --resume included; `None` is the script's own number."""
+    """Number of updates in all, including those before a --resume.
+    By default the script computes it from the size of the data."""
     seed: int = 0
-    """Of initial values, data order, dropout and sampling."""
+    """Seed of initial values, data order, dropout and sampling."""
     mesh: str = ""
-    """Devices along each axis, as `data=2,fsdp=-1,tensor=2`; by default all are `fsdp`."""
+    """Devices along each axis, as `data=2,fsdp=-1,tensor=2`, where -1 takes those that are left.
+    By default all devices are along `fsdp`."""
     shard_sequence: bool = False
-    """Between sublayers, split activations over `tensor` too, along the sequence: less memory, more
-    to send."""
+    """Split activations between sublayers over `tensor` too, along the sequence.
+    This takes less memory and more communication."""
+    model_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of activations and matrix products and, in RL, of reward models.
+    Trained parameters are float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products (dots), or all (full).
+    Full takes the least memory and the most time."""
+    unroll: int = 1
+    """Layers in one turn of the loop over layers.
+    On CPU a small model is fastest with all of them in one turn."""
     resume: bool = False
     """Continue the run in --out from its latest checkpoint, or start it if it has none."""
     checkpoints: str | None = None
-    """Where checkpoints go, if not to OUT/checkpoints. Several hosts need one place that all see: a
-    shared directory, or gs://BUCKET/NAME (install instructjax[gcs]), which has not been tested."""
+    """Directory for checkpoints, by default OUT/checkpoints.
+    Several hosts need one that all of them see: a shared directory, or gs://BUCKET/NAME.
+    A bucket needs instructjax[gcs], and has not been tested."""
     save_every: int = 500
     """Steps from one checkpoint to the next."""
     keep_last: int = 2
-    """Checkpoints to keep, the latest ones; the best one is kept besides."""
+    """Number of latest checkpoints to keep. The checkpoint with the best score is kept besides."""
     log_every: int = 1
-    """Steps from one line of metrics.jsonl to the next; every step is checked for NaN."""
+    """Steps from one line of metrics.jsonl to the next. Every step is checked for NaN."""
     profile: str | None = None
     """`STEP:COUNT` writes a jax trace of COUNT steps, from STEP on, to OUT/profile."""
     tensorboard: bool = False
-    """Write the metrics to OUT/tensorboard too."""
+    """Write the metrics to OUT/tensorboard as well."""
     wandb: str | None = None
-    """Send the metrics to this Weights & Biases project too."""
+    """Weights & Biases project to send the metrics to as well."""
 
     def __post_init__(self) -> None:
         for name in ("save_every", "keep_last", "log_every"):
@@ -93,25 +116,34 @@ class RunConfig:
         sharding.parse_mesh(self.mesh)
         _ = self.profile_window
 
+    def compute(self, model: ModelConfig) -> ModelConfig:
+        """The model with the flags' dtype, rematerialisation and unrolling."""
+        return dataclasses.replace(
+            model, dtype=self.model_dtype, remat=self.remat, unroll=self.unroll
+        )
+
     def constrainer(self, mesh: Mesh) -> sharding.Constrainer:
-        """Of activations, in training and in scoring with trained weights.
+        """Lays out activations, in training and in scoring with trained weights.
 
         Raises:
-          ValueError: the sequence is to be split over an axis of one device.
+          ValueError: --shard_sequence with a `tensor` axis of one device.
         """
         if self.shard_sequence and mesh.shape["tensor"] == 1:
-            raise ValueError("--shard_sequence: there is no tensor axis in --mesh to split it over")
+            raise ValueError(
+                "--shard_sequence: there is no tensor axis in --mesh to split it over;"
+                " give --mesh tensor=2 or more"
+            )
         rules = sharding.SEQUENCE if self.shard_sequence else sharding.RULES
         return sharding.constrainer(mesh, rules)
 
     @property
     def checkpoint_directory(self) -> epath.Path:
-        """Where checkpoints go, on a disk or not."""
+        """Directory for checkpoints, on a disk or in a bucket."""
         return epath.Path(self.checkpoints or self.out / "checkpoints")
 
     @property
     def profile_window(self) -> range:
-        """The steps to trace; empty without --profile."""
+        """Numbers of the steps to trace, empty without --profile."""
         if self.profile is None:
             return range(0)
         step, colon, count = self.profile.partition(":")
@@ -126,13 +158,14 @@ def parse(
     description: str | None,
     argv: Sequence[str] | None = None,
 ) -> ConfigT:
-    """Reads a command line; wrong usage ends the program with 2, `--help` with 0.
+    """Reads a command line. Wrong usage ends the program with exit code 2, `--help` with 0.
 
     Args:
-      cls: the config; a ValueError of its `__post_init__` is wrong usage.
-      presets: the defaults that `--preset NAME` picks; the first without it. May be empty.
-      description: the first thing that `--help` says, a script's `__doc__`.
-      argv: sys.argv[1:] if None.
+      cls: the config class. A ValueError from its `__post_init__` counts as wrong usage.
+      presets: the defaults that `--preset NAME` picks, by name. The first is the default; there may
+        be none.
+      description: what `--help` says first, a script's `__doc__`.
+      argv: the words of the command line; None is sys.argv[1:].
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     keywords: dict[str, Any] = {}
@@ -150,13 +183,13 @@ def parse(
 
 
 def write(config: RunConfig, stage: str) -> list[str]:
-    """Writes OUT/config.json, all that is needed to run again.
+    """Writes OUT/config.json, which holds all that is needed to run again.
 
     Returns:
-      What differs from the config of the run that --resume continues, a line each.
+      A line for each difference from the config of the run that --resume continues.
 
     Raises:
-      ValueError: --resume would make another run of it.
+      ValueError: --resume with a change that makes another run (`RunConfig.FIXED`).
       FileExistsError: --out or --checkpoints holds a run, and --resume was not given.
     """
     file, metrics = config.out / "config.json", config.out / "metrics.jsonl"
@@ -182,16 +215,16 @@ def write(config: RunConfig, stage: str) -> list[str]:
     if holds_run and file.exists():
         old, new = _flat(json.loads(file.read_text())), _flat(record)
         for name in sorted(old.keys() | new.keys()):
-            if old.get(name) == new.get(name) or name.removeprefix("config.") in UNCOMPARED:
-                continue
             field = name.removeprefix("config.")
+            if old.get(name) == new.get(name) or field in UNCOMPARED:
+                continue
             change = f"{field}: {old.get(name)!r} -> {new.get(name)!r}"
             fixed = field.split(".")[0] in ("stage", *config.FIXED)
             (refused if fixed else printed).append(change)
     if refused:
         raise ValueError(
-            f"--resume would make another run of {config.out} ({'; '.join(refused)}): give it the"
-            " same again, or another --out"
+            f"--resume would make another run of {config.out} ({'; '.join(refused)}): give the"
+            " same flags again, or start another run with another --out"
         )
     part = file.with_suffix(".part")
     part.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, samples.jsonl, trackers and the terminal."""
+"""Writes a run's numbers to metrics.jsonl, samples.jsonl, trackers and the terminal."""
 
 import json
 import os
@@ -17,20 +17,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
-class Metrics:
-    """The two files of a run and, if asked for, TensorBoard and Weights & Biases.
+class MetricsWriter:
+    """Writes metrics.jsonl and samples.jsonl and, on demand, to TensorBoard and Weights & Biases.
 
-    Process 0 writes; on the others nothing happens. `time/*` and `throughput/*` are the only keys
-    that may differ between a run and its resumed twin.
+    Only host 0 writes. A resumed run writes the same lines as one that was never stopped, except
+    for the keys `time/*` and `throughput/*`.
 
     Args:
-      directory: the run's.
-      resume_step: cuts both files back to what was written up to this step; None empties them.
+      directory: the run directory.
+      resume_step: cuts both files back to the lines up to this step; None empties them.
       tensorboard: write to DIRECTORY/tensorboard too.
-      wandb: a project, to send metrics to.
+      wandb: name of the project to send metrics to.
 
     Raises:
-      ValueError: a tracker is not installed, or a file holds a line that is not ours.
+      ValueError: a tracker is not installed, or a file holds a line that this class cannot have
+        written.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Metrics:
             self._files[name] = file.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds a line `{"step": step, ...}` to metrics.jsonl; floats keep every bit."""
+        """Adds a line `{"step": step, ...}` to metrics.jsonl, in which floats keep every bit."""
         if not self._files:
             return
         _append(self._files["metrics"], {"step": step, **metrics})
@@ -66,15 +67,15 @@ class Metrics:
             self._wandb.log({"step": step, **metrics})
 
     def sample(self, step: int, sample: Mapping[str, Any]) -> None:
-        """Adds a line to samples.jsonl, likewise: JSON, such as a prompt and a response.
+        """Adds a line `{"step": step, ...}` to samples.jsonl, such as a prompt and a response.
 
-        To be called before the step's checkpoint is saved, or a kill in between would lose it.
+        Call this before the step's checkpoint is saved: a kill between the two would lose the line.
         """
         if self._files:
             _append(self._files["samples"], {"step": step, **sample})
 
     def sync(self) -> None:
-        """Puts both files on the disk: what a checkpoint relies on."""
+        """Forces both files onto the disk, because a checkpoint relies on their lines."""
         for file in self._files.values():
             os.fsync(file.fileno())
 
@@ -97,7 +98,7 @@ def _append(file: TextIO, line: dict[str, Any]) -> None:
 
 
 def _cut_back(file: Path, step: int | None) -> None:
-    """Truncates a file after its lines up to `step`, whose steps ascend."""
+    """Truncates a file after its lines up to `step`. Steps ascend within a file."""
     end = 0
     if step is not None and file.exists():
         with file.open("rb") as lines:
@@ -120,7 +121,7 @@ def _tensorboard(directory: Path, resume_step: int | None) -> Any:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ValueError("--tensorboard needs: pip install 'instructjax[tensorboard]'") from error
-    purge = None if resume_step is None else resume_step + 1  # drops what is written again
+    purge = None if resume_step is None else resume_step + 1  # these steps are written again
     return SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
 
 
@@ -129,8 +130,8 @@ def _wandb(project: str, directory: Path, resume_step: int | None) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("--wandb needs: pip install 'instructjax[wandb]'") from error
-    # The run's id stays with its directory, so that a resumed run continues its curves. Their
-    # step is ours: wandb's own counter refuses to go back to a checkpoint's.
+    # The id is kept in the run directory, so that a resumed run continues its curves. The curves'
+    # step is a metric: wandb's own counter cannot go back to the step of a checkpoint.
     file = directory / "wandb_id"
     if resume_step is None or not file.exists():
         file.write_text(uuid.uuid4().hex[:8])
@@ -142,7 +143,7 @@ def _wandb(project: str, directory: Path, resume_step: int | None) -> Any:
 
 
 def to_numbers(metrics: Mapping[str, Any]) -> dict[str, float | int]:
-    """Reads scalars from their devices, which waits for the step that makes them.
+    """Reads scalars from their devices, and so waits for the step that computes them.
 
     Raises:
       ValueError: a metric is not a scalar.
@@ -157,8 +158,10 @@ def to_numbers(metrics: Mapping[str, Any]) -> dict[str, float | int]:
 
 
 class ProgressLine:
-    """A live line with bar, loss, tokens a second and time left; plain lines now and then where
-    stdout is no terminal."""
+    """A live line with a bar, the loss, tokens per second and the time left.
+
+    Where stdout is no terminal, a plain line every `every` seconds.
+    """
 
     def __init__(self, console: Console, stage: str, start: int, total: int, every: float = 10):
         self._console, self._stage, self._total, self._every = console, stage, total, every
@@ -172,12 +175,12 @@ class ProgressLine:
             self._bar.start()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows a finished step: loss, score and KL, `time/step` and `throughput/*`, if there."""
+        """Shows the loss, score, KL, time and throughput of a finished step, where it has them."""
         shown = {"loss": "loss", "score": "objective/score", "KL": "objective/kl"}
         parts = [f"{name} {metrics[key]:.4f}" for name, key in shown.items() if key in metrics]
         if "throughput/tokens_per_second" in metrics:
             self._recent.append((metrics["time/step"], metrics["throughput/tokens_per_second"]))
-            # Medians: the first step compiles, others wait for an evaluation.
+            # Medians, because the first step compiles and others wait for an evaluation.
             seconds, speed = (median(values) for values in zip(*self._recent, strict=True))
             left = timedelta(seconds=round(seconds * (self._total - step)))
             parts += [f"{speed:,.0f} tokens/s", f"{left} left"]

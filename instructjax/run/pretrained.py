@@ -1,9 +1,9 @@
-"""MODEL -> (config, params, tokenizer): what `--model` names.
+"""Loads the model that `--model` names, with its tokenizer.
 
 miniature, gpt3-1.3b, ...   a preset of `models.PRESETS`, with random values
-runs/sft                    a run directory: its export/
+runs/sft                    the export/ of a run directory
 some/directory              a Hugging Face directory
-EleutherAI/pythia-160m      a name on the hub
+EleutherAI/pythia-160m      a name on the Hugging Face hub
 """
 
 import dataclasses
@@ -29,18 +29,18 @@ def load(
     """Loads a model onto a mesh, with its tokenizer.
 
     Args:
-      model: as above; a preset goes before a directory of the same name, for which write `./NAME`.
-      mesh: where the parameters go.
-      tokenizer: a Hugging Face directory or a hub name; default: the one beside the model, and
-        for the preset `miniature` the miniature's own. A preset takes its vocabulary from it.
-      seed: of a preset's random values.
-      flag: what named the model, for errors.
+      model: as above. A preset goes before a directory of the same name; write `./NAME` for that.
+      mesh: the mesh that the parameters are laid out on.
+      tokenizer: a Hugging Face directory or a hub name. By default the tokenizer beside the model,
+        and the miniature's for the preset `miniature`. A preset takes its vocabulary from it.
+      seed: seed of a preset's random values.
+      flag: the flag that named the model, for error messages.
 
     Returns:
       (config, float32 params, a transformers tokenizer)
 
     Raises:
-      FileNotFoundError: there is no such model; says what was tried.
+      FileNotFoundError: there is no such model; the message lists the places that were tried.
       ValueError: a preset without a tokenizer, or a tokenizer with more tokens than the model.
     """
     if model in PRESETS:
@@ -50,7 +50,7 @@ def load(
         directory = directory / "export"
     elif (directory / "checkpoints").is_dir():
         raise FileNotFoundError(
-            f"{flag} {model}: a run that has no export/ yet; finish it with --resume first"
+            f"{flag} {model}: this run has no export/ yet; finish it with --resume first"
         )
     where = directory if directory.is_dir() else model
     try:
@@ -60,16 +60,17 @@ def load(
             f"{flag} {model}: not a preset ({', '.join(PRESETS)}), not a run directory with"
             f" export/, and not a Hugging Face model: {error}"
         ) from error
-    found = _tokenizer(tokenizer or str(where))
-    if len(found) > config.vocab_size:
+    loaded = _tokenizer(tokenizer or str(where))
+    if len(loaded) > config.vocab_size:
         raise ValueError(
-            f"{flag} {model} has {config.vocab_size:,} tokens, its tokenizer {len(found):,}"
+            f"{flag} {model}: its vocabulary has {config.vocab_size:,} tokens, fewer than the"
+            f" {len(loaded):,} of the tokenizer; give --tokenizer the model's own"
         )
-    return config, params, found
+    return config, params, loaded
 
 
 def finished(run: Path) -> bool:
-    """Whether a run has its export, as host 0 sees it."""
+    """Whether a run has written its export, as host 0 sees the directory."""
     return bool(hosts.agree((run / "export" / "config.json").is_file()))
 
 
@@ -77,25 +78,25 @@ def _random(
     preset: str, mesh: Mesh, tokenizer: str | None, seed: int, flag: str
 ) -> tuple[ModelConfig, Params, Any]:
     if tokenizer is not None:
-        found = _tokenizer(tokenizer)
+        loaded = _tokenizer(tokenizer)
     elif preset == "miniature":
         from instructjax import miniature
 
-        found = miniature.tokenizer()
+        loaded = miniature.tokenizer()
     else:
-        raise ValueError(f"{flag} {preset}: a preset has no tokenizer of its own: --tokenizer DIR")
-    eos = found.eos_token_id
+        raise ValueError(f"{flag} {preset}: a preset has no tokenizer: give --tokenizer DIR")
+    eos = loaded.eos_token_id
     config = dataclasses.replace(
         PRESETS[preset],
-        vocab_size=len(found),
-        bos_id=found.bos_token_id,
+        vocab_size=len(loaded),
+        bos_id=loaded.bos_token_id,
         eos_ids=() if eos is None else (eos,),
-        pad_id=found.pad_token_id,
+        pad_id=loaded.pad_token_id,
     )
     build = functools.partial(models.init, config)
     key = jax.random.key(seed)
     layout = sharding.shardings(models.logical_axes(config), jax.eval_shape(build, key), mesh)
-    return config, jax.jit(build, out_shardings=layout)(key), found
+    return config, jax.jit(build, out_shardings=layout)(key), loaded
 
 
 def _tokenizer(where: str) -> Any:
@@ -103,4 +104,4 @@ def _tokenizer(where: str) -> Any:
         return hf.load_tokenizer(where)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{where}: no tokenizer there, give --tokenizer DIR ({reason})") from error
+        raise ValueError(f"{where} has no tokenizer: give --tokenizer DIR ({reason})") from error

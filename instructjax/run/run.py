@@ -1,4 +1,4 @@
-"""One run in one directory: from its config to its exit code, and back from a kill at any moment.
+"""One run in one directory, from its config to its exit code, which can resume after any kill.
 
     def train(config):
         with Run(config, stage="sft") as run:
@@ -14,9 +14,9 @@
     if __name__ == "__main__":
         main(lambda: train(parse(Config, PRESETS, __doc__)))
 
-A step's number is the number of updates made once it is done: the first step is 1, of the stream's
-batch 0; `state.step`, the checkpoint and the line of metrics.jsonl have the same number; 0 is
-before training.
+A step's number is the number of updates made when it is done. So the first step is 1, on batch 0
+of the stream, and 0 is before training. `state.step`, the checkpoint and the line of metrics.jsonl
+have the same number.
 """
 
 import logging
@@ -37,18 +37,18 @@ from rich.table import Table
 from instructjax import hosts
 from instructjax.run.checkpoint import Checkpoints, abstract
 from instructjax.run.flags import RunConfig, write
-from instructjax.run.metrics import Metrics, ProgressLine, to_numbers
+from instructjax.run.metrics import MetricsWriter, ProgressLine, to_numbers
 from instructjax.run.process import Signals, cache_compilations, claim, keep_memory
 
 FINISHED, FAILED, USAGE, RESUMABLE = 0, 1, 2, 75  # exit codes; 75 is sysexits' "try again later"
 
 
 def main(fn: Callable[[], None]) -> NoReturn:
-    """Runs a script and ends it with its exit code.
+    """Runs a script and ends the process with its exit code.
 
-    An error of input, files or training is one line on stderr and FAILED; with
-    INSTRUCTJAX_TRACEBACK=1 its traceback. Anything else is a bug, and shows its traceback anyway.
-    On several hosts, all of which run the script, an error on one ends all.
+    An error of input, files or training prints one line on stderr and ends with FAILED. With
+    INSTRUCTJAX_TRACEBACK=1 it shows its traceback, as any other exception does, which is a bug.
+    Where several hosts run the script, an error on one of them ends all.
     """
     keep_memory()
     hosts.choose_platform()
@@ -65,22 +65,23 @@ def main(fn: Callable[[], None]) -> NoReturn:
 
 
 class Run:
-    """A context: the run directory, its files and checkpoints, signals, and what is printed.
+    """A context that holds the run directory, its files and checkpoints, signals and the terminal.
 
-    On SIGTERM or SIGINT the step is finished and saved, and the program ends with RESUMABLE;
-    a second signal ends it at once. On several hosts host 0 writes the files, and a signal to any
-    of them stops all after one step; before the first step it waits for that.
+    On SIGTERM or SIGINT the current step is finished and saved, and the program ends with
+    RESUMABLE. A second signal ends it at once. On several hosts, host 0 writes the files, and a
+    signal to any host stops all of them after the same step. A signal before the first step waits
+    for that step.
 
     Args:
-      config: the script's.
-      stage: `sft`, `rm`, ...; what the run is called in its directory and on the terminal.
-      best_metric: what the `score` of `save` is; if given, the best checkpoint is kept.
-      best_mode: whether the best score is the least or the greatest.
+      config: the script's config.
+      stage: `sft`, `rm`, ...: the run's name in config.json and on the terminal.
+      best_metric: the metric that the `score` of `save` is. If given, the best checkpoint is kept.
+      best_mode: whether the least or the greatest score is the best.
 
     Raises:
-      ValueError: --resume with a config that would make it another run.
-      OSError: the directory holds a run and --resume was not given, another process is training
-        in it, or it cannot be written.
+      ValueError: --resume with a config that makes another run.
+      OSError: the directory holds a run and --resume was not given, another process trains in it,
+        or it cannot be written.
     """
 
     def __init__(
@@ -101,13 +102,13 @@ class Run:
         self._training = self._tracing = False
 
     def __enter__(self) -> "Run":
-        with ExitStack() as stack:  # undoes what was done, should the rest fail
+        with ExitStack() as stack:  # undoes the first lines if a later one fails
             cache_compilations()
             if jax.process_index() == 0:
                 claim(self.out, stack)
                 for change in write(self.config, self.stage):
                     self._say(f"{self.out}: changed since: {change}")
-            # orbax logs each failure from several threads, with tracebacks; we raise it.
+            # orbax logs each failure from several threads with tracebacks. `Checkpoints` raises it.
             absl = logging.getLogger("absl")
             stack.callback(absl.setLevel, absl.level)
             absl.setLevel(logging.CRITICAL)
@@ -118,7 +119,7 @@ class Run:
             stack.callback(self.checkpoints.close)
             self._latest = self.checkpoints.latest() if self.config.resume else None
             self._written = -1 if self._latest is None else self._latest
-            self.metrics = Metrics(
+            self.metrics = MetricsWriter(
                 self.out, self._latest, self.config.tensorboard, self.config.wandb
             )
             stack.callback(self.metrics.close)
@@ -133,15 +134,15 @@ class Run:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         stopped = kind is SystemExit and error.code == RESUMABLE
         if kind is not None and not stopped and jax.process_count() > 1:
-            return  # to end the others: closing would wait for them
+            return  # closing would wait for the other hosts, which `main` is about to end
         try:
             with self._stack:
                 if kind is None:
                     self._flush()
-        except OSError as failure:  # of a checkpoint that was being written
+        except OSError as failure:  # from a checkpoint that was being written
             if kind is None or stopped:
                 raise
-            print(f"error: {failure}", file=sys.stderr)  # and the first error goes on
+            print(f"error: {failure}", file=sys.stderr)  # the first error is the one to raise
         if stopped:
             command = ["python", *sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])]
             step = max(self._saved, self._latest or 0)
@@ -151,17 +152,17 @@ class Run:
 
     @property
     def stopping(self) -> bool:
-        """Whether a signal has asked for the end."""
+        """Whether a signal has asked the run to stop."""
         return self._signals.count > 0
 
     def restore(self, state: Any) -> tuple[Any, int, dict[str, Any]]:
-        """The state to go on from: the latest checkpoint's with --resume, or else the one given.
+        """Returns the latest checkpoint's state with --resume, and otherwise the state given.
 
         Args:
-          state: a pytree of arrays. Where a checkpoint replaces it, its buffers are freed first.
+          state: a pytree of arrays. Its buffers are freed before a checkpoint replaces it.
 
         Returns:
-          (state, steps made, the meta of `save`)
+          (state, steps made, the `meta` given to `save`)
 
         Raises:
           OSError: the disk has no room for the checkpoints.
@@ -180,49 +181,58 @@ class Run:
         return state, self._latest, meta
 
     def steps(self, start: int, total: int) -> Iterator[int]:
-        """Numbers `start + 1` to `total`, with the progress line and the profiler's window.
+        """Yields `start + 1` to `total`, with a progress line and the profiler's window.
 
-        After a signal it ends the program, once the step has been saved.
+        After a signal it ends the program, once the step has been saved. A caller may leave the
+        loop by `break`.
+
+        Raises:
+          ValueError: --profile begins after the last step, or the hosts count different steps.
         """
         window = self.config.profile_window
         if window and window[0] > total:
             raise ValueError(f"--profile {self.config.profile}: the run has {total} steps")
-        if total != (theirs := int(hosts.agree(total))):
-            raise ValueError(f"the data give {total} steps here, and {theirs} on host 0")
+        if total != (total_on_host_0 := int(hosts.agree(total))):
+            raise ValueError(
+                f"the data give {total} steps on this host, and {total_on_host_0} on host 0:"
+                " all hosts must read the same data"
+            )
         self._total, self._saved, self._training = total, start, True
         self._line = ProgressLine(self.console, self.stage, start, total)
         self._clock = time.perf_counter()
-        for step in range(start + 1, total + 1):
-            if self.stopping and self._saved == step - 1:
-                sys.exit(RESUMABLE)
-            self._signals.before(step)
-            if window and step == window[0]:
-                self._flush()
-                jax.profiler.start_trace(self.out / "profile")
-                self._tracing = True
-            yield step
-            if self._tracing and (step == window[-1] or step == total):
-                self._flush()
-                self._stop_trace()
-        self._flush()
-        self._stop_display()
-        self._training = False
+        try:
+            for step in range(start + 1, total + 1):
+                if self.stopping and self._saved == step - 1:
+                    sys.exit(RESUMABLE)
+                self._signals.before(step)
+                if window and step == window[0]:
+                    self._flush()
+                    jax.profiler.start_trace(self.out / "profile")
+                    self._tracing = True
+                yield step
+                if self._tracing and (step == window[-1] or step == total):
+                    self._flush()
+                    self._stop_trace()
+            self._flush()
+        finally:  # after a `break` too, so that the next signal ends the run
+            self._stop_display()
+            self._training = False
         if self.stopping:
             sys.exit(RESUMABLE)
 
     def log(self, step: int, metrics: Mapping[str, Any], tokens: int = 0) -> None:
-        """Takes a step's metrics; they are read when the next step's arrive.
+        """Takes a step's metrics. They are read from their devices when the next step's arrive.
 
-        A second call for the same step, as after an evaluation, adds to its line.
+        A second call for the same step, after an evaluation, adds to the step's line.
 
         Args:
-          metrics: name -> scalar, on a device or not; of `make_train_step`, or an evaluation.
-          tokens: of the step; if given, `time/step` (seconds since the step before, all
-            included) and `throughput/tokens_per_second` are added.
+          metrics: name -> scalar, on a device or not, from a train step or an evaluation.
+          tokens: number of tokens of the step. If given, `time/step` (all seconds since the step
+            before) and `throughput/tokens_per_second` are added.
 
         Raises:
           FloatingPointError: a metric of the step before is NaN or infinite.
-          ValueError: the step's line is written already; an evaluation comes before the save.
+          ValueError: the step's line is written already, because `save` came before this call.
         """
         if step <= self._written:
             raise ValueError(f"the metrics of step {step} are written already: log before saving")
@@ -238,10 +248,10 @@ class Run:
         self._pending = step, metrics, step in (0, self._total)
 
     def should_save(self, step: int) -> bool:
-        """Every --save_every steps, at the last one, and when a signal has asked for the end.
+        """Every --save_every steps, at the last step, and when a signal has asked the run to stop.
 
-        Nothing else should depend on it: an evaluation that did would come to other steps in a
-        run that was stopped.
+        Only saving may depend on it: an evaluation that did would be made at other steps in a run
+        that was stopped.
         """
         return step % self.config.save_every == 0 or step == self._total or self.stopping
 
@@ -252,15 +262,15 @@ class Run:
         meta: Mapping[str, Any] | None = None,
         score: float | None = None,
     ) -> None:
-        """Saves a checkpoint, if the step's metrics are finite; on return `state` may be donated.
+        """Saves a checkpoint once the step's metrics are read. On return `state` may be donated.
 
         Args:
           state: a pytree of arrays, such as a TrainState.
-          meta: JSON that `restore` returns, beside `step` and `score`.
-          score: of the `best_metric`.
+          meta: JSON that `restore` returns, with `step` and `score` added.
+          score: the value of `best_metric`.
 
         Raises:
-          FloatingPointError: as `log`.
+          FloatingPointError: a metric of this step is NaN or infinite, so nothing is saved.
           OSError: this checkpoint, or the one before, could not be written.
         """
         self._flush()
@@ -271,7 +281,7 @@ class Run:
     def finish(
         self, summary: Mapping[str, Any], wrote: Sequence[Path | str], next_command: str = ""
     ) -> None:
-        """Prints what came of it, the files, and what to run next."""
+        """Prints a table of results, the files written, and the command to run next."""
         self.checkpoints.wait()
         table = Table(show_header=False)
         for name, value in summary.items():
@@ -286,7 +296,7 @@ class Run:
     # ---- inside ----
 
     def _flush(self) -> None:
-        """Reads the metrics that are waiting, which blocks until their step is done."""
+        """Reads the metrics that are waiting, and so blocks until their step is done."""
         if self._pending is None:
             return
         (step, metrics, always), self._pending = self._pending, None
@@ -304,7 +314,7 @@ class Run:
             self._line.update(step, values)
 
     def _on_signal(self, *_: Any) -> None:
-        """Before and after the training loop there is no step to finish."""
+        """Ends the program at once, unless there is a step to finish."""
         if not self._training:
             sys.exit(RESUMABLE)
 
@@ -317,7 +327,7 @@ class Run:
             self.console.show_cursor(True)
 
     def _say(self, text: str) -> None:
-        """Prints a line that may be copied: neither wrapped nor coloured."""
+        """Prints a line without wrapping or colours, so that it can be copied."""
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def _stop_trace(self) -> None:
