@@ -169,7 +169,7 @@ def progress(terminal, every=0.0):
 def test_progress_says_loss_speed_and_time_left():
     lines = progress(terminal=False).splitlines()
     assert len(lines) == 3
-    # Of the three steps the median took 2 s; seven are left.
+    # The median of the three steps is 2 s, and seven steps are left.
     assert lines[2] == "sft  step 13/20  loss 1.5000  500 tokens/s  0:00:14 left"
     assert len(progress(terminal=False, every=100.0).splitlines()) == 1
     assert "loss 1.5000  500 tokens/s  0:00:14 left" in progress(terminal=True)

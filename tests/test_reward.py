@@ -103,7 +103,7 @@ def comparison_batch(seed=0, B=3, K=4, P=6, R=5):
 
 @pytest.mark.parametrize("config", [LM, WINDOWED], ids=["full", "window"])
 def test_scores_equal_separate_passes(config):
-    """At the last live token of prompt + response, each alone, without padding."""
+    """The score is that at the last token of prompt and response, run alone without padding."""
     _, rm_config, rm = models_of(config)
     batch = comparison_batch()
     got = reward.score(rm, rm_config, batch)

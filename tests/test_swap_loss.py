@@ -145,7 +145,7 @@ def test_without_advantages_the_first_update_has_no_gradient():
     ("loss", "keywords"), [(swap_loss.grpo_loss, {"beta": 0.04}), (swap_loss.rloo_loss, {})]
 )
 def test_a_step_raises_the_better_response_and_lowers_the_worse(loss, keywords):
-    """At the start, to first order, the change of a row's logp has the sign of its advantage."""
+    """A row's logp changes with the sign of its advantage, to first order, in the first update."""
     rows = {name: x[:2] for name, x in sampled_rows(1).items()}
     rows["logp_BR"] = rows["ref_logp_BR"] = np.asarray(token_logp(PARAMS, rows))
     rows["advantage_B"] = np.array([1, -1], np.float32)
@@ -407,8 +407,8 @@ def test_a_group_is_the_responses_to_one_prompt(start, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
-def test_rloo_pays_the_kl_and_grpo_minimises_it(monkeypatch):
-    """By hand: reward 4 - 0.5 * 2 = 3 against 1 - 0.5 * 0 = 1; GRPO's advantage has no KL."""
+def test_the_kl_is_in_the_reward_of_rloo_and_in_the_loss_of_grpo(monkeypatch):
+    """RLOO compares 4 - 0.5 * 2 = 3 with 1 - 0.5 * 0 = 1. GRPO's advantage has no KL."""
     monkeypatch.setattr(swap_loss, "online", lambda config, start, *plugged: plugged)
     score, kl = np.array([[4.0, 1.0]]), np.array([[2.0, 0.0]])
     nothing: Any = None
