@@ -32,6 +32,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ from instructjax.data import Dataset, PackedRows, PromptRows, Record, Stream, lo
 from instructjax.evaluation import policies
 from instructjax.models import ModelConfig, Params
 from instructjax.offload import Offloaded, freeze, to_host
-from instructjax.run import Run, main, parse, pretrained
+from instructjax.run import RESUMABLE, Run, main, parse, pretrained
 from instructjax.run.process import return_memory
 from instructjax.train import Batch, Metrics
 
@@ -195,6 +196,9 @@ def run_ppo(config: Config) -> dict[str, Any]:
             if stopped:
                 print(f"step {step}: objective/kl exceeds --ppo.max_kl {flags.max_kl}; stopping")
                 break
+
+        if run.stopping:  # asked for in the iteration that --ppo.max_kl ended
+            sys.exit(RESUMABLE)
 
         # Export the policy, and compare it with SFT.
         trained = {

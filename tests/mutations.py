@@ -46,7 +46,7 @@ MUTATIONS = [
     Mutation(
         "temperature not passed to the sampler",
         LOOP,
-        "temperature=self.config.temperature,",
+        "temperature=config.temperature,",
         "",
     ),
     Mutation(
