@@ -204,6 +204,17 @@ def test_limits_truncate(tmp_path, tokenizer):
     assert "1 cut: responses too long: they lose their end and EOS" in lines[0]
 
 
+def test_a_truncated_prompt_keeps_its_bos(tmp_path):
+    """Where the tokenizer adds one; the limit counts it. The other prompts stay as they are."""
+    spec = write(tmp_path / "a", {"prompt": "012345"}, {"prompt": "01"}, {"prompt": "6789"})
+    cut = {"max_prompt": 4, "overlong": "truncate"}
+    data = quiet(spec, "prompts", byte_tokenizer(adds_bos=True), **cut)
+    prompts = [data.prompt[i].tolist() for i in range(3)]
+    assert prompts == [[EOS, *ids("345")], [EOS, *ids("01")], [EOS, *ids("789")]]
+    data = quiet(spec, "prompts", byte_tokenizer(bos_token="<eos>"), **cut)  # adds none
+    assert data.prompt[0].tolist() == ids("2345")
+
+
 def test_the_context_holds_prompt_and_response(tmp_path, tokenizer):
     spec = write(tmp_path / "a", {"prompt": "p" * 6, "completion": "abc"})
     assert len(quiet(spec, "demonstrations", tokenizer, context=10)) == 1

@@ -89,7 +89,7 @@ def load(
     report = _report(config, split, log)
     records = _read(config, kind, split, tokenizer, report)
     dataset = encode(records, kind, tokenizer, cache=config.cache, log=log)
-    dataset = _limit(dataset, config, context, report)
+    dataset = _limit(dataset, config, context, report, tokenizer.bos_token_id)
     report.print(len(dataset), kind)
     return dataset
 
@@ -188,7 +188,9 @@ def _prompt_or_text(record: Record) -> str:
     return record.prompt or record.responses[0]
 
 
-def _limit(dataset: Dataset, config: DataConfig, context: int | None, report: Report) -> Dataset:
+def _limit(
+    dataset: Dataset, config: DataConfig, context: int | None, report: Report, bos_id: int | None
+) -> Dataset:
     """Applies `max_prompt`, `max_response` and `context`; refuses records without tokens."""
     records, response = dataset.records, dataset.response.lengths  # [n, K]
     keep, truncate = np.ones(len(records), bool), config.overlong == "truncate"
@@ -209,17 +211,22 @@ def _limit(dataset: Dataset, config: DataConfig, context: int | None, report: Re
         return dataset.take(keep)
 
     refuse(dataset.prompt.lengths == 0, "prompt", lambda i: "has no tokens")
-    start, limit = dataset.prompt.start, config.max_prompt
+    ids, start, limit = dataset.prompt.ids, dataset.prompt.start, config.max_prompt
     if limit is not None:
         too_long = dataset.prompt.lengths > limit
         reason = f"prompts over {limit:,} tokens"
         if truncate:
+            with_bos = np.flatnonzero(too_long)
+            with_bos = with_bos[ids[start[with_bos]] == bos_id]
             start = np.maximum(start, dataset.prompt.stop - limit)
+            if len(with_bos):
+                ids = ids.copy()
+                ids[start[with_bos]] = bos_id
             count = int((too_long & keep).sum())
-            report.count("cut", f"{reason}: they keep their end", times=count)
+            report.count("cut", f"{reason}: they keep their end, and BOS", times=count)
         else:
             drop(too_long, f"{reason} (--data.max_prompt)")
-    prompt = Spans(dataset.prompt.ids, start, dataset.prompt.stop)
+    prompt = Spans(ids, start, dataset.prompt.stop)
     room = np.full(len(records), np.iinfo(np.int64).max)
     if context is not None:
         room = context - prompt.lengths
