@@ -2,7 +2,7 @@
 
     python benchmarks/benchmark_ppo_ours.py '{"layers": 4, ...}'     fields: benchmark_ppo.Task
 
-An iteration for each line on stdin, one line of JSON to stdout for each.
+Each line on stdin runs one iteration, which prints one line of JSON.
 """
 
 import contextlib
@@ -32,29 +32,29 @@ from instructjax.sampler import draw
 
 
 def iterations(task: Task) -> Iterator[dict[str, float]]:
-    """Seconds of each phase of one iteration after another, as run_ppo.py makes them."""
+    """Yields the seconds of each phase of an iteration, run as in run_ppo.py."""
     rows_count, R = len(task.lengths), task.response
     rng = np.random.default_rng(0)
     draw_tokens = functools.partial(rng.integers, 0, task.vocab - 2, dtype=np.int32)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
-    # The four models. On CPU few layers are fastest unrolled, and many scanned.
+    # The four models. On CPU few layers are fastest unrolled, and many layers scanned.
     config = ModelConfig(
         task.vocab, task.layers, task.width, task.heads, 4 * task.width, max_length=1024,
         unroll=task.layers if task.layers <= 4 else 1,
     )  # fmt: skip
     head = dataclasses.replace(config, scalar_head=True)
 
-    def born(config: ModelConfig, seed: int) -> models.Params:
+    def random_params(config: ModelConfig, seed: int) -> models.Params:
         axes = models.logical_axes(config)
         make = functools.partial(models.init, config)
         layout = sharding.shardings(axes, jax.eval_shape(make, jax.random.key(0)), mesh)
         return jax.jit(make, out_shardings=layout)(jax.random.key(seed))
 
-    reference, reward = born(config, 0), born(head, 1)
+    reference, reward = random_params(config, 0), random_params(head, 1)
     flags = Config(
         batch_size=rows_count,
-        # No average of the weights: TRL keeps none.
+        # No average of the weights, as TRL has none.
         ppo=PPO(minibatch=task.minibatch, learning_rate=1e-5, value_learning_rate=1e-5, ema=0),
         ptx=PTX(coef=27.8 if task.ptx_ratio else 0.0),
     )
@@ -67,7 +67,7 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
     )
     score_of = scoring.scorer(head, mesh)
 
-    # The data. An EOS id alone makes the sampler expect that responses end early.
+    # The data. With an EOS id the sampler expects responses to end early.
     prompts = draw_tokens((rows_count, task.prompt)).tolist()
     eos_ids = (task.vocab - 2,) if min(task.lengths) < R else ()
     buckets = sampler.buckets(range(1, R + 1), task.buckets, 8, longest=R)
@@ -80,7 +80,7 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
     }
     texts = [rollout.put(text, mesh)] * task.ptx_ratio
 
-    def over(rows: rollout.Rows, fn: Callable[..., jax.Array], params: models.Params) -> Any:
+    def run_model(fn: Callable[..., jax.Array], params: models.Params, rows: rollout.Rows) -> Any:
         of_rows = functools.partial(fn, params)
         return rollout.map_batches(of_rows, rows, task.minibatch, buckets, mesh)
 
@@ -100,13 +100,13 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
         return_memory()
         clock.append(time.perf_counter())
 
-        score_B = over(rows, score_of, reward)
+        score_B = run_model(score_of, reward, rows)
         assert current.value is not None
-        rows["value_BR"] = over(rows, programs.value_of, current.value.params)
-        ref_BR = over(rows, programs.logp_of, reference)
+        rows["value_BR"] = run_model(programs.value_of, current.value.params, rows)
+        ref_BR = run_model(programs.logp_of, reference, rows)
         arrays = rows["logp_BR"], ref_BR, rows["value_BR"], rows["mask_BR"], score_B
-        made, _ = programs.experience(*arrays, rollout.ended(rows, eos_ids), current.beta)
-        rows |= jax.device_get(made)
+        experience, _ = programs.experience(*arrays, rollout.ended(rows, eos_ids), current.beta)
+        rows |= jax.device_get(experience)
         clock.append(time.perf_counter())
 
         for index in rng.permutation(rows_count).reshape(-1, task.minibatch):
@@ -117,20 +117,20 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
         jax.block_until_ready(current)
         clock.append(time.perf_counter())
         phases = ("sampling", "scoring", "updates")
-        found: dict[str, float] = dict(zip(phases, np.diff(clock).tolist(), strict=True))
-        found["seconds"] = sum(found.values())
-        jax.block_until_ready(sample(1, step).tokens_BR)  # beside the iteration, to tell its share
-        yield found | {"  prefill": time.perf_counter() - clock[-1]}
+        seconds: dict[str, float] = dict(zip(phases, np.diff(clock).tolist(), strict=True))
+        seconds["seconds"] = sum(seconds.values())
+        jax.block_until_ready(sample(1, step).tokens_BR)  # after the iteration, to time the prefill
+        yield seconds | {"  prefill": time.perf_counter() - clock[-1]}
 
 
 @contextlib.contextmanager
 def forced_lengths(task: Task) -> Iterator[None]:
-    """Responses end where the task says, at the price of one comparison: the noise decides."""
+    """Makes responses end where the task says, by adding to the noise of EOS."""
     eos, lengths_B, real = task.vocab - 2, jnp.array(task.lengths), draw.noise
 
-    def noise(key, index_B, sample_B, position_B, vocab_size, width):
-        noise_BV = real(key, index_B, sample_B, position_B, vocab_size, width)
-        ends_B1 = (position_B == lengths_B[index_B] - 1)[:, None]
+    def noise(key, number_B, sample_B, position_B, vocab_size, width):
+        noise_BV = real(key, number_B, sample_B, position_B, vocab_size, width)
+        ends_B1 = (position_B == lengths_B[number_B] - 1)[:, None]
         return jnp.where(jnp.arange(width) == eos, jnp.where(ends_B1, 1e9, -1e9), noise_BV)
 
     with mock.patch.object(draw, "noise", noise):
@@ -158,7 +158,7 @@ def clocked_gradients(seconds: dict[str, float]) -> Iterator[None]:
 
 
 def main(task: Task) -> None:
-    """An iteration for each line on stdin, a line of JSON for each, like benchmark_ppo_trl.py."""
+    """Answers each line on stdin with an iteration, as benchmark_ppo_trl.py does."""
     keep_memory()  # as in the scripts
     print(json.dumps({}), flush=True)
     gradients: dict[str, float] = defaultdict(float)
@@ -166,10 +166,10 @@ def main(task: Task) -> None:
         turns = iterations(task)
         while sys.stdin.readline():
             gradients.clear()
-            found = next(turns)
-            found |= {f"  {name} gradients": value for name, value in gradients.items()}
+            seconds = next(turns)
+            seconds |= {f"  {name} gradients": value for name, value in gradients.items()}
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            print(json.dumps(found | {"peak_gb": peak}), flush=True)
+            print(json.dumps(seconds | {"peak_gb": peak}), flush=True)
 
 
 if __name__ == "__main__":
