@@ -253,10 +253,8 @@ def benchmark_sample(c: Sample) -> None:
                 with torch.inference_mode():
                     mask = torch.ones_like(ids)
                     new = torch_model.generate(ids, attention_mask=mask, **settings)[:, 64:]
-                ended = torch.isin(new, torch.tensor(eos)).cumsum(1)
-                counts["torch"] = int(
-                    (ended == 0).sum() + (ended == 1).sum() if eos else new.numel()
-                )
+                ends_here = torch.isin(new, torch.tensor(eos)).int()
+                counts["torch"] = int((ends_here.cumsum(1) - ends_here == 0).sum())  # EOS included
 
             seconds = timed(ours, generate, c.pairs)
             per_token = [(a / counts["ours"], b / counts["torch"]) for a, b in seconds]
