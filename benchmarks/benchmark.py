@@ -1,18 +1,18 @@
-"""How fast a training step is, as ratios of paired runs.
+"""Measures the speed of training and sampling, as ratios of paired runs.
 
-    python benchmarks/benchmark.py rm     one pass over a shared prompt, against K sequences
-    python benchmarks/benchmark.py sft    our train step, against transformers on torch
+    python benchmarks/benchmark.py rm      an RM step: shared prompts against separate sequences
+    python benchmarks/benchmark.py sft     an SFT step against transformers on torch
                                            (needs the `test` extra)
-    python benchmarks/benchmark.py ppo    a PPO iteration, phase by phase; `--versus trl`: against
-                                           TRL's trainer (needs the `bench` extra)
-    python benchmarks/benchmark.py sample the sampler, against transformers.generate on torch
+    python benchmarks/benchmark.py ppo     a PPO iteration, phase by phase; with `--versus trl`
+                                           against TRL's trainer (needs the `bench` extra)
+    python benchmarks/benchmark.py sample  the sampler against transformers.generate on torch
+                                           (needs the `test` extra)
 
-Two programs run in turn, A B A B ..., in one process and on the same data; the ratio is the median
-of the pairs' ratios, so that a machine whose speed drifts does not favour either. Compilation is
-not counted. Hardware: whatever there is; the figures in docs/performance.md are of two CPU cores.
+Two programs run in turn, A B A B ..., in one process and on the same data. The ratio is the median
+of the pairs' ratios, so a machine whose speed drifts favours neither. Compilation is not counted.
+Hardware: any; the figures in docs/performance.md are from two CPU cores.
 """
 
-import dataclasses
 import functools
 import statistics
 import time
@@ -42,15 +42,15 @@ class RM:
     """One reward-model step at `tiny`: responses that share their prompt against separate rows."""
 
     prompt: int = 512
-    """Tokens of the prompt."""
+    """Length of each prompt in tokens."""
     response: int = 64
-    """Tokens of each response."""
+    """Length of each response in tokens."""
     K: int = 9
-    """Responses to a prompt."""
+    """Number of responses to each prompt."""
     prompts: int = 4
-    """Prompts of the step; the optimizer's part of it is the same for any number."""
+    """Number of prompts in the step. The optimizer's time does not depend on it."""
     pairs: int = 5
-    """Runs of each program."""
+    """Number of timed runs of each program."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class SFT:
     """One SFT step against `transformers` on torch CPU, eager, float32."""
 
     pairs: int = 5
-    """Runs of each program."""
+    """Number of timed runs of each program."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,16 @@ class Sample:
     """`sampler.generate` against `transformers.generate` on torch CPU, float32, sampling."""
 
     models: tuple[Literal["tiny", "124m"], ...] = ("tiny", "124m")
-    """Which sizes."""
+    """Sizes of the model that are measured, one after another."""
     pairs: int = 7
-    """Runs of each program."""
+    """Number of timed runs of each program."""
 
 
 # ---------------------------------------------------------------------------- timing
 
 
 def timed(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> list[tuple[float, float]]:
-    """Seconds of a and of b, a pair of runs each."""
+    """(seconds of a, seconds of b) of each pair of runs."""
     for program in (a, b):  # compile, warm up
         program()
     rows = []
@@ -96,7 +96,7 @@ def paired(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> tuple[floa
 
 
 def stepper(loss_fn: Any, params: Any, batch: Any) -> Callable[[], None]:
-    """A train step that keeps its own state: each call is one update, waited for."""
+    """A train step with its state: each call makes one update and waits for it."""
     tx = train.adam(1e-4)
     step = train.make_train_step(loss_fn, tx)
     current, key = state.create(params, tx), jax.random.key(0)
@@ -152,8 +152,8 @@ def benchmark_rm(c: RM) -> None:
         return loss, (jnp.float32(B), {})
 
     shared = functools.partial(reward.loss_fn, config=config)
-    one, nine = stepper(shared, params, batch), stepper(separate, params, batch)
-    fast, slow, ratio = paired(one, nine, c.pairs)
+    steps = stepper(shared, params, batch), stepper(separate, params, batch)
+    fast, slow, ratio = paired(*steps, c.pairs)
     table = rich.table.Table("one RM step", "seconds", "ratio")
     table.add_row(f"{B} x a prompt of {c.prompt} shared by {K} responses", f"{fast:.3f}", "1")
     table.add_row(f"{B} x {K} sequences of {c.prompt + c.response}", f"{slow:.3f}", f"{ratio:.2f}")
@@ -180,30 +180,26 @@ def benchmark_sft(c: SFT) -> None:
             "positions_BT": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
             "mask_BT": np.tile(np.arange(T) > 0, (B, 1)),
         }
-        loss_fn = functools.partial(sft.loss_fn, config=dataclasses.replace(config))
+        loss_fn = functools.partial(sft.loss_fn, config=config)
         params = models.init(config, jax.random.key(0))
-        flops = (
-            6
-            * B
-            * T
-            * (sum(x.size for x in jax.tree.leaves(params)) - config.max_length * config.width)
-        )
+        multiplied = sum(x.size for x in jax.tree.leaves(params)) - config.max_length * config.width
+        flops = 6 * B * T * multiplied
         flops += 12 * B * T * T * config.layers * config.width // 2  # causal attention
 
-        theirs = transformers.GPT2LMHeadModel(
+        torch_model = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
                 vocab_size=config.vocab_size, n_embd=config.width, n_layer=config.layers,
                 n_head=config.heads, n_positions=config.max_length,
                 resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
             )
         )  # fmt: skip
-        optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-4, betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam(torch_model.parameters(), lr=1e-4, betas=(0.9, 0.95))
         ids = torch.tensor(tokens, dtype=torch.long)
 
-        def step(theirs=theirs, optimizer=optimizer, ids=ids) -> None:
+        def step(torch_model=torch_model, optimizer=optimizer, ids=ids) -> None:
             optimizer.zero_grad()
-            theirs(input_ids=ids, labels=ids).loss.backward()
-            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+            torch_model(input_ids=ids, labels=ids).loss.backward()
+            torch.nn.utils.clip_grad_norm_(torch_model.parameters(), 1.0)
             optimizer.step()
 
         a, b, ratio = paired(stepper(loss_fn, params, batch), step, c.pairs)
@@ -222,7 +218,7 @@ def benchmark_sft(c: SFT) -> None:
 
 
 def benchmark_sample(c: Sample) -> None:
-    """16 prompts of 64 tokens, 64 new ones; 64 prompts, responses of any length up to 64."""
+    """Prompts of 64 tokens: 16 responses of 64 tokens; 64 of at most 64 and 16 on average."""
     import torch
     import transformers
 
@@ -230,7 +226,7 @@ def benchmark_sample(c: Sample) -> None:
     for name in c.models:
         config = MODELS[name]
         params = models.init(config, jax.random.key(0))
-        theirs: Any = transformers.GPT2LMHeadModel(
+        torch_model: Any = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
                 vocab_size=config.vocab_size, n_embd=config.width, n_layer=config.layers,
                 n_head=config.heads, n_positions=config.max_length,
@@ -238,41 +234,40 @@ def benchmark_sample(c: Sample) -> None:
             )
         ).eval()  # fmt: skip
         for rows, ends in ((16, 0), (64, config.vocab_size // 16)):
-            # Random weights: all tokens are about as likely, so a response ends at each token with
-            # the probability 1/16, and after 16 tokens on average: a quarter of the most.
+            # With random weights all tokens are about equally likely. A response ends at each token
+            # with probability 1/16, so after 16 tokens on average.
             eos = list(range(1, ends + 1))
             prompts = np.random.default_rng(0).integers(0, config.vocab_size, (rows, 64))
-            ids, listed, got = torch.tensor(prompts), prompts.tolist(), {}
+            ids, listed, counts = torch.tensor(prompts), prompts.tolist(), {}
 
-            def ours(config=config, params=params, prompts=listed, eos=tuple(eos), got=got):
+            def ours(config=config, params=params, prompts=listed, eos=tuple(eos), counts=counts):
                 rollout = sampler.generate(
                     params, config, prompts, jax.random.key(0), max_new_tokens=64, eos_ids=eos
                 )
-                got["ours"] = int(jax.block_until_ready(rollout).mask_BR.sum())
-                got["live"] = float(rollout.live_fraction)
+                counts["ours"] = int(jax.block_until_ready(rollout).mask_BR.sum())
+                counts["live"] = float(rollout.live_fraction)
 
-            def generate(theirs=theirs, ids=ids, eos=eos, got=got):
+            def generate(torch_model=torch_model, ids=ids, eos=eos, counts=counts):
                 settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 64, "pad_token_id": 0}
                 settings["eos_token_id"] = eos or None
                 with torch.inference_mode():
-                    new = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)[
-                        :, 64:
-                    ]
-                ended = torch.isin(new, torch.tensor(eos)).cumsum(1)
-                got["theirs"] = int((ended == 0).sum() + (ended == 1).sum() if eos else new.numel())
+                    mask = torch.ones_like(ids)
+                    new = torch_model.generate(ids, attention_mask=mask, **settings)[:, 64:]
+                ends_here = torch.isin(new, torch.tensor(eos)).int()
+                counts["torch"] = int((ends_here.cumsum(1) - ends_here == 0).sum())  # EOS included
 
             seconds = timed(ours, generate, c.pairs)
-            per_token = [(a / got["ours"], b / got["theirs"]) for a, b in seconds]
+            per_token = [(a / counts["ours"], b / counts["torch"]) for a, b in seconds]
             ratios = sorted(b / a for a, b in per_token)
-            ours_s, theirs_s = (statistics.median(x) for x in zip(*per_token, strict=True))
+            ours_s, torch_s = (statistics.median(x) for x in zip(*per_token, strict=True))
             table.add_row(
                 name,
-                f"{rows} of {got['ours'] / rows:.0f}",
+                f"{rows} of {counts['ours'] / rows:.0f}",
                 f"{1 / ours_s:,.0f}",
-                f"{1 / theirs_s:,.0f}",
+                f"{1 / torch_s:,.0f}",
                 f"{statistics.median(ratios):.2f}",
                 f"{ratios[0]:.2f}-{ratios[-1]:.2f}",
-                f"{got['live']:.2f}",
+                f"{counts['live']:.2f}",
             )
     rich.print(table)
 

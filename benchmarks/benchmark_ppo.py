@@ -1,8 +1,8 @@
 """One PPO iteration, phase by phase, and against TRL's: the subcommand `ppo` of benchmark.py.
 
-Each side is a program of its own, so that its peak memory is its own, and stays alive: iterations
-alternate, A B A B ..., so that a machine whose speed drifts favours neither. Weights are random,
-GPT-2's architecture, float32, no dropout; responses have the same lengths on both sides.
+Each side is a separate process, so its peak memory is measured alone. Both stay alive and their
+iterations alternate, A B A B ..., so a machine whose speed drifts favours neither. The models are
+GPT-2s with random weights, in float32, without dropout, and responses have equal lengths.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ import rich
 import rich.progress
 import rich.table
 
-# ------------------------------------------------------------------------------------- what is run
+# ------------------------------------------------------------------------------------- the task
 
-MINIBATCHES = {"tiny": 16, "124m": 4}  # responses of one; four make an iteration
+MINIBATCHES = {"tiny": 16, "124m": 4}  # responses per minibatch; an iteration has four of them
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,20 @@ class PPO:
     """One PPO iteration by phase: seconds, tokens, memory, compilation."""
 
     size: Literal["tiny", "124m"] = "tiny"
-    """tiny: 64 prompts, minibatches of 16. 124m: 16 prompts, minibatches of 4. All four models are
-    of that size."""
+    """Size of all four models. tiny: 64 prompts, minibatches of 16. 124m: 16 prompts, minibatches
+    of 4."""
     lengths: Literal["fixed", "varied"] = "fixed"
-    """Of responses: all at the maximum, or a quarter of it on average."""
+    """Lengths of the responses: all 64 tokens, or varied up to 64 with a mean of about 16."""
     versus: Literal["trl"] | None = None
-    """In turn with TRL 1.12.0's PPOTrainer (needs the `bench` extra)."""
+    """Trainer that runs in turn with ours: TRL 1.12.0's PPOTrainer (needs the `bench` extra)."""
     ptx: bool = False
-    """Pretraining gradients too, from 8 rows of text to an episode; not with --versus."""
+    """Whether to add pretraining gradients, from 8 rows of text per episode; not with --versus."""
     iterations: int = 5
-    """Timed ones of each side; the first one, which compiles, is not among them."""
+    """Number of timed iterations of each side. One more comes first, to compile."""
     buckets: int = 4
-    """Lengths that batches of responses are padded to, as in run_ppo.py."""
+    """Number of lengths that batches of responses may be padded to, as in run_ppo.py."""
     microbatches: int = 1
-    """Shares of a minibatch, sorted by length, as in run_ppo.py."""
+    """Number of parts of a minibatch, sorted by length, as in run_ppo.py."""
 
     def __post_init__(self) -> None:
         if self.ptx and self.versus:
@@ -59,7 +59,7 @@ class PPO:
 
 @dataclass(frozen=True)
 class Task:
-    """What both sides are given, as JSON."""
+    """The input of both sides, as JSON."""
 
     layers: int
     width: int
@@ -69,10 +69,10 @@ class Task:
     minibatch: int
     prompt: int = 64  # tokens of each
     response: int = 64  # tokens at most
-    # Ours alone, as in run_ppo.py.
+    # Used by our side alone, as in run_ppo.py.
     buckets: int = 1
     microbatches: int = 1
-    ptx_ratio: int = 0  # rows of text to an episode, each as long as prompt and response
+    ptx_ratio: int = 0  # rows of text per episode, each as long as prompt and response
 
 
 def task_of(c: PPO) -> Task:
@@ -80,7 +80,7 @@ def task_of(c: PPO) -> Task:
     rows = 4 * minibatch
     lengths = np.full(rows, response)
     if c.lengths == "varied":
-        # Geometric, cut at the maximum. Its quantiles, in a random order, have the mean of many.
+        # Quantiles of a geometric distribution, cut at the maximum, in a random order.
         rng = np.random.default_rng(0)
         quantiles = (np.arange(rows) + 0.5) / rows
         lengths = np.ceil(np.log1p(-quantiles) / np.log1p(-1 / 16)).clip(1, response)
@@ -96,10 +96,10 @@ def task_of(c: PPO) -> Task:
 
 @contextlib.contextmanager
 def side(script: str, task: str) -> Iterator[Callable[[], dict[str, float]]]:
-    """Starts a side; each call is one iteration of it."""
+    """Starts the process of a side; each call of the result runs one iteration."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), task]
     pipe = subprocess.PIPE
-    # Ours imports run_ppo.py's config and programs.
+    # Our side imports run_ppo.py's config and programs.
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "experiments")}
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) as program:
         assert program.stdin is not None
@@ -115,13 +115,13 @@ def side(script: str, task: str) -> Iterator[Callable[[], dict[str, float]]]:
             print(file=talk, flush=True)
             return answer()
 
-        answer()  # it is ready
+        answer()  # the process is ready
         yield turn
         talk.close()
 
 
 def gflops(task: Task) -> dict[str, float]:
-    """1e9 operations of each phase's matrix products over live tokens, attention included."""
+    """GFLOP of each phase's matrix products over live tokens, attention included."""
     L, D, P = task.layers, task.width, task.prompt
     length_B = np.array(task.lengths, float)
 
@@ -131,7 +131,7 @@ def gflops(task: Task) -> dict[str, float]:
 
     unembed = 2 * D * task.vocab * float(np.sum(length_B))
     whole = trunk(P + length_B)
-    found = {
+    work = {
         "sampling": whole + unembed,
         "  prefill": trunk(P + 0 * length_B),
         "scoring": 3 * whole + unembed,  # reference, value, reward
@@ -140,10 +140,10 @@ def gflops(task: Task) -> dict[str, float]:
     }
     if task.ptx_ratio:
         text = np.full(task.ptx_ratio * len(length_B), P + task.response, float)
-        found["  ptx gradients"] = 3 * trunk(text) + 6 * D * task.vocab * float(np.sum(text))
-    found["updates"] = sum(value for name, value in found.items() if "gradients" in name)
-    found["seconds"] = sum(found[name] for name in ("sampling", "scoring", "updates"))
-    return {name: value / 1e9 for name, value in found.items()}
+        work["  ptx gradients"] = 3 * trunk(text) + 6 * D * task.vocab * float(np.sum(text))
+    work["updates"] = sum(value for name, value in work.items() if "gradients" in name)
+    work["seconds"] = sum(work[name] for name in ("sampling", "scoring", "updates"))
+    return {name: value / 1e9 for name, value in work.items()}
 
 
 def benchmark_ppo(c: PPO, ceiling: float) -> None:
@@ -155,22 +155,22 @@ def benchmark_ppo(c: PPO, ceiling: float) -> None:
         if c.versus:
             sides.append(stack.enter_context(side("benchmark_ppo_trl.py", as_json)))
         count = rich.progress.track(range(c.iterations + 1), "timing", transient=True)
-        first, *rest = [[turn() for turn in sides] for _ in count]
+        first, *pairs = [[turn() for turn in sides] for _ in count]
 
     def medians(i: int) -> dict[str, float]:
-        return {name: statistics.median(pair[i][name] for pair in rest) for name in rest[0][i]}
+        return {name: statistics.median(pair[i][name] for pair in pairs) for name in pairs[0][i]}
 
-    ours, theirs = medians(0), medians(1) if c.versus else {}
+    ours, trl = medians(0), medians(1) if c.versus else {}
     work = gflops(task)
-    columns = "phase", "seconds", "GFLOP", "of the ceiling", *(["TRL, seconds"] if theirs else [])
+    columns = "phase", "seconds", "GFLOP", "of the ceiling", *(["TRL, seconds"] if trl else [])
     table = rich.table.Table(*columns)
     for name in [*work, "peak_gb"]:
         cells = [f"{ours[name]:.3f}"]
         if name in work:
             share = work[name] / ours[name] / ceiling
             cells += [f"{work[name]:,.0f}", f"{share:.0%}"]
-        if name in theirs:
-            cells += [""] * (3 - len(cells)) + [f"{theirs[name]:.3f}"]
+        if name in trl:
+            cells += [""] * (3 - len(cells)) + [f"{trl[name]:.3f}"]
         table.add_row(
             {"seconds": "an iteration", "peak_gb": "peak memory, GB"}.get(name, name), *cells
         )
@@ -181,7 +181,7 @@ def benchmark_ppo(c: PPO, ceiling: float) -> None:
     print(f"{whole:,.0f} tokens a second of an iteration, {sampling:,.0f} a second of sampling")
     print(f"compilation {first[0]['seconds'] - ours['seconds']:.1f} s, in the first iteration")
     if c.versus:
-        ratios = sorted(b["seconds"] / a["seconds"] for a, b in rest)
+        ratios = sorted(b["seconds"] / a["seconds"] for a, b in pairs)
         print(
             f"{statistics.median(ratios):.2f} times as fast as TRL: median of {len(ratios)} pairs,"
             f" {ratios[0]:.2f} to {ratios[-1]:.2f}"

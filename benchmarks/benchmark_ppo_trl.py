@@ -2,10 +2,10 @@
 
     python benchmarks/benchmark_ppo_trl.py '{"layers": 4, ...}'     fields: benchmark_ppo.Task
 
-An iteration for each line on stdin, one line of JSON to stdout for each. The trainer is as TRL
-ships it, in float32, with nothing on that costs it time: no gradient checkpointing, no sample
-tables, no reports, the whole batch sampled and scored at once. What is forced from outside is the
-length of responses, by writing two columns of the logits before a token is drawn.
+Each line on stdin runs one iteration, which prints one line of JSON. The trainer is as TRL ships
+it, in float32, without what costs time: no gradient checkpointing, no sample tables, no reports.
+The whole batch is sampled and scored at once. Only the lengths of responses are forced, by writing
+two columns of the logits before a token is drawn.
 """
 
 import json
@@ -27,7 +27,7 @@ NEVER = -1e9
 
 
 class Forced(transformers.LogitsProcessor):
-    """EOS as the last token of each row's length and nowhere else; and never the padding's id."""
+    """Forces EOS as the last token of each row and nowhere else, and forbids the padding's id."""
 
     def __init__(self, lengths: list[int], prompt: int, eos: int, pad: int, ends: bool) -> None:
         self.lengths, self.prompt, self.ends = torch.tensor(lengths), prompt, ends
@@ -41,7 +41,7 @@ class Forced(transformers.LogitsProcessor):
 
 
 class Policy(transformers.GPT2LMHeadModel):
-    """A GPT-2 that is told when to stop; the trainer gives `generate` no processors of its own."""
+    """A GPT-2 with forced lengths; the trainer passes no logits processors to `generate`."""
 
     forced: Forced
 
@@ -49,8 +49,8 @@ class Policy(transformers.GPT2LMHeadModel):
         return super().generate(*args, logits_processor=[self.forced], **kwargs)  # type: ignore
 
 
-def reply(found: dict[str, Any]) -> None:
-    print(json.dumps(found), flush=True)
+def reply(answer: dict[str, Any]) -> None:
+    print(json.dumps(answer), flush=True)
 
 
 def await_turn() -> None:
@@ -59,7 +59,7 @@ def await_turn() -> None:
 
 
 class Turns(transformers.TrainerCallback):
-    """An iteration for each line on stdin. Phases begin where they can be seen from outside."""
+    """Runs an iteration for each line on stdin. Phases begin where callbacks and hooks see them."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
@@ -116,7 +116,7 @@ def main(task: Task) -> None:
             args=ppo.PPOConfig(
                 output_dir=out,
                 # A minibatch is the batch over num_mini_batches. With gradient accumulation in its
-                # place accelerate would step once for all of them.
+                # place, accelerate would step once for all minibatches.
                 per_device_train_batch_size=rows,
                 gradient_accumulation_steps=1,
                 num_mini_batches=rows // task.minibatch,
@@ -156,10 +156,10 @@ def main(task: Task) -> None:
             return result
 
         ppo_trainer.batch_generation = sample_marked
-        # Policy and value net are run together in updates alone.
+        # Only updates run policy and value net together.
         trainer.model.register_forward_pre_hook(lambda *_: turns.mark(3))
         reply({"parameters": sum(x.numel() for x in policy.parameters())})
-        trainer.accelerator.print = lambda *_: None  # stdout is ours
+        trainer.accelerator.print = lambda *_: None  # stdout is for replies
         trainer.train()
 
 

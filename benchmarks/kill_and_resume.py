@@ -1,12 +1,12 @@
-"""Kills a run at random moments, resumes it each time, and compares it with one left alone.
+"""Kills a run at random moments, resumes it each time, and compares it with an undisturbed run.
 
     python benchmarks/kill_and_resume.py                      # run_sft.py, ten times SIGKILL
     python benchmarks/kill_and_resume.py --script run_rm.py --kills 5
 
-Hardware: two CPU cores: about two minutes. It needs runs/pretrain (for run_rm.py, runs/sft): run
+Hardware: two CPU cores; about two minutes. Needs runs/pretrain (for run_rm.py, runs/sft): run
 experiments/run_sft.py (run_rm.py) once before.
 Result: a table of the kills, and whether parameters, metrics.jsonl and samples.jsonl are the same,
-bit for bit; times are not compared.
+bit for bit. Times are not compared.
 """
 
 import json
@@ -32,17 +32,17 @@ class Config:
     """Kill and resume."""
 
     out: Path = Path("runs/kill-and-resume")
-    """Where the two runs go."""
+    """Directory of the two runs; it is deleted first."""
     script: str = "run_sft.py"
-    """A script of experiments/ that trains."""
+    """Name of a training script in experiments/."""
     kills: int = 10
-    """SIGKILLs, each at a moment drawn at random."""
+    """Number of SIGKILLs, each at a random moment."""
     steps: int = 60
-    """Updates of the run."""
+    """Number of updates of the run."""
     save_every: int = 2
-    """Steps from one checkpoint to the next: often, so that kills hit saves too."""
+    """Number of steps between checkpoints; small, so that kills also hit saves."""
     seed: int = 0
-    """Of the moments."""
+    """Seed of the random moments."""
 
 
 def start(c: Config, out: Path) -> subprocess.Popen[bytes]:
@@ -63,7 +63,7 @@ def lines_of(out: Path) -> int:
 
 
 def same_lines(a: Path, b: Path) -> bool:
-    """Equal but for times."""
+    """Whether two files are equal except for times."""
 
     def lines(file: Path) -> list[dict]:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -74,7 +74,7 @@ def same_lines(a: Path, b: Path) -> bool:
 
 
 def same_parameters(a: Path, b: Path, step: int) -> bool:
-    """Of the last checkpoints, optimizer included."""
+    """Whether the last checkpoints are equal, optimizer included."""
     import jax
 
     trees = [
@@ -91,7 +91,7 @@ def main(c: Config) -> None:
     finish(start(c, alone))
     table = Table("kill", "at line", "seconds later", "checkpoints", "half-written")
     moments = random.Random(c.seed)
-    # Spread over the run: each waits for its line of metrics.jsonl, then up to a step or two.
+    # Kills are spread over the run: each waits for its line of metrics.jsonl, then a random time.
     for kill, line in enumerate(sorted(moments.sample(range(c.steps), c.kills)), start=1):
         process, later = start(c, killed), moments.uniform(0, 0.5)
         while lines_of(killed) < line and process.poll() is None:

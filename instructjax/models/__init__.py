@@ -1,11 +1,11 @@
 """One decoder with family switches.
 
 config.py     sizes, switches, presets
-attention.py  who sees whom, rotary embeddings, attention
-fused.py      the same attention of whole sequences, as a kernel for TPUs
+attention.py  which tokens see which, rotary embeddings, attention
+fused.py      attention of whole sequences as a kernel for TPUs
 layer.py      the layer, its parameters and their logical axes
 decoder.py    whole sequences; a KV cache
-heads.py      logits, log-probabilities without logits, scalars
+heads.py      logits, log-probabilities without all logits, scalars
 """
 
 from instructjax.models.config import PRESETS, ModelConfig, Rope

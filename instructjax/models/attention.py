@@ -8,30 +8,30 @@ import jax.numpy as jnp
 
 from instructjax.models.config import Rope
 
-# Stands for -inf: exp() of it is exactly 0, yet a row of nothing else gives no NaN.
+# In place of -inf: exp(NEG_INF) is exactly 0, and a row of NEG_INF alone gives no NaN.
 NEG_INF = -1e30
 
 
-def sees(query_position, key_position, of_query, window: jax.Array | int | None) -> jax.Array:
-    """True where a query sees a key: one of its own, not after it, inside the window.
+def sees(query_position, key_position, allowed, window: jax.Array | int | None) -> jax.Array:
+    """True where a query sees a key: the key is allowed, not after it and inside the window.
 
     Args:
       query_position, key_position: int32, of shapes that broadcast.
-      of_query: True where the key may be seen as far as padding and segments go.
+      allowed: True where padding and segments let the query see the key.
       window: a query sees this many positions, its own included.
     """
     distance = query_position - key_position
-    seen = (distance >= 0) & of_query
+    seen = (distance >= 0) & allowed
     return seen if window is None else seen & (distance < window)
 
 
 def related(query_segment, query_parent, key_segment) -> jax.Array:
-    """True where a key is in the query's segment or, unless None, its parent: a response's prompt.
+    """True where a key is in the query's segment, or in its parent: the prompt of a response.
 
-    Segments are int32, of shapes that broadcast.
+    Segments and parents are int32, of shapes that broadcast; without parents, None.
     """
-    own = query_segment == key_segment
-    return own if query_parent is None else own | (query_parent == key_segment)
+    same = query_segment == key_segment
+    return same if query_parent is None else same | (query_parent == key_segment)
 
 
 def attention_mask(
@@ -40,10 +40,10 @@ def attention_mask(
     key_live_BS: jax.Array,
     window: int | None = None,
 ) -> jax.Array:
-    """`sees` of every query and every live key.
+    """True where a query sees a live key: `sees` of all pairs.
 
-    Order is by position, not by column, so that one rule serves left padding, packed documents,
-    a KV cache filled in any order, and responses that share a prompt.
+    Positions decide, not columns, so one rule serves left padding, packed documents, a KV cache
+    filled in any order, and responses that share a prompt.
 
     Args:
       query_positions_BT, key_positions_BS: positions, counting live tokens from 0.
@@ -58,13 +58,13 @@ def attention_mask(
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
-    """Radians a position for each rotated pair, float32 [head_dim * fraction / 2]."""
+    """Radians per position of each rotated pair, float32 [head_dim * fraction / 2]."""
     rotary_dim = int(head_dim * rope.fraction)
     frequencies = rope.theta ** -(jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
     if rope.kind == "linear":
         return frequencies / rope.factor
     if rope.kind == "llama3":
-        # Long wavelengths are stretched, short ones kept, those between interpolated.
+        # Long wavelengths are stretched, short ones kept, and those in between interpolated.
         turns = rope.original_length * frequencies / (2 * jnp.pi)  # in the original context
         low, high = rope.low_freq_factor, rope.high_freq_factor
         keep = jnp.clip((turns - low) / (high - low), 0, 1)
@@ -79,12 +79,12 @@ def rotation(rope: Rope, head_dim: int, positions_BT: jax.Array) -> tuple[jax.Ar
 
 
 def rotate(x_BNTH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates pairs (i, i + rotary_dim / 2) of each head; what lies beyond passes through."""
+    """Rotates pairs (i, i + rotary_dim / 2) of each head; dimensions from rotary_dim on stay."""
     cos, sin = (angle[:, None] for angle in cos_sin)  # the same for each head
     half = cos.shape[-1]
     x = x_BNTH.astype(jnp.float32)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x_BNTH.dtype)
+    a, b, tail = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, tail], -1).astype(x_BNTH.dtype)
 
 
 def attend(
@@ -94,16 +94,15 @@ def attend(
     mask_BTS: jax.Array,
     softcap: float | None = None,
 ) -> jax.Array:
-    """softmax(q k) v, in groups of N / G query heads to a key head (G); [B, N, T, H]."""
+    """softmax(q k) v, [B, N, T, H]; each of the G key heads serves N / G query heads."""
     B, N, _, H = q_BNTH.shape
     G = k_BGSH.shape[1]
-    # The Q heads of a group are further rows. As a dimension of its own, mostly of size 1, Q made
-    # XLA on CPU copy the logits: attention took 1.4 times as long.
+    # The query heads of a group become further rows. As a separate dimension, mostly of size 1,
+    # they made XLA on CPU copy the logits: attention took 1.4 times as long.
     q_BGTH, mask = q_BNTH.reshape(B, G, -1, H), jnp.tile(mask_BTS, (1, N // G, 1))
     logits = jnp.einsum("BGTH,BGSH->BGTS", q_BGTH, k_BGSH, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(capped_and_masked(logits, mask[:, None], softcap), axis=-1).astype(
-        v_BGSH.dtype
-    )
+    logits = capped_and_masked(logits, mask[:, None], softcap)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v_BGSH.dtype)
     return jnp.einsum("BGTS,BGSH->BGTH", weights, v_BGSH).reshape(q_BNTH.shape)
 
 
@@ -112,7 +111,7 @@ def attend_parts(
     parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
     softcap: float | None = None,
 ) -> jax.Array:
-    """`attend` to keys that lie in several arrays, which are never put together.
+    """`attend` to keys in several arrays, without concatenating them.
 
     Args:
       parts: (k_BGSH, v_BGSH, mask_BTS) of each.
@@ -148,15 +147,15 @@ def attend_shared(
     response_mask_BKRS: jax.Array,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Attention of K responses that follow one prompt, T = P + K R, response after response.
+    """Attention of one prompt and K responses that share it, T = P + K R.
 
-    The prompt sees itself; each response sees the prompt and itself (S = P + R), so the work is
-    P^2 + K R (P + R) and not (P + K R)^2.
+    The prompt sees itself; each response sees the prompt and itself (S = P + R). The work is
+    P^2 + K R (P + R) instead of (P + K R)^2.
 
     Args:
       q_BNTH, k_BGTH, v_BGTH: of the prompt, then of each response.
-      prompt_mask_BPP: who sees whom within the prompt.
-      response_mask_BKRS: what each response token sees of the prompt, then of its response.
+      prompt_mask_BPP: True where a prompt token sees another.
+      response_mask_BKRS: True where a response token sees the prompt (P), then its response (R).
 
     Returns:
       y_BNTH.
@@ -168,7 +167,7 @@ def attend_shared(
 
     k_BGPH, v_BGPH = k_BGTH[:, :, :P], v_BGTH[:, :, :P]
     k_BGKSH, v_BGKSH = (x[:, :, P:].reshape(B, G, K, R, H) for x in (k_BGTH, v_BGTH))
-    # As in `attend`: the heads of a group become further rows, here of each response.
+    # As in `attend`, the heads of a group become further rows, here of each response.
     q = q_BNTH[:, :, P:].reshape(B, G, -1, K, R, H).swapaxes(2, 3).reshape(B, G, K, -1, H)
     mask = jnp.tile(response_mask_BKRS, (1, 1, N // G, 1))[:, None]
     f32 = {"preferred_element_type": jnp.float32}
@@ -177,8 +176,7 @@ def attend_shared(
     of_response = capped_and_masked(
         jnp.einsum("BGKTH,BGKSH->BGKTS", q, k_BGKSH, **f32), mask[..., P:], softcap
     )
-    # One softmax over both parts, which are never put together: a copy of all logits, in either
-    # direction.
+    # One softmax over both parts. Concatenating them would copy all logits, in both directions.
     tops = [jnp.max(x, axis=-1).reshape(q.shape[:-1]) for x in (of_prompt, of_response)]
     top = jax.lax.stop_gradient(jnp.maximum(*tops))[..., None]
     on_prompt = jnp.exp(of_prompt - top.reshape(*of_prompt.shape[:-1], 1))

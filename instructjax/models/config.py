@@ -1,4 +1,4 @@
-"""What a decoder is: one frozen dataclass of sizes and switches, and the built-in presets.
+"""The config of a decoder: one frozen dataclass of sizes and switches, and the presets.
 
 A family is data: a `ModelConfig` here and a table in `hf/families.toml`. No code asks which
 family it is running.
@@ -12,7 +12,7 @@ Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]  #
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding; the frequencies of pair i are theta^(-2i / rotary dimension)."""
+    """Rotary position embedding; the frequency of pair i is theta^(-2i / rotary dimension)."""
 
     theta: float = 10_000.0
     fraction: float = 1.0  # share of each head that is rotated (Pythia: 0.25)
@@ -35,12 +35,12 @@ class ModelConfig:
     max_length: int
     kv_heads: int = 0  # 0: as many as heads
     head_dim: int = 0  # 0: width / heads
-    family: str = "gpt2"  # the Hugging Face `model_type` that it is exported as
+    family: str = "gpt2"  # the Hugging Face `model_type` of an export
 
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-5
     norm_offset: bool = False  # Gemma stores RMSNorm scales minus one
-    post_norms: bool = False  # Gemma 2 and 3 also norm what a sublayer gives back
+    post_norms: bool = False  # Gemma 2 and 3 also norm the output of a sublayer
     parallel: bool = False  # GPT-NeoX: attention and MLP both read the layer's input
     activation: Activation = "gelu_new"
     gated: bool = False
@@ -54,8 +54,8 @@ class ModelConfig:
     position_offset: int = 0  # OPT's table begins with two unused rows
     rope: Rope = Rope()
     local_rope: Rope | None = None  # of windowed layers, where it differs (Gemma 3)
-    window: int | None = None  # a windowed layer sees this many tokens, its own included
-    windowed: tuple[bool, ...] = ()  # which layers; () is none
+    window: int | None = None  # tokens that a query of a windowed layer sees, its own included
+    windowed: tuple[bool, ...] = ()  # which layers are windowed; (): none
     query_scalar: float | None = None  # attention logits are scaled by this^-1/2; None: head_dim
     attention_softcap: float | None = None  # logits become cap * tanh(logits / cap)
     final_softcap: float | None = None
@@ -65,11 +65,11 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
 
-    # How it is computed; not part of a checkpoint.
+    # How the model is computed; not part of a checkpoint.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of matmuls and activations
     remat: Literal["none", "dots", "full"] = "none"  # what a layer's backward pass recomputes
-    unroll: int = 1  # layers to a turn of the scan; more is faster on CPU, and compiles longer
-    dropout: float = 0.0  # on what each sublayer adds to the residual; off unless a key is passed
+    unroll: int = 1  # layers per turn of the scan; more is faster on CPU and compiles longer
+    dropout: float = 0.0  # of each sublayer's output; off unless a key is passed
 
     def __post_init__(self):
         if not self.kv_heads:
@@ -87,7 +87,7 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: 50257 divides by nothing useful, so up to a multiple of 128."""
+        """Rows of the embedding: a multiple of 128, as 50257 divides by nothing useful."""
         return -(-self.vocab_size // 128) * 128
 
 
@@ -100,8 +100,8 @@ def _gpt3(layers: int, width: int, heads: int) -> ModelConfig:
     return ModelConfig(50257, layers, width, heads, mlp_width=4 * width, max_length=2048, **ids)
 
 
-# The miniature's model and its reward model's (0.45M parameters): a small Llama, which reads the
-# same text to a lower loss than a GPT-2 of its size. The tokenizer sets the vocabulary.
+# The miniature's policy and reward model (0.45M parameters): a small Llama, whose loss on the same
+# text is lower than that of a GPT-2 of this size. The tokenizer sets the vocabulary.
 _MINIATURE = ModelConfig(
     1024, layers=2, width=128, heads=4, mlp_width=352, max_length=256, family="llama",
     norm="rms", activation="silu", gated=True, qkv_bias=False, out_bias=False, mlp_bias=False,
@@ -109,7 +109,7 @@ _MINIATURE = ModelConfig(
 )  # fmt: skip
 
 PRESETS: dict[str, ModelConfig] = {
-    # GPT-3 prints 24 heads of 128 at width 2048, which do not fit it: ours are 16 of 128.
+    # The GPT-3 paper lists 24 heads of 128, which do not fit width 2048; here 16 heads of 128.
     "gpt3-1.3b": _gpt3(24, 2048, 16),
     "gpt3-6b": _gpt3(32, 4096, 32),
     "gpt3-175b": _gpt3(96, 12288, 96),

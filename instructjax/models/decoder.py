@@ -1,7 +1,7 @@
 """Running the decoder: whole sequences, and new tokens against a KV cache.
 
 `apply` runs whole sequences under `lax.scan`, to train and to score. `extend` runs new tokens
-against a cache: layer by layer, or under `lax.scan` too, where the layers' weights are stacked.
+against a cache: under `lax.scan` if the layers' weights are stacked, else layer by layer.
 """
 
 import functools
@@ -24,9 +24,9 @@ from instructjax.models.attention import (
 from instructjax.models.config import ModelConfig
 from instructjax.models.layer import At, Layer, Norm, Params, Shard, take, unsharded
 
-# Of a TPU's tile in bfloat16 (8 in float32). A sequence that ends within one, such as the 2,047
-# tokens of a rollout that are followed by another, took more than twice as long to compile.
-_ROWS = 16
+# Rows of a TPU's tile in bfloat16 (8 in float32). A sequence that ends within a tile, such as all
+# 2,048 tokens of a rollout but the last, took more than twice as long to compile.
+_TILE_ROWS = 16
 
 
 def positions_of(mask_BT: jax.Array) -> jax.Array:
@@ -38,14 +38,14 @@ def positions_of(mask_BT: jax.Array) -> jax.Array:
 
 
 def _check_length(config: ModelConfig, length: int) -> None:
-    # A lookup beyond the table would be clamped to its last row, without a word.
+    # A lookup beyond the table would silently be clamped to its last row.
     if config.positions == "learned" and length > config.max_length:
         raise ValueError(f"{length} positions in a model of max_length {config.max_length}")
 
 
 def _embed(params: Params, c: ModelConfig, tokens_BT, positions_BT, shard: Shard) -> jax.Array:
-    # Gathered over fsdp like any other weight: a lookup in a table whose columns are split would
-    # move the whole batch instead.
+    # The table is gathered over fsdp like other weights. A lookup in a table with split columns
+    # would move the whole batch instead.
     table = shard(params["embed"]["tokens"].astype(c.dtype), "vocab", None)
     x = table[tokens_BT]
     if c.scale_embedding:
@@ -71,12 +71,12 @@ def _final_norm(params: Params, c: ModelConfig, x_BTD: jax.Array) -> Any:
 def _scan(
     params: Params, c: ModelConfig, tokens_BT, positions_BT, sights, mix, key, shard, last=None
 ) -> Any:
-    """(hidden states after the final norm, what `mix` kept of each layer, stacked).
+    """(hidden states after the final norm, the second output of `mix` of each layer, stacked).
 
     Args:
-      sights: what full and what windowed layers see, a pytree each; the layer's own goes to `mix`.
-      mix: attention, (q_BNTH, k_BGTH, v_BGTH, sight, number of the layer) -> (y_BNTH, to keep).
-      last: (at, sights there) of the last layer, of which nothing is kept.
+      sights: what (full, windowed) layers see, a pytree each; `mix` gets that of its layer.
+      mix: attention, (q_BNTH, k_BGTH, v_BGTH, sight, layer number) -> (y_BNTH, anything to keep).
+      last: (at, sights at these columns) if the last layer runs there alone and keeps nothing.
     """
     rotations = _rotations(c, positions_BT)
     layer = Layer(c)
@@ -94,7 +94,7 @@ def _scan(
         variables = {"params": layer_params}
         return layer.apply(variables, x_BTD, cos_sin, layer_key, mix=run_mix, shard=shard, at=at)
 
-    def remat(run):  # "dots" keeps matmul results, recomputes attention and the rest
+    def remat(run):  # "dots" keeps results of matmuls and recomputes all else and attention
         keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         policy = keep_dots if c.remat == "dots" else None
         return run if c.remat == "none" else jax.checkpoint(run, policy=policy)
@@ -108,13 +108,13 @@ def _scan(
         stacked = jax.tree.map(lambda x: x[:-1], stacked)
     x_BTD, kept = jax.lax.scan(remat(body), x_BTD, stacked, unroll=c.unroll)
     if last is not None:
-        at, there = last
-        x_BTD, _ = remat(functools.partial(body, at=at, sights=there))(x_BTD, final)
+        at, last_sights = last
+        x_BTD, _ = remat(functools.partial(body, at=at, sights=last_sights))(x_BTD, final)
     return _final_norm(params, c, x_BTD), kept
 
 
 def _fuses(config: ModelConfig, shard: Shard) -> bool:
-    return shard.fused and config.dtype != "float16"  # which the kernel's compiler cannot load
+    return shard.fused and config.dtype != "float16"  # the kernel's compiler has no float16
 
 
 def apply(
@@ -132,19 +132,19 @@ def apply(
 ) -> jax.Array:
     """Hidden states after the final norm.
 
-    Where they are wanted at some positions alone and all layers are unrolled, the last one computes
-    no more than keys and values of the others, which for few positions and two layers saves nearly
-    half. Not where layers are scanned: its weights would have to be cut from the stack, a copy of
-    all. Nor with the fused kernel, which takes as many queries as keys, or a split sequence.
+    With `at` and unrolled layers, the last layer computes only keys and values at other positions,
+    which saves nearly half for few positions and two layers. A split sequence computes them all. So
+    do scanned layers, whose weights would be copied from the stack, and the fused kernel, which
+    takes as many queries as keys.
 
     Args:
       params, config: of the model.
       tokens_BT: int32 in [0, vocab_size).
-      mask_BT: True at live tokens; the others are seen by none. Default: all.
-      positions_BT: default: `positions_of(mask_BT)`. Packed documents restart at 0.
-      segments_BT: a token sees only its own segment, not negative. Default: one.
-      parents_BT: with segments_BT, another one that it sees: of a response, its prompt's.
-      at: where hidden states are wanted. Default: everywhere.
+      mask_BT: True at live tokens; no token sees the others. Default: all are live.
+      positions_BT: Default: `positions_of(mask_BT)`. Packed documents restart at 0.
+      segments_BT: not negative; a token sees only its segment. Default: one segment.
+      parents_BT: with segments_BT, another segment that the token sees: a response's prompt.
+      at: columns whose hidden states are returned. Default: all.
       key: turns on residual dropout at config.dropout (InstructGPT, App. C.1: 0.2 in SFT).
       shard: constrains activations on a mesh.
 
@@ -157,8 +157,8 @@ def apply(
     if positions_BT is None:
         _check_length(config, T)
         positions_BT = positions_of(mask_BT)
-    # What does not divide could not be split; nor does the TPU like what is not whole tiles.
-    multiple = math.lcm(shard.sequence, _ROWS if _fuses(config, shard) else 1)
+    # A split sequence must divide evenly, and the TPU's kernel compiles faster for whole tiles.
+    multiple = math.lcm(shard.sequence, _TILE_ROWS if _fuses(config, shard) else 1)
     if short := -T % multiple:
         pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, short)))
         tokens_BT, mask_BT, positions_BT = pad(tokens_BT), pad(mask_BT), pad(positions_BT)
@@ -170,17 +170,16 @@ def apply(
         seen = attention_mask(take(positions_BT, at), positions_BT, live_BT, window)
         if segments_BT is not None:
             parents = None if parents_BT is None else take(parents_BT, at)[:, :, None]
-            own = take(segments_BT, at)[:, :, None]
-            seen &= related(own, parents, segments_BT[:, None, :])
+            segments = take(segments_BT, at)[:, :, None]
+            seen &= related(segments, parents, segments_BT[:, None, :])
         return seen
 
     last = None
     if _fuses(config, shard):
         segments = jnp.zeros_like(positions_BT) if segments_BT is None else segments_BT
-        own_BT = jnp.where(live_BT, segments, fused.PADDING)
-        places_B3T = fused.places(
-            positions_BT, own_BT, own_BT if parents_BT is None else parents_BT
-        )
+        segments = jnp.where(live_BT, segments, fused.PADDING)
+        parents = segments if parents_BT is None else parents_BT
+        places_B3T = fused.places(positions_BT, segments, parents)
         run = functools.partial(fused.attend, softcap=config.attention_softcap)
 
         def mix(q, k, v, sight, layer):
@@ -210,14 +209,14 @@ def apply_shared(
     key: jax.Array | None = None,
     shard: Shard = unsharded,
 ) -> tuple[jax.Array, jax.Array]:
-    """Hidden states of K responses to one prompt, the prompt computed once.
+    """Hidden states of K responses to one prompt, which is computed once.
 
-    As `apply` of each response behind its prompt: a response sees the prompt and itself, and its
-    positions go on from the prompt's.
+    Equals `apply` of each response behind its prompt: a response sees the prompt and itself, and
+    its positions follow the prompt's.
 
     Args:
       prompt_BP, prompt_mask_BP: padded on the left.
-      responses_BKR, response_mask_BKR: padded on the right; an empty slot is masked throughout.
+      responses_BKR, response_mask_BKR: padded on the right; an absent one is masked throughout.
       key, shard: as in `apply`.
 
     Returns:
@@ -227,19 +226,19 @@ def apply_shared(
     K, R = responses_BKR.shape[1:]
     _check_length(config, P + R)
     prompt_live, response_live = prompt_mask_BP.astype(bool), response_mask_BKR.astype(bool)
-    prompt_at = positions_of(prompt_live)
+    prompt_position = positions_of(prompt_live)
     length_B11 = jnp.sum(prompt_live, axis=-1, dtype=jnp.int32).reshape(B, 1, 1)
-    response_at = length_B11 + positions_of(response_live)
+    response_position = length_B11 + positions_of(response_live)
 
     tokens_BT, positions_BT, live_BT = (
         jnp.concatenate([prompt, responses.reshape(B, K * R)], axis=1)
         for prompt, responses in (
             (prompt_BP, responses_BKR),
-            (prompt_at, response_at),
+            (prompt_position, response_position),
             (prompt_live, response_live),
         )
     )
-    if _fuses(config, shard):  # the prompt is segment 0, which each response also sees
+    if _fuses(config, shard):  # the prompt is segment 0, and the parent of each response
         segments_T = jnp.concatenate([jnp.zeros(P, int), jnp.repeat(jnp.arange(1, K + 1), R)])
         segments_BT = jnp.broadcast_to(segments_T, (B, P + K * R))
         hidden = apply(
@@ -249,11 +248,12 @@ def apply_shared(
         return hidden[:, :P], hidden[:, P:].reshape(B, K, R, -1)
 
     def masks(window: int | None) -> tuple[jax.Array, jax.Array]:
-        behind = attention_mask(response_at.reshape(B, K * R), prompt_at, prompt_live, window)
-        flat_at, flat_live = (x.reshape(B * K, R) for x in (response_at, response_live))
-        own = attention_mask(flat_at, flat_at, flat_live, window)
-        parts = behind.reshape(B, K, R, P), own.reshape(B, K, R, R)
-        prompt = attention_mask(prompt_at, prompt_at, prompt_live, window)
+        queries = response_position.reshape(B, K * R)
+        on_prompt = attention_mask(queries, prompt_position, prompt_live, window)
+        position, live = (x.reshape(B * K, R) for x in (response_position, response_live))
+        on_response = attention_mask(position, position, live, window)
+        parts = on_prompt.reshape(B, K, R, P), on_response.reshape(B, K, R, R)
+        prompt = attention_mask(prompt_position, prompt_position, prompt_live, window)
         return prompt, jnp.concatenate(parts, axis=-1)
 
     def mix(q, k, v, sight, layer):
@@ -269,21 +269,19 @@ def apply_shared(
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the tokens so far, in any order of columns: positions tell it."""
+    """Keys and values of the tokens so far. Columns may be in any order: positions decide."""
 
-    keys: Any  # rotated: a tuple of [B, G, S, H], a layer each, or stacked: [B, L, G, S, H]
+    keys: Any  # rotated; a tuple of [B, G, S, H], one per layer, or stacked: [B, L, G, S, H]
     values: Any  # likewise
     positions_BS: jax.Array  # int32, of the token in each column
-    live_BS: jax.Array  # bool, False at padding and at columns not yet written
+    live_BS: jax.Array  # bool, False at padding and at columns that are not yet written
 
     @classmethod
-    def create(
-        cls, config: ModelConfig, batch: int, columns: int, stacked: bool = False
-    ) -> "Cache":
+    def create(cls, config: ModelConfig, batch: int, columns: int, stacked=False) -> "Cache":
         """An empty cache in config.dtype for `batch` rows of at most `columns` tokens.
 
         Args:
-          stacked: as the weights are that `extend` is given with it.
+          stacked: whether the weights that `extend` gets with this cache are stacked.
         """
         _check_length(config, columns)
 
@@ -306,11 +304,9 @@ class Cache:
 
 
 def unstack(params: Params, config: ModelConfig) -> Params:
-    """Layers as a list of trees in place of stacked leaves: see `extend`."""
-    layers = [
-        jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(config.layers)
-    ]
-    return {**params, "layers": layers}
+    """The parameters, with layers as a list of trees in place of stacked leaves; see `extend`."""
+    layer = lambda i: jax.tree.map(lambda leaf: leaf[i], params["layers"])  # noqa: E731
+    return {**params, "layers": [layer(i) for i in range(config.layers)]}
 
 
 def extend(
@@ -325,22 +321,22 @@ def extend(
 ) -> tuple[jax.Array, Cache]:
     """Runs T more tokens of each row: a prompt (prefill) or, with T = 1, a decoding step.
 
-    Stacked weights are scanned: one layer is compiled, and on TPUs it reads its weights and its
-    part of the cache where they lie, within the matmuls. XLA on CPU copies them first, at each
-    token: there the weights should be unstacked.
+    Stacked weights are scanned, so one layer is compiled. On TPUs its matmuls read the weights and
+    the cache in place. XLA on CPU copies them at each token, so there the weights should be
+    unstacked.
 
     Args:
       params: of `init`, or its `unstack`.
-      cache: of the tokens before, stacked if the weights are; None is an empty one of T columns.
-        A row's positions go on from the number of its live columns.
+      cache: the tokens so far, stacked if the weights are; None is an empty cache of T columns.
+        A row's positions follow the number of its live columns.
       tokens_BT, mask_BT: the new tokens; padding may lie anywhere and is never seen.
-      column: where the cache takes them, T columns from here; what was there is overwritten.
+      column: the first of the T columns that the new tokens overwrite.
 
     Returns:
-      (hidden_BTD of the new tokens after the final norm, the cache with them).
+      (hidden_BTD of the new tokens after the final norm, the cache with these tokens).
 
     Raises:
-      ValueError: of weights and cache one is stacked.
+      ValueError: only one of weights and cache is stacked.
     """
     c = config
     if mask_BT is None:
@@ -357,26 +353,26 @@ def extend(
     live_BS = put(old.live_BS, live_BT, (0, column))
 
     if stacked:
-        # What is before the new tokens and they themselves are seen apart, and all layers written
-        # at once: a cache that the scan carried would be copied at each token, from the layout in
-        # which slots are refilled to the one that the scan's body likes.
-        parts = [(positions_BT, live_BT)]
+        # The scan only reads the cache, as a part apart from the new tokens, which are written
+        # behind it for all layers at once. A cache that the scan carried would be copied at each
+        # token, from the layout for refills to the layout that the scan's body prefers.
+        seen = [(positions_BT, live_BT)]
         if cache is not None:
-            gone = put(old.live_BS, jnp.zeros_like(live_BT), (0, column))
-            parts.append((old.positions_BS, gone))
+            kept_BS = put(old.live_BS, jnp.zeros_like(live_BT), (0, column))
+            seen.append((old.positions_BS, kept_BS))
 
         def sight(window: int | None) -> list[jax.Array]:
-            return [attention_mask(positions_BT, *part, window) for part in parts]
+            return [attention_mask(positions_BT, *part, window) for part in seen]
 
         def of_layer(every_BLGSH: jax.Array, layer: jax.Array) -> jax.Array:
             return jax.lax.dynamic_index_in_dim(every_BLGSH, layer, axis=1, keepdims=False)
 
         def mix_parts(q, k, v, sight, layer):
-            seen = [(k, v)]
+            keys_values = [(k, v)]
             if cache is not None:
-                seen.append((of_layer(old.keys, layer), of_layer(old.values, layer)))
-            several = [(*kv, mask) for kv, mask in zip(seen, sight, strict=True)]
-            return attend_parts(q, several, c.attention_softcap), (k, v)
+                keys_values.append((of_layer(old.keys, layer), of_layer(old.values, layer)))
+            parts = [(*kv, mask) for kv, mask in zip(keys_values, sight, strict=True)]
+            return attend_parts(q, parts, c.attention_softcap), (k, v)
 
         sights = sight(None), sight(c.window)
         hidden_BTD, new = _scan(params, c, tokens_BT, positions_BT, sights, mix_parts, None, shard)
@@ -388,7 +384,6 @@ def extend(
 
     rotations = _rotations(c, positions_BT)
     x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
-
     masks = [attention_mask(positions_BT, positions_BS, live_BS, w) for w in (None, c.window)]
     kept = []
     for i, layer_params in enumerate(params["layers"]):
@@ -398,10 +393,8 @@ def extend(
             k, v = put(old.keys[i], k, at), put(old.values[i], v, at)
             return attend(q, k, v, mask, c.attention_softcap), (k, v)
 
-        variables = {"params": layer_params}
-        x_BTD, keys_values = Layer(c).apply(
-            variables, x_BTD, rotations[windowed], None, mix=mix, shard=shard
-        )
+        inputs = {"params": layer_params}, x_BTD, rotations[windowed], None
+        x_BTD, keys_values = Layer(c).apply(*inputs, mix=mix, shard=shard)
         kept.append(keys_values)
     keys, values = zip(*kept, strict=True)
     return _final_norm(params, c, x_BTD), Cache(keys, values, positions_BS, live_BS)

@@ -2,17 +2,17 @@
 
 FlashAttention-2 (Dao 2023): a tile of queries meets one tile of keys after another, and keeps a
 running maximum, the sum of the weights and the weighted sum of the values. The backward pass
-computes the weights once more from their logsumexp.
+recomputes the weights from their logsumexp.
 
-Who sees whom is decided within the tile, from each token's position, segment and parent, so that
-padding, windows, packed documents and responses that share a prompt are one kernel. (JAX's
-`splash_attention` knows segments; of parents it would be told by a mask of [T, T] in each row,
-and that, in jax 0.10.2, not under jit.) Tiles in which nobody sees anybody are neither loaded nor
+Each tile decides which tokens see which, from their positions, segments and parents. One kernel
+therefore serves padding, windows, packed documents and responses that share a prompt. (JAX's
+`splash_attention` has segments but no parents: it would need a mask [T, T] for each row, which in
+jax 0.10.2 does not work under jit.) Tiles in which no query sees a key are neither loaded nor
 computed.
 
-In a tile, keys are rows and queries columns: what belongs to a query lies along the lanes of a
-register, and maxima and sums run down its rows. Names end in what the dimensions are: [S, Q] for
-tiles, of which q is [Q, H], k and v [S, H].
+In a tile, keys are rows and queries are columns: a query's numbers lie along the lanes of a
+register, and maxima and sums run down its rows. Suffixes name the dimensions: a tile is [S, Q],
+its q is [Q, H], its k and v are [S, H].
 """
 
 import functools
@@ -29,22 +29,22 @@ from jax.experimental.pallas import tpu as pltpu
 from instructjax.models.attention import capped_and_masked, related, sees
 
 NO_WINDOW = np.iinfo(np.int32).max
-PADDING = -1  # the segment of keys that none sees
-NOWHERE = -2  # of queries that see none: not padding either, so its tiles are skipped
+PADDING = -1  # the segment of keys that no query sees
+NOWHERE = -2  # the segment of queries that see no key, not even padding: tiles of it are skipped
 
-# Far below any logit and far above NEG_INF: with it as the least maximum, exp(NEG_INF - maximum)
-# is 0 also where a query sees nothing.
+# The least maximum, far below any logit and far above NEG_INF: exp(NEG_INF - maximum) is then 0
+# even if a query sees nothing.
 _FLOOR = -1e20
 
 _TILES = 512, 384, 256, 128  # the largest that divides the length
 
 
 def places(positions_BT: jax.Array, segments_BT: jax.Array, parents_BT: jax.Array) -> jax.Array:
-    """What decides who sees whom: places_B3T, int32 (position, segment, parent) of each token.
+    """places_B3T, int32 (position, segment, parent) of each token: they decide what it sees.
 
     Args:
       segments_BT: PADDING at padding; otherwise not negative.
-      parents_BT: another segment that the token sees; its own, if none.
+      parents_BT: another segment that the token sees, or its own segment.
     """
     return jnp.stack([positions_BT, segments_BT, parents_BT], axis=1).astype(jnp.int32)
 
@@ -60,14 +60,14 @@ def attend(
     """As `attention.attend`, of a sequence with itself; differentiable in q, k and v.
 
     Args:
-      q_BNTH: scaled queries; k_BGTH, v_BGTH: N / G query heads to a key head.
+      q_BNTH, k_BGTH, v_BGTH: queries are scaled; each key head serves N / G query heads.
       places_B3T: see `places`.
       window: a query sees this many positions, its own included; NO_WINDOW for all. May be
-        traced, as layers that share one scanned body need it.
+        traced, for layers that share one scanned body.
       softcap: logits become cap * tanh(logits / cap).
 
     Returns:
-      y_BNTH; 0 at padding, where `attention.attend` has the mean of some values.
+      y_BNTH; 0 at padding, where `attention.attend` gives a mean of some values.
     """
     T = q_BNTH.shape[2]
     short = -T % _TILES[-1]
@@ -87,7 +87,7 @@ def _tile(length: int) -> int:
 
 
 def _live_tiles(queries_B3T: jax.Array, keys_B3T: jax.Array, window_1: jax.Array) -> jax.Array:
-    """True where a tile of queries sees something of a tile of keys: [B, T / tile, T / tile]."""
+    """True where a tile of queries sees a key of a tile of keys: [B, T / tile, T / tile]."""
     queries, keys = queries_B3T[:, :, :, None], keys_B3T[:, :, None, :]
     near = related(queries[:, 1], queries[:, 2], keys[:, 1])
     seen_BTT = sees(queries[:, 0], keys[:, 0], near, window_1[0])
@@ -97,25 +97,25 @@ def _live_tiles(queries_B3T: jax.Array, keys_B3T: jax.Array, window_1: jax.Array
 
 
 def _last_live(live: jax.Array) -> jax.Array:
-    """The last live tile up to each one of the last axis, or -1: a live tile's is its own number.
+    """The number of the last live tile up to each tile of the last axis, or -1.
 
-    While it stays the same, nothing is loaded.
+    A live tile has its own number. While the number stays the same, nothing is loaded.
     """
     number = lax.broadcasted_iota(jnp.int32, live.shape, live.ndim - 1)
     return lax.cummax(jnp.where(live, number, -1), axis=live.ndim - 1)
 
 
-def _dot(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
-    """The product summed over these dimensions of x and y, in float32."""
-    # Products of bfloat16 are exact; asked for more precision, they do not compile.
+def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """The product summed over an axis of x and an axis of y, in float32."""
+    # Products of bfloat16 are exact; at a higher precision they do not compile.
     precision = None if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
-        x, y, ((over[:1], over[1:]), ((), ())), precision, preferred_element_type=jnp.float32
+        x, y, ((axes[:1], axes[1:]), ((), ())), precision, preferred_element_type=jnp.float32
     )
 
 
 def _logits(window, queries_ref, keys_ref, q_ref, k_ref, softcap):
-    """(logits_SQ of a tile, the function that takes their gradient back through cap and mask)."""
+    """(logits_SQ of a tile, the function that pulls their gradient back through cap and mask)."""
     position, segment, parent = (queries_ref[0, i : i + 1, :] for i in range(3))  # [1, Q]
     key_position, key_segment = (keys_ref[0, i, :][:, None] for i in range(2))  # [S, 1]
     seen_SQ = sees(position, key_position, related(segment, parent, key_segment), window)
@@ -129,7 +129,7 @@ def _weights(
     """(weights_SQ of a tile, the gradient of its dot products) in the backward pass.
 
     Args:
-      mean_ref: the mean, by weight, of the weights' gradients: the sum of dy y.
+      mean_ref: the weighted mean of the weights' gradients, which is the sum of dy * y.
     """
     logits_SQ, back = _logits(window, queries_ref, keys_ref, q_ref, k_ref, softcap)
     weights_SQ = jnp.exp(logits_SQ - lse_ref[0, 0])
@@ -158,7 +158,7 @@ def _forward_kernel(
         logits_SQ, _ = _logits(window_ref[0], queries_ref, keys_ref, q_ref, k_ref, softcap)
         top_1Q = jnp.maximum(top_ref[...], jnp.max(logits_SQ, axis=0, keepdims=True))
         weights_SQ = jnp.exp(logits_SQ - top_1Q)
-        before_1Q = jnp.exp(top_ref[...] - top_1Q)  # what the sums so far are still worth
+        before_1Q = jnp.exp(top_ref[...] - top_1Q)  # rescales the sums so far
         v_SH = v_ref[0, 0]
         total_ref[...] = before_1Q * total_ref[...] + jnp.sum(weights_SQ, axis=0, keepdims=True)
         sum_ref[...] = before_1Q * sum_ref[...] + _dot(v_SH, weights_SQ.astype(v_SH.dtype), (0, 0))
@@ -215,37 +215,37 @@ def _key_kernel(window_ref, live_ref, *refs, softcap):
 # ---------------------------------------------------------------------------- grids
 
 
-# What all kernels read: the name of each array's blocks.
+# The arrays that all kernels read, by the names of their blocks.
 _READ = "queries", "keys", "of q", "of k", "of k"
 
 
 def _run(
     kernel, read, arrays, outputs, scratch, window_1, live, *, by_key, matmuls, softcap
 ) -> Any:
-    """A kernel over all rows, heads and tiles.
+    """Runs a kernel on all rows, heads and tiles.
 
     Args:
-      read, arrays: what it reads, beginning with `_READ`.
-      outputs: (the name of its blocks, its shape) of each.
-      scratch: shapes of its float32 sums.
+      read, arrays: the names of blocks and the arrays that it reads; `_READ` comes first.
+      outputs: (name of blocks, shape) of each output.
+      scratch: shapes of the float32 sums.
       live: see `_live_tiles`.
-      by_key: a tile of keys meets one of queries after another, of every head of its group;
-        otherwise a tile of queries meets one of keys after another.
-      matmuls: of [queries, keys] in a tile.
+      by_key: a tile of keys meets the tiles of queries, of every head of its group, in turn;
+        otherwise a tile of queries meets the tiles of keys in turn.
+      matmuls: matrix products [queries, keys] in a tile.
     """
     (B, N, T, H), G = arrays[2].shape, arrays[3].shape[1]
     group, tile = N // G, _tile(T)
     tiles = T // tile
 
     def block(shape, index):
-        """A block, and which one a step has: of its row, head, tile, key head and key tile."""
+        """A block; `index` maps a step's (row, head, tile, key head, key tile) to its place."""
 
-        def of_step(b, g, *rest):
+        def of_step(b, g, *further):
             if by_key:
-                j, m, i, _, last = rest
+                j, m, i, _, last = further
                 i = jnp.maximum(last[b, j, i], 0)
             else:
-                m, i, j, _, last = rest
+                m, i, j, _, last = further
                 j = jnp.maximum(last[b, i, j], 0)
             return index(b, g * group + m, i, g, j)
 
@@ -258,7 +258,7 @@ def _run(
         "of k": block((1, 1, tile, H), lambda b, n, i, g, j: (b, g, j, 0)),
         "numbers of q": block((1, 1, 1, tile), lambda b, n, i, g, j: (b, n, 0, i)),
     }
-    # What a causal mask alone leaves of the tiles; how many more are empty only the data know.
+    # The tiles that a causal mask leaves; how many of them are empty depends on the data.
     met = B * N * tiles * (tiles + 1) // 2 * tile**2
     moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *(x for _, x in outputs)))
     cost = pl.CostEstimate(flops=2 * matmuls * met * H, transcendentals=met, bytes_accessed=moved)
@@ -289,25 +289,25 @@ def _forward(q, k, v, queries, keys, window_1, softcap):
     arrays, live = (queries, keys, q, k, v), _live_tiles(queries, keys, window_1)
     outputs = [("of q", q), ("numbers of q", jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32))]
     sums = [(1, tile), (1, tile), (H, tile)]
-    how: Any = {"by_key": False, "matmuls": 2, "softcap": softcap}
-    y, lse_BN1T = _run(_forward_kernel, _READ, arrays, outputs, sums, window_1, live, **how)
+    options: Any = {"by_key": False, "matmuls": 2, "softcap": softcap}
+    y, lse_BN1T = _run(_forward_kernel, _READ, arrays, outputs, sums, window_1, live, **options)
     return y, (arrays, window_1, live, y, lse_BN1T)
 
 
 def _backward(softcap, kept, dy):
     arrays, window_1, live, y, lse_BN1T = kept
     _, _, q, k, v = arrays
-    one = [(_tile(q.shape[2]), q.shape[3])]
+    sums = [(_tile(q.shape[2]), q.shape[3])]
     mean_BN1T = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)[:, :, None]
     arrays = *arrays, dy, lse_BN1T, mean_BN1T
     read = *_READ, "of q", "numbers of q", "numbers of q"
 
     def run(kernel, outputs, sums, by_key, matmuls):
-        how: Any = {"by_key": by_key, "matmuls": matmuls, "softcap": softcap}
-        return _run(kernel, read, arrays, outputs, sums, window_1, live, **how)
+        options: Any = {"by_key": by_key, "matmuls": matmuls, "softcap": softcap}
+        return _run(kernel, read, arrays, outputs, sums, window_1, live, **options)
 
-    (dq,) = run(_query_kernel, [("of q", q)], one, by_key=False, matmuls=3)
-    dk, dv = run(_key_kernel, [("of k", k), ("of k", v)], one * 2, by_key=True, matmuls=4)
+    (dq,) = run(_query_kernel, [("of q", q)], sums, by_key=False, matmuls=3)
+    dk, dv = run(_key_kernel, [("of k", k), ("of k", v)], sums * 2, by_key=True, matmuls=4)
     return dq, dk, dv, None, None, None
 
 

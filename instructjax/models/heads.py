@@ -1,8 +1,8 @@
 """From hidden states to logits, log-probabilities of tokens, and scalars.
 
 Logits of a whole batch, [B, T, V] in float32, are the largest array of naive RLHF code: 13 GB at
-B=64, T=1024, V=50257. Nothing here holds more than `chunk` positions of them, in either
-direction; `logits` does, and is for looking at a model.
+B=64, T=1024, V=50257. Here at most `chunk` positions of each row exist at once, forward and
+backward. Only `logits` returns all of them, to look at a model.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def token_logits(
 ) -> jax.Array:
     """float32 logits_BTV / temperature; rows of the table beyond the vocabulary get -inf.
 
-    Both may have a leading axis of shards, each of which has a table of its own.
+    hidden and unembed may have a leading axis of shards, with one table per shard.
     """
     kernel = unembed_VD.astype(hidden_BTD.dtype)
     f32 = {"preferred_element_type": jnp.float32}
@@ -54,7 +54,7 @@ def logits(
 ) -> jax.Array:
     """float32 logits_BTV of the next token at each position, V the real vocabulary.
 
-    For notebooks and tests; training and sampling never hold all of it.
+    For notebooks and tests; training and sampling never hold this array.
     """
     hidden = apply(params, config, tokens_BT, mask_BT=mask_BT)
     return token_logits(hidden, unembedding(params), config)[..., : config.vocab_size]
@@ -65,12 +65,12 @@ def scalars(params: Params, config: ModelConfig, hidden_BTD: jax.Array) -> jax.A
     if not config.scalar_head:
         raise ValueError("scalars needs a model with a scalar head; see models.with_scalar_head")
     kernel, bias = params["score"]["kernel"], params["score"]["bias"]
-    # Without "highest", a TPU multiplies in bfloat16: three digits of a reward.
+    # Without "highest", a TPU multiplies in bfloat16, and a reward has three digits.
     return jnp.matmul(hidden_BTD.astype(jnp.float32), kernel, precision="highest") + bias
 
 
 def _chunk_size(B: int, T: int, V: int) -> int:
-    """Positions whose logits come to about 64 MB, but at least 64: V may be spread over a mesh."""
+    """Positions whose logits take about 64 MB, but at least 64, as a mesh may split V."""
     most = 2**24 // (B * V)
     return max(1, min(T, max(64, 2 ** int(math.log2(max(most, 1))))))
 
@@ -80,8 +80,8 @@ class _Chunks:
     """How rows [B, T, ...] are cut: [n, B, chunk, ...], T padded with zeros.
 
     On a mesh the rows of each shard stay apart, [n, shards, B / shards, chunk, ...], and each shard
-    has its own copy of the table. Of one table for all, the compiler would gather the parts, and
-    sum the gradient over the shards, at each chunk.
+    has a copy of the table. With one table for all shards, the compiler would gather the table and
+    sum its gradient at each chunk.
     """
 
     T: int
@@ -99,17 +99,17 @@ class _Chunks:
         return ("batch",) if self.shard.batch == 1 else ("batch", None)
 
     def tables(self, unembed_VD: jax.Array, dtype: Any) -> jax.Array:
-        """The table in `dtype`, of each shard."""
+        """The table in `dtype`, a copy for each shard."""
         table = unembed_VD.astype(dtype)
         if self.shard.batch == 1:
             return table
-        # Of its own layout first: so its gradient is summed to where it belongs, not everywhere.
+        # In the table's layout first, so that its gradient is reduced to that layout alone.
         table = self.shard(table, "vocab", "width")
         copies = jnp.broadcast_to(table, (self.shard.batch, *table.shape))
         return self.shard(copies, "batch", "vocab", None)
 
     def cut(self, x_BT: jax.Array) -> jax.Array:
-        x, at = x_BT, len(self.axes)  # of T
+        x, at = x_BT, len(self.axes)  # the axis of T
         if self.shard.batch > 1:
             x = x.reshape(self.shard.batch, -1, *x.shape[1:])
             x = self.shard(x, *self.axes, *(None for _ in x.shape[at:]))
@@ -119,14 +119,14 @@ class _Chunks:
         return jnp.moveaxis(x, at, 0)
 
     def join(self, x: jax.Array) -> jax.Array:
-        """[B, T, ...] of what `cut` made."""
+        """[B, T, ...], the inverse of `cut`."""
         at = len(self.axes)
         x = jnp.moveaxis(x, 0, at)
         return x.reshape(-1, x.shape[at] * self.chunk, *x.shape[at + 2 :])[:, : self.T]
 
 
 def _is_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    # A comparison with iota fuses into what uses it and partitions over a sharded vocabulary; a
+    # A comparison with iota fuses into its consumer and partitions over a sharded vocabulary; a
     # gather does neither.
     return _ids(logits_BTV) == targets_BT[..., None]
 
@@ -166,7 +166,7 @@ def token_logp(
     chunks = _Chunks.of(targets_BT, unembed_VD.shape[0], chunk, shard)
 
     @jax.checkpoint
-    def one(unembed_VD, hidden_BTD, targets_BT):
+    def of_chunk(unembed_VD, hidden_BTD, targets_BT):
         logits = token_logits(hidden_BTD, unembed_VD, config, temperature)
         logits = shard(logits, *chunks.axes, None, "vocab")
         norm = jax.nn.logsumexp(logits, axis=-1)
@@ -176,10 +176,10 @@ def token_logp(
         mean = jnp.sum(jnp.exp(logits - norm[..., None]) * logits, axis=-1)
         return target - norm, norm - mean
 
-    # Rounded before it is gathered; of float32 again, in which gradients of chunks are summed.
+    # The table is rounded before it is gathered. Back in float32, gradients of chunks are summed.
     tables = chunks.tables(unembed_VD, hidden_BTD.dtype).astype(unembed_VD.dtype)
     xs = chunks.cut(hidden_BTD), chunks.cut(targets_BT)
-    _, (logp, ent) = jax.lax.scan(lambda _, x: ((), one(tables, *x)), (), xs)
+    _, (logp, ent) = jax.lax.scan(lambda _, x: ((), of_chunk(tables, *x)), (), xs)
     return (chunks.join(logp), chunks.join(ent)) if entropy else chunks.join(logp)
 
 
@@ -197,8 +197,8 @@ def cross_entropy(
 
     sum_bt weights[b, t] * -log softmax(hidden[b, t] . unembed)[targets[b, t]]
 
-    The same as summing `token_logp`, for a quarter fewer FLOPs at the unembedding: the weights
-    are known, so each chunk's logits serve its loss and its gradient, and are not recomputed.
+    Equals a weighted sum of `token_logp` with a quarter fewer FLOPs at the unembedding: as the
+    weights are known, each chunk's logits serve both loss and gradient and are not recomputed.
 
     Args: as `token_logp`; weights_BT is 0 at positions that do not count.
 
@@ -213,7 +213,7 @@ def _cross_entropy_forward(hidden_BTD, unembed_VD, targets_BT, weights_BT, confi
     chunks = _Chunks.of(targets_BT, unembed_VD.shape[0], chunk, shard)
     tables = chunks.tables(unembed_VD, hidden_BTD.dtype)
 
-    def one(carry, x):
+    def add_chunk(carry, x):
         loss, d_tables = carry
         hidden, targets, weights = x
         logits, pullback = jax.vjp(lambda h, w: token_logits(h, w, config), hidden, tables)
@@ -228,7 +228,7 @@ def _cross_entropy_forward(hidden_BTD, unembed_VD, targets_BT, weights_BT, confi
 
     xs = chunks.cut(hidden_BTD), chunks.cut(targets_BT), chunks.cut(weights_BT)
     start = jnp.zeros(()), jnp.zeros_like(tables, jnp.float32)
-    (loss, d_tables), (d_hidden, nll) = jax.lax.scan(one, start, xs)
+    (loss, d_tables), (d_hidden, nll) = jax.lax.scan(add_chunk, start, xs)
     if shard.batch > 1:
         d_tables = shard(jnp.sum(d_tables, axis=0), "vocab", "width")
     d_unembed_VD = d_tables.astype(unembed_VD.dtype)

@@ -8,7 +8,7 @@
         "score": {"kernel": [D], "bias": []}?       instead, in a reward or value model
     }
 
-Each parameter is declared with the logical names of its axes; `sharding.py` maps them to a mesh.
+Each parameter is declared with the logical names of its axes, which `sharding.py` maps to a mesh.
 """
 
 import dataclasses
@@ -24,33 +24,27 @@ from instructjax.models.attention import rotate, rotation
 from instructjax.models.config import ModelConfig
 
 Params = dict[str, Any]
-At = jax.Array | slice | None  # columns of [B, T]: int32 [B, S], the same for all rows, or all
+At = jax.Array | slice | None  # columns of [B, T]: int32 [B, S]; the same in each row; or all
 
 
 class Shard(Protocol):
     """Where activations lie: `unsharded` on one device, `sharding.Constrainer` on a mesh."""
 
     @property
-    def fused(self) -> bool:
-        """Whether the devices run the attention kernel of fused.py."""
-        ...
+    def fused(self) -> bool: ...  # whether the devices run the attention kernel of fused.py
 
     @property
-    def batch(self) -> int:
-        """Into how many parts the rows of a batch are split."""
-        ...
+    def batch(self) -> int: ...  # parts into which the rows of a batch are split
 
     @property
-    def sequence(self) -> int:
-        """Into how many parts the sequence is split between sublayers."""
-        ...
+    def sequence(self) -> int: ...  # parts into which the sequence is split between sublayers
 
     def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """x, laid out by the logical names of its axes."""
+        """Lays out x by the logical names of its axes."""
         ...
 
     def by_head(self, attend, q_BNTH, k_BGTH, v_BGTH, places_B3T, window, /) -> jax.Array:
-        """attend(q, k, v, places, window), in which rows and heads do not meet."""
+        """attend(q, k, v, places, window), which computes each row and head alone."""
         ...
 
 
@@ -81,7 +75,7 @@ _ACTIVATIONS = {
 
 
 def _named(initializer: Callable, *axes: str) -> Any:
-    """The initializer, whose result then carries the logical names of its axes."""
+    """The initializer, with the logical names of the axes on its result."""
     return nn.with_logical_partitioning(initializer, axes)
 
 
@@ -90,7 +84,7 @@ def _normal(std: float, *axes: str) -> Any:
 
 
 def _residual_std(config: ModelConfig) -> float:
-    """GPT-2's scheme for what adds to the residual stream, which so keeps its size."""
+    """GPT-2's scheme for weights that add to the residual stream, which so keeps its scale."""
     return 0.02 / (2 * config.layers) ** 0.5
 
 
@@ -103,8 +97,8 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c, size = self.config, x.shape[-1]
         along = (1,) * (x.ndim - 1) + (size,)
-        one = nn.initializers.zeros if c.norm_offset else nn.initializers.ones
-        scale: Any = self.param("scale", _named(one, "norm"), (size,))
+        identity = nn.initializers.zeros if c.norm_offset else nn.initializers.ones
+        scale: Any = self.param("scale", _named(identity, "norm"), (size,))
         y = x.astype(jnp.float32)
         if c.norm == "layer":
             y -= jnp.mean(y, -1, keepdims=True)
@@ -121,7 +115,7 @@ _AXES = {"D": "width", "N": "heads", "G": "kv_heads", "H": "head_dim", "F": "mlp
 
 
 def _linear(c: ModelConfig, equation: str, bias: bool, name: str, std: float = 0.02) -> nn.Einsum:
-    """einsum(equation, x, kernel) + bias; the bias has the kernel's axes that the result keeps."""
+    """einsum(equation, x, kernel) + bias; the bias has the kernel axes that are in the result."""
     sizes = {"D": c.width, "N": c.heads, "G": c.kv_heads, "H": c.head_dim, "F": c.mlp_width}
     kernel, result = equation.split(",")[1].split("->")
     axes = [_AXES[letter] for letter in kernel]
@@ -187,13 +181,13 @@ class Layer(nn.Module):
       x_BTD: the residual stream.
       cos_sin: rotation of the tokens' positions, or None.
       key: dropout key, or None.
-      mix: attention itself: (scaled q_BNTH, k_BGTH, v_BGTH) -> (y_BNTH, anything to keep).
+      mix: attention: (scaled q_BNTH, k_BGTH, v_BGTH) -> (y_BNTH, anything to keep).
       shard: see `Shard`.
-      at: where the new residual stream is wanted; the other tokens are keys and values alone, and
-        dropout draws nothing for them.
+      at: columns whose new residual stream is computed; other tokens give only keys and values,
+        and dropout draws nothing for them.
 
     Returns:
-      (the new residual stream, [B, S, D] at `at`; what `mix` keeps).
+      (the new residual stream, [B, S, D] at `at`; the second output of `mix`).
     """
 
     config: ModelConfig
@@ -213,7 +207,7 @@ class Layer(nn.Module):
             return jnp.where(keep, y_BTD / (1 - c.dropout), 0)
 
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        # Where the sequence is split between sublayers, it is whole within them.
+        # A sequence that is split between sublayers is whole within them.
         normed = shard(Norm(c, name="attention_norm")(x_BTD), "batch", None, None)
         y_BTD, kept = Attention(c, name="attention")(normed, cos_sin, mix, shard, at)
         x_BTD = take(x_BTD, at)
@@ -232,12 +226,12 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> Params:
     c = config
     keys = jax.random.split(key, 4)
     x_BTD = jnp.zeros((1, 1, c.width))
-    one = jnp.zeros((1, 1), jnp.int32)
-    cos_sin = rotation(c.rope, c.head_dim, one) if c.positions == "rotary" else None
+    position_BT = jnp.zeros((1, 1), jnp.int32)
+    cos_sin = rotation(c.rope, c.head_dim, position_BT) if c.positions == "rotary" else None
 
     def init_layer(key):
-        passed = {"mix": lambda q, k, v: (q, None), "shard": unsharded}
-        return Layer(c).init(key, x_BTD, cos_sin, None, **passed)["params"]
+        no_mix = lambda q, k, v: (q, None)  # noqa: E731
+        return Layer(c).init(key, x_BTD, cos_sin, None, mix=no_mix, shard=unsharded)["params"]
 
     def table(key, axis, rows):
         return _normal(0.02, axis, "width")(key, (rows, c.width))
@@ -259,26 +253,20 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def _boxed_score(config: ModelConfig, key: jax.Array) -> Params:
-    # Standard deviation 1/sqrt(d + 1), as in lm-human-preferences (Stiennon et al. 2020, App. B).
+    # Standard deviation 1 / sqrt(d + 1) as in lm-human-preferences (Stiennon et al. 2020, App. B).
     kernel = _normal((config.width + 1) ** -0.5, "norm")(key, (config.width,))
     return {"kernel": kernel, "bias": _named(nn.initializers.zeros)(key, ())}
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
-    """Random float32 parameters (GPT-2's scheme). Compile it with out_shardings for a mesh."""
+    """Random float32 parameters (GPT-2's scheme). On a mesh, jit it with out_shardings."""
     return meta.unbox(_boxed_init(config, key))
 
 
 def cast(params: Params, dtype: str) -> Params:
-    """Weights in the compute dtype, except norms and the scalar head, which compute in float32.
-
-    Norms rounded to bfloat16 would make another model than the one that is trained.
-    """
-
-    def cast_leaf(path, x: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        return x if "norm" in name or "score" in name else x.astype(dtype)
-
+    """Casts all but norms and the scalar head, which compute in float32 in a trained model too."""
+    kept = lambda path: any(x in jax.tree_util.keystr(path) for x in ("norm", "score"))  # noqa: E731
+    cast_leaf = lambda path, leaf: leaf if kept(path) else leaf.astype(dtype)  # noqa: E731
     return jax.tree_util.tree_map_with_path(cast_leaf, params)
 
 
@@ -292,7 +280,7 @@ def logical_axes(config: ModelConfig) -> Params:
 def with_scalar_head(
     params: Params, config: ModelConfig, key: jax.Array
 ) -> tuple[ModelConfig, Params]:
-    """Replaces the unembedding by a scalar projection: how a reward model is born (App. C.2)."""
+    """Replaces the unembedding by a scalar projection, as reward models begin (App. C.2)."""
     kept = {name: leaf for name, leaf in params.items() if name != "unembed"}
     kept["score"] = meta.unbox(_boxed_score(config, key))
     return dataclasses.replace(config, scalar_head=True), kept
