@@ -148,12 +148,12 @@ def batches(
 
 
 def _take(rows: Batch, index: np.ndarray, response: int) -> Batch:
-    def one(name: str, x: np.ndarray) -> np.ndarray:
+    def take(name: str, x: np.ndarray) -> np.ndarray:
         x = x[:, :response] if name.endswith("_BR") else x
         empty = (index < 0).reshape(-1, *[1] * (x.ndim - 1))
         return np.where(empty, np.zeros((), x.dtype), x[index])
 
-    return {name: one(name, x) for name, x in rows.items()}
+    return {name: take(name, x) for name, x in rows.items()}
 
 
 def ended(rows: Batch, eos_ids: Sequence[int]) -> np.ndarray:

@@ -157,12 +157,12 @@ def plain_gradient():
 def assert_close(got, want, tolerance=1e-5):
     """By relative norm, leaf by leaf."""
 
-    def one(path, a, b):
+    def compare(path, a, b):
         a, b = np.asarray(a), np.asarray(b)
         gap, size = np.linalg.norm(a - b), np.linalg.norm(b)
         assert gap <= tolerance * size, (jax.tree_util.keystr(path), gap, size)
 
-    jax.tree_util.tree_map_with_path(one, got, want)
+    jax.tree_util.tree_map_with_path(compare, got, want)
 
 
 def metrics_close(got, want, tolerance=1e-5):
@@ -212,7 +212,7 @@ def test_experience_against_loops(seed, lengths, keywords):
     score, ended = rng.normal(size=5).astype(np.float32), rng.random(5) < 0.5
     score[mask.sum(1) == 0] = rng.choice([np.nan, np.inf, 1e30])
     ended &= mask.any(1)
-    made, metrics = experience(**keywords)(*arrays, mask, score, ended, np.float32(0.1))
+    outputs, metrics = experience(**keywords)(*arrays, mask, score, ended, np.float32(0.1))
     *want, want_metrics = reference.experience(*arrays, mask, score, ended, 0.1, **keywords)
     if mask.sum() == 1 and keywords.get("whiten_rewards"):
         return  # of one number there is no variance: rounding alone is left
@@ -228,7 +228,7 @@ def test_experience_against_loops(seed, lengths, keywords):
     for name, loops in zip(("advantage_BR", "return_BR"), want, strict=True):
         scale = max(1.0, np.abs(loops).max())
         if mask.sum() != 1:
-            np.testing.assert_allclose(made[name], loops, atol=tolerance * scale, err_msg=name)
+            np.testing.assert_allclose(outputs[name], loops, atol=tolerance * scale, err_msg=name)
     metrics_close(metrics, want_metrics, tolerance)
 
 
@@ -247,14 +247,16 @@ def test_experience_by_hand():
         jnp.array([True, False, False]),
     )
     named = dict(zip(ARGUMENTS, (*args, 0.5), strict=True))
-    made, metrics = ppo.make_experience(
+    outputs, metrics = ppo.make_experience(
         **named, lam=0.5, missing_eos="penalty", missing_eos_value=1.0, clip_score=3.0,
         whiten_advantages=False,
     )  # fmt: skip
     # KL 1 and -0.5; 0.5. Paid -0.5 and 0.25 + 0.75; 5 - 1 clipped to 3, less 0.25.
     # delta: -0.5 + 0.25 - 0.5 = -0.75 and 1 - 0.25 = 0.75; 2.75 - 0.5.
-    np.testing.assert_array_equal(made["advantage_BR"], [[-0.375, 0.75, 0], [2.25, 0, 0], [0] * 3])
-    np.testing.assert_array_equal(made["return_BR"], [[0.125, 1.0, 0], [2.75, 0, 0], [0] * 3])
+    np.testing.assert_array_equal(
+        outputs["advantage_BR"], [[-0.375, 0.75, 0], [2.25, 0, 0], [0] * 3]
+    )
+    np.testing.assert_array_equal(outputs["return_BR"], [[0.125, 1.0, 0], [2.75, 0, 0], [0] * 3])
     exact = {
         "objective/score": (0.75 + 3) / 2,
         "objective/score_std": 1.125,
@@ -298,11 +300,11 @@ def test_whitening_is_over_the_whole_rollout_on_any_devices():
     mesh = sharding.make_mesh(data=8)
     placed = [jax.device_put(x, sharding.batched(mesh)) for x in args]
     run = experience(whiten_rewards=True)
-    made, metrics = run(*args, jnp.float32(0.1))
+    outputs, metrics = run(*args, jnp.float32(0.1))
     spread, spread_metrics = run(*placed, jnp.float32(0.1))
-    assert_close(spread, made, 1e-6)
+    assert_close(spread, outputs, 1e-6)
     metrics_close(spread_metrics, metrics, 1e-6)
-    live = np.asarray(made["advantage_BR"])[rows["mask_BR"]]
+    live = np.asarray(outputs["advantage_BR"])[rows["mask_BR"]]
     assert abs(live.mean()) < 1e-6
     assert abs(live.std() - 1) < 1e-5
     assert abs(live[: len(live) // 2].mean()) > 1e-3  # of the whole, and not of each share
@@ -343,22 +345,22 @@ def test_at_the_first_step_kl_is_0_and_ratio_1(sampled, rescored):
     zeros, score = np.zeros(rows["mask_BR"].shape, np.float32), np.ones(8, np.float32)
     ended = rollout.ended(rows, CONFIG.eos_ids)
     assert 0 < ended.sum() < 8
-    made, metrics = experience()(
+    outputs, metrics = experience()(
         rows["logp_BR"], again, zeros, rows["mask_BR"], score, ended, np.float32(0.02)
     )
     assert np.abs(rows["logp_BR"] - again).max() < tolerance
     assert abs(metrics["objective/kl"]) < tolerance * R
     assert abs(metrics["objective/reward"] - 1) < tolerance * R
-    rows = rows | {"advantage_BR": np.asarray(made["advantage_BR"])}
-    mean, tokens, found, grads = run_loss("policy", rows, temperature=temperature)
+    rows = rows | {"advantage_BR": np.asarray(outputs["advantage_BR"])}
+    mean, tokens, loss_metrics, grads = run_loss("policy", rows, temperature=temperature)
     assert tokens == rows["mask_BR"].sum()
-    assert abs(found["policy/ratio"] - 1) < tolerance
-    assert found["policy/approx_kl"] < tolerance**2
-    assert found["policy/logp_change"] < tolerance
-    assert found["policy/clip_fraction"] == 0
+    assert abs(loss_metrics["policy/ratio"] - 1) < tolerance
+    assert loss_metrics["policy/approx_kl"] < tolerance**2
+    assert loss_metrics["policy/logp_change"] < tolerance
+    assert loss_metrics["policy/clip_fraction"] == 0
     # At ratio 1 the loss is minus the mean advantage, and the gradient is that of A log p.
-    assert abs(mean + made["advantage_BR"][rows["mask_BR"]].mean()) < 10 * tolerance
-    assert mean == found["policy/loss"]
+    assert abs(mean + outputs["advantage_BR"][rows["mask_BR"]].mean()) < 10 * tolerance
+    assert mean == loss_metrics["policy/loss"]
 
     assert_close(grads, reinforce(policy(), rows, temperature), 1e-4)
 
@@ -437,14 +439,14 @@ def test_a_loss_is_a_mean_over_live_tokens(name, knobs):
     assert abs(mean - want) < 1e-5 * max(1, want)
 
 
-def test_a_loss_of_ones_own():
+def test_a_loss_function_of_the_users():
     rows, mask = make_rows(), make_rows()["mask_BR"]
 
     def mine(logp_BR, old_logp_BR, advantages_BR, clip):
         return clip * (logp_BR - old_logp_BR) ** 2 + advantages_BR
 
-    own = jax.jit(lambda p: ppo.policy_loss(p, rows, None, config=CONFIG, loss=mine, clip=3.0))
-    mean, (tokens, _) = own(policy())
+    mean_of = jax.jit(lambda p: ppo.policy_loss(p, rows, None, config=CONFIG, loss=mine, clip=3.0))
+    mean, (tokens, _) = mean_of(policy())
     change = reference.live(logp_of(policy(), rows), mask) - reference.live(rows["logp_BR"], mask)
     want = np.mean(3 * change**2 + reference.live(rows["advantage_BR"], mask))
     assert abs(mean - want) < 1e-5
@@ -535,9 +537,9 @@ def test_microbatches_buckets_and_filler_change_nothing(size, buckets, names):
     for name in names:
         _, _, metrics, grads = run_loss(name, rows)
         parts = cut(rows, size, buckets)
-        got, found = gradient(name)(LOSSES[name][1](), parts, 36)
+        got, got_metrics = gradient(name)(LOSSES[name][1](), parts, 36)
         assert_close(got, grads, 5e-6)
-        metrics_close(found, metrics, 2e-6)
+        metrics_close(got_metrics, metrics, 2e-6)
 
 
 @pytest.mark.parametrize("name", ["policy", "value"])
@@ -548,9 +550,9 @@ def test_longer_padding_changes_nothing(name):
         value = {"tokens_BR": 7, "prompt_BP": 9}.get(each, 0)
         wider[each] = np.pad(x, [(0, 0), sides], constant_values=value)
     want, _, metrics, grads = run_loss(name, rows)
-    got, _, found, got_grads = run_loss(name, wider)
+    got, _, got_metrics, got_grads = run_loss(name, wider)
     assert abs(got - want) < 1e-6 * max(1, want)
-    metrics_close(found, metrics)
+    metrics_close(got_metrics, metrics)
     assert_close(got_grads, grads)
 
 
@@ -565,9 +567,9 @@ def test_eight_devices_equal_one(name):
     parts = cut(rows, 8, [8], functools.partial(rollout.put, mesh=mesh))
     shard = sharding.constrainer(mesh)
     mean_gradient = ppo.Gradient(bind(loss_fn, config=config, shard=shard), layout)
-    got, found = mean_gradient(placed, parts, 36)
+    got, got_metrics = mean_gradient(placed, parts, 36)
     assert_close(got, grads)
-    metrics_close(found, metrics)
+    metrics_close(got_metrics, metrics)
     jax.tree.map(lambda x, where: chex.assert_equal(x.sharding, where), got, layout)
 
 
@@ -704,13 +706,13 @@ def updates():
     states, donated, counts, metrics = [copied(current)], [], [], []
     for _ in range(3):
         before = current
-        current, found = update(
+        current, update_metrics = update(
             current, cut(rows, 3, [4, 8]), 36, [text_batch(0), text_batch(1), text_batch(2)]
         )
         states.append(copied(current))
         donated.append(before)
         counts.append(dict(traces))
-        metrics.append(jax.device_get(found))
+        metrics.append(jax.device_get(update_metrics))
     return {"states": states, "donated": donated, "counts": counts, "metrics": metrics}
 
 
@@ -778,8 +780,8 @@ def test_metrics_of_an_update_have_the_fields_names(updates):
         "policy/logp_change", "value/loss", "value/clip_fraction", "ptx/loss",
         "optim/grad_norm", "optim/value_grad_norm",
     }  # fmt: skip
-    for one in updates["metrics"]:
-        assert all(np.isfinite(value) for value in one.values())
+    for metrics in updates["metrics"]:
+        assert all(np.isfinite(value) for value in metrics.values())
     assert updates["metrics"][0]["value/loss"] > updates["metrics"][2]["value/loss"]
 
 
@@ -830,8 +832,6 @@ def test_an_update_on_a_mesh_equals_one_on_one_device():
             want_text["value_head"] = jax.tree.map(jnp.zeros_like, want["value_head"])
             mixed = jax.tree.map(lambda a, b: a + 2 * b, want, want_text)
             assert_close(jax.device_get(current.policy.opt_state[0].trace), mixed)
-            found = {name: metrics[name] for name in want_metrics}
-            metrics_close(found, want_metrics)
+            metrics_close({name: metrics[name] for name in want_metrics}, want_metrics)
     assert len(traces) == 2  # the first batch, and one that is added to it
-    found = jax.tree.map(lambda x: x.sharding, current.policy)
-    chex.assert_trees_all_equal(found, layout)
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x.sharding, current.policy), layout)

@@ -176,7 +176,7 @@ def test_left_padded():
 def test_batches_hold_each_row_once_and_whole(lengths, size, buckets, random):
     rows = make_rows(lengths)
     index = np.array(random.sample(range(len(lengths)), random.randint(1, len(lengths))))
-    found = []
+    order = []
     for part, batch in rollout.batches(rows, index, size, buckets):
         width = batch["tokens_BR"].shape[1]
         assert batch["prompt_BP"].shape == (size, P)
@@ -185,7 +185,7 @@ def test_batches_hold_each_row_once_and_whole(lengths, size, buckets, random):
             if i < 0:  # an empty row
                 assert not any(np.any(x[b]) for x in batch.values())
                 continue
-            found.append(i)
+            order.append(i)
             assert batch["row_B"][b] == i
             for name, x in rows.items():
                 cut = x[i][:width] if name.endswith("_BR") else x[i]
@@ -193,8 +193,8 @@ def test_batches_hold_each_row_once_and_whole(lengths, size, buckets, random):
         assert {name: x.dtype for name, x in batch.items()} == {
             name: x.dtype for name, x in rows.items()
         }
-    assert sorted(found) == sorted(index)
-    assert [lengths[i] for i in found] == sorted(lengths[i] for i in index)  # alike together
+    assert sorted(order) == sorted(index)
+    assert [lengths[i] for i in order] == sorted(lengths[i] for i in index)  # alike together
 
 
 def test_where_a_response_ends():

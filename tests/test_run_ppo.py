@@ -136,14 +136,14 @@ def test_the_miniatures_temporaries_are_not_mapped_anew():
     flags = dataclasses.replace(flags, data=dataclasses.replace(flags.data, max_prompt=48))
     model = models.PRESETS["miniature"]
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    found = {}
+    temporaries = {}
     for each in preflight_programs.ppo_programs(flags, model, model, mesh):
         if each.name in ("policy gradient", "value gradient"):
             compiled = each.jitted.lower(*each.args).compile()
-            found[each.name] = compiled.memory_analysis().temp_size_in_bytes
-    assert len(found) == 2
-    assert max(found.values()) < process.KEPT
-    assert 2 * max(found.values()) < process.UNUSED
+            temporaries[each.name] = compiled.memory_analysis().temp_size_in_bytes
+    assert len(temporaries) == 2
+    assert max(temporaries.values()) < process.KEPT
+    assert 2 * max(temporaries.values()) < process.UNUSED
 
 
 @pytest.fixture(scope="module")

@@ -76,10 +76,10 @@ def load(*spec, tokenizer=None, dtype="float32", offload=False, **flags):
     return scoring.load(config, mesh(), tokenizer or make_tokenizer(), dtype, offload)
 
 
-def score(found, rows=None):
+def score(rewards, rows=None):
     rows = rows or sampled_rows()
     n = len(rows["mask_BR"])
-    return found.score(functools.partial(over, rows), [""] * n, [""] * n, RECORDS[:1] * n)
+    return rewards.score(functools.partial(over, rows), [""] * n, [""] * n, RECORDS[:1] * n)
 
 
 def file_with(folder, body, name="mine.py"):
@@ -101,8 +101,8 @@ def bonus(prompts, responses, records):
 
 def test_functions_see_text_and_records(tmp_path):
     file = file_with(tmp_path, COUNT)
-    found = load(f"{file}:count", f"{file}:bonus")
-    total, terms = found.score(over, PROMPTS, RESPONSES, RECORDS)
+    rewards = load(f"{file}:count", f"{file}:bonus")
+    total, terms = rewards.score(over, PROMPTS, RESPONSES, RECORDS)
     assert total.dtype == np.float32
     np.testing.assert_array_equal(total, [2 + 0.875, 0.625 + 0.25, 1 + 0.375 + 0.5])
     assert terms == {"count": 1.0, "bonus": (0.875 + 0.875 + 0.875) / 3}
@@ -164,9 +164,9 @@ def test_files_that_do_not_give_a_function(tmp_path, body, name, message):
 )
 def test_functions_that_do_not_give_a_score_each(tmp_path, body, message):
     file = file_with(tmp_path, f"def f(prompts, responses, records):\n    {body}\n")
-    found = load(f"{file}:f")
+    rewards = load(f"{file}:f")
     with pytest.raises(ValueError, match=f"--reward .*{message}"):
-        found.score(over, PROMPTS, RESPONSES, RECORDS)
+        rewards.score(over, PROMPTS, RESPONSES, RECORDS)
 
 
 def test_flags_that_do_not_fit(tmp_path):
@@ -203,16 +203,16 @@ def test_scores_of_a_run(runs):
 
 
 def test_an_ensemble(runs):
-    one, _ = score(load(runs / "rm"))
-    two, _ = score(load(runs / "both" / "export-1"))
-    assert np.abs(one - two).max() > 0.1
-    mean, deviation = (one + two) / 2, np.abs(one - two) / 2
+    first, _ = score(load(runs / "rm"))
+    second, _ = score(load(runs / "both" / "export-1"))
+    assert np.abs(first - second).max() > 0.1
+    mean, deviation = (first + second) / 2, np.abs(first - second) / 2
     for flags, want in [
         ({}, mean),
-        ({"combine": "min"}, np.minimum(one, two)),
+        ({"combine": "min"}, np.minimum(first, second)),
         ({"combine": "mean-std"}, mean - deviation),
         ({"combine": "mean-std", "spread": 0.5}, mean - deviation / 2),
-        ({"combine": "min", "weights": (2.0,)}, 2 * np.minimum(one, two)),
+        ({"combine": "min", "weights": (2.0,)}, 2 * np.minimum(first, second)),
     ]:
         for spec in ([runs / "both"], [runs / "rm", runs / "both" / "export-1"]):
             got, terms = score(load(*spec, **flags))
@@ -277,8 +277,8 @@ def test_offloaded_models_score_alike(runs):
 
 
 def test_frozen_models_have_the_compute_dtype(runs):
-    found = load(runs / "rm", dtype="bfloat16")
-    params = found.models[0][1].tree
+    rewards = load(runs / "rm", dtype="bfloat16")
+    params = rewards.models[0][1].tree
     kernels = [
         leaf.dtype.name
         for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"])
@@ -286,15 +286,15 @@ def test_frozen_models_have_the_compute_dtype(runs):
     ]
     assert {params["embed"]["tokens"].dtype.name, *kernels} == {"bfloat16"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params["score"])} == {"float32"}
-    got, want = score(found)[0], score(load(runs / "rm"))[0]
+    got, want = score(rewards)[0], score(load(runs / "rm"))[0]
     assert 0 < np.abs(got - want)[:3].max() < 0.2
 
 
 def test_scores_on_a_mesh(runs):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     config = RewardConfig((str(runs / "rm"),))
-    found = scoring.load(config, mesh, make_tokenizer(), "float32", offload=True)
+    rewards = scoring.load(config, mesh, make_tokenizer(), "float32", offload=True)
     rows = sampled_rows()
     spread = lambda fn: rollout.map_batches(fn, rows, 4, [5], mesh)  # noqa: E731
-    got, _ = found.score(spread, [""] * 4, [""] * 4, RECORDS[:1] * 4)
+    got, _ = rewards.score(spread, [""] * 4, [""] * 4, RECORDS[:1] * 4)
     np.testing.assert_allclose(got[:3], score(load(runs / "rm"))[0][:3], atol=1e-5)
