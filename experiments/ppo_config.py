@@ -24,8 +24,8 @@ class PPO:
     microbatches: int = 1
     """Parts of a minibatch, sorted by length, whose gradients are accumulated [ours]."""
     buckets: int = 2
-    """Lengths to which batches of responses are padded. More of them waste less padding and
-    compile longer [ours]."""
+    """Lengths to which batches of responses are padded.
+    More of them waste less padding and compile longer [ours]."""
     clip: float = 0.2
     """The policy's ratio is clipped to 1 +- this [App. C.4: 0.2]."""
     value_clip: float = 0.2
@@ -59,23 +59,23 @@ class PPO:
     silent]."""
     rescore: bool | None = None
     """Computes the behaviour log-probabilities with another pass of the policy instead of taking
-    the sampler's. Default: only in bfloat16, where the two differ [ours]."""
+    the sampler's.
+    Default: only in bfloat16, where the two differ [ours]."""
     value: Literal["separate", "shared"] = "separate"
     """Where values come from: a value net of its own [App. C.4], or a head on the policy's trunk
     [lm-human-preferences]."""
     value_coef: float = 0.1
     """Coefficient of the value loss on a shared trunk [lm-human-preferences: 0.1]."""
     learning_rate: float = 1e-4
-    """Learning rate of the policy, constant after the warm-up [App. C.4 swept 2.55e-6 to
-    2.55e-5]."""
+    """Learning rate of the policy after the warm-up [App. C.4 swept 2.55e-6 to 2.55e-5]."""
     value_learning_rate: float = 3e-4
     """Learning rate of the value net, likewise [App. C.4: 9e-6, and 5e-6 for 175B]."""
     warmup: int = 10
     """Iterations over which both learning rates rise from a tenth to their full value
     [App. C.4: 10]."""
     ema: float = 0.95
-    """Decay per update of the moving average of the policy's weights, which is exported. 0 keeps no
-    average and exports the last weights [App. C.4: 0.992]."""
+    """Decay per update of the moving average of the policy's weights, which is exported.
+    0 keeps no average and exports the last weights [App. C.4: 0.992]."""
 
     @property
     def missing_eos_score(self) -> float:
@@ -96,9 +96,9 @@ class Adam:
     eps: float = 1e-8
     """Added to the root of the second moment [paper silent; ours]."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this global norm; `inf` turns clipping off. The policy's norm
-    includes the ptx gradient: with a large --ptx.coef little of PPO's own gradient is left [paper
-    silent; ours]."""
+    """Gradients are scaled down to this global norm; `inf` turns clipping off.
+    The policy's norm includes the ptx gradient: with a large --ptx.coef little of PPO's own
+    gradient is left [paper silent; ours]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,21 +131,22 @@ class Config(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts to sample responses to."""
     pretrain: DataConfig = field(default_factory=lambda: DataConfig(""))
-    """Pretraining text for the ptx gradient. Empty: the miniature's text with --data miniature, and
-    otherwise none, which needs --ptx.coef 0."""
+    """Pretraining text for the ptx gradient.
+    Empty: the miniature's text with --data miniature, and otherwise none, which needs
+    --ptx.coef 0."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """What scores a response."""
     value_model: str | None = None
     """The reward model that the value net starts from; default: the first of --reward, or the
     policy with a new head where all rewards are functions."""
     loss: str | None = None
-    """A function that replaces PPO's policy loss, `my_file.py:my_policy_loss`. It is called as
-    `losses.ppo_clip`."""
+    """A function that replaces PPO's policy loss, `my_file.py:my_policy_loss`.
+    It is called as `losses.ppo_clip`."""
     batch_size: int = 64
     """Episodes per iteration: prompts, with one response each [App. C.4: 512]."""
     sample_batch: int | None = None
-    """Prompts whose responses are sampled at the same time; `None`: all of an iteration's. Fewer
-    need less memory for keys and values, and change no token."""
+    """Prompts whose responses are sampled at the same time; `None`: all of an iteration's.
+    Fewer need less memory for keys and values, and change no token."""
     max_new_tokens: int = 32
     """Longest response in tokens, EOS included [App. C: 1k]."""
     temperature: float = 1.0
@@ -160,8 +161,8 @@ class Config(RunConfig):
     final_prompts: int = 512
     """Held-out prompts of the report at the end."""
     offload: bool = False
-    """Keeps the reference and the reward models in host memory while they are not used. While
-    responses are sampled, it also keeps everything that is trained there, except the policy's
+    """Keeps the reference and the reward models in host memory while they are not used.
+    While responses are sampled, it also keeps everything that is trained there, except the policy's
     weights."""
 
     def __post_init__(self) -> None:

@@ -106,8 +106,9 @@ def run_ppo(config: Config) -> dict[str, Any]:
         programs = Programs(
             config, model, value_model, policy, value, mesh, sampler.buckets(lengths.tolist())
         )
-        print(f"  prompts are padded to {programs.prompt_widths} tokens,", end="")
-        print(f" responses to {programs.response_widths}")
+        widths = programs.prompt_widths, programs.response_widths
+        padded = (" or ".join(map(str, sizes)) for sizes in widths)
+        print("  prompts are padded to {} tokens, responses to {}".format(*padded))
         seed_key = jax.random.key(config.seed)
         eval_key, before_key = jax.random.split(jax.random.fold_in(seed_key, 2**31 - 1))
         evaluation = Evaluation(programs, tokenizer, reward, reference, held_out, held_out_text)
@@ -201,15 +202,13 @@ def run_ppo(config: Config) -> dict[str, Any]:
             sys.exit(RESUMABLE)
 
         # Export the policy, and compare it with SFT.
+        weights = {"averaged": training.state.ema, "last": training.state.policy.params}
         trained = {
-            "PPO, averaged weights": training.state.ema,
-            "PPO, last weights": training.state.policy.params,
-        }
-        trained = {
-            name: ppo.without_value_head(params)
-            for name, params in trained.items()
+            f"PPO, {name} weights": ppo.without_value_head(params)
+            for name, params in weights.items()
             if params is not None
         }
+        del weights
         training.drop()
         hf.save(config.out / "export", model, next(iter(trained.values())), tokenizer)
         sampled = {"SFT": before}

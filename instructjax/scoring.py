@@ -38,7 +38,8 @@ class RewardConfig:
     (`my_file.py:my_function`), one or several."""
     weights: tuple[float, ...] = ()
     """Factor of each term of the score: one for all reward models together, then one for each
-    function in the order given. Default: 1 each."""
+    function in the order given.
+    Default: 1 each."""
     combine: Literal["mean", "min", "mean-std"] = "mean"
     """How several reward models give one score: their mean, their minimum, or their mean minus
     --reward.spread standard deviations."""

@@ -12,8 +12,9 @@ class DataConfig:
 
     spec: Annotated[str, tyro.conf.arg(name="", metavar="SPEC")] = "miniature"
     """Where the rows come from: `miniature`, `jsonl:PATH`, `tfds:NAME[/CONFIG][:SPLIT]` or
-    `hf:NAME[:SPLIT]`. PATH may hold wildcards and may end in .jsonl, .json, .csv, .tsv or .txt,
-    with .gz or .zst after it."""
+    `hf:NAME[:SPLIT]`.
+    PATH may hold wildcards and may end in .jsonl, .json, .csv, .tsv or .txt, with .gz or .zst after
+    it."""
     columns: str = ""
     r"""Which column each field is read from: a name `prompt=question,completion=answer`, a path
     `completion=instances.0.output`, a list of columns `responses=ref1+ref2` or a template
