@@ -1,4 +1,4 @@
-"""One token: which may be drawn, and whose noise decides."""
+"""One token: the tokens that may be drawn, and the noise that decides."""
 
 import jax
 import jax.numpy as jnp

@@ -111,8 +111,8 @@ def test_the_kernel_is_the_einsums(T, N, G, H, softcap):
             difference = np.abs(got - want)[b].max(axis=(0, 2))
             assert difference[live[b]].max() < 1e-5, at
             assert not np.any(got[b][:, ~live[b]]), at
-            for ours_, theirs, of in zip(got_grads, want_grads, "qkv", strict=True):
-                assert np.abs(ours_ - theirs)[b].max() < 2e-5, f"{at}: {of}"
+            for got_grad, want_grad, of in zip(got_grads, want_grads, "qkv", strict=True):
+                assert np.abs(got_grad - want_grad)[b].max() < 2e-5, f"{at}: {of}"
 
 
 # ---------------------------------------------------------------------------- models
@@ -128,8 +128,8 @@ FUSED = Unsharded(fused=True)
 @pytest.fixture(scope="module")
 def params():
     """Weights large enough for attention to be far from uniform."""
-    made = jax.jit(models.init, static_argnums=0)(CONFIG, jax.random.key(0))
-    return jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, made)
+    params = jax.jit(models.init, static_argnums=0)(CONFIG, jax.random.key(0))
+    return jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params)
 
 
 def assert_same(run, params, live, shard):

@@ -1,4 +1,4 @@
-"""The decoder: who sees whom, the cache, and log-probabilities without logits."""
+"""The decoder: which tokens see which, the cache, and log-probabilities without all logits."""
 
 import dataclasses
 import functools
@@ -114,7 +114,7 @@ def test_packed_documents_do_not_meet(config):
 @CONFIGS
 @pytest.mark.parametrize(("layers", "how"), [(1, {"parallel": True}), (3, {"remat": "full"})])
 def test_hidden_states_at_some_positions(config, layers, how):
-    """They and the gradients through them are what they are among all positions."""
+    """Hidden states and gradients equal those of a pass that returns all positions."""
     config = dataclasses.replace(config, layers=layers, windowed=config.windowed[-layers:], **how)
     unrolled = dataclasses.replace(config, unroll=layers)
     params, tokens = params_of(config), tokens_of(2, 12)
@@ -235,13 +235,13 @@ def test_weights_and_cache_are_both_stacked_or_neither():
 def test_what_a_column_held_is_overwritten(config):
     """With stacked weights as without them; nothing there is seen any more."""
     params = params_of(config)
-    found = []
+    hidden = []
     for weights in (params, models.unstack(params, config)):
         stacked = weights is params
         cache = models.Cache.create(config, batch=3, columns=6, stacked=stacked)
         _, cache = extend(weights, config, cache, tokens_of(3, 6), column=0)
-        found.append(extend(weights, config, cache, tokens_of(3, 2), column=3)[0])
-    np.testing.assert_allclose(*found, atol=2e-5)
+        hidden.append(extend(weights, config, cache, tokens_of(3, 2), column=3)[0])
+    np.testing.assert_allclose(*hidden, atol=2e-5)
 
 
 # ---------------------------------------------------------------------------- heads
@@ -515,3 +515,13 @@ def test_config_refuses_what_does_not_fit():
         ModelConfig(**SMALL, windowed=(True, False), window=4)
     with pytest.raises(ValueError, match="need a window"):
         ModelConfig(**SMALL, windowed=(True,) * 3)
+
+
+def test_cast_keeps_norms_and_the_scalar_head():
+    config = dataclasses.replace(GEMMA3, qkv_bias=True, out_bias=True, mlp_bias=True)
+    _, params = models.with_scalar_head(params_of(config), config, jax.random.key(0))
+    cast = models.cast(params, "bfloat16")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cast):
+        name = jax.tree_util.keystr(path)
+        kept = "_norm'" in name or "'score'" in name
+        assert leaf.dtype == (jnp.float32 if kept else jnp.bfloat16), name

@@ -1,4 +1,4 @@
-"""Sampling: whose noise it is, what its log-probabilities are of, its statistics, its queue."""
+"""Sampling: noise, log-probabilities, statistics, continuous batching, compiled programs."""
 
 import dataclasses
 import functools
@@ -50,7 +50,7 @@ def logits_of(config):
 
 
 def assert_drawn(prompts, rollout, config=CONFIG, samples=1):
-    """Each token is the best of logits + noise on a second pass without a cache; no near tie."""
+    """Each token is the argmax of logits + noise in a pass without a cache, with no near tie."""
     responses = rollout.responses()
     whole = [[*prompts[row // samples], *response] for row, response in enumerate(responses)]
     width = max(map(len, prompts)) + R
@@ -74,11 +74,11 @@ def assert_drawn(prompts, rollout, config=CONFIG, samples=1):
     "changes", [{"temperature": 0.7}, {"top_p": 0.9, "top_k": 30, "min_new_tokens": 3}], ids=str
 )
 def test_log_probabilities_equal_a_second_pass(changes):
-    """Of the whole distribution at the sampling temperature, whatever is not to be drawn."""
+    """They are of the whole distribution at the sampling temperature, also where it is cut."""
     prompts = many()
     rollout = generate(prompts, **changes)
     responses, logp = rollout.responses(), np.asarray(rollout.logp_BR)
-    # A sampled pad is a token like any other, and shifts nothing behind it.
+    # A sampled pad is a token like any other and shifts no later token.
     assert sum(0 in response[:-1] for response in responses) > 5
     tokens, live = np.zeros((40, 8 + R), np.int32), np.zeros((40, 8 + R), bool)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -113,7 +113,7 @@ def test_a_response_ends_with_its_eos():
 
 
 def test_several_eos_and_a_least_length():
-    """Each EOS ends a response, none before min_new_tokens; up to there nothing else changes."""
+    """Each EOS ends a response, but not before min_new_tokens; other tokens stay the same."""
     prompts, ends = many(), {3, *range(20, 40)}
     free = generate(prompts, eos_ids=tuple(ends)).responses()
     late = generate(prompts, eos_ids=tuple(ends), min_new_tokens=4).responses()
@@ -133,7 +133,7 @@ def test_several_eos_and_a_least_length():
 
 
 def test_noise_belongs_to_the_prompt():
-    """The same tokens in another order, batch, bucket or mesh; others for another key or index."""
+    """Order, batch and bucket change no token; another key or another index does."""
     rollout = generate()
     assert_drawn(PROMPTS, rollout)
     whole = rollout.responses()
@@ -148,12 +148,12 @@ def test_noise_belongs_to_the_prompt():
 
 
 def test_samples_of_a_prompt():
-    """Differ from one another; the first is that of a single sample."""
+    """Samples differ, and the first equals the only sample of another call."""
     rollout = generate(samples_per_prompt=3)
     assert_drawn(PROMPTS, rollout, samples=3)
-    several = rollout.responses()
-    assert several[::3] == generate().responses()
-    assert all(len({tuple(row) for row in several[i : i + 3]}) == 3 for i in range(0, 12, 3))
+    responses = rollout.responses()
+    assert responses[::3] == generate().responses()
+    assert all(len({tuple(row) for row in responses[i : i + 3]}) == 3 for i in range(0, 12, 3))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_an_unfinished_vocabulary_is_never_sampled():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_continuous_batching_changes_no_token(family):
-    """Slots of their own on one device and on eight, against as many slots as rows."""
+    """Fewer slots than rows, on one device and on eight, against as many slots as rows."""
     config = dataclasses.replace(FAMILIES[family], eos_ids=(3, 4, 5, 6, 7))
     prompts, key = many(35), jax.random.key(0)
     sample = functools.partial(
@@ -245,11 +245,11 @@ def test_stacked_weights_give_the_same_tokens(family, axes, monkeypatch):
     laid_out = []
     extend = decode.models.extend
 
-    def seen(weights, *args, **named):
+    def extend_and_look(weights, *args, **named):
         laid_out.append(isinstance(weights["layers"], dict))
         return extend(weights, *args, **named)
 
-    monkeypatch.setattr(decode.models, "extend", seen)
+    monkeypatch.setattr(decode.models, "extend", extend_and_look)
     key = jax.random.key(0)
     got = sampler.generate(placed, config, prompts, key, max_new_tokens=R, slots=64, mesh=mesh)
     assert laid_out
@@ -311,8 +311,8 @@ def collectives(hlo):
             name = opened[1]
         bodies |= set(re.findall(r"(?:body|condition)=%([\w.\-]+)", line))
         calls.setdefault(name, set()).update(re.findall(r"=%([\w.\-]+)", line))
-        if found := COLLECTIVE.search(line):
-            shapes = re.findall(r"\[([\d,]*)\]", found[1])
+        if match := COLLECTIVE.search(line):
+            shapes = re.findall(r"\[([\d,]*)\]", match[1])
             size = max(int(np.prod([int(n) for n in s.split(",") if n])) for s in shapes)
             sizes[name] = max(sizes.get(name, 0), size)
     inside, new = set(), bodies
@@ -325,7 +325,7 @@ def collectives(hlo):
 
 @pytest.mark.parametrize("axes", [(2, 4, 1), (2, 2, 2)], ids=str)
 def test_no_parameter_is_gathered_in_the_loop(axes):
-    """From fully sharded weights: gathered before the loop; within it, a slot's activations."""
+    """Sharded weights are gathered before the loop; inside it only activations move."""
     mesh = sharding.make_mesh(*axes)
     config = dataclasses.replace(CONFIG, width=64, mlp_width=128, heads=4, vocab_size=512)
     shapes = jax.eval_shape(lambda: models.init(config, jax.random.key(0)))
@@ -348,12 +348,12 @@ def test_no_parameter_is_gathered_in_the_loop(axes):
     within, before = collectives(program.as_text())
     smallest = 64 * 64 // axes[2]  # a query kernel's share
     assert before >= smallest
-    # Prefill runs in a loop too, of 2 prompts of 8 tokens a turn: its activations are 1,024.
+    # Prefill also runs in a loop, with 2 prompts of 8 tokens per turn: 1,024 activations.
     assert within <= (1024 if axes[2] > 1 else 0)
 
 
 def test_weights_for_decoding():
-    """The compute dtype, but for the norms; whole on each data shard, split over tensor."""
+    """In the compute dtype except norms; whole on each data shard, split over tensor."""
     mesh = sharding.make_mesh(2, 2, 2)
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     weights = jax.jit(sample.lay_out, static_argnums=(1, 2))(params(), config, mesh)
@@ -378,7 +378,7 @@ def test_one_program_for_all_prompts_of_a_bucket():
 def test_buckets():
     assert sampler.buckets([5, 17, 64, 3]) == (16, 32, 64)
     assert sampler.buckets([100], multiple=32) == (128,)
-    # 90 short ones, 9 of middle length, a long one: the widest must be, then what saves the most.
+    # 90 short, 9 middle, 1 long: the widest is needed; then the width that saves the most.
     lengths = [10] * 90 + [50] * 9 + [200]
     assert sampler.buckets(lengths, most=1) == (208,)
     assert sampler.buckets(lengths, most=2) == (16, 208)

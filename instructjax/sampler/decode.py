@@ -128,7 +128,7 @@ def decode(
         return jax.lax.psum(work.astype(jnp.int32), lockstep_axes) > 0
 
     def step(state: State) -> State:
-        if len(state.slots.row_B) == n < rows:
+        if len(state.slots.row_B) == n < rows:  # later loops begin when no row waits
             state = refill(state, prefilled)
         return draw_and_extend(weights, prompts.number_B, key, state, settings)
 
