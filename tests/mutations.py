@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,25 +172,27 @@ MUTATIONS = [
 ]
 
 
-def killer(mutation: Mutation, tree: Path) -> str | None:
-    """The first test that fails on the mutated tree, if any does."""
-    file = tree / mutation.file
-    original = file.read_text()
-    assert original.count(mutation.old) == 1, mutation.name
-    file.write_text(original.replace(mutation.old, mutation.new))
-    env = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'experiments'}"}
-    try:
+def killer(mutation: Mutation, cache: str) -> str | None:
+    """The first test that fails on a mutated copy of the tree, if any does.
+
+    Args:
+      cache: a directory for compiled programs, which all copies share.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        tree = Path(directory)
+        for name in ("instructjax", "experiments", "tests", "pyproject.toml"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, tree / name)
+        file = tree / mutation.file
+        file.write_text(file.read_text().replace(mutation.old, mutation.new))
+        env = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'experiments'}"}
         for name in TESTS:
             command = [sys.executable, "-m", "pytest", "-n0", "-x", "-q", f"tests/{name}"]
-            deselect = ["-k", "not every_mutation"]
-            done = subprocess.run(
-                command + deselect, cwd=tree, env=env, capture_output=True, text=True
-            )
-            if failed := re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE):
+            command += ["-o", f"cache_dir={cache}", "-k", "not every_mutation"]
+            run = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+            if failed := re.search(r"^(?:FAILED|ERROR) tests/(\S+)", run.stdout, re.MULTILINE):
                 return failed[1]
-            assert done.returncode == 0, done.stdout + done.stderr
-    finally:
-        file.write_text(original)
+            assert run.returncode == 0, run.stdout + run.stderr
     return None
 
 
@@ -198,18 +201,15 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="run the mutations whose name contains this text"
     )
-    only = parser.parse_args().only
+    parser.add_argument("--jobs", type=int, default=2, help="mutations to run at a time")
+    flags = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if flags.only in mutation.name]
     survivors = 0
-    with tempfile.TemporaryDirectory() as directory:
-        tree = Path(directory)
-        for name in ("instructjax", "experiments", "tests", "pyproject.toml"):
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            copy(ROOT / name, tree / name)
-        for mutation in MUTATIONS:
-            if only in mutation.name:
-                test = killer(mutation, tree)
-                survivors += test is None
-                print(f"| {mutation.name} | {test or '**survives**'} |", flush=True)
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(flags.jobs) as pool:
+        tests = pool.map(lambda mutation: killer(mutation, cache), chosen)
+        for mutation, test in zip(chosen, tests, strict=True):
+            survivors += test is None
+            print(f"| {mutation.name} | {test or '**survives**'} |", flush=True)
     sys.exit(survivors > 0)
 
 
