@@ -164,6 +164,36 @@ MUTATIONS = [
         '"advantage_BR": return_BR, "return_BR": advantage_BR',
     ),
     Mutation(
+        "no response counts as ended, or every one",
+        LOOP,
+        "ended_B=rollout.ended(rows, model.eos_ids),\n                beta",
+        "ended_B=rows['mask_BR'].any(1),\n                beta",
+    ),
+    Mutation(
+        "the policy as its own reference",
+        LOOP,
+        "ref_logp_BR = evaluation.reference_logp(rows)",
+        "ref_logp_BR = programs.logp(training.state.policy.params, rows)",
+    ),
+    Mutation(
+        "the prompt's place in the batch as its number",
+        LOOP,
+        "range((step - 1) * config.batch_size, step * config.batch_size)",
+        "range(config.batch_size)",
+    ),
+    Mutation(
+        "--loss ignored",
+        LOOP,
+        "losses.ppo_clip if config.loss is None else load_loss(config.loss)",
+        "losses.ppo_clip",
+    ),
+    Mutation(
+        "--ppo.rescore ignored",
+        LOOP,
+        'config.model_dtype != "float32" if flags.rescore is None else flags.rescore',
+        'config.model_dtype != "float32"',
+    ),
+    Mutation(
         "values of the rollout are 0",
         LOOP,
         'rows["value_BR"] = programs.values(training.state, rows)',

@@ -308,6 +308,16 @@ def test_on_a_shared_trunk_the_value_loss_has_the_flags():
     assert metrics["value/loss"] == pytest.approx(float(value_loss(params)), rel=1e-4)
 
 
+def test_a_loss_of_the_users_replaces_ppos(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def loss(logp, old_logp, advantages, clip):\n    return 0 * logp + 7 + clip\n")
+    config = dataclasses.replace(CONFIG, loss=f"{file}:loss")
+    programs = make_programs(config)
+    minibatch = programs.minibatch(make_rows(), np.arange(B))
+    _, metrics = programs.policy_gradient(nets()[0], *minibatch)
+    assert float(metrics["policy/loss"]) == pytest.approx(7.1, rel=1e-5)
+
+
 def test_warm_up_counts_iterations(programs):
     """From a tenth to the whole in --ppo.warmup iterations of four updates each."""
     rates = [float(programs.learning_rate(update)) for update in range(20)]

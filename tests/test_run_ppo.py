@@ -182,6 +182,14 @@ def test_the_reward_is_the_score_less_beta_kl(moved):
         assert row["objective/reward"] == pytest.approx(want, rel=1e-5)
 
 
+def test_values_are_those_of_the_value_net(moved):
+    """It starts as the reward model and stays so, at a learning rate of 0."""
+    first, second = moved[0][1], moved[0][2]
+    assert abs(first["value/mean"]) > 0.01
+    assert first["value/mean"] != second["value/mean"]
+    assert first["value/loss"] > 0
+
+
 def test_beta_follows_the_kl(moved):
     """The first iteration's KL is 0: a fifth of a target's error, times 16 of 32 episodes."""
     first, second = moved[0][1], moved[0][2]
@@ -246,13 +254,14 @@ def test_a_resumed_run_may_not_become_another(start, whole, flag, changed):
 
 def test_choices(start, whole, tmp_path, monkeypatch):
     """Two epochs, uneven lengths in buckets and shares, a head on the trunk, adaptive beta,
-    re-scored behaviour, a penalty for no EOS, models at rest on the host, sequences split between
+    re-scored behaviour, a score for no EOS, models at rest on the host, sequences split between
     sublayers, a few prompts sampled at a time, and an early stop."""
     out = tmp_path / "ppo"
     flags = [*start, "--out", str(out), "--steps", "9", "--mesh", "data=1,fsdp=4,tensor=2"]
     flags += ["--ppo.epochs", "2", "--ppo.buckets", "2", "--ppo.microbatches", "2"]
     flags += ["--ptx.microbatches", "2", "--ppo.value", "shared", "--ppo.kl_target", "0.5"]
-    flags += ["--ppo.rescore", "True", "--ppo.missing_eos", "penalty", "--offload"]
+    flags += ["--ppo.rescore", "True", "--offload"]
+    flags += ["--ppo.missing_eos", "fixed", "--ppo.missing_eos_value", "-1.5"]
     flags += ["--ppo.whiten_rewards", "--ppo.clip_score", "2", "--ppo.max_kl", "-1"]
     flags += ["--ppo.beta", "0.02", "--shard_sequence", "--sample_batch", "2"]
     generate, resting = run_ppo.sampler.generate, []
@@ -275,6 +284,10 @@ def test_choices(start, whole, tmp_path, monkeypatch):
     rows = metrics_of(out)
     assert [row["step"] for row in rows] == [0, 1]  # any KL is above -1 nats
     assert abs(rows[1]["objective/kl"]) < 1e-5
+    assert rows[1]["rollout/eos_fraction"] == 0
+    assert rows[1]["objective/score"] == -1.5
+    assert rows[1]["reward/model"] != -1.5
+    assert 0 < rows[1]["rollout/logp_mismatch"] < 5e-5  # to the sampler, by another pass
     assert rows[1]["objective/beta"] == pytest.approx(0.02)
     _, params = hf.load(out / "export")
     assert "value_head" not in params
