@@ -168,6 +168,19 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         ppo, ptx = self.ppo, self.ptx
+        for flag, count in {
+            "batch_size": self.batch_size,
+            "max_new_tokens": self.max_new_tokens,
+            "eval_every": self.eval_every,
+            "eval_prompts": self.eval_prompts,
+            "ppo.epochs": ppo.epochs,
+            "ppo.buckets": ppo.buckets,
+            "ptx.ratio": ptx.ratio,
+        }.items():
+            if count < 1:
+                raise ValueError(f"--{flag} {count}: must be at least 1")
+        if ppo.beta < 0:
+            raise ValueError(f"--ppo.beta {ppo.beta}: must not be negative")
         batch, text_rows = self.batch_size, ppo.minibatch * ptx.ratio
         sample_batch = batch if self.sample_batch is None else self.sample_batch
         for parts, flag, whole, whole_flag in (

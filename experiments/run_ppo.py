@@ -124,8 +124,8 @@ def run_ppo(config: Config) -> dict[str, Any]:
             config.offload,
             run.checkpoints.wait,
         )
-        training.state, start, meta = run.restore(training.state)
         del params, policy, value
+        training.state, start, meta = run.restore(training.state)
 
         def evaluate(step: int) -> None:
             with training.sampling() as policy_params:
@@ -209,8 +209,8 @@ def run_ppo(config: Config) -> dict[str, Any]:
             if params is not None
         }
         del weights
-        training.drop()
         hf.save(config.out / "export", model, next(iter(trained.values())), tokenizer)
+        training.drop()
         sampled = {"SFT": before}
         for name, params in trained.items():
             sampled[name] = evaluation.assess(params, eval_key, config.final_prompts)
@@ -234,7 +234,7 @@ def iteration_metrics(
     """What an iteration logs besides the metrics of its experience."""
     metrics = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
     metrics |= {f"reward/{name}": mean for name, mean in score_terms.items()}
-    # Without another pass of the policy, the first minibatch shows how far the sampler is off.
+    # Without --ppo.rescore, the first minibatch of the policy that sampled shows the mismatch.
     metrics["rollout/logp_mismatch"] = updates[0]["policy/logp_change"]
     if rows["logp_BR"] is not sampler_logp_BR:
         mismatch_BR = np.abs(rows["logp_BR"] - sampler_logp_BR)
@@ -343,16 +343,12 @@ class Programs:
 
         # Losses, their gradients, and the steps of the optimizers.
         loss = losses.ppo_clip if config.loss is None else load_loss(config.loss)
-        policy_loss = functools.partial(ppo.policy_loss, loss=loss, clip=flags.clip, **behaviour)
+        behaviour |= {"loss": loss, "clip": flags.clip}
         if value_model is None:
-            policy_loss = functools.partial(
-                ppo.joint_loss,
-                loss=loss,
-                clip=flags.clip,
-                value_clip=flags.value_clip,
-                value_coef=flags.value_coef,
-                **behaviour,
-            )
+            coefs = {"value_clip": flags.value_clip, "value_coef": flags.value_coef}
+            policy_loss = functools.partial(ppo.joint_loss, **behaviour, **coefs)
+        else:
+            policy_loss = functools.partial(ppo.policy_loss, **behaviour)
         ptx_loss = functools.partial(ppo.ptx_loss, config=model, shard=shard)
         self.policy_gradient = ppo.Gradient(policy_loss, policy_layout.params)
         self.ptx_gradient = ppo.Gradient(ptx_loss, policy_layout.params)
@@ -437,6 +433,7 @@ class Programs:
           text: from `text_batches`; empty: plain PPO.
         """
         policy, value = ppo_state.policy, ppo_state.value
+        # The gradient of ppo.policy_loss, with losses.ppo_clip or --loss.
         grads, metrics = self.policy_gradient(policy.params, minibatch, tokens)
         if text:
             text_tokens = jax.block_until_ready(self.count_targets(text))

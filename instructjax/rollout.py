@@ -26,7 +26,7 @@ from instructjax.train import Batch
 def hidden_states(
     params: Params, config: ModelConfig, rows: Batch, shard: Shard = models.unsharded
 ) -> jax.Array:
-    """Hidden states before each response token: the one shift by one of all RL code.
+    """Hidden states that predict each response token. RL code shifts by one here and nowhere else.
 
     Args:
       rows: prompt_BP, prompt_mask_BP, tokens_BR, mask_BR.

@@ -1,4 +1,4 @@
-"""What a response is worth: reward models, Python functions, or a weighted mix of both.
+"""Scores responses with reward models, Python functions, or a weighted sum of both.
 
 runs/rm                    a reward model: a run directory or a Hugging Face directory. A run with
                            --ensemble gives all its reward models

@@ -61,8 +61,8 @@ MUTATIONS = [
     Mutation(
         "clip ignored",
         LOOP,
-        "functools.partial(ppo.policy_loss, loss=loss, clip=flags.clip, **behaviour)",
-        "functools.partial(ppo.policy_loss, loss=loss, **behaviour)",
+        'behaviour |= {"loss": loss, "clip": flags.clip}',
+        'behaviour |= {"loss": loss}',
     ),
     Mutation(
         "value clip ignored",
@@ -70,9 +70,9 @@ MUTATIONS = [
         "config=value_model, clip=flags.value_clip, shard=shard",
         "config=value_model, shard=shard",
     ),
-    Mutation("value clip ignored on a shared trunk", LOOP, "value_clip=flags.value_clip,", ""),
+    Mutation("value clip ignored on a shared trunk", LOOP, '"value_clip": flags.value_clip, ', ""),
     Mutation(
-        "value coefficient ignored on a shared trunk", LOOP, "value_coef=flags.value_coef,", ""
+        "value coefficient ignored on a shared trunk", LOOP, ', "value_coef": flags.value_coef', ""
     ),
     Mutation(
         "ptx.coef ignored",
@@ -193,6 +193,37 @@ MUTATIONS = [
         'config.model_dtype != "float32" if flags.rescore is None else flags.rescore',
         'config.model_dtype != "float32"',
     ),
+    Mutation(
+        "the records of other prompts are scored",
+        LOOP,
+        'evaluation.score(rows, batch["records"])',
+        'evaluation.score(rows, batch["records"][::-1])',
+    ),
+    Mutation(
+        "the last weights are exported",
+        LOOP,
+        "model, next(iter(trained.values())), tokenizer)",
+        "model, [*trained.values()][-1], tokenizer)",
+    ),
+    Mutation(
+        "the policy is not computed as the flags say",
+        LOOP,
+        "return config.compute(model), params, tokenizer",
+        "return model, params, tokenizer",
+    ),
+    Mutation(
+        "the sign of the KL on held-out prompts",
+        LOOP,
+        "(logp_BR - ref_logp_BR).sum(1",
+        "(ref_logp_BR - logp_BR).sum(1",
+    ),
+    Mutation(
+        "training goes on after --ppo.max_kl",
+        LOOP,
+        "            total = start\n",
+        "            pass\n",
+    ),
+    Mutation("--seed ignored", LOOP, "jax.random.key(config.seed)", "jax.random.key(0)"),
     Mutation(
         "values of the rollout are 0",
         LOOP,

@@ -308,6 +308,18 @@ def test_on_a_shared_trunk_the_value_loss_has_the_flags():
     assert metrics["value/loss"] == pytest.approx(float(value_loss(params)), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("rescore", "dtype", "want"),
+    [
+        *((None, "float32", False), (None, "bfloat16", True)),
+        *((True, "float32", True), (False, "bfloat16", False)),
+    ],
+)
+def test_behaviour_is_rescored_in_bfloat16_or_when_asked_for(rescore, dtype, want):
+    config = dataclasses.replace(with_ppo(rescore=rescore), model_dtype=dtype)
+    assert make_programs(config).rescore is want
+
+
 def test_a_loss_of_the_users_replaces_ppos(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def loss(logp, old_logp, advantages, clip):\n    return 0 * logp + 7 + clip\n")

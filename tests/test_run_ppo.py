@@ -1,5 +1,6 @@
 """run_ppo.py from its command line to its run directory: toy sizes, eight emulated devices."""
 
+import ast
 import dataclasses
 import gc
 import json
@@ -15,6 +16,7 @@ from instructjax import hf, miniature, models, ppo, rollout, sharding, state
 from instructjax.data import sources
 from instructjax.models import ModelConfig
 from instructjax.run import process
+from instructjax.scoring import RewardConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 
@@ -148,12 +150,17 @@ def test_the_miniatures_temporaries_are_not_mapped_anew():
 
 @pytest.fixture(scope="module")
 def moved(start, tmp_path_factory):
-    """(metrics by step, what each call of the sampler was given and gave) of two iterations with
-    a large learning rate, an adaptive beta and fewer prompts than episodes."""
+    """(run directory, what each call of the sampler was given and gave, the average of the weights
+    in the end) of two iterations with a large learning rate, an adaptive beta and fewer prompts
+    than episodes."""
     out = tmp_path_factory.mktemp("moved")
     prompts = [{"prompt": record["prompt"]} for record in miniature.prompts(0, 12, "train")]
     (out / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    calls = []
+    calls, averages = [], []
+
+    def drop(self, drop=run_ppo.TrainingState.drop):
+        averages.append(jax.device_get(self.state.ema))
+        drop(self)
 
     def sample(self, params, prompts, numbers, key, sample=run_ppo.Programs.sample):
         rows, live = sample(self, params, prompts, numbers, key)
@@ -165,26 +172,43 @@ def moved(start, tmp_path_factory):
     flags += ["--data", f"jsonl:{out}/few.jsonl", "--data.validation", "0.4"]
     flags += ["--pretrain", "miniature", "--ppo.warmup", "0", "--ppo.learning_rate", "0.1"]
     flags += ["--ppo.kl_target", "0.5", "--ppo.kl_horizon", "32", "--ppo.beta", "0.5"]
-    flags += ["--ppo.lam", "0.5", "--ppo.value_learning_rate", "0"]
+    flags += ["--ppo.lam", "0.5", "--ppo.value_learning_rate", "0", "--seed", "3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_ppo.Programs, "sample", sample)
+        patch.setattr(run_ppo.TrainingState, "drop", drop)
         run_ppo.cli(flags)
     training = [call for call in calls if len(call[0]) == 16]
-    return {row["step"]: row for row in metrics_of(out / "run")}, training
+    return out / "run", training, averages[0]
+
+
+def iterations(moved) -> list[dict]:
+    """The metrics of both iterations."""
+    return metrics_of(moved[0])[1:]
 
 
 def test_the_reward_is_the_score_less_beta_kl(moved):
     """With a KL well off 0, and of the policy from the reference, not the reverse."""
-    first, second = moved[0][1], moved[0][2]
+    first, second = iterations(moved)
     assert second["objective/kl"] > 0.1
     for row in (first, second):
         want = row["objective/score"] - row["objective/beta"] * row["objective/kl"]
         assert row["objective/reward"] == pytest.approx(want, rel=1e-5)
+    results = json.loads((moved[0] / "results.json").read_text())
+    assert results["PPO, last weights"]["kl"] > 0.1
+
+
+def test_the_average_of_the_weights_is_exported(moved):
+    """After two updates at a decay of 0.95 it is nearer to the start than the last weights are."""
+    results = json.loads((moved[0] / "results.json").read_text())
+    kl = {name: results[f"PPO, {name} weights"]["kl"] for name in ("averaged", "last")}
+    assert kl["averaged"] < 0.5 * kl["last"]
+    exported = hf.load(moved[0] / "export")[1]
+    jax.tree.map(np.testing.assert_array_equal, exported, moved[2])
 
 
 def test_values_are_those_of_the_value_net(moved):
     """It starts as the reward model and stays so, at a learning rate of 0."""
-    first, second = moved[0][1], moved[0][2]
+    first, second = iterations(moved)
     assert abs(first["value/mean"]) > 0.01
     assert first["value/mean"] != second["value/mean"]
     assert first["value/loss"] > 0
@@ -192,15 +216,15 @@ def test_values_are_those_of_the_value_net(moved):
 
 def test_beta_follows_the_kl(moved):
     """The first iteration's KL is 0: a fifth of a target's error, times 16 of 32 episodes."""
-    first, second = moved[0][1], moved[0][2]
+    first, second = iterations(moved)
     assert first["objective/beta"] == 0.5
     assert second["objective/beta"] == pytest.approx(0.5 * (1 - 0.2 * 16 / 32), rel=1e-6)
 
 
 def test_an_iteration_has_noise_of_its_own(moved):
     keys = [jax.random.key_data(key).tolist() for _, _, key, _ in moved[1]]
-    assert len(keys) == 2
-    assert keys[0] != keys[1]
+    want = [jax.random.fold_in(jax.random.key(3), step) for step in (1, 2)]
+    assert keys == [jax.random.key_data(key).tolist() for key in want]
 
 
 def test_a_prompt_that_a_batch_holds_several_times_gets_several_responses(moved):
@@ -277,6 +301,8 @@ def test_choices(start, whole, tmp_path, monkeypatch):
         return generate(params, *args, **kwargs)
 
     monkeypatch.setattr(run_ppo.sampler, "generate", generate_and_look)
+    passes, logp = [], run_ppo.Programs.logp
+    monkeypatch.setattr(run_ppo.Programs, "logp", lambda *args: passes.append(1) or logp(*args))
     run_ppo.cli(flags)
     # At first and in the end there is no state: SFT, or average and policy, beside the two frozen
     # models on the host. Between, the moments and the average are there too.
@@ -287,7 +313,9 @@ def test_choices(start, whole, tmp_path, monkeypatch):
     assert rows[1]["rollout/eos_fraction"] == 0
     assert rows[1]["objective/score"] == -1.5
     assert rows[1]["reward/model"] != -1.5
-    assert 0 < rows[1]["rollout/logp_mismatch"] < 5e-5  # to the sampler, by another pass
+    assert 0 < rows[1]["rollout/logp_mismatch"] < 5e-5
+    # Policy and reference: in the iteration and in five assessments.
+    assert len(passes) == 2 * (1 + 5)
     assert rows[1]["objective/beta"] == pytest.approx(0.02)
     _, params = hf.load(out / "export")
     assert "value_head" not in params
@@ -297,20 +325,33 @@ def test_choices(start, whole, tmp_path, monkeypatch):
     )
     assert before == whole_before  # sampled in parts or not, the same
     assert len(set(before)) == 4
+    run_ppo.cli([*flags, "--resume"])  # of a run that has stopped: the report again, and no step
+    assert metrics_of(out) == rows
 
 
-def test_plain_ppo_without_reference_on_a_function(start, tmp_path, capsys):
+def test_plain_ppo_without_reference_on_a_function(start, tmp_path, monkeypatch):
     """Neither text, reference, reward model nor average; the value net is the policy with a new
     head."""
     file = tmp_path / "mine.py"
     file.write_text(
         "def length(prompts, responses, records):\n"
         "    assert len(prompts) == len(responses) == len(records)\n"
+        "    assert [record.prompt for record in records] == list(prompts)\n"
+        f"    with open({str(tmp_path / 'prompts.txt')!r}, 'a') as file:\n"
+        "        print(list(prompts), file=file)\n"
         "    return [len(text.split()) / 4 for text in responses]\n"
     )
     out = tmp_path / "ppo"
     flags = [*start, "--out", str(out), "--steps", "1", "--reward", f"{file}:length"]
+    prompts, sample = [], run_ppo.Programs.sample
+    monkeypatch.setattr(
+        run_ppo.Programs, "sample", lambda *args: prompts.append(args[2]) or sample(*args)
+    )
     run_ppo.cli([*flags, "--ptx.coef", "0", "--ppo.beta", "0", "--ppo.ema", "0"])
+    seen = [ast.literal_eval(line) for line in (tmp_path / "prompts.txt").read_text().splitlines()]
+    decode = miniature.tokenizer().batch_decode
+    words = lambda texts: [text.split() for text in texts]  # noqa: E731
+    assert [words(texts) for texts in seen] == [words(decode(ids)) for ids in prompts]
     row = metrics_of(out)[1]
     results = json.loads((out / "results.json").read_text())
     assert set(results) == {"SFT", "PPO, last weights", "seconds"}
@@ -329,12 +370,16 @@ def test_plain_ppo_without_reference_on_a_function(start, tmp_path, capsys):
         (["--ppo.microbatches", "3"], "--ppo.minibatch 8: not a multiple"),
         (["--temperature", "0"], "--temperature 0.0: must be positive"),
         (["--sample_batch", "3"], "--batch_size 16: not a multiple of --sample_batch 3"),
+        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--sample_batch", "0"], "--batch_size 16: not a multiple of --sample_batch 0"),
         (["--ptx.microbatches", "3"], "--ppo.minibatch x --ptx.ratio"),
         (["--ppo.beta", "0", "--ppo.kl_target", "6"], "--ppo.kl_target 6.0: needs --ppo.beta"),
         (["--ppo.beta", "0", "--ppo.max_kl", "6"], "--ppo.max_kl 6.0: needs --ppo.beta"),
         (["--ppo.value", "shared", "--value_model", "x"], "--value_model x: there is no value net"),
         (["--final_prompts", "7"], "--eval_prompts 8: more than --final_prompts 7"),
+        (["--ppo.beta", "-0.1"], "--ppo.beta -0.1: must not be negative"),
+        (["--ppo.epochs", "0"], "--ppo.epochs 0: must be at least 1"),
+        (["--eval_every", "0"], "--eval_every 0: must be at least 1"),
         (["--ppo.ema", "1"], "--ppo.ema 1.0: must be at least 0 and below 1"),
         (["--data", "jsonl:x.jsonl"], "--pretrain SPEC is needed"),
     ],
@@ -353,6 +398,16 @@ def test_a_reward_model_as_policy_and_a_policy_as_reward_model_are_refused(start
         run_ppo.cli([*start, "--model", rm, "--out", str(tmp_path / "a")])
     with pytest.raises(ValueError, match=r"--reward .*sft is a language model"):
         run_ppo.cli([*start, "--reward", sft, "--out", str(tmp_path / "b")])
+
+
+def test_the_models_are_computed_as_the_flags_say(start):
+    flags = {"model_dtype": "bfloat16", "remat": "dots", "unroll": 2}
+    config = ppo_config.Config(model=start[1], reward=RewardConfig((start[3],)), **flags)
+    mesh = sharding.make_mesh(data=8)
+    model, params, tokenizer = run_ppo.load_policy(config, mesh)
+    _, value_model, _ = run_ppo.load_value_net(config, mesh, model, params, tokenizer)
+    for each in (model, value_model):
+        assert (each.dtype, each.remat, each.unroll) == ("bfloat16", "dots", 2)
 
 
 def test_batches_that_do_not_divide_over_the_devices_are_refused(start, tmp_path):
