@@ -282,7 +282,7 @@ def relative(a, b):
 
 @pytest.mark.parametrize("config", [GPT2, GEMMA3], ids=lambda c: c.family)
 def test_gradients_without_logits(config):
-    """Of both routes, equal to those through the plain logits."""
+    """Both routes give the gradient through the plain logits."""
     params, tokens = params_of(config), tokens_of(2, 11)
     hidden, unembed = apply(params, config, tokens), models.unembedding(params)
     weights = jnp.array(np.random.default_rng(1).random((2, 11)) * (np.arange(11) > 2))

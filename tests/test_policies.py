@@ -22,7 +22,7 @@ def test_win_rate_by_hand():
 
 
 def test_the_interval_covers():
-    """Of 300 samples of 100 coins of 0.65, about 95 % of the intervals hold 0.65."""
+    """About 95 % of the intervals from 300 samples of 100 coins of 0.65 hold 0.65."""
     rng = np.random.default_rng(0)
     covered, widths = 0, []
     for _ in range(300):

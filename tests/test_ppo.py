@@ -150,7 +150,7 @@ def gradient(name):
 
 @functools.cache
 def plain_gradient():
-    """Of the PPO term, through plain logits; see `plain_policy_mean`."""
+    """The gradient of the PPO term through plain logits; see `plain_policy_mean`."""
     return jax.device_get(jax.jit(jax.value_and_grad(plain_policy_mean))(policy(), make_rows()))
 
 
@@ -636,7 +636,7 @@ KEEPS = optax.chain(optax.trace(decay=0.0), optax.sgd(0.01))  # opt_state[0].tra
 
 @functools.cache
 def plain_text_gradient():
-    """Of two batches of text, of other shapes and numbers of targets."""
+    """Two batches of text of other shapes and numbers of targets, with their gradient."""
     texts = [text_batch(0), text_batch(1, B=3, T=9)]
     fn = jax.jit(jax.value_and_grad(lambda params: plain_text_mean(params, texts)))
     return texts, *jax.device_get(fn(policy()))
