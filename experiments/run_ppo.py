@@ -92,7 +92,15 @@ def run_ppo(config: Config) -> dict[str, Any]:
         # Prompts and pretraining text, each split in two.
         context = model.max_length - config.max_new_tokens + 1
         prompts, held_out = (
-            load(config.data, "prompts", tokenizer, split=split, context=context)
+            load(
+                config.data,
+                "prompts",
+                tokenizer,
+                split=split,
+                context=context,
+                eos_ids=model.eos_ids,
+                vocab_size=model.vocab_size,
+            )
             for split in ("train", "validation")
         )
         stream = Stream(PromptRows(prompts), config.batch_size, seed=config.seed)
@@ -592,7 +600,11 @@ def check_rows(config: Config, mesh: Mesh) -> None:
 def load_policy(config: Config, mesh: Mesh) -> tuple[ModelConfig, Params, Any]:
     """(config, float32 parameters, tokenizer) of --model."""
     model, params, tokenizer = pretrained.load(
-        config.model, mesh, tokenizer=config.tokenizer, seed=config.seed
+        config.model,
+        mesh,
+        tokenizer=config.tokenizer,
+        template=config.data.template,
+        seed=config.seed,
     )
     if model.scalar_head:
         raise ValueError(f"--model {config.model}: a reward model, not a language model")

@@ -141,11 +141,21 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
         shard = sharding.constrainer(mesh)
         base, base_params, tokenizer = pretrained.load(
-            config.model, mesh, tokenizer=config.tokenizer, seed=config.seed
+            config.model,
+            mesh,
+            tokenizer=config.tokenizer,
+            template=config.data.template,
+            seed=config.seed,
         )
         base = config.compute(base)
 
-        read = functools.partial(load, tokenizer=tokenizer, context=base.max_length)
+        read = functools.partial(
+            load,
+            tokenizer=tokenizer,
+            context=base.max_length,
+            eos_ids=base.eos_ids,
+            vocab_size=base.vocab_size,
+        )
         seen = read(config.data, "comparisons", split="train")
         unseen = read(config.data, "comparisons", split="validation")
         groups = {"held-out prompts": unseen}

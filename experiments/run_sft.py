@@ -145,7 +145,11 @@ def run_sft(config: Config) -> None:
 
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
         model, params, tokenizer = pretrained.load(
-            config.model, mesh, tokenizer=config.tokenizer, seed=config.seed
+            config.model,
+            mesh,
+            tokenizer=config.tokenizer,
+            template=config.data.template,
+            seed=config.seed,
         )
         if model.scalar_head:
             raise ValueError(f"--model {config.model}: a reward model, not a language model")
@@ -154,13 +158,16 @@ def run_sft(config: Config) -> None:
         model = config.compute(model)
 
         share = config.pretrain_share
-        seen = load(config.data, "demonstrations", tokenizer, split="train", context=config.length)
-        unseen = load(
-            config.data, "demonstrations", tokenizer, split="validation", context=config.length
+        read = functools.partial(
+            load, tokenizer=tokenizer, eos_ids=model.eos_ids, vocab_size=model.vocab_size
+        )
+        seen, unseen = (
+            read(config.data, "demonstrations", split=split, context=config.length)
+            for split in ("train", "validation")
         )
         sources, weights = [PackedRows(seen, config.length)], [1 - share]
         if share:
-            text = load(config.pretrain, "text", tokenizer, split="train")
+            text = read(config.pretrain, "text", split="train")
             sources, weights = [*sources, PackedRows(text, config.length)], [*weights, share]
         streamed = functools.partial(
             Stream,

@@ -16,8 +16,8 @@ import jax
 import tyro
 
 from instructjax import sampler, sharding
-from instructjax.data.dialogue import Messages, chat_template
-from instructjax.data.tokens import tokenise
+from instructjax.data import prompt_ids, template
+from instructjax.data.dialogue import Messages
 from instructjax.run import main, pretrained
 from instructjax.run.process import cache_compilations
 
@@ -67,16 +67,14 @@ def sample(config: Config) -> None:
     )
     if model.scalar_head:
         raise ValueError(f"--model {config.model}: a reward or value model, not a language model")
-    remembers = bool(getattr(tokenizer, "chat_template", None))
+    form = template.of(tokenizer)
+    remembers = form.form == "chat"
     if config.dialogue is not None:
         remembers = config.dialogue
-    render = chat_template(tokenizer)
     longest_prompt = model.max_length - config.max_new_tokens
 
     def ids_of(messages: Messages) -> list[int]:
-        text = render(messages, True) if remembers else messages[-1]["content"]
-        spans = tokenise([text], tokenizer, bos=True, eos=False, cache=None)
-        return spans[0].tolist()
+        return prompt_ids(messages if remembers else messages[-1:], tokenizer, form)
 
     def answer(messages: Messages, turn: int) -> str:
         """Prints an answer to the last message, token by token, and returns it."""

@@ -20,7 +20,7 @@ import tyro
 from jax.sharding import Mesh
 
 from instructjax import hosts, reward, sharding
-from instructjax.data import Record
+from instructjax.data import Record, template
 from instructjax.models import ModelConfig, Params
 from instructjax.offload import Offloaded, freeze, to_host
 from instructjax.run import pretrained
@@ -152,6 +152,9 @@ def load_model(
     config, params, model_tokenizer = pretrained.load(path, mesh, flag=flag)
     if not config.scalar_head:
         raise ValueError(f"{flag}: {path} is a language model, not a reward model")
+    learned, form = template.recorded(model_tokenizer), template.recorded(tokenizer)
+    if None not in (learned, form) and learned != form:
+        print(f"warning: {flag} {path} was trained on {learned} prompts: these are {form} prompts")
     # An exported reward model may have a row more, for padding; every token of the policy's must
     # have the same id.
     model_vocab, policy_vocab = model_tokenizer.get_vocab(), tokenizer.get_vocab()

@@ -168,7 +168,7 @@ def flip_a_bit(data):
 def test_long_inputs_are_tokenised_in_order(tokenizer, monkeypatch):
     monkeypatch.setattr(tokens, "CHUNK", 10)
     texts = ["a" * n for n in (3, 25, 1, 9, 9)]
-    spans = tokenise(texts, tokenizer, bos=False, eos=False, cache=None)
+    spans = tokenise(texts, tokenizer)
     assert [bytes(spans[i].tolist()).decode() for i in range(5)] == texts
 
 

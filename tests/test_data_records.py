@@ -11,12 +11,13 @@ import zstandard
 
 from instructjax.data import DataConfig, DataError, read
 from instructjax.data.columns import parse_columns
-from instructjax.data.dialogue import plain_template
-from instructjax.data.records import FIELDS, parse
+from instructjax.data.fields import NAMES
+from instructjax.data.records import parse
+from instructjax.data.template import Template
 
 
-def record(row, kind, columns="", render=plain_template):
-    return parse(row, "f:1", kind, parse_columns(columns, FIELDS[kind]), render)
+def record(row, kind, columns="", template=Template(), report=None):  # noqa: B008
+    return parse(row, "f:1", kind, parse_columns(columns, NAMES[kind]), template, report)
 
 
 def write(path, *rows):
@@ -42,7 +43,8 @@ CHAT = "\n\nHuman: hi\n\nAssistant:"
         ({"instruction": "a", "input": "x", "output": "b"}, "", "a\n\nx", "b"),
         ({"instruction": "a", "context": "x", "response": "b"}, "", "a\n\nx", "b"),
         ({"messages": [USER, REPLY]}, "", CHAT, " yo"),
-        ({"prompt": "unused", "messages": [USER, REPLY]}, "", CHAT, " yo"),
+        ({"prompt": "hi ", "messages": [USER, REPLY]}, "", CHAT, " yo"),
+        ({"prompt": "unused", "messages": [USER, REPLY]}, "messages=messages", CHAT, " yo"),
         ({"prompt": [USER], "completion": [REPLY]}, "", CHAT, " yo"),
         ({"prompt": [USER], "completion": "yo"}, "", CHAT, " yo"),
         ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
@@ -171,7 +173,7 @@ def test_trees(tmp_path):
         ("demonstrations", {"prompt": "a"}, r"field 'completion': is missing; the row has \['prom"),
         ("demonstrations", {"prompt": "a", "completion": " "}, "field 'completion': is empty"),
         ("demonstrations", {"prompt": "a", "completion": 1}, "expected a string, got the number 1"),
-        ("demonstrations", {"prompt": None, "completion": "b"}, "field 'prompt': .* got null"),
+        ("demonstrations", {"prompt": None, "completion": "b"}, "field 'prompt': is missing"),
         ("demonstrations", {"prompt": "\ud800", "completion": "b"}, "field 'prompt': .*surrogate"),
         ("demonstrations", {"instruction": "a", "input": 3, "output": "b"}, "field 'input'"),
         ("demonstrations", {"messages": [USER]}, "field 'messages': .*assistant's reply"),
@@ -179,7 +181,7 @@ def test_trees(tmp_path):
         ("demonstrations", {"messages": [USER, {"role": "assistant"}]}, r"'messages\.1\.content'"),
         ("demonstrations", {"messages": [USER, 3]}, r"messages\.1': expected an object with ro"),
         ("prompts", {"messages": []}, "field 'messages': expected a list of messages"),
-        ("prompts", {"messages": [REPLY]}, "no message to reply to"),
+        ("prompts", {"messages": [REPLY]}, "holds no message that a reply"),
         ("text", {"txt": "a"}, r"field 'text': is missing; the row has \['txt'\]"),
         ("comparisons", {"prompt": "p"}, "field 'responses': is missing"),
         ("comparisons", {"prompt": "p", "responses": "xy", "ranks": [1, 2]}, "expected a list"),
@@ -217,9 +219,9 @@ def test_refusals(kind, row, message):
 
 def test_columns_that_are_not_there():
     with pytest.raises(ValueError, match="unknown field 'promt'; use one of"):
-        parse_columns("promt=a", FIELDS["prompts"])
+        parse_columns("promt=a", NAMES["prompts"])
     with pytest.raises(ValueError, match="'prompt' is not of the form"):
-        parse_columns("prompt", FIELDS["prompts"])
+        parse_columns("prompt", NAMES["prompts"])
     with pytest.raises(DataError, match=r"^f:1: field 'prompt': no column 'b\.0' among \['a'\]"):
         record({"a": "x"}, "prompts", "prompt=b.0")
     with pytest.raises(DataError, match="field 'prompt': 'a' is a dict, not text"):
@@ -227,11 +229,16 @@ def test_columns_that_are_not_there():
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused():
-    def render(messages, open_turn):
-        return f"{len(messages)}{messages[0]['content']}"
+    class Rewriting:
+        chat_template = "of any kind"
+
+        def apply_chat_template(self, messages, **options):
+            return f"{len(messages)}{messages[0]['content']}"
 
     with pytest.raises(DataError, match="renders the prompt differently"):
-        record({"messages": [USER, REPLY]}, "demonstrations", render=render)
+        record(
+            {"messages": [USER, REPLY]}, "demonstrations", template=Template("chat", Rewriting())
+        )
 
 
 # --- files ---

@@ -3,7 +3,10 @@
     config.py     DataConfig: the flags of a data set
     errors.py     DataError, which locates a bad row; Report, which counts rows left out
     columns.py    --data.columns: which column a field is read from
-    dialogue.py   messages, Anthropic's form and trees of replies -> prompt and reply
+    fields.py     the fields of a row, under their conventional names or others
+    dialogue.py   messages, Anthropic's form and trees of replies -> messages
+    conversation.py  a row in any layout -> the conversation before the replies, and the replies
+    template.py   messages -> text; the tokens that end a response
     records.py    rows -> records of the four kinds
     sources.py    SPEC -> rows
     tokens.py     texts -> token ids, cached
@@ -29,7 +32,7 @@ from instructjax.data.batches import (
 )
 from instructjax.data.config import DataConfig
 from instructjax.data.errors import DataError
-from instructjax.data.load import Dataset, encode, load, read
+from instructjax.data.load import Dataset, encode, load, prompt_ids, read
 from instructjax.data.records import Record
 
 __all__ = [
@@ -44,5 +47,6 @@ __all__ = [
     "Stream",
     "encode",
     "load",
+    "prompt_ids",
     "read",
 ]

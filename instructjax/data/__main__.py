@@ -1,5 +1,6 @@
 """Shows a data set, prepares a TFDS set or makes a tokenizer: `python -m instructjax.data`."""
 
+import dataclasses
 import sys
 import time
 from dataclasses import dataclass, field
@@ -11,9 +12,9 @@ import tyro
 from instructjax.data.batches import ComparisonRows, PackedRows, PromptRows, Stream
 from instructjax.data.config import DataConfig
 from instructjax.data.errors import DataError
+from instructjax.data.fields import Kind
 from instructjax.data.load import Dataset, Split, load, read
 from instructjax.data.prepare import gpt2_tokenizer, train_tokenizer, write_tfds
-from instructjax.data.records import Kind
 from instructjax.hf import configs
 
 
@@ -75,21 +76,15 @@ class Prepare:
     data_dir: str
     """Folder of TFDS sets. Set $TFDS_DATA_DIR to the same folder to read the set by its name."""
     data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: str | None = None
-    """Hugging Face tokenizer whose chat template renders messages, a folder or a hub name; by
-    default messages are rendered in the form of Anthropic's dialogues."""
     split: bool = False
     """Write the splits `train` and `validation`, divided by --data.split_by; else only `train`."""
 
     def run(self) -> None:
-        tokenizer = _tokenizer(self.tokenizer, self.data.spec) if self.tokenizer else None
+        data = dataclasses.replace(self.data, template="plain")  # conversations are not rendered
         splits: dict[str, Split] = {"train": "train" if self.split else "all"}
         if self.split:
             splits["validation"] = "validation"
-        records = {
-            name: read(self.data, self.kind, split=split, tokenizer=tokenizer)
-            for name, split in splits.items()
-        }
+        records = {name: read(data, self.kind, split=split) for name, split in splits.items()}
         folder = write_tfds(self.name, self.data_dir, records, self.kind)
         print(f"  written to {folder}: --data tfds:{folder}")
 

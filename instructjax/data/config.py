@@ -22,17 +22,24 @@ class DataConfig:
     on_error: Literal["raise", "skip"] = "raise"
     """What a bad row does: `raise` stops the program; `skip` leaves the row out and reports how
     many were left out and why."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How prompts are rendered.
+    `chat`: the tokenizer's chat template renders every prompt; a plain prompt is a user's message.
+    `plain`: texts stay as they are, and messages get the form of Anthropic's dialogues.
+    `auto`: the form that the model was trained with, if its run recorded it; else `chat` if the
+    tokenizer has a chat template; else `plain`."""
     txt: Literal["file", "line"] = "file"
     """What one document of a .txt file is: the whole file, or each line that is not blank."""
     dedup: int = 0
     """Drop a record whose prompt begins with the same N characters as an earlier prompt; 0 keeps
-    all records. [section 3.2 drops prompts with a long common prefix]"""
+    all records. What the chat template and system messages add does not count.
+    [section 3.2 drops prompts with a long common prefix]"""
     split_by: str = "prompt"
     """Field that divides training from validation, which share none of its values: `prompt`,
     `labeler` or the path of any column. [section 3.2 splits by user ID]"""
-    validation: float = 0.1
-    """Fraction of the values of `split_by` that goes to validation, where a script asks for a
-    split."""
+    validation: float | str = 0.1
+    """Fraction of the values of `split_by` that goes to validation, or the SPEC of a validation set
+    of its own, such as `jsonl:valid.jsonl`. Scripts that train use both sides."""
     max_prompt: int | None = None
     """Longest prompt, in tokens; by default the context is the only limit."""
     max_response: int | None = None
@@ -49,5 +56,5 @@ class DataConfig:
                 raise ValueError(f"--data.{name} {value}: must be at least 1")
         if self.dedup < 0:
             raise ValueError(f"--data.dedup {self.dedup}: must not be negative")
-        if not 0 <= self.validation < 1:
+        if not isinstance(self.validation, str) and not 0 <= self.validation < 1:
             raise ValueError(f"--data.validation {self.validation}: must be at least 0 and below 1")

@@ -1,111 +1,162 @@
-"""Dialogues -> prompt and reply. Reads lists of messages, Anthropic's form and trees of replies."""
+r"""Conversations: lists of messages, Anthropic's form, JSON text and trees of replies -> messages.
 
+A message is `{"role", "content"}` with, where a row has them, the keys of `EXTRAS`. `template.py`
+renders messages as text.
+"""
+
+import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from instructjax.data.errors import DataError, Report, check_text, type_name
 
-Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
-Render = Callable[[Messages, bool], str]  # (messages, whether to open a reply) -> text
+Message = dict[str, Any]
+Messages = list[Message]
 
-ROLES = {"human": "user", "prompter": "user", "gpt": "assistant"}  # ShareGPT's and OASST's names
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# The names of ShareGPT, OpenAssistant and the sets made from them.
+ROLE_NAMES = {"human": "user", "prompter": "user"} | dict.fromkeys(
+    ("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"
+)
+# Besides role and content, chat templates read these. A template that ignores one of the first
+# three would leave out a part of what the assistant said.
+SAID = ("tool_calls", "reasoning_content", "thinking")
+EXTRAS = (*SAID, "tool_call_id", "name")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
-def plain_template(messages: Messages, open_turn: bool) -> str:
-    """The chat template for tokenizers that have none: Anthropic's form (Bai et al. 2022).
+def read_messages(
+    value: Any, where: str, field: str, role: str = "user", report: Report | None = None
+) -> Messages:
+    """Returns checked messages.
 
-    `[system]\\n\\nHuman: ...\\n\\nAssistant: ...`; an open turn ends in `\\n\\nAssistant:`.
-    """
-    prefixes = {"system": "", "user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
-    unknown = {message["role"] for message in messages} - set(prefixes)
-    if unknown:
-        raise ValueError(f"roles {sorted(unknown)} are not among {list(prefixes)}")
-    text = "".join(prefixes[message["role"]] + message["content"] for message in messages)
-    return text + ASSISTANT if open_turn else text
-
-
-def chat_template(tokenizer: Any) -> Render:
-    """The tokenizer's own template if it has one, else `plain_template`."""
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        return plain_template
-    return lambda messages, open_turn: tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=open_turn
-    )
-
-
-def check_messages(value: Any, where: str, field: str, role: str = "user") -> Messages:
-    """Returns messages with the roles user, assistant and system; a string is one of `role`.
+    Args:
+      value: a list of messages, a message, either as JSON text, or the text of a message of `role`.
+      report: notes the keys of messages that nothing reads.
 
     Raises:
-      DataError: the value is no list of messages, or a message lacks its role or content.
+      DataError: the value is none of these, or a message lacks its role or content.
     """
     if isinstance(value, str):
-        value = [{"role": role, "content": value}]
+        parsed = parse_json(value)
+        value = {"role": role, "content": value} if parsed is None else parsed
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list) or not value:
         raise DataError(where, field, f"expected a list of messages, got {type_name(value)}")
-    messages = []
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            problem = f"expected an object with role and content, got {type_name(message)}"
-            raise DataError(where, f"{field}.{i}", problem)
-        speaker = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
-        if speaker == "system" and content == "":
-            continue
-        speaker = check_text(speaker, where, f"{field}.{i}.role")
-        content = check_text(content, where, f"{field}.{i}.content")
-        messages.append({"role": ROLES.get(speaker, speaker), "content": content})
+    messages = [_message(item, where, f"{field}.{i}", report) for i, item in enumerate(value)]
+    return [m for m in messages if (m["role"], m["content"]) != ("system", "")]
+
+
+def _message(value: Any, where: str, field: str, report: Report | None) -> Message:
+    if not isinstance(value, dict):
+        problem = f"expected an object with role and content, got {type_name(value)}"
+        raise DataError(where, field, problem)
+    role = check_text(value.get("role", value.get("from")), where, f"{field}.role")
+    role = ROLE_NAMES.get(role, role)
+    if role not in ROLES:
+        raise DataError(where, f"{field}.role", f"{role!r} is none of {', '.join(ROLES)}")
+    extras = {key: value[key] for key in EXTRAS if value.get(key) not in (None, "", [])}
+    content = _content(value.get("content", value.get("value")), where, f"{field}.content")
+    if "tool_calls" in extras:
+        content = content or ""
+        extras["tool_calls"] = _tool_calls(extras["tool_calls"])
+    elif not (role == "system" and content == ""):
+        check_text(content, where, f"{field}.content")
+    if report is not None:
+        read = {"role", "from", "content", "value", *EXTRAS}
+        report.note_unread(
+            f"{re.sub(r'[.][0-9]+', '.*', field)}.{key}"
+            for key, item in value.items()
+            if key not in read and item not in (None, "", [], {})
+        )
+    return {"role": role, "content": content, **extras}
+
+
+def _content(value: Any, where: str, field: str) -> Any:
+    """The text of a content that is a list of text parts; any other content as it is."""
+    if not isinstance(value, list):
+        return value
+    for i, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type", "text") != "text":
+            kind = part.get("type") if isinstance(part, dict) else type_name(part)
+            raise DataError(where, f"{field}.{i}", f"expected a part of type text, got {kind}")
+        check_text(part.get("text"), where, f"{field}.{i}.text")
+    return "".join(part["text"] for part in value)
+
+
+def _tool_calls(calls: Any) -> Any:
+    """Tool calls whose arguments are JSON text get them as objects, which templates expect."""
+    calls = json.loads(json.dumps(calls))  # a copy
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:
+                function["arguments"] = json.loads(function["arguments"])
+            except ValueError:
+                continue
+    return calls
+
+
+def parse_json(text: str) -> Messages | None:
+    """The messages that a text holds as JSON; None if it holds none."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    items = [value] if isinstance(value, dict) else value
+    keys = [item.keys() if isinstance(item, dict) else set() for item in items]
+    if items and all({"role", "content"} <= k or {"from", "value"} <= k for k in keys):
+        return items
+    return None
+
+
+# --- Anthropic's form ---
+
+
+def parse_anthropic(text: str) -> Messages | None:
+    r"""The messages of `[system]\n\nHuman: ...\n\nAssistant: ...`; None for any other text.
+
+    Neighbours of one role become one message, and an open turn at the end is left off.
+    """
+    parts = re.split(r"\n\n(Human|Assistant):", text)
+    if len(parts) < 3 or parts[1] != "Human" or (parts[0].strip() and len(parts) < 5):
+        return None
+    messages = [{"role": "system", "content": parts[0].strip()}] if parts[0].strip() else []
+    for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            joined = f"{messages[-1]['content']}\n\n{content.strip()}".strip()
+            messages[-1] = {"role": role, "content": joined}
+        else:
+            messages.append({"role": role, "content": content.strip()})
+    if messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()
     return messages
 
 
-def render_prompt(messages: Messages, render: Render, where: str, field: str) -> str:
-    """Renders the prompt of the assistant's next turn; a reply at the end is left off.
+def split_anthropic(dialogues: Sequence[str], where: str) -> tuple[str, list[str]]:
+    r"""Splits dialogues in Anthropic's form into the prompt that they share, and the replies.
+
+    The prompt ends at the last `\n\nAssistant:` that all share. A reply is all text after it: in a
+    few of the published pairs it holds further turns.
 
     Raises:
-      DataError: no message is left to reply to.
+      DataError: the dialogues share no `\n\nAssistant:`.
     """
-    if messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    if not messages:
-        raise DataError(where, field, "no message to reply to")
-    return _render(messages, True, render, where, field)
-
-
-def split_reply(messages: Messages, render: Render, where: str, field: str) -> tuple[str, str]:
-    """Renders a dialogue as (prompt, the assistant's last turn).
-
-    Raises:
-      DataError: the dialogue ends in another turn, or the template renders the prompt differently
-        once the reply follows.
-    """
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError(where, field, "a dialogue must end in an assistant's reply")
-    prompt = _render(messages[:-1], True, render, where, field)
-    whole = _render(messages, False, render, where, field)
-    if not whole.startswith(prompt):
-        problem = "the chat template renders the prompt differently when the reply follows"
-        raise DataError(where, field, problem)
-    return prompt, whole[len(prompt) :]
-
-
-def split_pair(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
-    """Splits two dialogues in Anthropic's form into (prompt, chosen, rejected).
-
-    The prompt ends at the last `\\n\\nAssistant:` that both share. The response is all text after
-    it: in a few of the published pairs it holds further turns.
-
-    Raises:
-      DataError: the dialogues share no `\\n\\nAssistant:`.
-    """
-    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 - of characters
-    end = shared.rfind(ASSISTANT)
+    end = os.path.commonprefix(list(dialogues)).rfind(ASSISTANT)  # noqa: RUF071 - of characters
     if end <= 0:
-        problem = f"is missing, and 'chosen' and 'rejected' share no dialogue up to {ASSISTANT!r}"
+        problem = f"is missing, and the responses share no dialogue up to {ASSISTANT!r}"
         raise DataError(where, "prompt", problem)
     end += len(ASSISTANT)
-    return chosen[:end], chosen[end:], rejected[end:]
+    return dialogues[0][:end], [dialogue[end:] for dialogue in dialogues]
+
+
+# --- trees of replies ---
 
 
 def is_tree(row: Any) -> bool:
@@ -153,10 +204,3 @@ def expand_tree(row: dict, kind: str, where: str, report: Report) -> Iterator[di
             if used:
                 texts, ranks = [r.get("text") for r in used], [-r["rank"] for r in used]
                 yield {"prompt": path, "responses": texts, "scores": ranks}
-
-
-def _render(messages: Messages, open_turn: bool, render: Render, where: str, field: str) -> str:
-    try:
-        return render(messages, open_turn)
-    except Exception as error:  # templates are programs and may raise anything
-        raise DataError(where, field, f"chat template: {error}") from error

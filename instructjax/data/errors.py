@@ -1,7 +1,7 @@
 """DataError, which locates a bad row, and Report, which counts the rows that were left out."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 
@@ -22,6 +22,7 @@ class Report:
         self.rows = 0
         self.counts: Counter[tuple[str, str]] = Counter()  # (verb, reason) -> records
         self.first: dict[tuple[str, str], str] = {}  # (verb, reason) -> its first place
+        self.unread: dict[str, None] = {}  # columns that nothing reads, in the order of the data
 
     def bad(self, error: DataError) -> None:
         """Raises the error, or counts it under `--data.on_error skip`."""
@@ -35,8 +36,12 @@ class Report:
             self.counts[verb, reason] += times
             self.first.setdefault((verb, reason), where)
 
+    def note_unread(self, names: Iterable[str]) -> None:
+        """Notes columns that have content and that nothing reads; `print` names them once."""
+        self.unread |= dict.fromkeys(names)
+
     def lines(self, shown: int = 5) -> list[str]:
-        """A line for each of the `shown` most frequent reasons, and one line for all others."""
+        """Lines for the `shown` most frequent reasons, for all others, and for unread columns."""
         lines = []
         for (verb, reason), times in self.counts.most_common(shown):
             where = self.first[verb, reason]
@@ -44,6 +49,8 @@ class Report:
         others = self.counts.most_common()[shown:]
         if others:
             lines.append(f"  {sum(n for _, n in others):,} more, for {len(others)} other reasons")
+        if self.unread:
+            lines.append(f"  columns that nothing reads: {', '.join(self.unread)}")
         return lines
 
     def print(self, kept: int, kind: str) -> None:

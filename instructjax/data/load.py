@@ -1,17 +1,19 @@
 """DataConfig -> records -> tokens. All that is left out is counted and reported."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from instructjax.data import template as templates
 from instructjax.data.columns import lookup, parse_columns
 from instructjax.data.config import DataConfig
-from instructjax.data.dialogue import chat_template, expand_tree, is_tree
+from instructjax.data.dialogue import Messages, expand_tree, is_tree
 from instructjax.data.errors import DataError, Report
-from instructjax.data.records import FIELDS, Kind, Record, parse
+from instructjax.data.fields import NAMES, Kind
+from instructjax.data.records import Record, parse
 from instructjax.data.sources import rows
 from instructjax.data.tokens import Spans, tokenise
 
@@ -54,7 +56,7 @@ def read(
 
     Args:
       split: `train` and `validation` share no value of `config.split_by`.
-      tokenizer: its chat template renders messages; without one, `dialogue.plain_template` does.
+      tokenizer: its chat template renders conversations; see `template.py` and `config.template`.
       log: receives the report on rows read, skipped and dropped.
     Raises:
       DataError: a row is bad, or no record is left.
@@ -73,6 +75,8 @@ def load(
     *,
     split: Split = "all",
     context: int | None = None,
+    eos_ids: Sequence[int] = (),
+    vocab_size: int | None = None,
     log: Callable[[str], None] = print,
 ) -> Dataset:
     """Reads, validates and tokenises records, and applies the limits on length.
@@ -81,16 +85,22 @@ def load(
       context: tokens of the model's context, or of a packed row. A prompt that leaves no room
         for a response is a bad row. A response that does not fit beside its prompt is truncated,
         or its record dropped (`config.overlong`). Text has no limits.
+      eos_ids: the model's ids that end a response. Those of the tokenizer are added.
+      vocab_size: rows of the model's embedding; None checks no ids.
       split, log: as in `read`.
     Raises:
-      DataError: a row is bad, or no record is left.
-      ValueError: `config.columns` is malformed.
+      DataError: a row is bad, no record is left, a token has no embedding, or the tokenizer does
+        not know over a tenth of the tokens.
+      ValueError: `config.columns` is malformed, or the tokenizer lacks `config.template`.
     """
     report = _report(config, split, log)
     records = _read(config, kind, split, tokenizer, report)
-    dataset = encode(records, kind, tokenizer, cache=config.cache, log=log)
+    dataset = encode(records, kind, tokenizer, eos_ids=eos_ids, cache=config.cache, log=log)
+    _check_ids(dataset, tokenizer, vocab_size, report)
     dataset = _limit(dataset, config, context, report, tokenizer.bos_token_id)
     report.print(len(dataset), kind)
+    if kind != "text":
+        log(f"  {_describe(config, tokenizer, eos_ids)}")
     return dataset
 
 
@@ -99,24 +109,56 @@ def encode(
     kind: Kind,
     tokenizer: Any,
     *,
+    eos_ids: Sequence[int] = (),
     cache: str | None = None,
     log: Callable[[str], None] = print,
 ) -> Dataset:
-    """Tokenises records; responses end in EOS."""
+    """Tokenises records. A response ends in the first id at which a rollout would end.
+
+    Args:
+      eos_ids: the model's ids that end a response; see `template.end_ids`.
+    Raises:
+      DataError: there is no id to end a response with.
+    """
+    end_ids = templates.end_ids(tokenizer, eos_ids)
+    if not end_ids:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise DataError(f"tokenizer {name}", None, "has no EOS token to end a response with")
     texts = [response for record in records for response in record.responses]
-    flat = tokenise(texts, tokenizer, bos=kind == "text", eos=True, cache=cache, log=log)
+    eos_id = end_ids[0] if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+    ending: dict[str, Any] = {"bos": True, "eos_id": eos_id}
+    if kind != "text":
+        ending = {"eos_id": eos_id, "end_ids": end_ids, "response": True}
+    flat = tokenise(texts, tokenizer, **ending, cache=cache, log=log)
     if kind == "text":
         empty = np.zeros(len(records), np.int64)
         prompt = Spans(np.zeros(0, np.int32), empty, empty)
     else:
         prompts = [record.prompt for record in records]
-        prompt = tokenise(prompts, tokenizer, bos=True, eos=False, cache=cache, log=log)
+        prompt = tokenise(prompts, tokenizer, bos=True, cache=cache, log=log)
     count = np.array([len(record.responses) for record in records], np.int64)
     live = np.arange(count.max(initial=0)) < count[:, None]  # [n, K]
     start, stop, ranks = (np.zeros(live.shape, dtype) for dtype in (np.int64, np.int64, np.int32))
     start[live], stop[live] = flat.start, flat.stop
     ranks[live] = [rank for r in records for rank in r.ranks or [1] * len(r.responses)]
     return Dataset(kind, records, prompt, Spans(flat.ids, start, stop), ranks)
+
+
+def prompt_ids(messages: Messages, tokenizer: Any, template: templates.Template) -> list[int]:
+    """The ids of a conversation's prompt, as `load` gives them.
+
+    Args:
+      messages: the conversation, which ends in what the user said. A `plain` template renders a
+        single message as it is.
+
+    Raises:
+      DataError: the template cannot render the messages.
+    """
+    if template.form == "plain" and len(messages) == 1:
+        text = messages[0]["content"]
+    else:
+        text = template.prompt(messages, "the conversation", "messages")
+    return tokenise([text], tokenizer, bos=True)[0].tolist()
 
 
 def _report(config: DataConfig, split: Split, log: Callable[[str], None]) -> Report:
@@ -128,20 +170,27 @@ def _report(config: DataConfig, split: Split, log: Callable[[str], None]) -> Rep
 def _read(
     config: DataConfig, kind: Kind, split: Split, tokenizer: Any, report: Report
 ) -> list[Record]:
-    columns, render = parse_columns(config.columns, FIELDS[kind]), chat_template(tokenizer)
+    columns = parse_columns(config.columns, NAMES[kind])
+    template = templates.of(tokenizer, config.template)
+    spec, validation_spec = config.spec, config.validation
+    own_validation = isinstance(validation_spec, str)
+    if own_validation and split == "validation":
+        spec = validation_spec
+    noted = None if spec == "miniature" else report  # its rows hold what its judge reads
     records: list[Record] = []
-    for where, row in rows(config.spec, kind, split, config.txt):
+    for where, row in rows(spec, kind, split, config.txt):
         report.rows += 1
         try:
             if isinstance(row, DataError):
                 raise row
             parts = expand_tree(row, kind, where, report) if is_tree(row) else [row]
-            records.extend([parse(part, where, kind, columns, render) for part in parts])
+            records.extend([parse(part, where, kind, columns, template, noted) for part in parts])
         except DataError as error:
             report.bad(error)
     if config.dedup:
         records = _deduplicate(records, config.dedup, report)
-    if split != "all" and config.spec != "miniature":  # split by its customers
+    # The miniature makes its own splits, by customer.
+    if split != "all" and spec != "miniature" and not own_validation:
         records = _split(records, config, split, report)
     return records
 
@@ -150,7 +199,7 @@ def _deduplicate(records: list[Record], length: int, report: Report) -> list[Rec
     """Keeps the first record of those whose prompts (or texts) share `length` characters."""
     first: dict[str, Record] = {}
     for record in records:
-        kept = first.setdefault(_prompt_or_text(record)[:length], record)
+        kept = first.setdefault(record.said[:length], record)
         if kept is not record:
             reason = f"an earlier prompt begins with the same {length} characters (--data.dedup)"
             report.count("dropped", reason, record.where)
@@ -163,7 +212,7 @@ def _split(records: list[Record], config: DataConfig, split: Split, report: Repo
     for record in records:
         name = config.split_by
         if name == "prompt":
-            value = _prompt_or_text(record)
+            value = record.said
         elif name == "labeler" and record.labeler is not None:
             value = record.labeler
         else:
@@ -184,8 +233,31 @@ def _split(records: list[Record], config: DataConfig, split: Split, report: Repo
     return kept
 
 
-def _prompt_or_text(record: Record) -> str:
-    return record.prompt or record.responses[0]
+def _describe(config: DataConfig, tokenizer: Any, eos_ids: Sequence[int]) -> str:
+    """How prompts are rendered and where responses end, for the log."""
+    forms = {"chat": "in the model's chat template", "plain": "plain, without a chat template"}
+    form = forms[templates.of(tokenizer, config.template).form]
+    ends = tokenizer.convert_ids_to_tokens(list(templates.end_ids(tokenizer, eos_ids)))
+    return f"prompts are {form}; responses end in {' or '.join(ends)}"
+
+
+def _check_ids(dataset: Dataset, tokenizer: Any, vocab_size: int | None, report: Report) -> None:
+    """Refuses ids without an embedding, and data in words that the tokenizer does not know."""
+    parts = dataset.prompt.ids, dataset.response.ids
+    largest = max(int(ids.max(initial=0)) for ids in parts)
+    if vocab_size is not None and largest >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        problem = f"holds the token {token!r}, which has no row in the embedding of {vocab_size:,}"
+        raise DataError(report.name, None, problem)
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return
+    share = sum(int((ids == unknown).sum()) for ids in parts) / max(1, sum(map(len, parts)))
+    if share > 0.1:
+        problem = f"the tokenizer does not know {share:.0%} of the tokens: choose another --model"
+        raise DataError(report.name, None, f"{problem} or --tokenizer")
+    if share:
+        report.log(f"{report.name}: the tokenizer does not know {share:.2%} of the tokens")
 
 
 def _limit(

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from instructjax.data.errors import DataError
-from instructjax.data.records import Kind, Record
+from instructjax.data.fields import Kind
+from instructjax.data.records import Record
 from instructjax.hf import configs
 
 
@@ -21,8 +22,8 @@ def write_tfds(
 ) -> Path:
     """Writes records as a TFDS set of ArrayRecord files.
 
-    The set holds the fields of the records and no other columns. Neither writing nor reading it
-    needs TensorFlow.
+    The set holds the fields of the records and no other columns. Conversations are stored as JSON
+    text, not as a chat template renders them. Neither writing nor reading needs TensorFlow.
 
     Args:
       name: the set's name, in snake_case. The set is read as `tfds:NAME` if $TFDS_DATA_DIR is
@@ -51,16 +52,24 @@ def write_tfds(
         "prompts": {"prompt": text},
         "text": {"text": text},
     }[kind]
+    if any(record.tools is not None for rows in splits.values() for record in rows):
+        columns["tools"] = text
 
     def example(record: Record) -> dict[str, Any]:
         if kind == "text":
             return {"text": record.responses[0]}
-        row: dict[str, Any] = {"prompt": record.prompt}
+        prompt, responses = record.prompt, list(record.responses)
+        if not record.verbatim:
+            prompt = json.dumps(list(record.messages))
+            responses = [json.dumps([turn]) for turn in record.turns]
+        row: dict[str, Any] = {"prompt": prompt}
         if kind == "demonstrations":
-            row["completion"] = record.responses[0]
+            row["completion"] = responses[0]
         if kind == "comparisons":
-            row |= {"responses": list(record.responses), "ranks": list(record.ranks)}
+            row |= {"responses": responses, "ranks": list(record.ranks)}
             row |= {"labeler": record.labeler or "", "margin": record.margin}
+        if "tools" in columns:
+            row["tools"] = "" if record.tools is None else json.dumps(record.tools)
         return row
 
     class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -1,7 +1,8 @@
 """Texts -> token ids, in parallel, cached on disk under a hash of all that they depend on.
 
 Prompt and response are tokenised separately, as the sampler sees them: it gets a prompt, with BOS
-if the tokenizer adds one, and appends one token after the other.
+if the tokenizer adds one, and appends one token after the other. `decode(prompt + response)` is the
+text.
 """
 
 import copy
@@ -9,14 +10,12 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from instructjax.data.errors import DataError
 
 CHUNK = 4_000_000  # characters tokenised at once: occupies all cores, and bounds the memory
 
@@ -37,23 +36,15 @@ class Spans:
         return self.ids[self.start[index] : self.stop[index]]
 
 
-def eos_id(tokenizer: Any) -> int:
-    """The id that ends a response; raises DataError if the tokenizer has none."""
-    if tokenizer.eos_token_id is None:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise DataError(
-            f"tokenizer {name}", None, "has no EOS token, which must end every response"
-        )
-    return int(tokenizer.eos_token_id)
-
-
 def tokenise(
     texts: Sequence[str],
     tokenizer: Any,
     *,
-    bos: bool,
-    eos: bool,
-    cache: str | None,
+    bos: bool = False,
+    eos_id: int | None = None,
+    end_ids: Collection[int] = (),
+    response: bool = False,
+    cache: str | None = None,
     log: Callable[[str], None] = print,
 ) -> Spans:
     """Tokenises each text, or reads the result of an earlier call with the same arguments.
@@ -61,27 +52,37 @@ def tokenise(
     Args:
       tokenizer: a tokenizer of `transformers`; its Rust backend, if any, uses all cores.
       bos: begin with BOS if the tokenizer adds one; a BOS spelled out in the text is not doubled.
-      eos: end in EOS; an EOS spelled out at the end of the text is not doubled.
+      eos_id: end in this id, which is not doubled if the text ends in it.
+      end_ids: any of these ends the sequence too: what follows the first is left out.
+      response: the texts go on from a prompt, so they get no space that they do not have.
       cache: folder of the cache, or None.
     Returns:
       Spans of shape [texts].
-    Raises:
-      DataError: `eos` is set and the tokenizer has no EOS.
     """
     begin = [tokenizer.bos_token_id] if bos and _adds_bos(tokenizer) else []
-    end = [eos_id(tokenizer)] if eos else []
     file = None
     if cache is not None and texts:
-        specials = json.dumps([begin, end, tokenizer.bos_token, tokenizer.eos_token])
-        digest = _digest(texts, _fingerprint(tokenizer), specials)
+        settings = json.dumps([begin, tokenizer.bos_token, eos_id, sorted(end_ids), response])
+        digest = _digest(texts, _fingerprint(tokenizer), settings)
         file = Path(cache).expanduser() / "tokens" / f"{digest}.npz"
         if (spans := _load(file, len(texts), log)) is not None:
             return spans
     if begin:
         texts = [text.removeprefix(tokenizer.bos_token) for text in texts]
-    if end:
-        texts = [_without_eos(text, tokenizer.eos_token) for text in texts]
-    ids, lengths = _encode(texts, tokenizer, begin, end)
+    if eos_id is not None:  # as P3 and chat templates have it
+        spelled = tokenizer.convert_ids_to_tokens(eos_id)
+        texts = [_without(spelled, text) for text in texts]
+    encode = _encoder(tokenizer)
+    if response:
+        encode = _continuing(encode)
+
+    def finish(ids: list[int]) -> list[int]:
+        last = next((i for i, token in enumerate(ids) if token in end_ids), None)
+        if last is not None:
+            return [*begin, *ids[: last + 1]]
+        return [*begin, *ids] if eos_id is None else [*begin, *ids, eos_id]
+
+    ids, lengths = _encode(texts, encode, finish)
     stop = np.cumsum(lengths)
     spans = Spans(ids, stop - lengths, stop)
     if file is not None:
@@ -89,10 +90,12 @@ def tokenise(
     return spans
 
 
+Encode = Callable[[list[str]], list[list[int]]]  # texts -> ids
+
+
 def _encode(
-    texts: Sequence[str], tokenizer: Any, begin: list[int], end: list[int]
+    texts: Sequence[str], encode: Encode, finish: Callable[[list[int]], list[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    encode = _encoder(tokenizer)
     parts, lengths, first = [np.zeros(0, np.int32)], np.zeros(len(texts), np.int64), 0
     while first < len(texts):
         last, size = first, 0
@@ -100,13 +103,40 @@ def _encode(
             size += len(texts[last])
             last += 1
         for i, ids in enumerate(encode(list(texts[first:last])), start=first):
-            parts.append(np.asarray([*begin, *ids, *end], np.int32))
+            parts.append(np.asarray(finish(ids), np.int32))
             lengths[i] = len(parts[-1])
         first = last
     return np.concatenate(parts), lengths
 
 
-def _encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+def _continuing(encode: Encode) -> Encode:
+    """An encoder of texts that go on from another: no space is put before them.
+
+    Llama-2's and Mistral's first tokenizers, and some others, put a space before every text. So the
+    text is encoded after a line break, whose ids are removed.
+    """
+    plain, after_break = encode(["a", "\na"])
+    if after_break[-len(plain) :] == plain:
+        return encode  # this tokenizer puts no space before a text
+
+    def continuing(texts: list[str]) -> list[list[int]]:
+        left = dict(enumerate(texts))
+        encoded: dict[int, list[int]] = {}
+        for before in ("\n", ":", "]", "a"):  # one whose ids do not merge with the text's
+            (prefix,) = encode([before])
+            joined = encode([before + text for text in left.values()])
+            for i, ids in zip(list(left), joined, strict=True):
+                if ids[: len(prefix)] == prefix:
+                    encoded[i] = ids[len(prefix) :]
+                    del left[i]
+        for i, ids in zip(left, encode(list(left.values())), strict=True):
+            encoded[i] = ids
+        return [encoded[i] for i in range(len(texts))]
+
+    return continuing
+
+
+def _encoder(tokenizer: Any) -> Encode:
     """A function texts -> ids, without special tokens, truncation or padding."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -121,8 +151,8 @@ def _adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("").input_ids
 
 
-def _without_eos(text: str, eos: str) -> str:
-    """The text without an EOS spelled out at its end, as P3 and chat templates have it."""
+def _without(eos: str, text: str) -> str:
+    """The text without an EOS spelled out at its end."""
     return text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
 
 

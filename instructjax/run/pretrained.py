@@ -9,12 +9,13 @@ EleutherAI/pythia-160m      a name on the Hugging Face hub
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
 from instructjax import hf, hosts, models, sharding
+from instructjax.data import template as templates
 from instructjax.models import PRESETS, ModelConfig, Params
 
 
@@ -23,6 +24,7 @@ def load(
     mesh: Mesh,
     *,
     tokenizer: str | None = None,
+    template: Literal["auto", "chat", "plain"] | None = None,
     seed: int = 0,
     flag: str = "--model",
 ) -> tuple[ModelConfig, Params, Any]:
@@ -33,6 +35,8 @@ def load(
       mesh: the mesh that the parameters are laid out on.
       tokenizer: a Hugging Face directory or a hub name. By default the tokenizer beside the model,
         and the miniature's for the preset `miniature`. A preset takes its vocabulary from it.
+      template: `--data.template` of a run that trains on prompts. The form that it gives is
+        recorded in the tokenizer; a model that was trained with another form is warned of.
       seed: seed of a preset's random values.
       flag: the flag that named the model, for error messages.
 
@@ -44,7 +48,8 @@ def load(
       ValueError: a preset without a tokenizer, or a tokenizer with more tokens than the model.
     """
     if model in PRESETS:
-        return _random(model, mesh, tokenizer, seed, flag)
+        config, params, loaded = _random(model, mesh, tokenizer, seed, flag)
+        return config, params, _with_form(loaded, template, f"{flag} {model}")
     directory = Path(model)
     if (directory / "export" / "config.json").is_file():
         directory = directory / "export"
@@ -66,7 +71,18 @@ def load(
             f"{flag} {model}: its vocabulary has {config.vocab_size:,} tokens, fewer than the"
             f" {len(loaded):,} of the tokenizer; give --tokenizer the model's own"
         )
-    return config, params, loaded
+    config = dataclasses.replace(config, eos_ids=templates.end_ids(loaded, config.eos_ids))
+    return config, params, _with_form(loaded, template, f"{flag} {model}")
+
+
+def _with_form(tokenizer: Any, choice: Any, model: str) -> Any:
+    """The tokenizer with the form of prompts that the run trains with, if it trains on prompts."""
+    if choice is not None:
+        before, form = templates.recorded(tokenizer), templates.of(tokenizer, choice).form
+        if before not in (None, form):
+            print(f"warning: {model} was trained on {before} prompts: these are {form} prompts")
+        templates.record(tokenizer, form)
+    return tokenizer
 
 
 def finished(run: Path) -> bool:
@@ -85,12 +101,11 @@ def _random(
         loaded = miniature.tokenizer()
     else:
         raise ValueError(f"{flag} {preset}: a preset has no tokenizer: give --tokenizer DIR")
-    eos = loaded.eos_token_id
     config = dataclasses.replace(
         PRESETS[preset],
         vocab_size=len(loaded),
         bos_id=loaded.bos_token_id,
-        eos_ids=() if eos is None else (eos,),
+        eos_ids=templates.end_ids(loaded),
         pad_id=loaded.pad_token_id,
     )
     build = functools.partial(models.init, config)
