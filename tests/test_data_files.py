@@ -152,6 +152,8 @@ def test_parquet(tmp_path, monkeypatch):
     parquet.write_table(pyarrow.Table.from_pylist(lines), path, row_group_size=900)
     (tmp_path / "b.jsonl").write_text('{"p": "b"}\n')
     located = read(tmp_path / "*")
+    places = [f"a.parquet: row {i}" for i in range(2000)]
+    assert [where for where, _ in located] == [*places, "b.jsonl:1"]
     assert located[0] == ("a.parquet: row 0", lines[0] | {"b": "x"})
     assert [row["p"] for _, row in located] == [*(line["p"] for line in lines), "b"]
 

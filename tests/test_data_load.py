@@ -398,7 +398,16 @@ def test_hugging_face_sets(tmp_path):
     train.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": train, "test": train.select([0])}).save_to_disk(tmp_path / "two")
     train.to_parquet(tmp_path / "files" / "train.parquet")
-    names = {"one": 3, "one:train": 3, "two": 3, "two:test": 1, "two:train[1:]+test": 3}
+    datasets.Dataset.from_list(rows, split="test").save_to_disk(tmp_path / "part")
+    names = {
+        "one": 3,
+        "one:train": 3,
+        "part": 3,
+        "part:test": 3,
+        "two": 3,
+        "two:test": 1,
+        "two:train[1:]+test": 3,
+    }
     for name, count in (names | {"files": 3, "files:train[:50%]": 2}).items():
         records = read(DataConfig(f"hf:{tmp_path}/{name}"), "comparisons", log=str)
         assert [r.responses for r in records] == [("a", "b")] * count
@@ -425,10 +434,14 @@ def test_hugging_face_configurations(tmp_path):
     for name in ("main", "other", "extra"):
         (record,) = read(DataConfig(f"hf:{tmp_path}/{name}:train"), "prompts", log=str)
         assert record.row == {"prompt": name}
-    message = r"has the configurations \['main', 'other'\]: choose one, as in hf:.*/CONFIG:train"
+    message = (
+        r"^hf:\S+: has the configurations \['main', 'other'\]: choose one, as in hf:.*/CONFIG:train"
+    )
     with pytest.raises(DataError, match=message):
         read(DataConfig(f"hf:{tmp_path}"), "prompts", log=str)
-    with pytest.raises(DataError, match=r"'none' is neither a folder nor .* \['main', 'other'\]"):
+    with pytest.raises(
+        DataError, match=r"^hf:\S+: 'none' is neither a folder nor .* \['main', 'other'\]"
+    ):
         read(DataConfig(f"hf:{tmp_path}/none"), "prompts", log=str)
 
 
@@ -439,6 +452,8 @@ def test_names_at_the_hub(monkeypatch):
 
     def load_dataset(*arguments, **options):
         calls.append((arguments, options))
+        if arguments[-1] == "preference":
+            raise ValueError("BuilderConfig 'preference' not found. Available: ['default']")
         if arguments[0] == "openai/old" and "revision" not in options:
             raise RuntimeError("Dataset scripts are no longer supported, but found old.py")
         return [{"prompt": "p"}]
@@ -450,6 +465,7 @@ def test_names_at_the_hub(monkeypatch):
         ("hf:openai/gsm8k:test[:1%]", (("openai/gsm8k", None), {"split": "test[:1%]"})),
         ("hf:openai/gsm8k/main", (("openai/gsm8k", "main"), {"split": "train"})),
         ("hf:openai/a/b/c:test", (("openai/a", "b/c"), {"split": "test"})),
+        ("hf:nvidia/a/preference", (("nvidia/a",), {"split": "train", "data_dir": "preference"})),
         ("hf:openai/old", (("openai/old",), {"data_dir": "default", **copy})),
         ("hf:openai/old/b", (("openai/old",), {"data_dir": "b", **copy})),
     ):
