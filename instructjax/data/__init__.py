@@ -5,6 +5,7 @@
     columns.py    --data.columns: which column a field is read from
     dialogue.py   messages, Anthropic's form and trees of replies -> prompt and reply
     records.py    rows -> records of the four kinds
+    files.py      files -> rows, by suffix
     sources.py    SPEC -> rows
     tokens.py     texts -> token ids, cached
     load.py       all of the above: DataConfig -> Dataset
