@@ -397,11 +397,80 @@ def test_hugging_face_sets(tmp_path):
     train = datasets.Dataset.from_list(rows)
     train.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": train, "test": train.select([0])}).save_to_disk(tmp_path / "two")
-    for name, count in (("one", 3), ("two", 3), ("two:test", 1)):
+    train.to_parquet(tmp_path / "files" / "train.parquet")
+    datasets.Dataset.from_list(rows, split="test").save_to_disk(tmp_path / "part")
+    names = {
+        "one": 3,
+        "one:train": 3,
+        "part": 3,
+        "part:test": 3,
+        "two": 3,
+        "two:test": 1,
+        "two:train[1:]+test": 3,
+    }
+    for name, count in (names | {"files": 3, "files:train[:50%]": 2}).items():
         records = read(DataConfig(f"hf:{tmp_path}/{name}"), "comparisons", log=str)
         assert [r.responses for r in records] == [("a", "b")] * count
-    with pytest.raises(DataError, match="two:other: KeyError: 'other'"):
-        read(DataConfig(f"hf:{tmp_path}/two:other"), "comparisons", log=str)
+    for name, message in (
+        ("two:other", "two:other: ValueError: Unknown split .* one of ..train., .test"),
+        ("one:other", "one:other: ValueError: Unknown split .* one of ..train"),
+        ("files/train.parquet", "is a file: write jsonl:/.*/files/train.parquet"),
+        ("nowhere/at/all", "all: no such folder"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read(DataConfig(f"hf:{tmp_path}/{name}"), "comparisons", log=str)
+
+
+def test_hugging_face_configurations(tmp_path):
+    """A further part of the path is a configuration, or a folder of the set."""
+    pytest.importorskip("datasets")
+    for folder in ("main", "other", "extra"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "train.jsonl", {"prompt": folder})
+    configs = "".join(
+        f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("main", "other")
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name in ("main", "other", "extra"):
+        (record,) = read(DataConfig(f"hf:{tmp_path}/{name}:train"), "prompts", log=str)
+        assert record.row == {"prompt": name}
+    message = (
+        r"^hf:\S+: has the configurations \['main', 'other'\]: choose one, as in hf:.*/CONFIG:train"
+    )
+    with pytest.raises(DataError, match=message):
+        read(DataConfig(f"hf:{tmp_path}"), "prompts", log=str)
+    with pytest.raises(
+        DataError, match=r"^hf:\S+: 'none' is neither a folder nor .* \['main', 'other'\]"
+    ):
+        read(DataConfig(f"hf:{tmp_path}/none"), "prompts", log=str)
+
+
+def test_names_at_the_hub(monkeypatch):
+    """The first two parts of a path are the name. A set with a script is read from its copy."""
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(*arguments, **options):
+        calls.append((arguments, options))
+        if arguments[-1] == "preference":
+            raise ValueError("BuilderConfig 'preference' not found. Available: ['default']")
+        if arguments[0] == "openai/old" and "revision" not in options:
+            raise RuntimeError("Dataset scripts are no longer supported, but found old.py")
+        return [{"prompt": "p"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    copy = {"split": "train", "revision": "refs/convert/parquet"}
+    for spec, expected in (
+        ("hf:gsm8k", (("gsm8k", None), {"split": "train"})),
+        ("hf:openai/gsm8k:test[:1%]", (("openai/gsm8k", None), {"split": "test[:1%]"})),
+        ("hf:openai/gsm8k/main", (("openai/gsm8k", "main"), {"split": "train"})),
+        ("hf:openai/a/b/c:test", (("openai/a", "b/c"), {"split": "test"})),
+        ("hf:nvidia/a/preference", (("nvidia/a",), {"split": "train", "data_dir": "preference"})),
+        ("hf:openai/old", (("openai/old",), {"data_dir": "default", **copy})),
+        ("hf:openai/old/b", (("openai/old",), {"data_dir": "b", **copy})),
+    ):
+        read(DataConfig(spec), "prompts", log=str)
+        assert calls[-1] == expected
 
 
 # --- the commands ---

@@ -8,6 +8,7 @@
     conversation.py  a row in any layout -> the conversation before the replies, and the replies
     template.py   messages -> text; the tokens that end a response
     records.py    rows -> records of the four kinds
+    files.py      files -> rows, by suffix
     sources.py    SPEC -> rows
     tokens.py     texts -> token ids, cached
     load.py       all of the above: DataConfig -> Dataset

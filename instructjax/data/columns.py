@@ -1,56 +1,135 @@
 r"""`--data.columns`: a small language for the column that a field of a record is read from.
 
-    prompt=question                 a column
-    completion=instances.0.output   a path into nested objects and lists
-    responses=ref1+ref2+ref3        a list of columns
-    prompt={question}\nAnswer:      a template; lists of strings in it are joined by spaces
+    prompt=question                    a column
+    completion=instances.0.output      a path into nested objects, lists and JSON strings
+    responses=answers.*.text           a path through all items of a list: a list
+    responses=ref1+ref2+ref3           a list of columns
+    prompt={question}\nAnswer:         a template; lists of strings in it are joined by spaces
+    prompt={instruction}\n\n{input?}   a column that may be absent, null or blank: then it is left
+                                       out, with the white space before it (at the start, after it)
+    ranks=winner:model_a|model_b       the value that names each response as the best, in their
+                                       order; any other value is a tie
+    ranks=preference:signed            negative: the first of two responses is better; positive:
+                                       the second; 0: a tie
 
 Entries are separated by commas; a comma inside a template is safe unless `name=` follows it. In a
 template `\n` and `\t` are line break and tab.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Column = Callable[[Mapping[str, Any]], Any]  # row -> value; KeyError(path) if the row lacks it
+# row -> value. Raises KeyError(path) if the row lacks it, TypeError(problem) if it has no such use.
+Column = Callable[[Mapping[str, Any]], Any]
 
 
 def lookup(row: Any, path: str) -> Any:
-    """The value at `path` (`a`, `a.b`, `a.0.b`); raises KeyError(path) if the row lacks it."""
+    """The value at `path`: `a`, `a.b`, `a.0.b`, or `a.*.b` for a list of every item's `b`.
+
+    A path goes on into a string that holds JSON. Raises KeyError(path) if the row lacks it.
+    """
     if isinstance(row, Mapping) and path in row:
         return row[path]
-    value = row
-    for key in path.split("."):
+    value, keys = row, path.split(".")
+    for i, key in enumerate(keys):
+        if isinstance(value, str):
+            value = _json(value)
         if isinstance(value, Mapping) and key in value:
             value = value[key]
         elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
             value = value[int(key)]
+        elif isinstance(value, list) and key == "*":
+            rest = ".".join(keys[i + 1 :])
+            try:
+                return [lookup(item, rest) if rest else item for item in value]
+            except KeyError as error:
+                raise KeyError(path) from error
         else:
             raise KeyError(path)
     return value
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _template(source: str) -> Column:
     parts = re.split(r"\{([^{}]+)\}", source.replace("\\n", "\n").replace("\\t", "\t"))
 
     def fill(row: Mapping[str, Any]) -> str:
-        filled = list(parts)
-        for i in range(1, len(parts), 2):  # odd entries are the names between braces
-            value = lookup(row, parts[i])
-            if isinstance(value, list) and all(isinstance(item, str) for item in value):
-                value = " ".join(value)
-            if not isinstance(value, str | int | float):
-                raise TypeError(f"'{parts[i]}' is a {type(value).__name__}, not text")
-            filled[i] = str(value)
-        return "".join(filled)
+        text = parts[0]
+        for name, literal in zip(parts[1::2], parts[2::2], strict=True):
+            value = _text(row, name)
+            if value is None:
+                text = text.rstrip()
+                text += literal if text else literal.lstrip()
+            else:
+                text += value + literal
+        return text
 
     return fill
 
 
-def _column(source: str) -> Column:
+def _text(row: Mapping[str, Any], name: str) -> str | None:
+    """The text of a column in a template; None if its name ends in `?` and there is no text."""
+    try:
+        value = lookup(row, name.removesuffix("?"))
+    except KeyError:
+        if name.endswith("?"):
+            return None
+        raise
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = " ".join(value)
+    if name.endswith("?") and (value is None or not str(value).strip()):
+        return None
+    if not isinstance(value, str | int | float):
+        raise TypeError(f"'{name}' is a {type(value).__name__}, not text")
+    return str(value)
+
+
+def _ranks(path: str, rule: str) -> Column:
+    """The ranks that a column implies, 1 for the best; None where the column is null."""
+    names = rule.split("|")
+
+    def named(row: Mapping[str, Any]) -> list[int] | None:
+        value = lookup(row, path)
+        if isinstance(value, bool):
+            value = json.dumps(value)
+        elif isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value is None:
+            return None
+        tied = str(value) not in names
+        return [1 if tied or name == str(value) else 2 for name in names]
+
+    def signed(row: Mapping[str, Any]) -> list[int] | None:
+        value = lookup(row, path)
+        if value is None:
+            return None
+        try:
+            preference = float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"'{path}' is {value!r:.40}, not a number") from error
+        return [1 + (preference > 0), 1 + (preference < 0)]
+
+    if rule == "signed":
+        return signed
+    if len(set(names)) < max(2, len(names)) or not all(names):
+        problem = f"'{path}:{rule}' is neither {path}:signed nor of the form {path}:first|second"
+        raise ValueError(f"--data.columns: {problem}")
+    return named
+
+
+def _column(field: str, source: str) -> Column:
     if "{" in source:
         return _template(source)
+    if field == "ranks" and ":" in source:
+        return _ranks(*source.split(":", 1))
     if "+" in source:
         return lambda row: [lookup(row, path) for path in source.split("+")]
     return lambda row: lookup(row, source)
@@ -59,8 +138,12 @@ def _column(source: str) -> Column:
 def parse_columns(columns: str, fields: tuple[str, ...]) -> dict[str, Column]:
     """`field=column,...` -> {field: column}; `fields` are those of the kind of record.
 
+    A rule for `ranks` gives a rank for each response that it knows: 1 for the best and 2 for the
+    others, or 1 for all if they are tied. It gives None where the column is null.
+
     Raises:
-      ValueError: an entry without `=`, or a field that is not among `fields`.
+      ValueError: an entry without `=`, a field that is not among `fields`, or a malformed rule for
+        `ranks`.
     """
     parsed = {}
     for entry in re.split(r",(?=\s*\w+=)", columns) if columns else ():
@@ -70,5 +153,5 @@ def parse_columns(columns: str, fields: tuple[str, ...]) -> dict[str, Column]:
             raise ValueError(f"--data.columns: '{entry}' is not of the form field=column")
         if name not in fields:
             raise ValueError(f"--data.columns: unknown field '{name}'; use one of {list(fields)}")
-        parsed[name] = _column(source)
+        parsed[name] = _column(name, source)
     return parsed

@@ -12,13 +12,16 @@ class DataConfig:
 
     spec: Annotated[str, tyro.conf.arg(name="", metavar="SPEC")] = "miniature"
     """Where the rows come from: `miniature`, `jsonl:PATH`, `tfds:NAME[/CONFIG][:SPLIT]` or
-    `hf:NAME[:SPLIT]`.
-    PATH may hold wildcards and may end in .jsonl, .json, .csv, .tsv or .txt, with .gz or .zst after
-    it."""
+    `hf:NAME[/CONFIG][:SPLIT]`. PATH may hold wildcards. Each file is read by its suffix: .json,
+    .csv, .tsv, .txt or .parquet; any other suffix means JSON lines. All but .parquet may have .gz
+    or .zst after it. SPLIT is `train` by default and may be a slice such as `train[:1%]`."""
     columns: str = ""
     r"""Which column each field is read from: a name `prompt=question,completion=answer`, a path
-    `completion=instances.0.output`, a list of columns `responses=ref1+ref2` or a template
-    `prompt={question}\n`. Fields not given here are found by their conventional names."""
+    `completion=instances.0.output`, every item of a list `responses=answers.*.text`, a list of
+    columns `responses=ref1+ref2`, a template `prompt={question}\n{hint?}`, whose column with `?`
+    may be absent, the value that names the best response `ranks=winner:model_a|model_b`, or a
+    number that is negative where the first of two responses is better `ranks=preference:signed`.
+    Fields not given here are found by their conventional names."""
     on_error: Literal["raise", "skip"] = "raise"
     """What a bad row does: `raise` stops the program; `skip` leaves the row out and reports how
     many were left out and why."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from instructjax.data.dialogue import (
     Message,
     Messages,
+    are_messages,
     parse_anthropic,
     parse_json,
     read_messages,
@@ -86,7 +87,7 @@ def _sides(fields: Fields, report: Report | None) -> list[tuple[str, Side]]:
         return []
     if fields.kind == "prompts" and fields.has("prompt"):
         # A prompt needs its replies only if they hold a part of the conversation.
-        named = [(name, value) for name, value in named if isinstance(value, list | dict)]
+        named = [(name, value) for name, value in named if are_messages(value)]
     return [(name, _side(fields, name, value, "assistant", report)) for name, value in named]
 
 

@@ -100,19 +100,22 @@ def _tool_calls(calls: Any) -> Any:
     return calls
 
 
-def parse_json(text: str) -> Messages | None:
-    """The messages that a text holds as JSON; None if it holds none."""
+def parse_json(text: str) -> Messages | Message | None:
+    """The messages, or the one, that a text holds as JSON; None if it holds none."""
     if text.lstrip()[:1] not in ("[", "{"):
         return None
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    items = [value] if isinstance(value, dict) else value
+    return value if are_messages(value) else None
+
+
+def are_messages(value: Any) -> bool:
+    """Whether a value has the form of a message or of a list of messages."""
+    items = value if isinstance(value, list) else [value]
     keys = [item.keys() if isinstance(item, dict) else set() for item in items]
-    if items and all({"role", "content"} <= k or {"from", "value"} <= k for k in keys):
-        return items
-    return None
+    return bool(items) and all({"role", "content"} <= k or {"from", "value"} <= k for k in keys)
 
 
 # --- Anthropic's form ---

@@ -57,13 +57,17 @@ class Fields:
     used: set[str] = field(default_factory=set)  # columns that --data.columns has read
 
     def has(self, name: str) -> bool:
-        """Whether the row has a value for a field. A null is none, and so is an empty context."""
+        """Whether the row has a value for a field. A null is none, and so is an empty context.
+
+        A column that --data.columns has read for a field is not read for another.
+        """
         if name in self.columns:
             return True
         replaced = any(name in INSTEAD_OF.get(other, ()) for other in self.columns)
         if replaced or name not in NAMES[self.kind]:
             return False
-        values = [self.row.get(alias) for alias in ALIASES.get(name, (name,))]
+        aliases = [alias for alias in ALIASES.get(name, (name,)) if alias not in self.used]
+        values = [self.row.get(alias) for alias in aliases]
         if name in CONTEXT:
             return not all(map(is_blank, values))
         return any(value is not None and (name, value) != ("labeler", "") for value in values)

@@ -1,28 +1,25 @@
 """SPEC -> rows, each with its place: file and line, or set and row number.
 
     miniature                  the built-in world
-    jsonl:PATH                 files by suffix: JSON lines, .json (one array), .csv, .tsv, .txt,
-                               each plain, .gz or .zst; PATH may hold *, ? and **
+    jsonl:PATH                 files by suffix: JSON lines, .json, .csv, .tsv, .txt, each plain, .gz
+                               or .zst, and .parquet; PATH may hold *, ? and **
     tfds:NAME[/CONFIG][:SPLIT] a TFDS set prepared as ArrayRecord, by name or by its folder
-    hf:NAME[:SPLIT]            a data set of the Hugging Face hub or a local folder
+    hf:NAME[/CONFIG][:SPLIT]   a data set of the Hugging Face hub or a local folder
 
 A reader yields `(where, row)`. For a row that cannot be read it yields a DataError in place of the
 row, and the caller decides whether to stop.
 """
 
-import csv
-import glob
-import gzip
-import io
-import json
-import zlib
-from collections.abc import Callable, Iterator
+import re
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from instructjax.data.errors import DataError
+from instructjax.data.files import LocatedRows, plain, read_files
 
-LocatedRows = Iterator[tuple[str, Any]]  # (where, row or DataError)
+FORMS = "miniature, jsonl:PATH, tfds:NAME[/CONFIG][:SPLIT] or hf:NAME[/CONFIG][:SPLIT]"
 
 # Records of each kind in the miniature's training split; the validation split has a tenth as many.
 MINIATURE = {"demonstrations": 8_000, "comparisons": 20_000, "prompts": 20_000, "text": 20_000}
@@ -42,186 +39,138 @@ def rows(spec: str, kind: str, split: str = "all", txt: str = "file") -> Located
     if spec == "miniature":
         return _miniature(kind, split)
     if scheme == "jsonl" and name:
-        return _files(name, txt)
-    if scheme == "tfds" and name:
-        return _tfds(spec, *_name_and_split(name))
-    if scheme == "hf" and name:
-        return _hf(spec, *_name_and_split(name))
-    hint = f"; for a file write jsonl:{spec}" if Path(spec).exists() else ""
-    forms = "miniature, jsonl:PATH, tfds:NAME[/CONFIG][:SPLIT] or hf:NAME[:SPLIT]"
-    raise DataError(f"--data {spec}", None, f"is not {forms}{hint}")
+        reader = read_files(name, txt)
+    elif scheme == "tfds" and name:
+        reader = _tfds(spec, *_name_and_split(name))
+    elif scheme == "hf" and name:
+        reader = _hf(spec, *_name_and_split(name))
+    else:
+        hint = f"; for a file write jsonl:{spec}" if Path(spec).exists() else ""
+        raise DataError(f"--data {spec}", None, f"is not {FORMS}{hint}")
+    return reader if kind == "text" else _trees(reader)
 
 
-def _name_and_split(name: str) -> tuple[str, str]:
+def _name_and_split(name: str) -> tuple[str, str | None]:
     name, _, split = name.partition(":")
-    return name, split or "train"
+    return name, split or None
 
 
-# --- files ---
+def _trees(rows: LocatedRows) -> LocatedRows:
+    """Joins messages that name their parents, as in OpenAssistant's tables; other rows pass.
 
-
-def _files(pattern: str, txt: str) -> LocatedRows:
-    paths = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
-    paths = [path for path in paths if Path(path).is_file()]
-    if not paths:
-        raise DataError(f"jsonl:{pattern}", None, "no such file")
-    for path in paths:
-        name = path.removesuffix(".gz").removesuffix(".zst")
-        try:
-            data = _decompress(path).removeprefix(b"\xef\xbb\xbf")
-        except (EOFError, OSError, zlib.error, ValueError) as error:
-            yield path, DataError(path, None, f"cannot be read: {error}")
-            continue
-        if not data.strip():
-            yield path, DataError(path, None, "the file is empty")
-        elif name.endswith((".csv", ".tsv")):
-            yield from _decoded(_csv, data, path, "\t" if name.endswith(".tsv") else ",")
-        elif name.endswith(".txt"):
-            yield from _decoded(_txt, data, path, txt)
-        elif name.endswith(".json") and data.lstrip().startswith(b"["):
-            yield from _decoded(_json, data, path)
+    A tree is a row {"prompt": message}, and each message has its "replies", as in OpenAssistant's
+    export of trees. A tree has the place of its first message. Messages whose parent is not among
+    the rows become errors.
+    """
+    messages: dict[str, tuple[str, dict]] = {}  # id -> (where, message)
+    for where, row in rows:
+        if not (
+            isinstance(row, dict) and row.keys() >= {"message_id", "parent_id", "role", "text"}
+        ):
+            yield where, row
+        elif str(row["message_id"]) in messages:
+            yield where, DataError(where, "message_id", "is the id of an earlier row")
         else:
-            yield from _jsonl(data, path)
-
-
-def _decompress(path: str) -> bytes:
-    """The decompressed file. Raises on a torn archive, which a stream reader may silently cut."""
-    data = Path(path).read_bytes()
-    if path.endswith(".gz"):
-        return gzip.decompress(data)
-    if path.endswith(".zst"):
-        import zstandard
-
-        frames = []
-        while data:
-            frame = zstandard.ZstdDecompressor().decompressobj()
-            try:
-                frames.append(frame.decompress(data))
-            except zstandard.ZstdError as error:
-                raise ValueError(error) from error
-            if not frame.eof:
-                raise EOFError("the file ends within a zstd frame")
-            data = frame.unused_data
-        return b"".join(frames)
-    return data
-
-
-def _jsonl(data: bytes, path: str) -> LocatedRows:
-    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
-        where = f"{path}:{number}"
-        try:
-            yield where, json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            problem = f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}"
-            yield where, DataError(where, None, problem)
-        except json.JSONDecodeError as error:
-            problem = (
-                f"not JSON: {error.msg} at column {error.colno}" if line.strip() else "is blank"
-            )
-            yield where, DataError(where, None, problem)
-        except (ValueError, RecursionError) as error:  # numbers or nesting beyond Python's limits
-            yield where, DataError(where, None, f"not usable as JSON: {error}")
-
-
-def _decoded(
-    reader: Callable[..., LocatedRows], data: bytes, path: str, *options: str
-) -> LocatedRows:
-    """Runs a reader of whole texts; yields a DataError for bytes that are not UTF-8."""
-    try:
-        yield from reader(data.decode(), path, *options)
-    except UnicodeDecodeError as error:
-        where = f"{path}:{data[: error.start].count(10) + 1}"
-        yield where, DataError(where, None, f"not UTF-8: byte {data[error.start]:#04x}")
-
-
-def _json(text: str, path: str) -> LocatedRows:
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        yield path, DataError(path, None, f"not JSON: {error}")
-        return
-    for number, item in enumerate(items, start=1):
-        yield f"{path}: item {number}", item
-
-
-def _csv(text: str, path: str, delimiter: str) -> LocatedRows:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    end = 0  # last line of the row before: a quoted cell may span lines
-    try:
-        header = reader.fieldnames or ()
-        if len(set(header)) < len(header):
-            yield path, DataError(path, None, f"two columns have the same name: {list(header)}")
-            return
-        end = reader.line_num
-        for row in reader:
-            where, end = f"{path}:{end + 1}", reader.line_num
-            if None in row or None in row.values():
-                problem = f"does not have the {len(header)} columns of the header"
-                yield where, DataError(where, None, problem)
-            else:
-                yield where, row
-    except csv.Error as error:  # such as an open quote, which makes one cell of all that follows
-        yield path, DataError(f"{path}:{end + 1}", None, f"not CSV: {error}")
-
-
-def _txt(text: str, path: str, unit: str) -> LocatedRows:
-    text = text.replace("\r\n", "\n")
-    if unit == "file":
-        yield path, {"text": text}
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", {"text": line}
+            messages[str(row["message_id"])] = (where, {**row, "replies": []})
+    roots = []
+    for where, message in messages.values():
+        parent = message["parent_id"]
+        if parent in (None, ""):
+            roots.append((where, {"prompt": message}))
+        elif str(parent) in messages:
+            messages[str(parent)][1]["replies"].append(message)
+        else:
+            yield where, DataError(where, "parent_id", f"no row has the id {str(parent)!r}")
+    yield from roots
 
 
 # --- libraries ---
 
 
-def _tfds(spec: str, name: str, split: str) -> LocatedRows:
+def _tfds(spec: str, name: str, split: str | None) -> LocatedRows:
     import tensorflow_datasets as tfds
 
     folder = Path(name).expanduser()
     data_dir = folder.parent if folder.is_dir() else None
     try:
         source: Any = tfds.data_source(
-            folder.name if data_dir else name, split=split, data_dir=data_dir
+            folder.name if data_dir else name, split=split or "train", data_dir=data_dir
         )
     except (tfds.core.DatasetNotFoundError, NotImplementedError, ValueError) as error:
         problem = "prepare the set as ArrayRecord; name its folder or set $TFDS_DATA_DIR"
         raise DataError(spec, None, f"{str(error).splitlines()[0]} ({problem})") from error
     for i in range(len(source)):
-        yield f"{spec} row {i}", _plain(source[i])
+        yield f"{spec} row {i}", plain(source[i])
 
 
-def _hf(spec: str, name: str, split: str) -> LocatedRows:
-    source: Any
+def _hf(spec: str, name: str, split: str | None) -> LocatedRows:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise DataError(spec, None, "needs `pip install instructjax[hf]`") from error
     folder = Path(name).expanduser()
+    if folder.is_file():
+        raise DataError(spec, None, f"is a file: write jsonl:{name}")
     try:
-        if (folder / "dataset_dict.json").exists():
-            source = datasets.load_from_disk(str(folder))[split]
-        elif (folder / "dataset_info.json").exists():
-            source = datasets.load_from_disk(str(folder))
+        if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
+            source = _hf_saved(datasets.load_from_disk(str(folder)), split)
+        elif folder.is_dir():
+            source = _hf_load(spec, str(folder), None, split or "train")
+        elif name.count("/") > 1 and folder.parent.is_dir():
+            source = _hf_load(spec, str(folder.parent), folder.name, split or "train")
+        elif name.startswith(("/", "~", ".")):
+            raise DataError(spec, None, "no such folder")
         else:
-            source = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, KeyError) as error:
+            owner_and_name, config = name.split("/")[:2], "/".join(name.split("/")[2:])
+            source = _hf_load(spec, "/".join(owner_and_name), config or None, split or "train")
+    except DataError:
+        raise
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(spec, None, f"{type(error).__name__}: {error}") from error
     for i, row in enumerate(source):
         yield f"{spec} row {i}", row
 
 
-def _plain(value: Any) -> Any:
-    """Converts the NumPy values and bytes of TFDS to the types of JSON."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, bytes):
-        return value.decode(errors="surrogateescape")  # refused later, with the field's name
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+def _hf_load(spec: str, name: str, config: str | None, split: str) -> Any:
+    """Loads a set; `config` is one of its configurations or one of its folders."""
+    import datasets
+
+    load = partial(datasets.load_dataset, name, split=split)
+    try:
+        return load(config)
+    except ValueError as error:
+        names = re.search(r"(?:available configs|Available): (\[.*\])", str(error))
+        if names is None:
+            raise
+        if config is None:
+            problem = (
+                f"has the configurations {names[1]}: choose one, as in hf:{name}/CONFIG:{split}"
+            )
+            raise DataError(spec, None, problem) from error
+        try:
+            return load(data_dir=config)
+        except OSError as no_folder:
+            problem = f"'{config}' is neither a folder nor among the configurations {names[1]}"
+            raise DataError(spec, None, problem) from no_folder
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        # The hub keeps a copy of such a set as Parquet files, in a folder for each configuration.
+        return load(data_dir=config or "default", revision="refs/convert/parquet")
+
+
+def _hf_saved(source: Any, split: str | None) -> Any:
+    """The rows of a split, or of a slice such as `train[:1%]`, of what `save_to_disk` wrote."""
+    import datasets
+
+    if isinstance(source, datasets.Dataset):
+        if split is None:
+            return source
+        source = {str(source.split or "train"): source}
+    lengths = {name: len(rows) for name, rows in source.items()}
+    parts = datasets.ReadInstruction.from_spec(split or "train").to_absolute(lengths)
+    return chain(*(source[part.splitname].select(range(part.from_, part.to)) for part in parts))
 
 
 def _miniature(kind: str, split: str) -> LocatedRows:

@@ -1,0 +1,285 @@
+"""Files -> rows, each with its place. The suffix of a file says how it is read.
+
+A reader yields `(where, row)`. For a row that cannot be read it yields a DataError in place of the
+row and reads on where it can. The error says so where the rest of a file is not read.
+"""
+
+import csv
+import glob
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from instructjax.data.errors import DataError
+
+LocatedRows = Iterator[tuple[str, Any]]  # (where, row or DataError)
+
+LONGEST_CELL = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072
+
+
+def read_files(pattern: str, txt: str) -> LocatedRows:
+    """Reads the files that match a pattern, in the order of their names, each by its suffix.
+
+    Args:
+      pattern: a path; `*`, `?` and `**` are wildcards.
+      txt: whether a document of a .txt file is the whole `file` or a `line`.
+    Raises:
+      DataError: no file matches, or a .parquet file is met without `pyarrow`.
+    """
+    paths = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+    paths = [path for path in paths if Path(path).is_file()]
+    if not paths:
+        raise DataError(f"jsonl:{pattern}", None, "no such file")
+    for path in paths:
+        if path.endswith(".parquet"):
+            yield from _parquet(path)
+            continue
+        name = path.removesuffix(".gz").removesuffix(".zst")
+        try:
+            data = _decompress(path).removeprefix(b"\xef\xbb\xbf")
+        except (EOFError, OSError, zlib.error, ValueError) as error:
+            yield path, DataError(path, None, f"cannot be read: {error}")
+            continue
+        if not data.strip():
+            yield path, DataError(path, None, "the file is empty")
+        elif name.endswith((".csv", ".tsv")):
+            yield from _csv(data, path, "\t" if name.endswith(".tsv") else ",")
+        elif name.endswith(".txt"):
+            yield from _txt_lines(data, path) if txt == "line" else _txt_file(data, path)
+        elif _is_json_document(data, name):
+            yield from _json_document(data, path)
+        else:
+            yield from _json_lines(data, path)
+
+
+def _decompress(path: str) -> bytes:
+    """The decompressed file. Raises on a torn archive, which a stream reader may silently cut."""
+    data = Path(path).read_bytes()
+    if path.endswith(".gz"):
+        return gzip.decompress(data)
+    if path.endswith(".zst"):
+        import zstandard
+
+        frames = []
+        while data:
+            frame = zstandard.ZstdDecompressor().decompressobj()
+            try:
+                frames.append(frame.decompress(data))
+            except zstandard.ZstdError as error:
+                raise ValueError(error) from error
+            if not frame.eof:
+                raise EOFError("the file ends within a zstd frame")
+            data = frame.unused_data
+        return b"".join(frames)
+    return data
+
+
+def _parquet(path: str) -> LocatedRows:
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        problem = "a .parquet file needs `pip install instructjax[hf]`"
+        raise DataError(path, None, problem) from error
+    number = 0
+    try:
+        for batch in ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                yield f"{path}: row {number}", plain(row)
+                number += 1
+    except (OSError, pyarrow.ArrowException) as error:
+        problem = f"cannot be read from row {number} on: {error}"
+        yield path, DataError(path, None, problem)
+
+
+def plain(value: Any) -> Any:
+    """Converts NumPy values and bytes to the types of JSON, also within lists and objects."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")  # refused later, with the field's name
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+# --- JSON ---
+
+
+def _is_json_document(data: bytes, name: str) -> bool:
+    """Whether a value spans lines, or the file is one value that holds the rows; else JSON lines.
+
+    A file whose first line is no JSON is a document too, unless at least half of its lines are.
+    """
+    first, _, others = data.lstrip().partition(b"\n")
+    if not others.strip():
+        return name.endswith(".json") or isinstance(_json_value(first), list)
+    if _json_value(first) is not None:
+        return False
+    lines = [line for line in data.split(b"\n") if line.strip()]
+    return 2 * sum(_json_value(line) is not None for line in lines) < len(lines)
+
+
+def _json_value(line: bytes) -> Any:
+    """The value of a line of JSON, or None."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_lines(data: bytes, path: str) -> LocatedRows:
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
+        where = f"{path}:{number}"
+        try:
+            yield where, json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            yield where, DataError(where, None, _bad_byte(line, error))
+        except json.JSONDecodeError as error:
+            problem = (
+                f"not JSON: {error.msg} at column {error.colno}" if line.strip() else "is blank"
+            )
+            yield where, DataError(where, None, problem)
+        except (ValueError, RecursionError) as error:  # numbers or nesting beyond Python's limits
+            yield where, DataError(where, None, f"not usable as JSON: {error}")
+
+
+def _json_document(data: bytes, path: str) -> LocatedRows:
+    """Reads an array of rows, an object that wraps one, or objects one after another."""
+    try:
+        values = list(_json_values(data.decode()))
+    except UnicodeDecodeError as error:
+        yield path, _not_utf8(data, path, error)
+        return
+    except (ValueError, RecursionError) as error:
+        yield path, DataError(path, None, f"not JSON: {error}; no row of this file is read")
+        return
+    if len(values) > 1:
+        yield from ((f"{path}:{line}", value) for line, value in values)
+        return
+    value, prefix = values[0][1], f"{path}:"
+    if isinstance(value, dict):
+        lists = [key for key, items in value.items() if _is_rows(items)]
+        if len(lists) == 1:
+            value, prefix = value[lists[0]], f"{path}: '{lists[0]}'"
+        elif len(lists) == len(value) > 1:
+            problem = f"holds several lists of rows: write each of {lists} to a file of its own"
+            yield path, DataError(path, None, problem)
+            return
+    if not isinstance(value, list):
+        yield path, value
+        return
+    for number, item in enumerate(value, start=1):
+        yield f"{prefix} item {number}", item
+
+
+def _json_values(text: str) -> Iterator[tuple[int, Any]]:
+    """(line, value) of JSON values one after another."""
+    decoder, start_of_value, end, line = json.JSONDecoder(), re.compile(r"\S"), 0, 1
+    while match := start_of_value.search(text, end):
+        line += text.count("\n", end, match.start())
+        value, end = decoder.raw_decode(text, match.start())
+        yield line, value
+        line += text.count("\n", match.start(), end)
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether a value is a list of rows: of objects other than the messages of a dialogue."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and not {"role", "from"} & value[0].keys()
+    )
+
+
+# --- CSV and text ---
+
+
+def _csv(data: bytes, path: str, delimiter: str) -> LocatedRows:
+    header: list[str] | None = None
+    for line, cells in _csv_rows(data.decode(errors="surrogateescape"), delimiter):
+        where = f"{path}:{line}"
+        if isinstance(cells, csv.Error):  # such as an open quote
+            problem = f"not CSV: {cells}"
+        elif byte := re.search("[\udc80-\udcff]", "".join(cells)):
+            problem = f"not UTF-8: byte {ord(byte[0]) - 0xDC00:#04x}"
+        elif header is None and len(set(cells)) < len(cells):
+            where, problem = path, f"two columns have the same name: {cells}"
+        elif header is None:
+            header = cells
+            continue
+        elif len(cells) != len(header):
+            problem = f"does not have the {len(header)} columns of the header"
+        else:
+            yield where, dict(zip(header, cells, strict=True))
+            continue
+        yield where, DataError(where, None, problem)
+        if header is None:  # rows mean nothing without it
+            return
+
+
+def _csv_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """(line, cells) of each row that is not blank; goes on at the next line after an error."""
+    lines = list(io.StringIO(text, newline=""))
+    start = end = 0  # lines before the reader's first row, and before its next row
+    while start < len(lines):
+        reader = csv.reader(
+            map(lines.__getitem__, range(start, len(lines))), delimiter=delimiter, strict=True
+        )
+        try:
+            while (cells := _next_row(reader)) is not None:
+                if cells:
+                    yield end + 1, cells
+                end = start + reader.line_num
+            return
+        except csv.Error as error:
+            yield end + 1, error
+            start = end = end + 1
+
+
+def _next_row(reader: Any) -> list[str] | None:
+    """The reader's next row, or None; cells may be of any length.
+
+    The limit on the length of a cell is a global of the process: it is changed for this call only.
+    """
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _txt_file(data: bytes, path: str) -> LocatedRows:
+    try:
+        yield path, {"text": data.decode().replace("\r\n", "\n")}
+    except UnicodeDecodeError as error:
+        yield path, _not_utf8(data, path, error)
+
+
+def _txt_lines(data: bytes, path: str) -> LocatedRows:
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        where = f"{path}:{number}"
+        try:
+            text = line.removesuffix(b"\r").decode()
+        except UnicodeDecodeError as error:
+            yield where, DataError(where, None, _bad_byte(line, error))
+            continue
+        if text.strip():
+            yield where, {"text": text}
+
+
+def _bad_byte(line: bytes, error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}"
+
+
+def _not_utf8(data: bytes, path: str, error: UnicodeDecodeError) -> DataError:
+    """The error of a file that can only be read as a whole."""
+    where = f"{path}:{data[: error.start].count(10) + 1}"
+    problem = f"not UTF-8: byte {data[error.start]:#04x}; no row of this file is read"
+    return DataError(where, None, problem)
