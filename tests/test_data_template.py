@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from instructjax import models, reward, rollout, scoring, sharding
+from instructjax import hf, models, reward, rollout, scoring, sharding
 from instructjax.data import (
     ComparisonRows,
     DataConfig,
@@ -165,6 +165,14 @@ def test_the_ends_of_a_response(layout, tokenizer):
     expected = list(dict.fromkeys(tokenizer.convert_tokens_to_ids(list(ends))))
     assert template.end_ids(tokenizer) == tuple(expected)
     assert template.end_ids(tokenizer, (7,)) == (7, *expected)
+
+
+def test_the_first_token_after_a_reply_ends_it():
+    """A template may write the end of the turn and then the end of the text."""
+    tokenizer = chat_layouts.tokenizer("gemma")
+    tokenizer.chat_template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    ends = tokenizer.convert_ids_to_tokens(template.end_ids(tokenizer))
+    assert ends == ["<eos>", "<end_of_turn>"]
 
 
 def test_a_reply_may_not_hold_an_end(tmp_path):
@@ -441,3 +449,20 @@ def check_one_prompt(pairs, tmp_path, tokenizer):
         assert ids == demonstrated.prompt[i].tolist() == prompted.prompt[i].tolist()
         assert ids == prompt_ids(list(record.messages), tokenizer, renderer)
         assert demonstrated.response[i, 0].tolist() == compared.response[i, 0].tolist()
+
+
+def test_real_conversations_of_a_real_chat_model_have_one_prompt(tmp_path, shared_data):
+    """With the tokenizer of SmolLM2-135M-Instruct, whose template adds a system message."""
+    folder = shared_data.parent / "real_model"
+    if not folder.is_dir():
+        pytest.skip(f"no real tokenizer at {folder}")
+    (tmp_path / "t").mkdir()
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "t" / name).write_bytes((folder / name).read_bytes())
+    packed = (folder / "tokenizer.json.gz").read_bytes()
+    (tmp_path / "t" / "tokenizer.json").write_bytes(gzip.decompress(packed))
+    tokenizer = hf.load_tokenizer(tmp_path / "t")
+    check_one_prompt(real_rows(shared_data), tmp_path, tokenizer)
+    data = quiet(write(tmp_path / "p", {"prompt": "name a river"}), "prompts", tokenizer)
+    whole = tokenizer.apply_chat_template([said("user", "name a river")], tokenize=False)
+    assert tokenizer.decode(data.prompt[0]) == whole + "<|im_start|>assistant\n"
