@@ -74,6 +74,7 @@ from instructjax.train import Batch, Metrics
 def run_ppo(config: Config) -> dict[str, Any]:
     """Trains and evaluates; returns what results.json holds."""
     began = time.perf_counter()
+    print(config.headline)
     if config.data.spec == "miniature":
         ensure_sft_and_rm(config)
     with Run(config, stage="ppo") as run:
@@ -531,6 +532,7 @@ class Evaluation:
             utility_B = gold.utilities(records, texts)
         return policies.Sampled(
             prompts=[record.prompt for record in records],
+            turns=[policies.last_turn(record) for record in records],
             texts=texts,
             score_B=self.score(rows, records)[0],
             length_B=rows["mask_BR"].sum(1),
