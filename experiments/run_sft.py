@@ -32,7 +32,7 @@ import run_pretrain
 import tyro
 
 from instructjax import hf, models, rollout, scoring, sft, sharding, state, train
-from instructjax.data import DataConfig, PackedRows, Stream, load
+from instructjax.data import DataConfig, Dataset, PackedRows, Stream, load
 from instructjax.data.batches import row_length
 from instructjax.evaluation import policies
 from instructjax.evaluation.figures import plot_curves
@@ -190,17 +190,7 @@ def run_sft(config: Config) -> None:
         model = config.compute(model)
 
         share = config.pretrain_share
-        longest = config.length or min(LONGEST, model.max_length)
-        limit = min(config.data.max_prompt or longest, longest - 1)  # leaves room for a response
-        read = functools.partial(
-            load,
-            dataclasses.replace(config.data, max_prompt=limit),
-            "demonstrations",
-            tokenizer,
-            context=longest,
-        )
-        seen, unseen = read(split="train"), read(split="validation")
-        length = config.length or min(longest, row_length([seen, unseen]))
+        seen, unseen, length = load_demonstrations(config, tokenizer, model.max_length)
         sources, weights = [PackedRows(seen, length)], [1 - share]
         if share:
             text = load(config.pretrain, "text", tokenizer, split="train")
@@ -337,6 +327,26 @@ def run_sft(config: Config) -> None:
 
 
 # ------------------------------------------------------------------------------------- helpers
+
+
+def load_demonstrations(
+    config: Config, tokenizer: Any, context: int
+) -> tuple[Dataset, Dataset, int]:
+    """(demonstrations to train on, those for validation, tokens of a row).
+
+    A demonstration that does not fit a row is dropped or cut, as --data.overlong says.
+
+    Args:
+      context: tokens of the model's context.
+    """
+    longest = config.length or min(LONGEST, context)
+    limit = min(config.data.max_prompt or longest, longest - 1)  # leaves room for a response
+    source = dataclasses.replace(config.data, max_prompt=limit)
+    seen, unseen = (
+        load(source, "demonstrations", tokenizer, split=split, context=longest)
+        for split in ("train", "validation")
+    )
+    return seen, unseen, config.length or min(longest, row_length([seen, unseen]))
 
 
 def make_step(
