@@ -3,7 +3,12 @@
     python experiments/run_ppo.py                                   # the miniature, from nothing
     python experiments/run_ppo.py --preset instructgpt-6b --model runs/sft --reward runs/rm \
         --data jsonl:prompts.jsonl --pretrain 'jsonl:books/*.txt'
+    python experiments/run_ppo.py --model runs/sft --reward runs/rm --data jsonl:prompts.jsonl \
+        --ptx.coef 0                                                # plain PPO on your own data
     python experiments/run_ppo.py --reward my_file.py:my_function --loss my_file.py:my_policy_loss
+
+Without --preset, the miniature's data get the preset `miniature`, and other data get `small`, which
+is for models of less than 1B parameters.
 
 PPO-ptx maximises, with x a prompt and y a response (InstructGPT, eq. 2),
 

@@ -167,8 +167,9 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         base = config.compute(base)
 
         read = functools.partial(load, tokenizer=tokenizer, context=base.max_length)
-        seen = read(config.data, "comparisons", split="train")
-        unseen = read(config.data, "comparisons", split="validation")
+        ranked = run_sft.leaving_room(config.data, base.max_length)
+        seen = read(ranked, "comparisons", split="train")
+        unseen = read(ranked, "comparisons", split="validation")
         length = config.length or min(row_length([seen, unseen]), LONGEST)
         seen, unseen = fitting(seen, length), fitting(unseen, length)
         groups = {"held-out prompts": unseen}
@@ -184,6 +185,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         demonstrations = None
         if spec:
             source = dataclasses.replace(config.demonstrations, spec=spec)
+            source = run_sft.leaving_room(source, base.max_length)
             demonstrations = fitting(read(source, "demonstrations", split="validation"), length)
 
         streamed = functools.partial(

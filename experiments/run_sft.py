@@ -340,13 +340,21 @@ def load_demonstrations(
       context: tokens of the model's context.
     """
     longest = config.length or min(LONGEST, context)
-    limit = min(config.data.max_prompt or longest, longest - 1)  # leaves room for a response
-    source = dataclasses.replace(config.data, max_prompt=limit)
+    source = leaving_room(config.data, longest)
     seen, unseen = (
         load(source, "demonstrations", tokenizer, split=split, context=longest)
         for split in ("train", "validation")
     )
     return seen, unseen, config.length or min(longest, row_length([seen, unseen]))
+
+
+def leaving_room(config: DataConfig, context: int) -> DataConfig:
+    """With prompts limited to what leaves room for a response in a context.
+
+    Without the limit a longer prompt is a bad row. With it, it is dropped or cut.
+    """
+    limit = min(config.max_prompt or context, context - 1)
+    return dataclasses.replace(config, max_prompt=limit)
 
 
 def make_step(

@@ -377,7 +377,8 @@ def test_a_step_equals_sgd_by_hand():
 
 def test_weight_decay_shrinks_every_parameter_by_its_share():
     """AdamW: p - lr (update + decay p), and the same moments as without."""
-    params, grads = {"a": jnp.array([2.0]), "b": jnp.array([[-4.0]])}, {"a": 0.3, "b": 0.4}
+    params = {"a": jnp.array([2.0]), "b": jnp.array([[-4.0]])}
+    grads = {"a": jnp.array([0.3]), "b": jnp.array([[0.4]])}
     plain, decayed = train.adam(0.1), train.adam(0.1, weight_decay=0.5)
     update, moments = plain.update(grads, plain.init(params), params)
     shrunk, same_moments = decayed.update(grads, decayed.init(params), params)
