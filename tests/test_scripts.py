@@ -216,13 +216,15 @@ def test_an_ensemble_is_its_members_trained_at_once(runs, tmp_path):
 
 @pytest.fixture(scope="module")
 def own_data(tmp_path_factory) -> Path:
-    """The miniature's demonstrations and comparisons as a user's files. A few rows are too long for
-    a row of 128 tokens, and one prompt for the model's context of 288."""
+    """The miniature's demonstrations and comparisons as a user's files, and 20 demonstrations whose
+    prompts exceed any row."""
     out = tmp_path_factory.mktemp("data")
     demos = data.read(DataConfig(cache=None), "demonstrations", split="train")
     ranked = data.read(DataConfig(cache=None), "comparisons", split="train")
     rows = [{"prompt": r.prompt, "completion": r.responses[0]} for r in demos]
-    long = [{"prompt": f"{i} " + 40 * r["prompt"], "completion": "no."} for i, r in enumerate(rows)]
+    long = [
+        {"prompt": f"{i} " + 500 * r["prompt"], "completion": "no."} for i, r in enumerate(rows)
+    ]
     (out / "demos.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + long[:20]))
     rows = [{"prompt": r.prompt, "responses": r.responses, "ranks": r.ranks} for r in ranked]
     (out / "ranked.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -244,8 +246,8 @@ def test_a_row_is_as_long_as_the_data_and_overlong_demonstrations_are_counted(ow
     seen, unseen, row = read(cut, miniature.tokenizer(), context=288)
     assert len(seen) + len(unseen) == 100
     assert "cut: prompts over 95 tokens" in capsys.readouterr().out
-    whole = read(run_sft.Config(data=source), miniature.tokenizer(), context=2**20)
-    assert whole[2] == run_sft.LONGEST  # longer ones are cut or dropped
+    *_, row = read(dataclasses.replace(cut, length=None), miniature.tokenizer(), context=2**20)
+    assert row == run_sft.LONGEST
 
 
 def test_own_data_get_the_small_preset(runs, own_data, tmp_path, capsys):
