@@ -133,7 +133,7 @@ PRESETS = {
         # [ours, near App. C.2's 9e-6. Huang et al. take 3e-6 from 1B up, TRL's RewardConfig 1e-4.]
         learning_rate=1e-5,
         warmup=0.1,  # [ours]
-        microbatches=2,  # [ours]
+        microbatches=4,  # [ours]
         remat="full",  # [TRL checkpoints activations too]
     ),
     "instructgpt-6b": PAPER,  # the paper's one RM, for policies of all sizes
