@@ -58,6 +58,7 @@ def iterations(task: Task) -> Iterator[dict[str, float]]:
         max_new_tokens=R,
         ppo=PPO(
             minibatch=task.minibatch,
+            epochs=1,
             microbatches=task.microbatches,
             buckets=task.buckets,
             learning_rate=1e-5,

@@ -1,4 +1,4 @@
-"""The flags of run_ppo.py, with the paper's values and the miniature's."""
+"""The flags of run_ppo.py, with the paper's values, the miniature's, and those of small models."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import tyro
 
 from instructjax import advantages
 from instructjax.data import DataConfig
-from instructjax.run import RunConfig
+from instructjax.run.flags import Adam, RunConfig
 from instructjax.scoring import RewardConfig
 
 
@@ -17,9 +17,9 @@ from instructjax.scoring import RewardConfig
 class PPO:
     """The algorithm."""
 
-    minibatch: int = 16
+    minibatch: int = 64
     """Episodes per update [App. C.4: 64]."""
-    epochs: int = 1
+    epochs: int = 4
     """Passes over each rollout, each in a new order [App. C.4: 1]."""
     microbatches: int = 1
     """Parts of a minibatch, sorted by length, whose gradients are accumulated [ours]."""
@@ -31,7 +31,7 @@ class PPO:
     value_clip: float = 0.2
     """The value net's change since the rollout is clipped to +- this; `inf` turns clipping off
     [paper silent; 0.2 in lm-human-preferences]."""
-    beta: float = 0.02
+    beta: float = 0.05
     """Coefficient of the KL penalty in the reward; 0 also drops the reference model
     [App. C.4: 0.02]."""
     kl_target: float | None = None
@@ -51,7 +51,7 @@ class PPO:
     """Scales the rewards of a rollout to variance 1 and keeps their mean [paper silent]."""
     clip_score: float | None = None
     """Clips scores to +- this before the KL penalty is added [paper silent]."""
-    missing_eos: advantages.MissingEOS = "none"
+    missing_eos: advantages.MissingEOS = "penalty"
     """What a response without EOS scores: `none` keeps its score, `penalty` subtracts
     --ppo.missing_eos_value, `fixed` puts --ppo.missing_eos_value in its place [paper silent]."""
     missing_eos_value: float | None = None
@@ -66,14 +66,14 @@ class PPO:
     [lm-human-preferences]."""
     value_coef: float = 0.1
     """Coefficient of the value loss on a shared trunk [lm-human-preferences: 0.1]."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-6
     """Learning rate of the policy after the warm-up [App. C.4 swept 2.55e-6 to 2.55e-5]."""
-    value_learning_rate: float = 3e-4
+    value_learning_rate: float = 9e-6
     """Learning rate of the value net, likewise [App. C.4: 9e-6, and 5e-6 for 175B]."""
     warmup: int = 10
     """Iterations over which both learning rates rise from a tenth to their full value
     [App. C.4: 10]."""
-    ema: float = 0.95
+    ema: float = 0.0
     """Decay per update of the moving average of the policy's weights, which is exported.
     0 keeps no average and exports the last weights [App. C.4: 0.992]."""
 
@@ -86,30 +86,14 @@ class PPO:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adam:
-    """The optimizer of the policy and of the value net."""
-
-    b1: float = 0.9
-    """Decay of Adam's first moment [App. C: 0.9]."""
-    b2: float = 0.95
-    """Decay of Adam's second moment [App. C: 0.95]."""
-    eps: float = 1e-8
-    """Added to the root of the second moment [paper silent; ours]."""
-    clip_norm: float = 1.0
-    """Gradients are scaled down to this global norm; `inf` turns clipping off.
-    The policy's norm includes the ptx gradient: with a large --ptx.coef little of PPO's own
-    gradient is left [paper silent; ours]."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PTX:
     """Pretraining text mixed into the updates of the policy."""
 
     coef: float = 27.8
     """Coefficient of the ptx gradient, gamma in eq. 2; 0 is plain PPO [App. C.4: 27.8]."""
-    ratio: int = 8
+    ratio: int = 1
     """Rows of pretraining text per episode [App. C.4: 8]."""
-    length: int = 128
+    length: int = 512
     """Tokens of a row of pretraining text [paper silent]."""
     microbatches: int = 1
     """Parts of an update's text whose gradients are accumulated [ours]."""
@@ -122,6 +106,10 @@ class Config(RunConfig):
     FIXED = (
         *(*RunConfig.FIXED, "pretrain", "reward", "value_model", "loss", "ppo", "adam", "ptx"),
         *("max_new_tokens", "temperature"),
+    )
+    SHOWN = (
+        *("ppo.learning_rate", "ppo.value_learning_rate", "ppo.beta", "ppo.missing_eos"),
+        *("batch_size", "ppo.minibatch", "ppo.epochs", "max_new_tokens", "ptx.coef"),
     )
 
     out: Path = Path("runs/ppo")
@@ -147,7 +135,7 @@ class Config(RunConfig):
     sample_batch: int | None = None
     """Prompts whose responses are sampled at the same time; `None`: all of an iteration's.
     Fewer need less memory for keys and values, and change no token."""
-    max_new_tokens: int = 32
+    max_new_tokens: int = 128
     """Longest response in tokens, EOS included [App. C: 1k]."""
     temperature: float = 1.0
     """Temperature of sampling and of all log-probabilities [App. C.4: 1]."""
@@ -158,7 +146,7 @@ class Config(RunConfig):
     """Iterations between evaluations on held-out prompts. The last iteration always has one."""
     eval_prompts: int = 128
     """Held-out prompts of each evaluation."""
-    final_prompts: int = 512
+    final_prompts: int = 256
     """Held-out prompts of the report at the end."""
     offload: bool = False
     """Keeps the reference and the reward models in host memory while they are not used.
@@ -192,7 +180,10 @@ class Config(RunConfig):
             if parts < 1 or whole % parts:
                 raise ValueError(f"{whole_flag} {whole}: not a multiple of {flag} {parts}")
         if ptx.coef and not self.pretrain.spec and self.data.spec != "miniature":
-            raise ValueError("--pretrain SPEC is needed for PPO-ptx; --ptx.coef 0 is plain PPO")
+            raise ValueError(
+                f"--ptx.coef {ptx.coef}: PPO-ptx needs text, --pretrain SPEC; or give --ptx.coef 0,"
+                " which is plain PPO"
+            )
         if not 0 <= ppo.ema < 1:
             raise ValueError(f"--ppo.ema {ppo.ema}: must be at least 0 and below 1")
         if self.eval_prompts > self.final_prompts:  # evaluations compare with the report's "before"
@@ -237,6 +228,7 @@ PAPER = Config(
         beta=0.02,  # App. C.4
         gamma=1.0,  # App. C.4: no discount
         lam=0.95,  # ours, as in the earlier OpenAI code
+        missing_eos="none",  # the paper is silent
         learning_rate=8.05e-6,  # ours: the highest that did not diverge without ptx (App. C.4)
         value_learning_rate=9e-6,  # App. C.4
         warmup=10,  # App. C.4, from a tenth
@@ -250,6 +242,7 @@ PAPER = Config(
         microbatches=8,  # ours
     ),
     eval_prompts=512,  # ours
+    final_prompts=512,  # ours
     model_dtype="bfloat16",  # App. C: fp16, with fp32 masters
     remat="dots",  # ours
 )
@@ -261,11 +254,46 @@ PRESETS = {
     "miniature": Config(
         steps=120,
         batch_size=256,
+        max_new_tokens=32,
         eval_every=30,
         final_prompts=1024,
         unroll=2,
-        ppo=PPO(minibatch=64, learning_rate=3e-4, value_learning_rate=1e-3, beta=0.15),
+        ppo=PPO(
+            minibatch=64,
+            epochs=1,
+            learning_rate=3e-4,
+            value_learning_rate=1e-3,
+            beta=0.15,
+            missing_eos="none",
+            ema=0.95,
+        ),
         ptx=PTX(coef=0.03, ratio=1, length=64),
+    ),
+    # For models below 1B. In brackets: where a value is from. TRL: its PPOTrainer's defaults and
+    # its example on TL;DR with a Pythia of 1B. Huang et al.: 2024, arXiv 2403.17031, from 1B up.
+    "small": Config(
+        batch_size=64,  # [TRL; Huang et al. take 512]
+        max_new_tokens=128,  # [ours; TL;DR's summaries have at most 53]
+        ppo=PPO(
+            minibatch=64,  # the whole batch [TRL, Huang et al.]
+            epochs=4,  # [TRL, Huang et al.]
+            microbatches=8,  # [ours]
+            beta=0.05,  # [TRL, Huang et al.]
+            missing_eos="penalty",  # of 1 [TRL; Huang et al. score such a response -1]
+            learning_rate=3e-6,  # [TRL, Huang et al.]
+            value_learning_rate=9e-6,  # [App. C.4; TRL and Huang et al. take 3e-6]
+            warmup=10,  # [App. C.4]
+            ema=0,  # none [TRL, Huang et al.]
+        ),
+        # Without --pretrain, --ptx.coef 0 is to be given.
+        ptx=PTX(
+            coef=27.8,  # [App. C.4]
+            ratio=1,  # [ours: 8 rows of text an episode would take most of the time]
+            length=512,  # [ours]
+            microbatches=8,  # [ours]
+        ),
+        final_prompts=256,  # [ours]
+        remat="full",  # [TRL checkpoints activations too]
     ),
     "instructgpt-1.3b": PAPER,
     "instructgpt-6b": PAPER,

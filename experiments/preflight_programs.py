@@ -35,12 +35,14 @@ def sft_step(config: run_sft.Config, model: ModelConfig, mesh: Mesh) -> Compilab
     model = computed(model, config)
     params = abstract_params(model, mesh)
     tx, _, step = run_sft.make_step(config, model, params, mesh, 1000)
-    batch = text_batch(config.batch_size, config.length, mesh)
+    length = config.length or min(run_sft.LONGEST, model.max_length)
+    batch = text_batch(config.batch_size, length, mesh)
     return Compilable("SFT step", step, (abstract_state(params, tx), batch, abstract_key(mesh)))
 
 
 def rm_step(config: run_rm.Config, model: ModelConfig, mesh: Mesh) -> Compilable:
-    """As run_rm.py makes it, each prompt with 9 responses of the greatest length.
+    """As run_rm.py makes it. Without --length a row holds a prompt with 9 responses, all of the
+    greatest length.
 
     Raises:
       ValueError: as `sft_step`.
@@ -51,15 +53,10 @@ def rm_step(config: run_rm.Config, model: ModelConfig, mesh: Mesh) -> Compilable
     tx, step = run_rm.make_step(config, model, params, mesh, 1000)
     B, K = config.batch_size, 9
     P, R = lengths(config.data.max_prompt, config.data.max_response, model)
-    shapes = {
-        "prompt_BP": (B, P),
-        "prompt_mask_BP": (B, P),
-        "responses_BKR": (B, K, R),
-        "response_mask_BKR": (B, K, R),
-        "ranks_BK": (B, K),
-        "mask_BK": (B, K),
-        "margin_B": (B,),
-    }
+    names = "tokens_BT", "segments_BT", "parents_BT", "positions_BT"
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (B, config.length or P + K * R))
+    shapes |= dict.fromkeys(("last_BCK", "ranks_BCK", "mask_BCK"), (B, 1, K))
+    shapes["margin_BC"] = B, 1
     args = abstract_state(params, tx), abstract_rows(shapes, mesh), abstract_key(mesh)
     return Compilable("RM step", step, args)
 
@@ -238,7 +235,7 @@ def abstract_key(mesh: Mesh) -> Any:
 
 def abstract_rows(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> dict[str, Any]:
     """A batch by its arrays' names: of masks, of floating-point numbers, of ids."""
-    floats = ("logp_BR", "value_BR", "advantage_BR", "return_BR", "margin_B")
+    floats = ("logp_BR", "value_BR", "advantage_BR", "return_BR", "margin_BC")
 
     def dtype(name: str) -> Any:
         return jnp.bool_ if "mask" in name else jnp.float32 if name in floats else jnp.int32

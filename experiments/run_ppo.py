@@ -3,7 +3,12 @@
     python experiments/run_ppo.py                                   # the miniature, from nothing
     python experiments/run_ppo.py --preset instructgpt-6b --model runs/sft --reward runs/rm \
         --data jsonl:prompts.jsonl --pretrain 'jsonl:books/*.txt'
+    python experiments/run_ppo.py --model runs/sft --reward runs/rm --data jsonl:prompts.jsonl \
+        --ptx.coef 0                                                # plain PPO on your own data
     python experiments/run_ppo.py --reward my_file.py:my_function --loss my_file.py:my_policy_loss
+
+Without --preset, the miniature's data get the preset `miniature`, and other data get `small`, which
+is for models of less than 1B parameters.
 
 PPO-ptx maximises, with x a prompt and y a response (InstructGPT, eq. 2),
 
@@ -74,6 +79,7 @@ from instructjax.train import Batch, Metrics
 def run_ppo(config: Config) -> dict[str, Any]:
     """Trains and evaluates; returns what results.json holds."""
     began = time.perf_counter()
+    print(config.headline)
     if config.data.spec == "miniature":
         ensure_sft_and_rm(config)
     with Run(config, stage="ppo") as run:
@@ -539,6 +545,7 @@ class Evaluation:
             utility_B = gold.utilities(records, texts)
         return policies.Sampled(
             prompts=[record.prompt for record in records],
+            turns=[policies.last_turn(record) for record in records],
             texts=texts,
             score_B=self.score(rows, records)[0],
             length_B=rows["mask_BR"].sum(1),

@@ -1,11 +1,13 @@
 """Train the reward model on ranked responses: the paper's second step (InstructGPT, section 3.5).
 
     python experiments/run_rm.py                                             # the miniature
+    python experiments/run_rm.py --model runs/sft --data jsonl:ranked.jsonl  # your model and data
     python experiments/run_rm.py --preset instructgpt-6b --model runs/sft --data jsonl:ranked.jsonl
     python experiments/run_rm.py --folds 5 --by labeler --out runs/rm-folds  # seen, unseen labelers
     python experiments/run_rm.py --ensemble 4 --out runs/rm-ensemble         # seeds in one step
 
-The defaults are chosen for the miniature. The preset instructgpt-6b has the paper's values, and
+Without --preset, the miniature's data get the preset `miniature`, and other data get `small`, which
+is for models of less than 1B parameters. The preset instructgpt-6b has the paper's values, and
 brackets below say where the paper states them.
 
 Hardware: two CPU cores suffice for the miniature: 2,454 steps, 98 s. run_pretrain.py and run_sft.py
@@ -37,17 +39,17 @@ from rich.table import Table
 
 from instructjax import hf, hosts, models, reward, sharding, state, train
 from instructjax.data import (
-    ComparisonRows,
     DataConfig,
     Dataset,
     PackedComparisonRows,
     Stream,
     load,
 )
+from instructjax.data.batches import fitting, row_length
 from instructjax.evaluation import baselines, figures, folds, gold, ranking
 from instructjax.evaluation.figures import plot_curves
 from instructjax.run import Run, main, pretrained
-from instructjax.run.flags import RunConfig, parse
+from instructjax.run.flags import Adam, RunConfig, parse
 
 # ------------------------------------------------------------------------------------- config
 
@@ -58,8 +60,9 @@ class Config(RunConfig):
 
     FIXED = (
         *(*RunConfig.FIXED, "demonstrations", "epochs", "learning_rate", "dropout"),
-        *("length", "multiple", "ensemble", "folds", "by"),
+        *("length", "warmup", "adam", "ensemble", "folds", "by"),
     )
+    SHOWN = ("learning_rate", "warmup", "batch_size", "epochs")
 
     out: Path = Path("runs/rm")
     model: str = "runs/sft"
@@ -70,17 +73,21 @@ class Config(RunConfig):
     By default the miniature's with --data miniature. With other data there are none by default,
     and the bias stays as it is."""
     length: int | None = None
-    """Tokens of a row that packs several comparisons, which is best for short comparisons.
-    By default each comparison has a row, with a slot for each response."""
-    multiple: int = 8
-    """Without --length, prompt and response are padded to a multiple of this many tokens."""
-    batch_size: int = 16
-    """Rows of an update. Without --length a row is a prompt with all its pairs. [App. C.2: 64]"""
+    """Tokens of a row, which packs comparisons. A comparison is a prompt and all its responses.
+    By default the least multiple of 128 that holds the longest comparison, and at most 4,096.
+    It may exceed the model's context, which holds a prompt and one response.
+    A longer comparison is dropped and counted, also with --data.overlong truncate."""
+    batch_size: int = 8
+    """Rows of an update. The script says how many comparisons they hold.
+    [App. C.2: 64 prompts, each with all its pairs]"""
     epochs: float = 1.0
     """Passes over the comparisons. --steps overrides it. [App. C.2: 1]"""
-    learning_rate: float = 5e-4
-    """Peak of the learning rate, which decays to a tenth along a cosine, without warm-up.
-    [App. C.2: 9e-6]"""
+    learning_rate: float = 1e-5
+    """Peak of the learning rate, which then decays to a tenth along a cosine. [App. C.2: 9e-6]"""
+    warmup: float = 0.1
+    """Steps over which the learning rate rises to its peak, linearly.
+    Below 1 it is their share of all steps. [Paper silent]"""
+    adam: Adam = field(default_factory=Adam)
     dropout: float = 0.0
     """Dropout rate of what each sublayer adds to the residual stream. [Paper silent]"""
     ensemble: int = 1
@@ -108,17 +115,30 @@ class Config(RunConfig):
 PAPER = Config(
     model=tyro.MISSING,
     data=DataConfig(tyro.MISSING, max_prompt=1024, max_response=1024),  # App. C: context
-    multiple=128,  # ours
-    batch_size=64,  # App. C.2: 64 prompts, up to 2,304 comparisons
+    batch_size=64,  # App. C.2: 64 prompts, up to 2,304 pairs; a row here may hold several prompts
     epochs=1,  # App. C.2: a second epoch overfits
     learning_rate=9e-6,  # App. C.2, cosine to 10 %
+    warmup=0,  # the paper is silent
     model_dtype="bfloat16",  # App. C: fp16, with fp32 masters
     remat="dots",  # ours
 )
 PRESETS = {
-    "miniature": Config(length=288, batch_size=6, epochs=2.4, unroll=2),  # ours
+    "miniature": Config(  # ours
+        length=288, batch_size=6, epochs=2.4, learning_rate=5e-4, warmup=0, unroll=2
+    ),
+    # For models below 1B. In brackets: where a value is from.
+    "small": Config(
+        batch_size=8,  # rows [ours]
+        epochs=1,  # [App. C.2: a second epoch overfits; Huang et al. 2024, arXiv 2403.17031]
+        # [ours, near App. C.2's 9e-6. Huang et al. take 3e-6 from 1B up, TRL's RewardConfig 1e-4.]
+        learning_rate=1e-5,
+        warmup=0.1,  # [ours]
+        microbatches=4,  # [ours]
+        remat="full",  # [TRL checkpoints activations too]
+    ),
     "instructgpt-6b": PAPER,  # the paper's one RM, for policies of all sizes
 }
+LONGEST = 4096  # tokens of a row without --length, at most
 TEST = 1200  # comparisons on the miniature's test prompts, half of them by held-out labelers
 
 
@@ -132,6 +152,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
       the contents of results.json.
     """
     began = time.perf_counter()
+    print(config.headline)
     miniature = config.data.spec == "miniature"
     if miniature:
         ensure_sft(config.model)
@@ -158,6 +179,8 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         )
         seen = read(config.data, "comparisons", split="train")
         unseen = read(config.data, "comparisons", split="validation")
+        length = config.length or min(row_length([seen, unseen]), LONGEST)
+        seen, unseen = fitting(seen, length), fitting(unseen, length)
         groups = {"held-out prompts": unseen}
         if fold is not None:
             assert config.folds is not None
@@ -171,17 +194,17 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         demonstrations = None
         if spec:
             source = dataclasses.replace(config.demonstrations, spec=spec)
-            demonstrations = read(source, "demonstrations", split="validation")
+            demonstrations = fitting(read(source, "demonstrations", split="validation"), length)
 
         streamed = functools.partial(
             Stream,
             batch_size=config.batch_size,
             host_rows=sharding.own_rows(mesh, config.batch_size),
         )
-        rows_of = functools.partial(ComparisonRows, multiple=config.multiple)
-        if config.length is not None:
-            rows_of = functools.partial(PackedComparisonRows, length=config.length)
+        rows_of = functools.partial(PackedComparisonRows, length=length)
         rows = rows_of(seen)
+        prompts = config.batch_size * len(seen) / len(rows)
+        print(f"  an update of {config.batch_size:,} rows holds {prompts:,.1f} prompts on average")
         N = config.ensemble
         streams = [streamed(rows, seed=config.seed + member) for member in range(N)]
         put = functools.partial(jax.make_array_from_process_local_data, sharding.batched(mesh))
@@ -333,8 +356,8 @@ def make_step(
       params: arrays, or ShapeDtypeStructs that carry shardings.
       total: number of steps after which the learning rate is a tenth of its peak.
     """
-    schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
-    tx = train.adam(schedule)
+    schedule = train.cosine(config.learning_rate, total, config.warmup)
+    tx = train.adam(schedule, **dataclasses.asdict(config.adam))
     dropped = dataclasses.replace(model, dropout=config.dropout)
     loss_fn = functools.partial(reward.loss_fn, config=dropped, shard=config.constrainer(mesh))
     layout = state.shardings(params, tx)

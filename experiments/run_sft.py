@@ -1,10 +1,12 @@
 """Supervised fine-tuning on demonstrations: the paper's first step (InstructGPT, section 3.5).
 
     python experiments/run_sft.py                                         # the miniature
+    python experiments/run_sft.py --model NAME --data jsonl:demos.jsonl   # your model and data
     python experiments/run_sft.py --preset instructgpt-1.3b --model DIR --data jsonl:demos.jsonl
     python experiments/run_sft.py --keep reward --reward_model runs/rm --out runs/sft-by-reward
 
-The defaults are chosen for the miniature. The presets instructgpt-* have the paper's values, and
+Without --preset, the miniature's data get the preset `miniature`, and other data get `small`, which
+is for models of less than 1B parameters. The presets instructgpt-* have the paper's values, and
 brackets below say where the paper states them.
 
 Hardware: two CPU cores suffice for the miniature: 1,272 steps, 38 s. run_pretrain.py runs first if
@@ -30,12 +32,13 @@ import run_pretrain
 import tyro
 
 from instructjax import hf, models, rollout, scoring, sft, sharding, state, train
-from instructjax.data import DataConfig, PackedRows, Stream, load
+from instructjax.data import DataConfig, Dataset, PackedRows, Stream, load
+from instructjax.data.batches import row_length
 from instructjax.evaluation import policies
 from instructjax.evaluation.figures import plot_curves
 from instructjax.run import Run, main, pretrained
 from instructjax.run.checkpoint import abstract
-from instructjax.run.flags import RunConfig, parse
+from instructjax.run.flags import Adam, RunConfig, parse
 
 # ------------------------------------------------------------------------------------- config
 
@@ -48,7 +51,9 @@ class Config(RunConfig):
     FIXED = (
         *(*RunConfig.FIXED, "pretrain", "pretrain_share", "length", "epochs", "learning_rate"),
         *("dropout", "keep", "reward_model", "eval_every", "eval_prompts", "max_new_tokens"),
+        *("warmup", "adam"),
     )
+    SHOWN = ("learning_rate", "warmup", "batch_size", "epochs")
 
     out: Path = Path("runs/sft")
     model: str = "runs/pretrain"
@@ -58,16 +63,22 @@ class Config(RunConfig):
     """Pretraining text to mix in, if --pretrain_share is above 0."""
     pretrain_share: float = 0.0
     """Share of the packed rows that are pretraining text. [App. C.3: 10 % for PPO's start]"""
-    length: int = 128
+    length: int | None = None
     """Tokens of a packed row. [App. C: 2k]
+    By default the least multiple of 128 that holds the longest demonstration, and at most 2,048 or
+    the model's context.
     A longer demonstration is dropped or cut, as --data.overlong says."""
     batch_size: int = 8
     """Packed rows of an update. [App. C.1: 32, and 8 for 175B]"""
-    epochs: float = 4.0
+    epochs: float = 2.0
     """Passes over the demonstrations. --steps overrides it. [Section 3.5: 16]"""
-    learning_rate: float = 2e-3
-    """Peak of the learning rate, which decays to a tenth along a cosine, without warm-up.
+    learning_rate: float = 2e-5
+    """Peak of the learning rate, which then decays to a tenth along a cosine.
     [App. C.1: 9.65e-6, and 5.03e-6 for 175B]"""
+    warmup: float = 0.1
+    """Steps over which the learning rate rises to its peak, linearly.
+    Below 1 it is their share of all steps. [App. C.1: none]"""
+    adam: Adam = field(default_factory=Adam)
     dropout: float = 0.0
     """Dropout rate of what each sublayer adds to the residual stream. [Section 3.5: 0.2]"""
     keep: Literal["loss", "reward"] = "loss"
@@ -75,14 +86,15 @@ class Config(RunConfig):
     Reward is the mean score of responses to validation prompts. [Section 3.5: reward]"""
     reward_model: str | None = None
     """The reward model for --keep reward: a run directory or a Hugging Face directory.
-    By default responses to validation prompts are sampled, and not scored."""
+    By default a few responses to validation prompts are sampled, and not scored."""
     eval_every: int | None = None
     """Steps from one validation to the next, by default an epoch. The last step always has one."""
     eval_prompts: int = 256
-    """Number of validation prompts to sample a response to."""
-    sample_batch: int = 256
+    """Number of validation prompts to sample a response to.
+    If no reward model scores the responses, and no judge of the miniature, 4 are sampled."""
+    sample_batch: int = 16
     """Prompts to sample responses to at a time. Fewer take less memory for the same tokens."""
-    max_new_tokens: int = 48
+    max_new_tokens: int = 128
     """Longest sampled response, in tokens. [App. C: 1k]"""
     microbatches: int = 1
     """Parts of a batch for gradient accumulation. More parts take less memory."""
@@ -102,6 +114,7 @@ PAPER = Config(
     model=tyro.MISSING,  # GPT-3's weights are not public
     data=DataConfig(tyro.MISSING, max_prompt=1024, max_response=1024),  # App. C: context
     length=2048,  # App. C
+    warmup=0,  # App. C.1; silent on C.3
     sample_batch=32,  # ours
     max_new_tokens=1024,  # App. C
     model_dtype="bfloat16",  # App. C: fp16, with fp32 masters
@@ -112,7 +125,27 @@ PPO_INIT = dataclasses.replace(  # App. C.3: 2 epochs, 10 % pretraining data
     PAPER, epochs=2, pretrain=DataConfig(tyro.MISSING), pretrain_share=0.1
 )
 PRESETS = {
-    "miniature": Config(epochs=6, unroll=2),  # ours
+    "miniature": Config(  # ours
+        length=128,
+        epochs=6,
+        learning_rate=2e-3,
+        warmup=0,
+        sample_batch=256,
+        max_new_tokens=48,
+        unroll=2,
+    ),
+    # For models below 1B. In brackets: where a value is from.
+    "small": Config(
+        batch_size=8,  # rows [ours; SmolLM2's recipe takes 128 sequences, for 460k demonstrations]
+        epochs=2,  # [SmolLM2: alignment-handbook, recipes/smollm2/sft/config_smol.yaml]
+        # [TRL's SFTConfig. SmolLM2's recipe takes 1e-3, from a base model: far too much for a model
+        # that has been fine-tuned. Huang et al. 2024 (arXiv 2403.17031) take 3e-6 from 1B up.]
+        learning_rate=2e-5,
+        warmup=0.1,  # [SmolLM2]
+        max_new_tokens=128,  # [ours]
+        microbatches=2,  # [ours]
+        remat="full",  # [TRL checkpoints activations too]
+    ),
     # App. C.1
     "instructgpt-1.3b": dataclasses.replace(BASELINE, learning_rate=9.65e-6, batch_size=32),
     "instructgpt-6b": dataclasses.replace(BASELINE, learning_rate=9.65e-6, batch_size=32),
@@ -122,6 +155,8 @@ PRESETS = {
     "instructgpt-6b-ppo-init": dataclasses.replace(PPO_INIT, learning_rate=1.04e-5, batch_size=32),
     "instructgpt-175b-ppo-init": dataclasses.replace(PPO_INIT, learning_rate=2.45e-6, batch_size=8),
 }
+LONGEST = 2048  # tokens of a row without --length, at most [App. C]
+SHOWN = 4  # responses of an evaluation that go to samples.jsonl
 
 
 def ensure_base(model: str) -> None:
@@ -135,6 +170,7 @@ def ensure_base(model: str) -> None:
 
 def run_sft(config: Config) -> None:
     began = time.perf_counter()
+    print(config.headline)
     miniature = config.data.spec == "miniature"
     if miniature:
         ensure_base(config.model)
@@ -153,22 +189,17 @@ def run_sft(config: Config) -> None:
         )
         if model.scalar_head:
             raise ValueError(f"--model {config.model}: a reward model, not a language model")
-        if config.length > model.max_length:
+        if (config.length or 0) > model.max_length:
             raise ValueError(f"--length {config.length}: the model's context is {model.max_length}")
         model = config.compute(model)
 
         share = config.pretrain_share
-        read = functools.partial(
-            load, tokenizer=tokenizer, eos_ids=model.eos_ids, vocab_size=model.vocab_size
-        )
-        seen, unseen = (
-            read(config.data, "demonstrations", split=split, context=config.length)
-            for split in ("train", "validation")
-        )
-        sources, weights = [PackedRows(seen, config.length)], [1 - share]
+        seen, unseen, length = load_demonstrations(config, tokenizer, model)
+        sources, weights = [PackedRows(seen, length)], [1 - share]
         if share:
-            text = read(config.pretrain, "text", split="train")
-            sources, weights = [*sources, PackedRows(text, config.length)], [*weights, share]
+            vocab_size = model.vocab_size
+            text = load(config.pretrain, "text", tokenizer, split="train", vocab_size=vocab_size)
+            sources, weights = [*sources, PackedRows(text, length)], [*weights, share]
         streamed = functools.partial(
             Stream,
             batch_size=config.batch_size,
@@ -176,7 +207,7 @@ def run_sft(config: Config) -> None:
             host_rows=sharding.own_rows(mesh, config.batch_size),
         )
         stream = streamed(sources, weights=weights)
-        validation = streamed(PackedRows(unseen, config.length))
+        validation = streamed(PackedRows(unseen, length))
         put = functools.partial(jax.make_array_from_process_local_data, sharding.batched(mesh))
 
         # ------------------------------------------------------------------- optimizer, step
@@ -194,7 +225,9 @@ def run_sft(config: Config) -> None:
         # ------------------------------------------------------------------------- evaluation
 
         fits = unseen.prompt.lengths + config.max_new_tokens <= model.max_length
-        held_out = unseen.take(fits & (np.cumsum(fits) <= config.eval_prompts))
+        measured = miniature or config.reward_model is not None
+        count = config.eval_prompts if measured else min(config.eval_prompts, SHOWN)
+        held_out = unseen.take(fits & (np.cumsum(fits) <= count))
         if not len(held_out):
             raise ValueError(
                 f"--max_new_tokens {config.max_new_tokens}: no validation prompt leaves room for"
@@ -246,7 +279,7 @@ def run_sft(config: Config) -> None:
             if miniature:
                 figures["validation/utility"] = float(utilities(rows).mean())
             run.log(step, figures)
-            for record, ids in zip(held_out.records[:4], rollout.token_ids(rows), strict=False):
+            for record, ids in zip(held_out.records[:SHOWN], rollout.token_ids(rows), strict=False):
                 text = tokenizer.decode(ids)
                 run.metrics.sample(step, {"prompt": record.prompt, "response": text})
             return figures[score_name]
@@ -261,7 +294,7 @@ def run_sft(config: Config) -> None:
         for step, batch in zip(run.steps(start, total), stream.iterate(start), strict=False):
             key = jax.random.fold_in(step_key, step)
             current, metrics = step_fn(current, jax.tree.map(put, batch), key)
-            run.log(step, metrics, tokens=config.batch_size * config.length)
+            run.log(step, metrics, tokens=config.batch_size * length)
             if step % eval_every == 0 or step == total:
                 run.save(step, current, score=evaluate(step))
             elif run.should_save(step):
@@ -270,15 +303,17 @@ def run_sft(config: Config) -> None:
         # ------------------------------------------------------------------------ export, report
 
         best = run.checkpoints.best()
+        current = dataclasses.replace(current, opt_state=())  # frees its memory
         if best is not None and best != total:
-            target = abstract(current)
-            jax.tree.map(lambda leaf: leaf.delete(), current)
-            current, _ = run.checkpoints.restore(best, target)
+            target = abstract(current.params)
+            jax.tree.map(lambda leaf: leaf.delete(), current.params)
+            best_params = run.checkpoints.restore_params(best, target)
+            current = dataclasses.replace(current, params=best_params)
         hf.save(config.out / "export", model, current.params, tokenizer)
         panels: dict[str, Sequence[str]] = {"nats a token": ("loss", "validation/loss")}
         summary = {"steps": total, "kept checkpoint": best, "by": score_name}
         if best is not None:
-            summary[score_name] = run.checkpoints.restore(best, abstract(current))[1]["score"]
+            summary[score_name] = run.checkpoints.score(best)
         if score_of is not None:
             panels["reward model's score"] = ("validation/reward",)
         if base is not None:
@@ -299,6 +334,29 @@ def run_sft(config: Config) -> None:
 # ------------------------------------------------------------------------------------- helpers
 
 
+def load_demonstrations(
+    config: Config, tokenizer: Any, model: models.ModelConfig
+) -> tuple[Dataset, Dataset, int]:
+    """(demonstrations to train on, those for validation, tokens of a row).
+
+    A demonstration that does not fit a row is dropped or cut, as --data.overlong says.
+    """
+    longest = config.length or min(LONGEST, model.max_length)
+    seen, unseen = (
+        load(
+            config.data,
+            "demonstrations",
+            tokenizer,
+            split=split,
+            context=longest,
+            eos_ids=model.eos_ids,
+            vocab_size=model.vocab_size,
+        )
+        for split in ("train", "validation")
+    )
+    return seen, unseen, config.length or min(longest, row_length([seen, unseen]))
+
+
 def make_step(
     config: Config,
     model: models.ModelConfig,
@@ -312,8 +370,8 @@ def make_step(
       params: arrays, or ShapeDtypeStructs that carry shardings.
       total: number of steps after which the learning rate is a tenth of its peak.
     """
-    schedule = optax.cosine_decay_schedule(config.learning_rate, max(total, 1), alpha=0.1)
-    tx = train.adam(schedule)
+    schedule = train.cosine(config.learning_rate, total, config.warmup)
+    tx = train.adam(schedule, **dataclasses.asdict(config.adam))
     dropped = dataclasses.replace(model, dropout=config.dropout)
     loss_fn = functools.partial(sft.loss_fn, config=dropped, shard=config.constrainer(mesh))
     layout = state.shardings(params, tx)

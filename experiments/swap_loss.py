@@ -26,7 +26,7 @@ from instructjax import hf, losses, rollout, scoring, sharding, state, train
 from instructjax.advantages import kl_estimate
 from instructjax.data import ComparisonRows, DataConfig, Dataset, PromptRows, Stream, load
 from instructjax.evaluation.figures import plot_curves
-from instructjax.evaluation.policies import win_rate
+from instructjax.evaluation.policies import last_turn, win_rate
 from instructjax.masked import masked_mean, masked_sum
 from instructjax.models import ModelConfig, Params
 from instructjax.run import Run, main, pretrained
@@ -370,7 +370,8 @@ def compare(config: Config, start: Start, params: Params, algorithm: Algorithm) 
         ids = rollout.token_ids(rows)
         texts.append(start.tokenizer.batch_decode(ids, skip_special_tokens=True))
     for record, before, after in list(zip(held_out.records, *texts, strict=True))[:3]:
-        print(f"{record.prompt}\n  before: {before.strip()}\n  after:  {after.strip()}")
+        shown = last_turn(record)
+        print(f"{shown}\n  before: {before.strip()}\n  after:  {after.strip()}")
     if config.data.spec != "miniature":
         return {}
     from instructjax.evaluation import gold

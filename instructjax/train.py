@@ -25,14 +25,37 @@ def adam(
     b1: float = 0.9,
     b2: float = 0.95,
     eps: float = 1e-8,
+    weight_decay: float = 0.0,
     clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
     """Adam with InstructGPT's betas (App. C), after clipping the gradient's global norm.
 
-    The paper is silent on epsilon and on clipping, so these defaults are ours.
+    The paper is silent on epsilon, weight decay and clipping, so these defaults are ours.
+
+    Args:
+      weight_decay: each step also subtracts this times the learning rate times the parameter, of
+        every parameter, as torch's AdamW does (Loshchilov and Hutter 2019, arXiv 1711.05101).
     """
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm), optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
+    betas: Any = {"b1": b1, "b2": b2, "eps": eps}
+    tx = optax.adam(learning_rate, **betas)
+    if weight_decay:
+        tx = optax.adamw(learning_rate, **betas, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+
+
+def cosine(peak: float, steps: int, warmup: float = 0) -> optax.Schedule:
+    """A learning rate that rises linearly to its peak and decays to a tenth of it along a cosine.
+
+    Args:
+      steps: step at which the learning rate is a tenth of its peak.
+      warmup: number of steps of the rise or, below 1, their share of all steps. The first of n
+        steps of the rise has the learning rate peak / (n + 1).
+    """
+    rise = min(round(warmup if warmup >= 1 else warmup * steps), steps)
+    if not rise:
+        return optax.cosine_decay_schedule(peak, max(steps, 1), alpha=0.1)
+    return optax.warmup_cosine_decay_schedule(
+        peak / (rise + 1), peak, rise, max(steps, rise + 1), end_value=0.1 * peak
     )
 
 

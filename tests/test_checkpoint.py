@@ -7,6 +7,7 @@ from collections import namedtuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -45,6 +46,26 @@ def test_state_and_meta_come_back_on_any_mesh(tmp_path):
     jax.tree.map(lambda x, y: x.sharding == y.sharding or pytest.fail(f"{x}"), restored, target)
     assert restored.opt_state[1][0].mu["w"].sharding.mesh == other
     assert restored.params["b"].dtype == jnp.bfloat16
+
+
+def test_parameters_and_score_are_read_without_the_optimizer(tmp_path, monkeypatch):
+    saved = state_of(sharding.make_mesh(data=2, fsdp=2, tensor=2))
+    checkpoints = Checkpoints(tmp_path, 1, "loss")
+    checkpoints.save(3, saved, {"score": 0.25})
+    target = state_of(sharding.make_mesh(tensor=8), seed=1).params
+    read = checkpoints.restore_params(3, target)
+    assert_equal(read, saved.params)
+    assert jax.tree.map(lambda x: x.sharding, read) == jax.tree.map(lambda x: x.sharding, target)
+    for wrong in ({"v": target["w"]}, {"w": jnp.zeros((8, 9))}):
+        with pytest.raises(ValueError, match=f"{tmp_path}/3 has no such parameters"):
+            checkpoints.restore_params(3, wrong)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the score is not in the arrays")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", refuse)
+    assert checkpoints.score(3) == 0.25
+    assert checkpoints.best() == 3
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):

@@ -152,7 +152,7 @@ PPO = ppo_config.Config(
     pretrain=DataConfig("jsonl:text"),
     batch_size=64,
     max_new_tokens=256,
-    ppo=ppo_config.PPO(minibatch=16),
+    ppo=ppo_config.PPO(minibatch=16, epochs=1, ema=0.95),
     ptx=ppo_config.PTX(ratio=1, length=384),
     model_dtype="bfloat16",
     remat="dots",

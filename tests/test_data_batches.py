@@ -17,6 +17,7 @@ from instructjax.data import (
     Record,
     Stream,
 )
+from instructjax.data.batches import fitting, row_length
 from instructjax.data.packing import pack
 from instructjax.data.tokens import Spans
 
@@ -200,6 +201,22 @@ def test_comparisons_must_fit_a_row():
     data = dataset("comparisons", [[1], [1]], [[[2], [3]], [[3] * 5, [4] * 4]], [[1, 2], [1, 2]])
     with pytest.raises(ValueError, match=r"^f:2 has 10 tokens, which a row of 8 cannot hold"):
         PackedComparisonRows(data, 8, silent)
+
+
+def test_a_row_is_as_long_as_the_longest_record():
+    """A comparison's length is that of its prompt and of all its responses."""
+    short = dataset("comparisons", [[1]], [[[2] * 3, [3] * 4]], [[1, 2]])  # 8 tokens
+    long = dataset("comparisons", [[1], [1]], [[[2], [3]], [[3] * 5, [4] * 3]], [[1, 2], [1, 2]])
+    assert row_length([short], multiple=8) == 8
+    assert row_length([short, long], multiple=8) == 16
+    assert row_length([long]) == 128
+    lines = []
+    assert fitting(long, 9, lines.append) is long
+    assert lines == []
+    assert [record.where for record in fitting(long, 8, lines.append).records] == ["f:1"]
+    assert lines == ["  1 dropped: over 8 tokens, the row's (--length); f:2 has 9 tokens"]
+    with pytest.raises(ValueError, match=r"f:2 has 9 .* no record fits a row of 2: raise --length"):
+        fitting(long, 2, lines.append)
 
 
 # --- streams ---

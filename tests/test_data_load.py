@@ -222,14 +222,20 @@ def test_the_context_holds_prompt_and_response(tmp_path, tokenizer):
         quiet(spec, "demonstrations", tokenizer, context=9)
     cut = quiet(spec, "demonstrations", tokenizer, context=9, overlong="truncate")
     assert cut.response[0, 0].tolist() == ids("abc")
-    message = r"a:1: field 'prompt': 6 tokens leave no room for a response in a context of 6"
+    message = r"1 dropped: prompts that leave no room for a response in a context of 6 .*a:1"
     for kind in ("demonstrations", "prompts"):
         with pytest.raises(DataError, match=message):
             quiet(spec, kind, tokenizer, context=6)
     spec, lines = write(tmp_path / "b", {"prompt": "p" * 6}, {"prompt": "p"}), []
     data = quiet(spec, "prompts", tokenizer, context=6, on_error="skip", lines=lines)
     assert [r.where[-2:] for r in data.records] == [":2"]
-    assert "1 skipped: field 'prompt': 6 tokens leave no room" in lines[0]
+    assert "1 dropped: prompts that leave no room for a response in a context of 6" in lines[0]
+    # A prompt that is cut leaves room for the whole response, or keeps half of the context.
+    options = {"context": 6, "overlong": "truncate"}
+    rows = [{"prompt": "012345", "completion": c} for c in ("ab", "abcdefgh")]
+    data = quiet(write(tmp_path / "c", *rows), "demonstrations", tokenizer, **options)
+    assert [data.prompt[i].tolist() for i in (0, 1)] == [ids("345"), ids("345")]
+    assert [data.response[i, 0].tolist() for i in (0, 1)] == [[*ids("ab"), EOS], ids("abc")]
 
 
 def test_one_long_response_drops_its_whole_comparison(tmp_path, tokenizer):

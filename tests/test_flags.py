@@ -56,6 +56,34 @@ def test_flags_override_the_preset_wherever_it_stands():
         assert config == dataclasses.replace(PRESETS["ppo"], preset="ppo", steps=3)
 
 
+def test_the_small_preset_is_the_default_for_other_data(capsys):
+    """The miniature's settings would ruin a real model, so they go with its data alone."""
+    presets = {"miniature": Config(learning_rate=2e-3), "small": Config(), "big": Config(steps=7)}
+
+    def preset_of(*argv: str) -> str:
+        return parse(Config, presets, None, argv).preset
+
+    assert preset_of() == preset_of("--data", "miniature") == "miniature"
+    assert preset_of("--model", "gpt2", "--data.dedup", "5") == "miniature"
+    for argv in (["--data", "jsonl:x"], ["--data=jsonl:x"], ["--seed", "1", "--data", "hf:x"]):
+        assert preset_of(*argv) == "small"
+        assert preset_of(*argv, "--preset", "big") == "big"
+        assert preset_of("--preset=miniature", *argv) == "miniature"
+    assert parse(Config, presets, None, ["--data=hf:x"]).learning_rate == 1e-3
+    with pytest.raises(SystemExit):
+        preset_of("--data", "hf:x", "--help")
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "below are those of small. Without --preset, data other than the miniature's get" in text
+
+
+def test_the_headline_states_the_preset_and_what_the_script_names():
+    class Shown(Config):
+        SHOWN = ("learning_rate", "data.dedup")
+
+    config = Shown(preset="small", learning_rate=2e-5)
+    assert config.headline == "preset small: learning_rate 2e-05, data.dedup 0"
+
+
 def test_no_presets():
     assert parse(Config, {}, None, ["--seed", "4"]) == Config(seed=4)
 

@@ -3,10 +3,12 @@
 import io
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
+from instructjax.data import Record
 from instructjax.evaluation import policies
 
 
@@ -36,7 +38,8 @@ def test_the_interval_covers():
 def sampled(scores, utilities=None, **changes):
     n = len(scores)
     fields = {
-        "prompts": [f"prompt {i}" for i in range(n)],
+        "prompts": [f"<user>prompt {i}" for i in range(n)],
+        "turns": [f"prompt {i}" for i in range(n)],
         "texts": [f"text [{i}]" for i in range(n)],
         "score_B": np.array(scores),
         "length_B": np.arange(3, 3 + n),
@@ -95,7 +98,7 @@ def test_an_evaluation_is_logged_against_the_policy_before():
             "ptx/validation_loss": 3.25,
         }
     }
-    assert samples[0] == (7, {"prompt": "prompt 0", "response": "text [0]", "score": 1.0})
+    assert samples[0] == (7, {"prompt": "<user>prompt 0", "response": "text [0]", "score": 1.0})
     assert len(samples) == 2
 
 
@@ -105,7 +108,17 @@ def test_samples_are_shown_as_they_are():
     assert "iteration 3" in text
     assert "text [0]  [+0.25]" in text
     assert "[bold]x  [+0.75]" in text
+    assert "prompt 0" in text
+    assert "<user>" not in text
     assert "prompt 1" not in text
+
+
+def test_the_last_turn_is_shown_without_the_chat_template():
+    record = Record("f:1", {}, prompt="<user>one<bot>two<user>three<bot>")
+    assert policies.last_turn(record) == record.prompt  # it is no dialogue
+    turns = [{"role": "user", "content": "one"}, {"role": "user", "content": "three"}]
+    dialogue: Any = SimpleNamespace(prompt=record.prompt, messages=turns)
+    assert policies.last_turn(dialogue) == "three"
 
 
 def shown(table):

@@ -169,7 +169,8 @@ def moved(start, tmp_path_factory):
         return rows, live
 
     flags = [*start, "--out", str(out / "run"), "--steps", "2", "--eval_every", "9"]
-    flags += ["--data", f"jsonl:{out}/few.jsonl", "--data.validation", "0.4"]
+    flags += ["--preset", "miniature", "--data", f"jsonl:{out}/few.jsonl"]
+    flags += ["--data.validation", "0.4"]
     flags += ["--pretrain", "miniature", "--ppo.warmup", "0", "--ppo.learning_rate", "0.1"]
     flags += ["--ppo.kl_target", "0.5", "--ppo.kl_horizon", "32", "--ppo.beta", "0.5"]
     flags += ["--ppo.lam", "0.5", "--ppo.value_learning_rate", "0", "--seed", "3"]
@@ -381,7 +382,7 @@ def test_plain_ppo_without_reference_on_a_function(start, tmp_path, monkeypatch)
         (["--ppo.epochs", "0"], "--ppo.epochs 0: must be at least 1"),
         (["--eval_every", "0"], "--eval_every 0: must be at least 1"),
         (["--ppo.ema", "1"], "--ppo.ema 1.0: must be at least 0 and below 1"),
-        (["--data", "jsonl:x.jsonl"], "--pretrain SPEC is needed"),
+        (["--data", "jsonl:x.jsonl"], "--ptx.coef 27.8: PPO-ptx needs text, --pretrain SPEC; or"),
     ],
 )
 def test_wrong_flags_are_named(start, tmp_path, capsys, flags, message):

@@ -14,6 +14,7 @@ from instructjax import data, hf, reward, sharding
 from instructjax.data import DataConfig, sources
 from instructjax.models import PRESETS
 from instructjax.run import flags, pretrained
+from instructjax.run.checkpoint import Checkpoints
 from instructjax.scoring import RewardConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
@@ -213,6 +214,93 @@ def test_an_ensemble_is_its_members_trained_at_once(runs, tmp_path):
     np.testing.assert_allclose(member, alone, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory) -> Path:
+    """The miniature's demonstrations and comparisons as a user's files, and 20 demonstrations whose
+    prompts exceed any row."""
+    out = tmp_path_factory.mktemp("data")
+    demos = data.read(DataConfig(cache=None), "demonstrations", split="train")
+    ranked = data.read(DataConfig(cache=None), "comparisons", split="train")
+    rows = [{"prompt": r.prompt, "completion": r.responses[0]} for r in demos]
+    long = [
+        {"prompt": f"{i} " + 500 * r["prompt"], "completion": "no."} for i, r in enumerate(rows)
+    ]
+    (out / "demos.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + long[:20]))
+    rows = [{"prompt": r.prompt, "responses": r.responses, "ranks": r.ranks} for r in ranked]
+    (out / "ranked.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return out
+
+
+def test_a_row_is_as_long_as_the_data_and_overlong_demonstrations_are_counted(own_data, capsys):
+    from instructjax import miniature
+
+    source = DataConfig(f"jsonl:{own_data}/demos.jsonl", cache=None)
+    model = models.PRESETS["miniature"]
+
+    def read(config, max_length):
+        context = dataclasses.replace(model, max_length=max_length)
+        return run_sft.load_demonstrations(config, miniature.tokenizer(), context)
+
+    for length, of_row in ((None, 128), (96, 96)):
+        config = run_sft.Config(data=source, length=length)
+        seen, unseen, row = read(config, 288)
+        assert row == of_row
+        assert len(seen) + len(unseen) == 80  # all but the 20 long ones
+        assert (
+            "dropped: prompts that leave no room for a response in a context of"
+            in capsys.readouterr().out
+        )
+    cut = dataclasses.replace(config, data=dataclasses.replace(source, overlong="truncate"))
+    seen, unseen, row = read(cut, 288)
+    assert len(seen) + len(unseen) == 100
+    assert "cut: prompts that leave no room" in capsys.readouterr().out
+    *_, row = read(dataclasses.replace(cut, length=None), 2**20)
+    assert row == run_sft.LONGEST
+
+
+def test_own_data_get_the_small_preset(runs, own_data, tmp_path, capsys):
+    """Only the samples that are shown are drawn; the export is the best checkpoint's."""
+    drawn = []
+    sample = run_sft.rollout.sample
+
+    def counted(params, model, prompts, *args, **keywords):
+        drawn.append(len(prompts))
+        return sample(params, model, prompts, *args, **keywords)
+
+    few = [*FEW, "--model", f"{runs}/pretrain", "--data", f"jsonl:{own_data}/demos.jsonl"]
+    few += ["--steps", "3", "--eval_every", "1", "--max_new_tokens", "4", "--microbatches", "1"]
+    few += ["--learning_rate", "0.1", "--adam.weight_decay", "0.1", "--keep_last", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_sft.rollout, "sample", counted)
+        run_sft.cli([*few, "--out", f"{tmp_path}/sft"])
+    assert drawn == [4, 4, 4, 4]
+    said = capsys.readouterr().out
+    assert said.startswith("preset small: learning_rate 0.1, warmup 0.1, batch_size 8, epochs 2")
+    assert "rows of 128" in said
+    losses = {row["step"]: row["validation/loss"] for row in lines(tmp_path / "sft/metrics.jsonl")}
+    del losses[0]
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 3  # that of an earlier step, so that its parameters are read
+    kept = [line for line in said.splitlines() if line.startswith("│ validation/loss")]
+    assert f"{losses[best]:.4g}" in kept[0]
+    params = hf.load(tmp_path / "sft" / "export")[1]
+    checkpoints = Checkpoints(tmp_path / "sft" / "checkpoints", 1)
+    saved = checkpoints.restore_params(best, params)
+    jax.tree.map(np.testing.assert_array_equal, saved, params)
+    record = json.loads((tmp_path / "sft" / "config.json").read_text())["config"]
+    assert (record["preset"], record["remat"]) == ("small", "full")
+
+
+def test_own_comparisons_are_packed_and_long_ones_are_dropped(runs, own_data, tmp_path, capsys):
+    few = [*FEW, "--model", f"{runs}/sft", "--data", f"jsonl:{own_data}/ranked.jsonl"]
+    few += ["--steps", "1", "--length", "128", "--microbatches", "1"]
+    run_rm.cli([*few, "--out", f"{tmp_path}/rm"])
+    said = capsys.readouterr().out
+    assert "dropped: over 128 tokens, the row's (--length)" in said
+    assert "prompts on average" in said
+    assert "preset small: learning_rate 1e-05" in said
+
+
 def test_folds_leave_labelers_out(runs, tmp_path):
     few = [*FEW, "--model", f"{runs}/sft", "--steps", "1", "--folds", "2", "--by", "labeler"]
     run_rm.cli([*few, "--out", str(tmp_path)])
@@ -234,10 +322,12 @@ def test_the_papers_presets_ask_for_model_and_data(capsys):
 def test_the_papers_values():
     """The values of InstructGPT's SFT baselines, PPO initialisation models and reward model."""
     sft = run_sft.PRESETS
-    rows = [(c.learning_rate, c.batch_size, c.epochs, c.dropout) for c in sft.values()][1:]
+    papers = [preset for name, preset in sft.items() if name.startswith("instructgpt")]
+    rows = [(c.learning_rate, c.batch_size, c.epochs, c.dropout) for c in papers]
     assert rows[:3] == [(9.65e-6, 32, 16, 0.2), (9.65e-6, 32, 16, 0.2), (5.03e-6, 8, 16, 0.2)]
     assert rows[3:] == [(5e-6, 32, 2, 0.0), (1.04e-5, 32, 2, 0.0), (2.45e-6, 8, 2, 0.0)]
-    assert [c.pretrain_share for c in sft.values()] == [0, 0, 0, 0, 0.1, 0.1, 0.1]
+    assert [c.pretrain_share for c in papers] == [0, 0, 0, 0.1, 0.1, 0.1]
+    assert {(c.warmup, c.length) for c in papers} == {(0, 2048)}
     rm = run_rm.PRESETS["instructgpt-6b"]
     assert (rm.learning_rate, rm.batch_size, rm.epochs) == (9e-6, 64, 1)
 
@@ -257,6 +347,7 @@ def test_wrong_flags_are_named(capsys):
 
 SFT_BY_REWARD = {"keep": "reward", "reward_model": "runs/rm"}
 MORE_DATA = DataConfig(dedup=50)
+SCHEDULE = {"warmup": 7, "adam": flags.Adam(weight_decay=0.1)}
 # What makes another run, and what changes how it is computed and reported. Flags of all scripts,
 # then those of each.
 REFUSED = {"seed": 1, "model": "runs/x", "tokenizer": "x", "model_dtype": "bfloat16"}
@@ -267,19 +358,19 @@ PRINTED |= {"tensorboard": True}
 CHANGES = [
     (
         run_pretrain.Config(),
-        {"length": 64, "epochs": 7, "warmup": 7},
+        {"length": 64, "epochs": 7, **SCHEDULE},
         {"eval_every": 7, "eval_batches": 7, "microbatches": 2},
     ),
     (
         run_sft.Config(**SFT_BY_REWARD),
         {"length": 64, "epochs": 7, "dropout": 0.5, "pretrain": MORE_DATA, "pretrain_share": 0.5}
-        | {"keep": "loss", "reward_model": "runs/x"}
+        | {"keep": "loss", "reward_model": "runs/x", **SCHEDULE}
         | {"eval_every": 7, "eval_prompts": 7, "max_new_tokens": 7},  # decide what is exported
         {"sample_batch": 7, "microbatches": 2},
     ),
     (
         run_rm.Config(),
-        {"length": 64, "epochs": 7, "dropout": 0.5, "demonstrations": MORE_DATA, "multiple": 7}
+        {"length": 64, "epochs": 7, "dropout": 0.5, "demonstrations": MORE_DATA, **SCHEDULE}
         | {"ensemble": 2, "folds": 2, "by": "category"},
         {"group_by": ("category",), "eval_every": 7, "microbatches": 2},
     ),

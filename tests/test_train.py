@@ -375,6 +375,32 @@ def test_a_step_equals_sgd_by_hand():
     np.testing.assert_allclose(got["loss"], metrics["loss"], rtol=1e-6)
 
 
+def test_weight_decay_shrinks_every_parameter_by_its_share():
+    """AdamW: p - lr (update + decay p), and the same moments as without."""
+    params = {"a": jnp.array([2.0]), "b": jnp.array([[-4.0]])}
+    grads = {"a": jnp.array([0.3]), "b": jnp.array([[0.4]])}
+    plain, decayed = train.adam(0.1), train.adam(0.1, weight_decay=0.5)
+    update, moments = plain.update(grads, plain.init(params), params)
+    shrunk, same_moments = decayed.update(grads, decayed.init(params), params)
+    for name in params:
+        np.testing.assert_allclose(shrunk[name], update[name] - 0.1 * 0.5 * params[name], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, moments[1][0], same_moments[1][0])
+
+
+def test_the_learning_rate_rises_and_decays_to_a_tenth():
+    """Four steps of warm-up: 1/5, 2/5, 3/5, 4/5 of the peak, then the peak and half a cosine."""
+    for warmup in (4, 0.2):  # steps, or their share of the 20 steps
+        rate = train.cosine(3.0, 20, warmup)
+        np.testing.assert_allclose(
+            [rate(n) for n in range(5)], [0.6, 1.2, 1.8, 2.4, 3.0], rtol=1e-5
+        )
+        np.testing.assert_allclose([rate(12), rate(20)], [3.0 * 0.55, 0.3], rtol=1e-5)
+    rate = train.cosine(3.0, 20)
+    np.testing.assert_allclose([rate(0), rate(10), rate(20)], [3.0, 3.0 * 0.55, 0.3], rtol=1e-5)
+    assert np.isfinite(train.cosine(3.0, 0, 0.1)(0))
+    np.testing.assert_allclose(train.cosine(3.0, 2, 40)(1), 2.0, rtol=1e-5)  # the rise is cut
+
+
 def test_adam_clips_the_global_norm():
     """A gradient of norm 50 gives the update of the same gradient scaled to norm 1."""
     grads, params = {"a": jnp.array([30.0]), "b": jnp.array([40.0])}, {"a": 0.0, "b": 0.0}

@@ -26,6 +26,34 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> Row: ...
 
 
+def sizes(dataset: Dataset) -> np.ndarray:
+    """Tokens [n] of each record: its prompt and all its responses."""
+    return dataset.prompt.lengths + dataset.response.lengths.sum(1)
+
+
+def row_length(datasets: Sequence[Dataset], multiple: int = 128) -> int:
+    """The least multiple of some tokens that holds any record of the data sets."""
+    longest = max(int(sizes(dataset).max()) for dataset in datasets)
+    return longest + -longest % multiple
+
+
+def fitting(dataset: Dataset, length: int, log: Callable[[str], None] = print) -> Dataset:
+    """The records that fit a row of `length` tokens. Says how many do not.
+
+    Raises:
+      ValueError: none fits.
+    """
+    total = sizes(dataset)
+    fits = total <= length
+    if fits.all():
+        return dataset
+    worst = f"{dataset.records[int(total.argmax())].where} has {total.max():,} tokens"
+    if not fits.any():
+        raise ValueError(f"{worst}, and no record fits a row of {length:,}: raise --length")
+    log(f"  {(~fits).sum():,} dropped: over {length:,} tokens, the row's (--length); {worst}")
+    return dataset.take(fits)
+
+
 class PackedRows:
     """Demonstrations or text, packed into rows of `length` tokens.
 
@@ -45,7 +73,7 @@ class PackedRows:
     """
 
     def __init__(self, dataset: Dataset, length: int, log: Callable[[str], None] = print):
-        total = dataset.prompt.lengths + dataset.response.lengths[:, 0]
+        total = sizes(dataset)
         if dataset.kind != "text" and total.max() > length:
             worst = dataset.records[int(total.argmax())].where
             raise ValueError(f"{worst} has {total.max()} tokens: load with context={length}")
@@ -158,7 +186,7 @@ class PackedComparisonRows:
     """
 
     def __init__(self, dataset: Dataset, length: int, log: Callable[[str], None] = print):
-        total = dataset.prompt.lengths + dataset.response.lengths.sum(1)
+        total = sizes(dataset)
         if total.max() > length:
             worst = dataset.records[int(total.argmax())].where
             problem = f"has {total.max()} tokens, which a row of {length} cannot hold (--length)"

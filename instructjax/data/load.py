@@ -83,8 +83,8 @@ def load(
 
     Args:
       context: tokens of the model's context, or of a packed row. A prompt that leaves no room
-        for a response is a bad row. A response that does not fit beside its prompt is truncated,
-        or its record dropped (`config.overlong`). Text has no limits.
+        for a response, and a response that does not fit beside its prompt, are truncated, or the
+        record is dropped (`config.overlong`). Text has no limits.
       eos_ids: the model's ids that end a response. Those of the tokenizer are added.
       vocab_size: rows of the model's embedding; None checks no ids.
       split, log: as in `read`.
@@ -283,33 +283,27 @@ def _limit(
         return dataset.take(keep)
 
     refuse(dataset.prompt.lengths == 0, "prompt", lambda i: "has no tokens")
-    ids, start, limit = dataset.prompt.ids, dataset.prompt.start, config.max_prompt
-    if limit is not None:
-        too_long = dataset.prompt.lengths > limit
-        reason = f"prompts over {limit:,} tokens"
-        if truncate:
-            with_bos = np.flatnonzero(too_long)
-            with_bos = with_bos[ids[start[with_bos]] == bos_id]
-            start = np.maximum(start, dataset.prompt.stop - limit)
-            if len(with_bos):
-                ids = ids.copy()
-                ids[start[with_bos]] = bos_id
+    prompt = dataset.prompt
+    limits = []
+    if config.max_prompt is not None:
+        limits.append((config.max_prompt, f"prompts over {config.max_prompt:,} tokens"))
+    if context is not None:
+        reason = f"prompts that leave no room for a response in a context of {context:,}"
+        longest = response.max(1, initial=1)
+        # A prompt that is cut leaves room for the whole response, or has half of the context.
+        room = np.maximum(context - longest, context // 2) if truncate else context - 1
+        limits.append((room, reason))
+    for limit, reason in limits:
+        too_long = prompt.lengths > limit
+        if not truncate:
+            drop(too_long, f"{reason} (see --data.max_prompt)")
+        elif too_long.any():
+            prompt = _keep_end(prompt, limit, bos_id)
             count = int((too_long & keep).sum())
             report.count("cut", f"{reason}: they keep their end, and BOS", times=count)
-        else:
-            drop(too_long, f"{reason} (--data.max_prompt)")
-    prompt = Spans(ids, start, dataset.prompt.stop)
     room = np.full(len(records), np.iinfo(np.int64).max)
     if context is not None:
         room = context - prompt.lengths
-        refuse(
-            room < 1,
-            "prompt",
-            lambda i: (
-                f"{prompt.lengths[i]:,} tokens leave no room for a response in a context of"
-                f" {context:,} (see --data.max_prompt)"
-            ),
-        )
     room = np.minimum(room, config.max_response or room)
     too_long = live & (response > room[:, None])
     stop = dataset.response.stop
@@ -321,3 +315,15 @@ def _limit(
         drop(too_long.any(1), "response too long (--data.max_response, or the context)")
     response_spans = Spans(dataset.response.ids, dataset.response.start, stop)
     return replace(dataset, prompt=prompt, response=response_spans).take(keep)
+
+
+def _keep_end(prompt: Spans, limit: Any, bos_id: int | None) -> Spans:
+    """Prompts cut to the last `limit` tokens. One that began with BOS still does."""
+    start = np.maximum(prompt.start, prompt.stop - limit)
+    with_bos = np.flatnonzero(start > prompt.start)
+    with_bos = with_bos[prompt.ids[prompt.start[with_bos]] == bos_id]
+    ids = prompt.ids
+    if len(with_bos):
+        ids = ids.copy()
+        ids[start[with_bos]] = bos_id
+    return Spans(ids, start, prompt.stop)

@@ -10,6 +10,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from instructjax.data import Record
 from instructjax.evaluation.figures import plot_curves
 from instructjax.run import Run
 
@@ -18,7 +19,8 @@ from instructjax.run import Run
 class Sampled:
     """One policy's responses to some prompts, and what was measured on them."""
 
-    prompts: Sequence[str]
+    prompts: Sequence[str]  # as the model reads them, for the files
+    turns: Sequence[str]  # the last user turn of each, for the terminal
     texts: Sequence[str]
     score_B: np.ndarray  # the reward
     length_B: np.ndarray  # tokens, EOS included
@@ -37,6 +39,12 @@ class Sampled:
             "utility": self.utility_B,
         }
         return {k: float(np.mean(values)) for k, values in figures.items() if values is not None}
+
+
+def last_turn(record: Record) -> str:
+    """What the user said last, without a chat template. A prompt that is no dialogue is it all."""
+    messages = getattr(record, "messages", None)
+    return messages[-1]["content"] if messages else record.prompt
 
 
 def win_rate(ours: np.ndarray, theirs: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
@@ -140,11 +148,11 @@ def table(rows: Mapping[str, Any], prompts: int) -> Table:
 
 
 def samples_table(title: str, before: Sampled, now: Sampled, count: int = 3) -> Table:
-    """A few prompts, each with its response before training and now, and their scores."""
+    """A few last user turns, each with its response before training and now, and their scores."""
     drawn = Table(title=title, show_lines=True, expand=True)
     for name, ratio in (("prompt", 3), ("before", 4), ("now", 4)):
         drawn.add_column(name, ratio=ratio, overflow="fold")
     for i in range(min(count, len(now.texts))):
         old, new = (f"{x.texts[i].strip()}  [{x.score_B[i]:+.2f}]" for x in (before, now))
-        drawn.add_row(*map(escape, (now.prompts[i].strip(), old, new)))
+        drawn.add_row(*map(escape, (now.turns[i].strip(), old, new)))
     return drawn

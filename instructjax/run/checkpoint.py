@@ -133,8 +133,12 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step of the checkpoint with the best score; None if no checkpoint has a score."""
         self.wait()
-        scored = [step for step in self._manager.all_steps() if self._score(step) is not None]
+        scored = [step for step in self._manager.all_steps() if self.score(step) is not None]
         return self._manager.best_step() if scored else None
+
+    def score(self, step: int) -> float | None:
+        """The `best_metric` of a checkpoint, from its metadata; None if it was saved without."""
+        return (self._manager.metrics(step) or {}).get(self.best_metric)
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint.
@@ -161,13 +165,39 @@ class Checkpoints:
             raise ValueError(f"{where} is not a checkpoint of this state: {error}") from error
         return restored.state, restored.meta
 
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """Reads the `params` of a checkpoint's TrainState, without its optimizer.
+
+        Args:
+          step: from `latest` or `best`.
+          abstract_params: as in `restore`, of the parameters alone.
+
+        Raises:
+          ValueError: the checkpoint has other parameters.
+        """
+        self.wait()
+        target = {"params": abstract(abstract_params)}
+        args = ocp.args.PyTreeRestore(
+            target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        )
+        where = self.directory / str(step)
+        # The manager restores `state` only by the handler that saves it, which reads all of it.
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            try:
+                restored: Any = reader.restore(where / "state", args=args)
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{where} has no such parameters: {error}") from error
+        # What was not saved comes back as it was given.
+        if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored)):
+            raise ValueError(f"{where} has no such parameters: some were not saved")
+        return restored["params"]
+
     def close(self) -> None:
         """Waits, and ends the background threads. Raises as `wait` does."""
         self.wait()
         self._manager.close()
-
-    def _score(self, step: int) -> float | None:
-        return (self._manager.metrics(step) or {}).get(self.best_metric)
 
     def _failed(self, step: int | None, why: str) -> OSError:
         # The manager has forgotten the checkpoints that it would have deleted after this save.

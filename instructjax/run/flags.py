@@ -6,7 +6,7 @@ class Config(RunConfig):
     model: str = "runs/pretrain"
     data: DataConfig = field(default_factory=DataConfig)
 
-config = parse(Config, {"default": Config(), "short": Config(steps=10)}, __doc__)
+config = parse(Config, {"miniature": Config(steps=10), "small": Config()}, __doc__)
 
 `write` keeps the config in OUT/config.json, and compares it there when a run is resumed. tyro shows
 the line breaks of a help text, so each of its lines is a sentence.
@@ -14,6 +14,7 @@ the line breaks of a help text, so each of its lines is a sentence.
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import platform
@@ -37,8 +38,28 @@ PACKAGES = ("instructjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 # None of these changes a run, so `--resume` neither refuses nor prints a difference in them.
 UNCOMPARED = ("command", "out", "checkpoints", "resume")
 UNCOMPARED += ("data.cache", "pretrain.cache", "demonstrations.cache")
+SMALL = "small"  # the default preset for data other than the miniature's
 
 ConfigT = TypeVar("ConfigT", bound="RunConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam:
+    """The optimizer, Adam."""
+
+    b1: float = 0.9
+    """Decay of Adam's first moment [App. C: 0.9]."""
+    b2: float = 0.95
+    """Decay of Adam's second moment [App. C: 0.95]."""
+    eps: float = 1e-8
+    """Added to the root of the second moment [paper silent; ours]."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW: each step shrinks all parameters by this times the learning rate
+    [paper silent; ours]."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; `inf` turns clipping off.
+    In PPO the policy's norm includes the ptx gradient: with a large --ptx.coef little of PPO's own
+    gradient is left [paper silent; ours]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +76,8 @@ class RunConfig:
     FIXED: ClassVar[tuple[str, ...]] = (
         *("seed", "model", "tokenizer", "model_dtype", "batch_size", "data"),
     )
+    # Flags that `headline` states, dotted where they are nested.
+    SHOWN: ClassVar[tuple[str, ...]] = ()
 
     out: Path
     """The run directory, for config, metrics, samples, checkpoints, figures and the export."""
@@ -116,6 +139,12 @@ class RunConfig:
         sharding.parse_mesh(self.mesh)
         _ = self.profile_window
 
+    @property
+    def headline(self) -> str:
+        """`preset small: learning_rate 2e-05, ...`: what matters most of this run's flags."""
+        shown = ((name, functools.reduce(getattr, name.split("."), self)) for name in self.SHOWN)
+        return f"preset {self.preset or 'none'}: " + ", ".join(f"{k} {v}" for k, v in shown)
+
     def compute(self, model: ModelConfig) -> ModelConfig:
         """The model with the flags' dtype, rematerialisation and unrolling."""
         return dataclasses.replace(
@@ -162,8 +191,8 @@ def parse(
 
     Args:
       cls: the config class. A ValueError from its `__post_init__` counts as wrong usage.
-      presets: the defaults that `--preset NAME` picks, by name. The first is the default; there may
-        be none.
+      presets: the defaults that `--preset NAME` picks, by name; there may be none. Without
+        --preset the first is taken, or `small`, if there is one and --data is not the miniature.
       description: what `--help` says first, a script's `__doc__`.
       argv: the words of the command line; None is sys.argv[1:].
     """
@@ -172,13 +201,19 @@ def parse(
     about = (description or "").strip()
     if presets:
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--preset", default=next(iter(presets)))
-        name = first.parse_known_args(argv)[0].preset
+        first.add_argument("--preset")
+        first.add_argument("--data", default="miniature")
+        given = first.parse_known_args(argv)[0]
+        name = given.preset or next(iter(presets))
+        if given.preset is None and given.data != "miniature" and SMALL in presets:
+            name = SMALL
         if name not in presets:
             print(f"error: --preset {name}: not one of {', '.join(presets)}", file=sys.stderr)
             sys.exit(2)
         keywords["default"] = dataclasses.replace(presets[name], preset=name)
         about += f"\n\nPresets: {', '.join(presets)}; the values below are those of {name}."
+        if SMALL in presets:
+            about += f" Without --preset, data other than the miniature's get {SMALL}."
     return tyro.cli(cls, args=argv, description=about, use_underscores=True, **keywords)
 
 
