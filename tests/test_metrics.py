@@ -249,6 +249,7 @@ def test_a_run_says_what_it_does_outside_of_its_steps(tmp_path, capsys, monkeypa
         for step in run.steps(0, 3):
             time.sleep(0.4)
             run.log(step, {"loss": 1.0}, tokens=10)
+            assert bool(run._line._phases) == (step == 1)  # metrics are read one step late
         time.sleep(0.4)
     said = [line for line in capsys.readouterr().out.splitlines() if line.endswith("...")]
     phases = ["loading models and data", "compiling and running the first step"]

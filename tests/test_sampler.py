@@ -457,7 +457,7 @@ def test_temperature_0_takes_the_likeliest_token():
 
 
 def test_streaming_gives_the_same_tokens():
-    """Also where the prompt has several chunks, and the last one does not fit behind the others."""
+    """Also where the prompt has several chunks."""
     for prompt, new in ((PROMPTS[0], R), (PROMPTS[1], 5), ([*range(4, 40)] * 3, 20)):
         for changes in ({"temperature": 0.9, "top_p": 0.9}, {"top_k": 3}):
             whole = generate([prompt], max_new_tokens=new, **changes).responses()[0]
@@ -515,6 +515,10 @@ def test_a_session_runs_only_what_is_new(monkeypatch):
     assert ran[0] == [9, 9]
     answer([5, 6])
     assert ran[0] == [6]  # its state gives the next token
+    long = [*range(5, 40)] * 3
+    answer(long[:90])
+    answer(long)
+    assert ran[0] == long[64:]  # the columns behind the first 90 are too few for a chunk
     # An interrupt may lose the cache, which each step donates.
     jax.tree.map(lambda x: x.delete(), session._cache)
     answer([5, 6, 7])
