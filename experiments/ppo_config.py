@@ -100,7 +100,33 @@ class PTX:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class SamplingConfig(RunConfig):
+    """The flags that run_ppo.py and swap_loss.py share."""
+
+    batch_size: int
+    """Prompts whose responses are learnt from at a time."""
+    sample_batch: int | None = None
+    """Prompts whose responses are sampled at the same time; `None`: all of a batch.
+    Fewer need less memory for keys and values, and change no token."""
+    max_new_tokens: int = 32
+    """Longest response in tokens, EOS included [App. C: 1k]."""
+    eval_prompts: int = 128
+    """Held-out prompts of each evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag in ("batch_size", "max_new_tokens", "eval_prompts"):
+            if getattr(self, flag) < 1:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least 1")
+        parts = self.batch_size if self.sample_batch is None else self.sample_batch
+        if parts < 1 or self.batch_size % parts:
+            raise ValueError(
+                f"--batch_size {self.batch_size}: not a multiple of --sample_batch {parts}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SamplingConfig):
     """PPO-ptx."""
 
     FIXED = (
@@ -132,9 +158,6 @@ class Config(RunConfig):
     It is called as `losses.ppo_clip`."""
     batch_size: int = 64
     """Episodes per iteration: prompts, with one response each [App. C.4: 512]."""
-    sample_batch: int | None = None
-    """Prompts whose responses are sampled at the same time; `None`: all of an iteration's.
-    Fewer need less memory for keys and values, and change no token."""
     max_new_tokens: int = 128
     """Longest response in tokens, EOS included [App. C: 1k]."""
     temperature: float = 1.0
@@ -144,8 +167,6 @@ class Config(RunConfig):
     ptx: PTX = field(default_factory=PTX)
     eval_every: int = 25
     """Iterations between evaluations on held-out prompts. The last iteration always has one."""
-    eval_prompts: int = 128
-    """Held-out prompts of each evaluation."""
     final_prompts: int = 256
     """Held-out prompts of the report at the end."""
     offload: bool = False
@@ -157,10 +178,7 @@ class Config(RunConfig):
         super().__post_init__()
         ppo, ptx = self.ppo, self.ptx
         for flag, count in {
-            "batch_size": self.batch_size,
-            "max_new_tokens": self.max_new_tokens,
             "eval_every": self.eval_every,
-            "eval_prompts": self.eval_prompts,
             "ppo.epochs": ppo.epochs,
             "ppo.buckets": ppo.buckets,
             "ptx.ratio": ptx.ratio,
@@ -170,9 +188,7 @@ class Config(RunConfig):
         if ppo.beta < 0:
             raise ValueError(f"--ppo.beta {ppo.beta}: must not be negative")
         batch, text_rows = self.batch_size, ppo.minibatch * ptx.ratio
-        sample_batch = batch if self.sample_batch is None else self.sample_batch
         for parts, flag, whole, whole_flag in (
-            (sample_batch, "--sample_batch", batch, "--batch_size"),
             (ppo.minibatch, "--ppo.minibatch", batch, "--batch_size"),
             (ppo.microbatches, "--ppo.microbatches", ppo.minibatch, "--ppo.minibatch"),
             (ptx.microbatches, "--ptx.microbatches", text_rows, "--ppo.minibatch x --ptx.ratio"),

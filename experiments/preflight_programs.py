@@ -18,6 +18,7 @@ from instructjax import models, offload, preflight, sampler, scoring, sharding, 
 from instructjax.models import ModelConfig, Params
 from instructjax.preflight import Compilable
 from instructjax.sampler.decode import PaddedPrompts, Settings
+from instructjax.sampler.draw import Distribution
 
 SHAPE = jax.ShapeDtypeStruct
 
@@ -97,8 +98,10 @@ def ppo_programs(
 
     P, R = lengths(config.data.max_prompt, config.max_new_tokens, model)
     batch, static, trips = rollout(config, model, P, R, mesh)
+    number = placed(SHAPE((), jnp.float32), sharding.replicated(mesh))
+    distribution = Distribution(temperature=number)
     yield Compilable(
-        *("rollout", sampler.generate_on_device, (policy, batch, abstract_key(mesh))),
+        *("rollout", sampler.generate_on_device, (policy, batch, abstract_key(mesh), distribution)),
         static=static,
         trips=trips,
         runs=config.batch_size / (config.sample_batch or config.batch_size),
@@ -126,7 +129,6 @@ def ppo_programs(
 
     updates = float(config.updates)
     rows = response_rows(B_update, P, R, mesh)
-    number = placed(SHAPE((), jnp.float32), sharding.replicated(mesh))
     text_rows = flags.minibatch * text.ratio // text.microbatches
     ptx_batch = text_batch(text_rows, text.length, mesh)
     assert programs.value_gradient is not None
@@ -162,7 +164,7 @@ def rollout(
 ) -> tuple[PaddedPrompts, dict[str, Any], list[float]]:
     """(prompts, static arguments, trips of the loops) of the sampler's program."""
     prompts = config.sample_batch or config.batch_size
-    settings = Settings(model, R, temperature=config.temperature, eos_ids=model.eos_ids)
+    settings = Settings(model, R, eos_ids=model.eos_ids)
     rows, settings = sampler.plan(prompts, settings, mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     whole = PaddedPrompts(

@@ -126,7 +126,8 @@ def run_ppo(config: Config) -> dict[str, Any]:
         seed_key = jax.random.key(config.seed)
         eval_key, before_key = jax.random.split(jax.random.fold_in(seed_key, 2**31 - 1))
         evaluation = Evaluation(programs, tokenizer, reward, reference, held_out, held_out_text)
-        before = evaluation.assess(params, before_key, config.final_prompts)
+        with run.phase(f"evaluating SFT on {config.final_prompts} prompts"):
+            before = evaluation.assess(params, before_key, config.final_prompts)
 
         training = TrainingState(
             ppo.PPOState(
@@ -142,7 +143,8 @@ def run_ppo(config: Config) -> dict[str, Any]:
         training.state, start, meta = run.restore(training.state)
 
         def evaluate(step: int) -> None:
-            with training.sampling() as policy_params:
+            doing = f"evaluating on {config.eval_prompts} prompts"
+            with run.phase(doing, "evaluation"), training.sampling() as policy_params:
                 now = evaluation.assess(policy_params, eval_key, config.eval_prompts)
             policies.log(run, step, before, now)
 
@@ -154,52 +156,51 @@ def run_ppo(config: Config) -> dict[str, Any]:
         if text_stream is not None:
             texts = map(programs.text_batches, text_stream.iterate(start * config.updates))
         for step, batch in zip(run.steps(start, total), stream.iterate(start), strict=False):
-            clock = [time.perf_counter()]
-
             # 1. Sample one response to each prompt. The noise depends on the episode's number.
             key = jax.random.fold_in(seed_key, step)
             episodes = range((step - 1) * config.batch_size, step * config.batch_size)
-            with training.sampling() as policy_params:
+            doing = f"sampling {config.batch_size} responses"
+            with run.phase(doing, "rollout"), training.sampling() as policy_params:
                 rows, live_fraction = programs.sample(
                     policy_params, batch["prompts"], episodes, key
                 )
-            clock.append(time.perf_counter())
 
             # 2. Score them.
-            score_B, score_terms = evaluation.score(rows, batch["records"])
+            with run.phase("scoring the responses", "score"):
+                score_B, score_terms = evaluation.score(rows, batch["records"])
 
-            # 3. Log-probabilities and values of each token.
-            sampler_logp_BR = rows["logp_BR"]
-            if programs.rescore:
-                rows["logp_BR"] = programs.logp(training.state.policy.params, rows)
-            ref_logp_BR = evaluation.reference_logp(rows)
-            rows["value_BR"] = programs.values(training.state, rows)
+            with run.phase("computing log-probabilities, values and advantages", "experience"):
+                # 3. Log-probabilities and values of each token.
+                sampler_logp_BR = rows["logp_BR"]
+                if programs.rescore:
+                    rows["logp_BR"] = programs.logp(training.state.policy.params, rows)
+                ref_logp_BR = evaluation.reference_logp(rows)
+                rows["value_BR"] = programs.values(training.state, rows)
 
-            # 4 and 5. Rewards, advantages, returns.
-            experience, metrics = programs.make_experience(
-                logp_BR=rows["logp_BR"],
-                ref_logp_BR=ref_logp_BR,
-                value_BR=rows["value_BR"],
-                mask_BR=rows["mask_BR"],
-                score_B=score_B,
-                ended_B=rollout.ended(rows, model.eos_ids),
-                beta=training.state.beta,
-            )
-            rows |= jax.device_get(experience)
-            clock.append(time.perf_counter())
+                # 4 and 5. Rewards, advantages, returns.
+                experience, metrics = programs.make_experience(
+                    logp_BR=rows["logp_BR"],
+                    ref_logp_BR=ref_logp_BR,
+                    value_BR=rows["value_BR"],
+                    mask_BR=rows["mask_BR"],
+                    score_B=score_B,
+                    ended_B=rollout.ended(rows, model.eos_ids),
+                    beta=training.state.beta,
+                )
+                rows |= jax.device_get(experience)
 
             # 6 and 7. Update the policy and the value net on each minibatch.
             updates = []
-            for index, text in zip(minibatches(config, step), texts, strict=False):
-                minibatch, tokens = programs.minibatch(rows, index)
-                training.state, update = programs.update(training.state, minibatch, tokens, text)
-                updates.append(jax.device_get(update))
-            training.state = programs.adapt_beta(training.state, metrics)
-            jax.block_until_ready(training.state)
-            clock.append(time.perf_counter())
+            with run.phase("updating the policy and the value net", "update"):
+                for index, text in zip(minibatches(config, step), texts, strict=False):
+                    batches, tokens = programs.minibatch(rows, index)
+                    training.state, update = programs.update(training.state, batches, tokens, text)
+                    updates.append(jax.device_get(update))
+                training.state = programs.adapt_beta(training.state, metrics)
+                jax.block_until_ready(training.state)
 
             # Log, evaluate, save.
-            metrics |= iteration_metrics(rows, sampler_logp_BR, score_terms, updates, clock)
+            metrics |= iteration_metrics(rows, sampler_logp_BR, score_terms, updates)
             metrics["rollout/live_fraction"] = live_fraction
             metrics["optim/learning_rate"] = programs.learning_rate((step - 1) * config.updates)
             run.log(step, metrics, tokens=int(rows["mask_BR"].sum()))
@@ -227,7 +228,8 @@ def run_ppo(config: Config) -> dict[str, Any]:
         training.drop()
         sampled = {"SFT": before}
         for name, params in trained.items():
-            sampled[name] = evaluation.assess(params, eval_key, config.final_prompts)
+            with run.phase(f"evaluating {name} on {config.final_prompts} prompts"):
+                sampled[name] = evaluation.assess(params, eval_key, config.final_prompts)
         return policies.report(run, sampled, time.perf_counter() - began)
 
 
@@ -243,7 +245,6 @@ def iteration_metrics(
     sampler_logp_BR: np.ndarray,
     score_terms: dict[str, float],
     updates: list[dict[str, Any]],
-    clock: list[float],
 ) -> dict[str, Any]:
     """What an iteration logs besides the metrics of its experience."""
     metrics = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
@@ -253,8 +254,7 @@ def iteration_metrics(
     if rows["logp_BR"] is not sampler_logp_BR:
         mismatch_BR = np.abs(rows["logp_BR"] - sampler_logp_BR)
         metrics["rollout/logp_mismatch"] = mismatch_BR[rows["mask_BR"]].mean()
-    phases = zip(("rollout", "score", "update"), np.diff(clock), strict=True)
-    return metrics | {f"time/{phase}": seconds for phase, seconds in phases}
+    return metrics
 
 
 class TrainingState:

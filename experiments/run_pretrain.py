@@ -125,6 +125,7 @@ def run_pretrain(config: Config) -> None:
         openings = [unseen.response[i, 0][:8].tolist() for i in range(min(4, len(unseen)))]
         longest = min(48, model.max_length - 8)
 
+        @run.phase("validating")
         def evaluate(step: int) -> None:
             losses, weights = [], []
             for batch, _ in zip(validation.once(), range(config.eval_batches), strict=False):

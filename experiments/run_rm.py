@@ -239,6 +239,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         def member(i: int) -> models.Params:
             return current.params if N == 1 else jax.tree.map(lambda x: x[i], current.params)
 
+        @run.phase("scoring comparisons")
         def scores_of(dataset: Dataset) -> np.ndarray:
             """Each member's scores of each response: [N, n, K] for n comparisons."""
             rows = rows_of(dataset)

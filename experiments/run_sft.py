@@ -242,6 +242,7 @@ def run_sft(config: Config) -> None:
             )
             score_of = functools.partial(scoring.scorer(reward_config, mesh), reward_params)
 
+        @run.phase("sampling responses to validation prompts")
         def respond(params: models.Params) -> train.Batch:
             """Rows of a response to each held-out prompt, at temperature 1, always with one key."""
             sampled, _ = rollout.sample(
@@ -262,6 +263,7 @@ def run_sft(config: Config) -> None:
             texts = tokenizer.batch_decode(rollout.token_ids(rows), skip_special_tokens=True)
             return gold.utilities(held_out.records, texts)
 
+        @run.phase("validating")
         def evaluate(step: int) -> float:
             """Logs the step's validation figures. Returns the one that picks the checkpoint."""
             losses, weights = [], []

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from ppo_config import SamplingConfig
 
 from instructjax import hf, losses, rollout, scoring, sharding, state, train
 from instructjax.advantages import kl_estimate
@@ -30,7 +31,7 @@ from instructjax.evaluation.policies import last_turn, win_rate
 from instructjax.masked import masked_mean, masked_sum
 from instructjax.models import ModelConfig, Params
 from instructjax.run import Run, main, pretrained
-from instructjax.run.flags import RunConfig, parse
+from instructjax.run.flags import parse
 from instructjax.scoring import RewardConfig
 from instructjax.train import Batch, Metrics
 
@@ -57,11 +58,11 @@ class Algorithm(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(SamplingConfig):
     """The flags of all three algorithms."""
 
     CURVES: ClassVar[tuple[str, ...]] = ()  # the metrics that curves.png shows
-    FIXED = (*RunConfig.FIXED, "beta", "learning_rate", "max_new_tokens", "reward", "samples")
+    FIXED = (*SamplingConfig.FIXED, "beta", "learning_rate", "max_new_tokens", "reward", "samples")
 
     preset: tyro.conf.Suppress[str] = ""
     model: str = "runs/sft"
@@ -73,10 +74,18 @@ class Config(RunConfig):
     """Number of updates in all, including those before a --resume."""
     batch_size: int = 16
     """Prompts of an update, each with all its responses. [Ours]"""
+    microbatches: int = 1
+    """Parts of a batch for gradient accumulation. More parts take less memory.
+    The reference runs on as many parts."""
     learning_rate: float = 3e-4
     """Learning rate of Adam, which is constant. [Ours]"""
-    max_new_tokens: int = 32
-    """Longest sampled response, in tokens. [Ours]"""
+    eval_prompts: int = 256
+    """Held-out prompts of the comparison at the end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.microbatches < 1:
+            raise ValueError(f"--microbatches {self.microbatches}: must be at least 1")
 
 
 # ---------------------------------------------------------------------------------------- DPO
@@ -142,11 +151,17 @@ def dpo(config: DPO, start: Start) -> Algorithm:
     context = start.model.max_length
     seen, unseen = (read(split=split, context=context) for split in ("train", "validation"))
     model: Any = {"config": start.model, "shard": config.constrainer(start.mesh)}
-    logp_of = jax.jit(functools.partial(response_logp, **model))
+    everywhere = sharding.replicated(start.mesh)
+    logp_of = jax.jit(functools.partial(response_logp, **model), out_shardings=everywhere)
 
     def prepare(params: Params, batch: Batch, key: jax.Array) -> tuple[Batch, int, Metrics]:
-        rows = rollout.put(batch, start.mesh)
-        rows["ref_logp_BK"] = logp_of(start.params, rows)
+        ref_logp_BK = np.zeros(batch["ranks_BK"].shape, np.float32)
+        for i in range(config.microbatches):
+            part = {name: x[i :: config.microbatches] for name, x in batch.items()}
+            ref_logp_BK[i :: config.microbatches] = logp_of(
+                start.params, rollout.put(part, start.mesh)
+            )
+        rows = rollout.put(batch | {"ref_logp_BK": ref_logp_BK}, start.mesh)
         return rows, int(batch["response_mask_BKR"].sum()), {}
 
     stream = Stream(ComparisonRows(seen, multiple=8), config.batch_size, seed=config.seed)
@@ -199,11 +214,13 @@ def online(config: Online, start: Start, advantage: Advantage, loss: Any) -> Alg
     logp_of = jax.jit(functools.partial(rollout.token_logp, **model), out_shardings=everywhere)
 
     def prepare(params: Params, batch: Batch, key: jax.Array) -> tuple[Batch, int, Metrics]:
-        prompts, size = batch["prompts"], config.batch_size
+        prompts, size = batch["prompts"], config.batch_size // config.microbatches
         keywords = {"samples_per_prompt": K, "max_new_tokens": R, "mesh": start.mesh}
         # A response's noise depends on the key and its row, so a prompt that stands twice in the
         # batch gets two groups of responses.
-        sampled, _ = rollout.sample(params, start.model, prompts, key, size=size, **keywords)
+        sampled, _ = rollout.sample(
+            params, start.model, prompts, key, size=config.sample_batch, **keywords
+        )
         records = [record for record in batch["records"] for _ in range(K)]
         rows = rollout.left_padded([prompt for prompt in prompts for _ in range(K)], P) | sampled
 
@@ -314,8 +331,11 @@ def swap_loss(config: Config) -> None:
     with Run(config, stage=name) as run:
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
-        if config.batch_size % parts:
-            raise ValueError(f"--batch_size {config.batch_size}: not a multiple of {parts} devices")
+        if config.batch_size % (parts * config.microbatches):
+            raise ValueError(
+                f"--batch_size {config.batch_size}: not a multiple of {parts} devices, times"
+                f" --microbatches {config.microbatches}"
+            )
         model, params, tokenizer = pretrained.load(
             config.model, mesh, tokenizer=config.tokenizer, seed=config.seed
         )
@@ -327,12 +347,13 @@ def swap_loss(config: Config) -> None:
 
         tx, key = train.adam(config.learning_rate), jax.random.key(config.seed)
         layout = state.shardings(start.params, tx)
-        step_fn = train.make_train_step(algorithm.loss_fn, tx, shardings=layout)
+        step_fn = train.make_train_step(algorithm.loss_fn, tx, config.microbatches, layout)
         current, done, _ = run.restore(state.create(start.params, tx))
         batches = algorithm.stream.iterate(done)
         for step, batch in zip(run.steps(done, config.steps), batches, strict=False):
             step_key = jax.random.fold_in(key, step)
-            rows, tokens, rollout_metrics = algorithm.prepare(current.params, batch, step_key)
+            with run.phase("preparing the batch of the update"):
+                rows, tokens, rollout_metrics = algorithm.prepare(current.params, batch, step_key)
             current, metrics = step_fn(current, rows, step_key)
             run.log(step, metrics | rollout_metrics, tokens=tokens)
             if run.should_save(step):
@@ -356,17 +377,17 @@ def compare(config: Config, start: Start, params: Params, algorithm: Algorithm) 
     """
     held_out = algorithm.held_out
     fits = held_out.prompt.lengths + config.max_new_tokens <= start.model.max_length
-    held_out = held_out.take(fits & (np.cumsum(fits) <= 256))
+    held_out = held_out.take(fits & (np.cumsum(fits) <= config.eval_prompts))
     prompts = [held_out.prompt[i].tolist() for i in range(len(held_out))]
     if not prompts:
         print(f"no held-out prompt leaves room for --max_new_tokens {config.max_new_tokens}")
         return {}
     # A key for each policy, because a win rate is of independent samples.
     keys, texts = jax.random.split(jax.random.key(config.seed)), []
-    keywords: Any = {"max_new_tokens": config.max_new_tokens, "mesh": start.mesh}
+    keywords: Any = {"size": config.sample_batch, "mesh": start.mesh}
+    keywords["max_new_tokens"] = config.max_new_tokens
     for weights, key in zip((start.params, params), keys, strict=True):
-        size = len(prompts)
-        rows, _ = rollout.sample(weights, start.model, prompts, key, size=size, **keywords)
+        rows, _ = rollout.sample(weights, start.model, prompts, key, **keywords)
         ids = rollout.token_ids(rows)
         texts.append(start.tokenizer.batch_decode(ids, skip_special_tokens=True))
     for record, before, after in list(zip(held_out.records, *texts, strict=True))[:3]:

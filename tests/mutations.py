@@ -35,8 +35,8 @@ MUTATIONS = [
     Mutation(
         "logp and reference logp swapped: KL is rewarded",
         LOOP,
-        'logp_BR=rows["logp_BR"],\n                ref_logp_BR=ref_logp_BR,',
-        'logp_BR=ref_logp_BR,\n                ref_logp_BR=rows["logp_BR"],',
+        'logp_BR=rows["logp_BR"],\n                    ref_logp_BR=ref_logp_BR,',
+        'logp_BR=ref_logp_BR,\n                    ref_logp_BR=rows["logp_BR"],',
     ),
     Mutation(
         "one sampling key for every iteration",
@@ -166,8 +166,8 @@ MUTATIONS = [
     Mutation(
         "no response counts as ended, or every one",
         LOOP,
-        "ended_B=rollout.ended(rows, model.eos_ids),\n                beta",
-        "ended_B=rows['mask_BR'].any(1),\n                beta",
+        "ended_B=rollout.ended(rows, model.eos_ids),\n                    beta",
+        "ended_B=rows['mask_BR'].any(1),\n                    beta",
     ),
     Mutation(
         "the policy as its own reference",

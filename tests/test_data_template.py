@@ -116,9 +116,8 @@ def test_every_layout_of_a_conversation_gives_the_same_tokens(tmp_path, name, fo
     messages, (kinds, row) = (ASKED, SAME[name]) if name in SAME else (SHORT, SAME_SHORT[name])
     renderer = template.of(tokenizer, form)
     expected = prompt_ids(messages, tokenizer, renderer)
-    if form == "plain" and "messages" in row and name in SAME_SHORT:
-        anthropic = "\n\nHuman: name a river\n\nAssistant:"
-        expected = tokenise([anthropic], tokenizer, bos=True)[0].tolist()
+    if form == "plain" and name in ("texts", "pair of texts", "K texts"):
+        expected = prompt_ids("name a river", tokenizer, renderer)
     for kind in kinds.split():
         data = quiet(write(tmp_path / kind, row), kind, tokenizer, template=form)
         assert data.prompt[0].tolist() == expected, kind

@@ -1,20 +1,25 @@
 """A run's files are cut back and continued to the byte; trackers; the progress line; curves."""
 
+import functools
 import io
 import json
+import re
 import sys
+import time
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from rich.console import Console
 
 from instructjax.evaluation.figures import plot_curves
+from instructjax.run import Run, RunConfig
+from instructjax.run import run as run_module
 from instructjax.run.metrics import MetricsWriter, ProgressLine, to_numbers
 
 
@@ -75,6 +80,7 @@ def test_foreign_line_is_an_error_not_a_cut(tmp_path):
     assert len(file.read_bytes()) == len(before[0])
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False, width=32))
 def test_a_float_keeps_every_bit(value):
     numbers = to_numbers({"x": jnp.float32(value), "y": float(value)})
@@ -155,10 +161,15 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def progress(terminal, every=0.0):
+def progress_line(terminal, **options) -> tuple[ProgressLine, io.StringIO]:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=120, force_interactive=terminal)
-    line = ProgressLine(console, "sft", 10, 20, every)
+    return ProgressLine(console, "sft", **options), text
+
+
+def progress(terminal, every=0.0):
+    line, text = progress_line(terminal, every=every)
+    line.begin(10, 20)
     for step, seconds in ((11, 60.0), (12, 2.0), (13, 2.0)):
         speed = {"time/step": seconds, "throughput/tokens_per_second": 1000 / seconds}
         line.update(step, {"loss": 1.5, **speed})
@@ -173,6 +184,76 @@ def test_progress_says_loss_speed_and_time_left():
     assert lines[2] == "sft  step 13/20  loss 1.5000  500 tokens/s  0:00:14 left"
     assert len(progress(terminal=False, every=100.0).splitlines()) == 1
     assert "loss 1.5000  500 tokens/s  0:00:14 left" in progress(terminal=True)
+
+
+def test_a_long_phase_is_one_plain_line():
+    line, text = progress_line(terminal=False, patience=0.1)
+    for _ in range(2):
+        with line.phase("scoring"):
+            time.sleep(0.3)
+        with line.phase("waiting"):
+            pass
+    with line.phase("evaluating"), line.phase("sampling"):
+        time.sleep(0.3)
+    phase = line.phase("exporting")
+    phase.__enter__()
+    line.stop()
+    time.sleep(0.3)
+    printed = text.getvalue().splitlines()
+    assert printed[0] == "sft  scoring ..."
+    assert sorted(printed[1:]) == ["sft  evaluating ...", "sft  sampling ..."]
+
+
+def test_a_long_phase_is_shown_below_the_bar_while_it_lasts():
+    line, text = progress_line(terminal=True, patience=0.3)
+    line.begin(0, 20)
+    line.update(1, {"loss": 1.5})
+    with line.phase("waiting"):
+        pass
+    with line.phase("evaluating"):
+        time.sleep(1.7)
+        with line.phase("sampling"):
+            time.sleep(0.8)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", text.getvalue())
+    line.stop()
+    assert "waiting" not in shown
+    assert re.search(r"1/20 loss 1.5000\s+. evaluating  0:00:01", shown)
+    assert shown.index("evaluating") < shown.index("sampling")
+    assert "sampling" not in text.getvalue()[len(text.getvalue()) - 30 :]
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_the_first_step_has_no_throughput_and_phases_are_timed(tmp_path, start):
+    """It compiles, after a resume too. Each step has the seconds of its own phases."""
+    with Run(RunConfig(out=tmp_path, model=""), "toy") as run:
+        for step in run.steps(start, start + 3):
+            with run.phase("sampling", "rollout"):
+                time.sleep(0.1 if step == start + 2 else 0)
+            run.log(step, {"loss": 1.0}, tokens=10)
+            if step == start + 2:
+                with run.phase("evaluating", "evaluation"):
+                    time.sleep(0.2)
+                run.log(step, {"validation/loss": 2.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ["throughput/tokens_per_second" in row for row in rows] == [False, True, True]
+    assert ["time/evaluation" in row for row in rows] == [False, True, False]
+    assert [row["time/rollout"] >= 0.1 for row in rows] == [False, True, False]
+    assert rows[1]["time/evaluation"] >= 0.2
+    assert all(row["time/step"] >= row["time/rollout"] for row in rows)
+
+
+def test_a_run_says_what_it_does_outside_of_its_steps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_module, "ProgressLine", functools.partial(ProgressLine, patience=0.2))
+    with Run(RunConfig(out=tmp_path, model=""), "toy") as run:
+        time.sleep(0.4)
+        for step in run.steps(0, 3):
+            time.sleep(0.4)
+            run.log(step, {"loss": 1.0}, tokens=10)
+            assert bool(run._line._phases) == (step == 1)  # metrics are read one step late
+        time.sleep(0.4)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.endswith("...")]
+    phases = ["loading models and data", "compiling and running the first step"]
+    assert said == [f"toy  {phase} ..." for phase in (*phases, "exporting and evaluating")]
 
 
 def test_curves_are_drawn(tmp_path):

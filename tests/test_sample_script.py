@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import signal
 import sys
 from pathlib import Path
 
@@ -49,45 +50,124 @@ def test_one_prompt(model, capsys):
     assert capsys.readouterr().out == printed
 
 
-@pytest.mark.parametrize("dialogue", [False, True])
-def test_a_conversation(model, dialogue, capsys, monkeypatch):
-    """A dialogue remembers its turns until the context is full, and then forgets the first."""
+@pytest.fixture
+def prompts(monkeypatch) -> list[list[int]]:
+    """The token ids of each prompt that the script answers."""
     seen = []
-    stream = sampler.stream
+    stream = sampler.Session.stream
 
-    def spy(params, config, ids, *args, **options):
+    def spy(session, ids, *args, **options):
         seen.append(list(ids))
-        return stream(params, config, ids, *args, **options)
+        return stream(session, ids, *args, **options)
 
-    monkeypatch.setattr(sampler, "stream", spy)
-    lines = ["hello.", "", *["list two foods."] * 9]
+    monkeypatch.setattr(sampler.Session, "stream", spy)
+    return seen
+
+
+def talk(model, monkeypatch, lines, *flags):
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
-    sample.cli(["--model", f"{model}", "--dialogue", f"{dialogue}", *FEW])
+    sample.cli(["--model", f"{model}", *FEW, *flags])
+
+
+@pytest.mark.parametrize("dialogue", [False, True])
+def test_a_conversation(model, dialogue, capsys, monkeypatch, prompts):
+    """A dialogue remembers its turns until the context is full, and then forgets the first."""
+    lines = ["hello.", "", *["list two foods."] * 9]
+    talk(model, monkeypatch, lines, "--dialogue", f"{dialogue}")
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 12  # the header, ten answers, the end
-    assert len(seen) == 10
-    lengths = [len(ids) for ids in seen]
+    assert len(prompts) == 10
+    lengths = [len(ids) for ids in prompts]
     if dialogue:
         assert lengths[0] < lengths[1] < lengths[2]
-        assert max(lengths) <= 64 - 6
+        assert 64 - 6 - 20 < max(lengths) <= 64 - 6
         assert "no longer fits" in err
     else:
-        assert seen[1:] == [seen[1]] * 9
-        assert err == ""
+        assert prompts[1:] == [prompts[1]] * 9
+        assert "no longer fits" not in err
+
+
+def test_the_system_message_stays(model, capsys, monkeypatch, prompts):
+    flags = [
+        "--dialogue",
+        "True",
+        "--context",
+        "48",
+        "--system",
+        "list two animals that are white.",
+    ]
+    talk(model, monkeypatch, ["list two foods."] * 9, *flags)
+    assert "no longer fits" in capsys.readouterr().err
+    tokenizer = hf.load_tokenizer(str(model))
+    texts = [tokenizer.decode(ids) for ids in prompts]
+    assert all(text.startswith("list two animals that are white.") for text in texts)
+    assert max(map(len, prompts)) <= 48 - 6
+    assert texts[0].count("foods") == 1
+    assert max(text.count("foods") for text in texts) > 1
+    with pytest.raises(ValueError, match="--system: each line is a prompt of its own"):
+        talk(model, monkeypatch, ["hello."], "--system", "x")
+
+
+def test_a_message_that_is_too_long_does_not_end_the_conversation(model, capsys, monkeypatch):
+    words = " ".join(["animals"] * 60)
+    talk(model, monkeypatch, ["hello.", words, "hello."], "--dialogue", "True")
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 4
+    assert "leaves no room for --max_new_tokens 6 in a --context of 64" in err
+    with pytest.raises(ValueError, match="leaves no room for --max_new_tokens 6"):
+        sample.cli(["--model", f"{model}", "--prompt", words, *FEW])
+
+
+def script_answers(monkeypatch, ids, interrupt_at=None):
+    """Answers have these tokens, and Ctrl-C comes before one of them."""
+
+    def stream(session, prompt, key, **options):
+        for number, token in enumerate(ids):
+            if number == interrupt_at:
+                signal.raise_signal(signal.SIGINT)
+            yield token
+
+    monkeypatch.setattr(sampler.Session, "stream", stream)
+
+
+def test_an_answer_says_how_it_ended(model, capsys, monkeypatch):
+    """No special token is printed. An empty answer is not remembered."""
+    tokenizer = hf.load_tokenizer(str(model))
+    eos, ids = tokenizer.eos_token_id, [20, 21, 22, 23]
+    for answer, interrupt_at, printed, noted in [
+        ([*ids, eos], None, ids, ""),
+        (ids, None, ids, " ... (cut at --max_new_tokens 6)"),
+        ([eos], None, [], "(an empty answer)"),
+        ([*ids, eos], 3, ids[:3], " ... (stopped)"),
+    ]:
+        script_answers(monkeypatch, answer, interrupt_at)
+        sample.cli(["--model", f"{model}", "--prompt", "hello.", *FEW])
+        out, err = capsys.readouterr()
+        assert (out, err) == (tokenizer.decode(printed) + "\n", noted)
+
+
+def test_temperature_0_is_the_same_for_every_seed(model, capsys):
+    answers = set()
+    for seed in "012":
+        call = ["--model", f"{model}", "--prompt", "hello.", "--temperature", "0", "--seed", seed]
+        sample.cli([*call, *FEW])
+        answers.add(capsys.readouterr().out)
+    assert len(answers) == 1
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--temperature", "0"], "--temperature must be positive"),
+        (["--temperature", "-1"], "--temperature must be at least 0"),
         (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["--max_new_tokens", "64", "--context", "64"], "less than --context"),
         (["--prompt", ""], "--prompt is empty"),
     ],
 )
 def test_wrong_usage(flags, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         sample.cli(flags)
-    assert message in "".join(capsys.readouterr())
+    assert message in " ".join("".join(capsys.readouterr()).replace("│", " ").split())
 
 
 def test_a_reward_model_writes_nothing(tmp_path):

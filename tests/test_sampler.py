@@ -341,7 +341,7 @@ def test_no_parameter_is_gathered_in_the_loop(axes):
         )
     )
     program = sampler.generate_on_device.lower(
-        *(placed, prompts, jax.random.key(0)),
+        *(placed, prompts, jax.random.key(0), draw.Distribution.create(1.0)),
         settings=sampler.Settings(config, R, eos_ids=(3,), slots=2),
         mesh=mesh,
     ).compile()
@@ -405,19 +405,124 @@ def test_buckets_of_all_lengths(longest, most):
     assert all(width % 8 == 0 for width in widths[:-1])
 
 
-def test_streaming_gives_the_same_tokens():
-    for prompt in PROMPTS[:2]:
-        whole = generate([prompt], temperature=0.9, top_p=0.9).responses()[0]
-        streamed = sampler.stream(
-            params(),
-            CONFIG,
-            prompt,
-            jax.random.key(0),
-            max_new_tokens=R,
-            temperature=0.9,
-            top_p=0.9,
+def test_other_numbers_need_no_other_program():
+    generate(temperature=0.9, top_k=7, top_p=0.7)
+    before = sampler.generate_on_device._cache_size()
+    generate(temperature=1, top_k=9, top_p=0.8)
+    generate(temperature=0, top_k=1, top_p=0.1)
+    assert sampler.generate_on_device._cache_size() == before
+
+
+def test_a_restriction_that_is_off_has_no_work():
+    """Training samples without restrictions, and its program has no loop that looks for one."""
+
+    def loops(**numbers):
+        rows = jax.ShapeDtypeStruct((4, 40), jnp.float32)
+        distribution = draw.Distribution.create(1.0, **numbers)
+        return str(jax.make_jaxpr(draw.draw)(rows, rows, distribution)).count("scan[")
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sample, "generate_on_device", lambda *args, **_: seen.append(args[3]) or 1 / 0
         )
-        assert list(streamed) == whole
+        for changes in ({}, {"top_k": 5}, {"top_p": 0.9}):
+            with pytest.raises(ZeroDivisionError):
+                generate(**changes)
+    assert [x.top_k is None for x in seen] == [True, False, True]
+    assert [x.top_p is None for x in seen] == [True, True, False]
+    assert [loops(), loops(top_k=5), loops(top_k=5, top_p=0.9)] == [0, 1, 2]
+
+
+def test_temperature_0_takes_the_likeliest_token():
+    """Its log-probabilities are those of temperature 1."""
+    prompts = many()
+    rollout = generate(prompts, temperature=0, top_p=0.5)
+    responses = rollout.responses()
+    width = max(map(len, prompts)) + R
+    whole = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    z = np.asarray(logits_of(CONFIG)(jnp.array([x + [0] * (width - len(x)) for x in whole])))
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        of_tokens = z[row, len(prompt) - 1 :][: len(response)]
+        assert of_tokens.argmax(-1).tolist() == response
+        logp = jax.nn.log_softmax(of_tokens)[np.arange(len(response)), np.array(response)]
+        np.testing.assert_allclose(rollout.logp_BR[row, : len(response)], logp, atol=5e-5)
+    assert generate(prompts, seed=1, temperature=0).responses() == responses
+    greedy = {"max_new_tokens": R, "temperature": 0}
+    streamed = sampler.stream(params(), CONFIG, prompts[0], jax.random.key(1), **greedy)
+    assert list(streamed) == responses[0]
+
+
+# ---------------------------------------------------------------------------- one after another
+
+
+def test_streaming_gives_the_same_tokens():
+    """Also where the prompt has several chunks."""
+    for prompt, new in ((PROMPTS[0], R), (PROMPTS[1], 5), ([*range(4, 40)] * 3, 20)):
+        for changes in ({"temperature": 0.9, "top_p": 0.9}, {"top_k": 3}):
+            whole = generate([prompt], max_new_tokens=new, **changes).responses()[0]
+            streamed = sampler.stream(
+                params(), CONFIG, prompt, jax.random.key(0), max_new_tokens=new, **changes
+            )
+            assert list(streamed) == whole
+
+
+@pytest.mark.parametrize("axes", [None, (2, 2, 2)], ids=str)
+def test_a_conversation_compiles_two_programs(axes, caplog):
+    """Whatever the lengths and settings: one for chunks of prompts and one for single tokens."""
+    config = dataclasses.replace(CONFIG, max_length=126 + (axes is None))  # no other test's program
+    mesh = None if axes is None else sharding.make_mesh(*axes)
+    session = sampler.Session(params(config), config, context=1000, mesh=mesh)
+    assert session.context == config.max_length
+    ids, answers = [], []
+    settings = [{}, {"temperature": 0.5}, {"temperature": 0}, {"top_k": 4}, {"top_p": 0.9}, {}]
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for turn, changes in enumerate(settings):
+            ids += list(range(5, 10 + 2 * turn))
+            key, new = jax.random.key(turn), 8 + turn
+            answer = list(session.stream(ids, key, max_new_tokens=new, **changes))
+            answers.append((list(ids), turn, {"max_new_tokens": new, **changes}, answer))
+            ids += answer
+    compiled = [record.getMessage() for record in caplog.records]
+    assert len([text for text in compiled if text.startswith("Compiling jit(_run_and_draw)")]) == 2
+    # The cache that the turns share changes no token.
+    for prompt, seed, changes, answer in answers[::2]:
+        assert generate([prompt], seed, config, widths=(112,), **changes).responses() == [answer]
+
+
+def test_a_session_runs_only_what_is_new(monkeypatch):
+    session = sampler.Session(params(), CONFIG, context=128)
+    ran, run = [], session._run
+    monkeypatch.setattr(
+        session, "_run", lambda chunk, *args: ran.append(chunk) or run(chunk, *args)
+    )
+
+    def answer(prompt):
+        ran.clear()
+        tokens = list(session.stream(prompt, jax.random.key(0), max_new_tokens=4, temperature=0))
+        assert tokens == list(
+            sampler.stream(
+                params(), CONFIG, prompt, jax.random.key(0), max_new_tokens=4, temperature=0
+            )
+        )
+        return tokens
+
+    first = answer([5, 6, 7, 8])
+    assert ran[0] == [5, 6, 7, 8]
+    answer([5, 6, 7, 8, *first, 9, 9])
+    assert ran[0] == [first[-1], 9, 9]  # the last token was drawn, and has not run
+    answer([5, 6, 9, 9])
+    assert ran[0] == [9, 9]
+    answer([5, 6])
+    assert ran[0] == [6]  # its state gives the next token
+    long = [*range(5, 40)] * 3
+    answer(long[:90])
+    answer(long)
+    assert ran[0] == long[64:]  # the columns behind the first 90 are too few for a chunk
+    # An interrupt may lose the cache, which each step donates.
+    jax.tree.map(lambda x: x.delete(), session._cache)
+    answer([5, 6, 7])
+    assert ran[0] == [5, 6, 7]
 
 
 def test_bad_arguments():
@@ -425,12 +530,18 @@ def test_bad_arguments():
         ({"prompts": []}, "there is no prompt"),
         ({"prompts": [[]]}, "a prompt is empty"),
         ({"max_new_tokens": 127}, "do not fit the model's context of 128"),
-        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": -1.0}, "temperature and top_k must not be negative"),
+        ({"top_k": -1}, "temperature and top_k must not be negative"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
         ({"min_new_tokens": 25}, "min_new_tokens must be in"),
         ({"slots": 0}, "slots at least 1"),
         ({"widths": (2, 4)}, r"5 tokens is wider than every width of \(2, 4\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             generate(**changes)
+    session = sampler.Session(params(), CONFIG, context=50)
+    with pytest.raises(ValueError, match="do not fit the model's context of 50"):
+        next(session.stream([5] * 40, jax.random.key(0), max_new_tokens=11))
     # The widest bucket is cut to what the context leaves.
     assert generate([[5] * 100], max_new_tokens=28).tokens_BR.shape == (1, 28)

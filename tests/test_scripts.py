@@ -235,7 +235,7 @@ def test_a_row_is_as_long_as_the_data_and_overlong_demonstrations_are_counted(ow
     from instructjax import miniature
 
     source = DataConfig(f"jsonl:{own_data}/demos.jsonl", cache=None)
-    model = models.PRESETS["miniature"]
+    model = PRESETS["miniature"]
 
     def read(config, max_length):
         context = dataclasses.replace(model, max_length=max_length)

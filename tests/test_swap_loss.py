@@ -17,7 +17,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructjax import data, hf, miniature, models, rollout, sharding
+from instructjax import data, hf, miniature, models, rollout, sampler, sharding, train
 from instructjax.data import sources
 from instructjax.models import ModelConfig
 from instructjax.scoring import RewardConfig
@@ -380,6 +380,59 @@ def test_the_flags_of_the_model_are_honoured(start, tmp_path):
     assert lines(tmp_path / "grpo")[0]["objective/kl"] == 0
 
 
+@pytest.mark.parametrize("algorithm", ["dpo", "grpo"])
+def test_microbatches_change_the_memory_and_not_the_update(start, algorithm, tmp_path, monkeypatch):
+    """Forward passes and gradients are of parts of the batch."""
+    parts, make_step = [], train.make_train_step
+    rows: list[int] = []
+    token_logp = rollout.token_logp
+
+    def make(loss_fn, tx, microbatches=1, shardings=None):
+        parts.append(microbatches)
+        return make_step(loss_fn, tx, microbatches, shardings)
+
+    def spy(params, batch, **model):
+        rows.append(len(batch["mask_BR"]))
+        return token_logp(params, batch, **model)
+
+    monkeypatch.setattr(train, "make_train_step", make)
+    monkeypatch.setattr(rollout, "token_logp", spy)
+    updates, largest = [], []
+    for microbatches in (1, 2):
+        out = tmp_path / f"{microbatches}"
+        few = [*flags(start, algorithm, out), "--batch_size", "16", "--steps", "1"]
+        rows.clear()
+        swap_loss.cli([*few, "--microbatches", f"{microbatches}", "--eval_prompts", "2"])
+        largest.append(max(rows))
+        updates.append(lines(out)[0])
+    assert parts == [1, 2]
+    assert largest[0] == 2 * largest[1]
+    for name in ("loss", "optim/grad_norm"):
+        assert updates[0][name] == pytest.approx(updates[1][name], rel=1e-4, abs=1e-6)
+
+
+def test_sample_batch_and_eval_prompts(start, tmp_path, monkeypatch, capsys):
+    """Smaller parts of a batch are sampled at a time, and change no token."""
+    counts, generate = [], sampler.generate
+
+    def spy(params, config, prompts, *args, **settings):
+        counts.append(len(prompts))
+        return generate(params, config, prompts, *args, **settings)
+
+    monkeypatch.setattr(sampler, "generate", spy)
+    rows = []
+    for extra in ([], ["--sample_batch", "2"]):
+        counts.clear()
+        out = tmp_path / f"{len(extra)}"
+        few = [*flags(start, "grpo", out), "--steps", "1", "--eval_prompts", "3", *extra]
+        swap_loss.cli(few)
+        assert counts == ([2, 2, 2, 2, 2, 1, 2, 1] if extra else [8, 3, 3])
+        assert re.search(r"held-out prompts\s*│\s*3\s", capsys.readouterr().out)
+        rows.append(lines(out)[0])
+    assert rows[0]["rollout/length"] == rows[1]["rollout/length"]
+    assert rows[0]["objective/score"] == pytest.approx(rows[1]["objective/score"], abs=1e-5)
+
+
 def test_dpo_on_pairs_of_a_file(start, tmp_path, capsys):
     file = tmp_path / "pairs.jsonl"
     pair = {"prompt": "what is made of wood?", "chosen": "the starmap.", "rejected": "no."}
@@ -423,6 +476,9 @@ def test_wrong_usage(start, tmp_path, capsys):
     for words, named in (
         ([], "one of {dpo, grpo, rloo}"),
         (["grpo", "--samples", "1"], "--samples 1"),
+        (["grpo", "--sample_batch", "5"], "--batch_size 32: not a multiple of --sample_batch 5"),
+        (["dpo", "--microbatches", "0"], "--microbatches 0: must be at least 1"),
+        (["dpo", "--eval_prompts", "0"], "--eval_prompts 0: must be at least 1"),
     ):
         with pytest.raises(SystemExit) as stop:
             swap_loss.cli(words)
@@ -431,6 +487,8 @@ def test_wrong_usage(start, tmp_path, capsys):
     few = flags(start, "grpo", tmp_path / "x")
     with pytest.raises(ValueError, match="--batch_size 12: not a multiple of 8 devices"):
         swap_loss.cli([*few, "--batch_size", "12"])
+    with pytest.raises(ValueError, match="8 devices, times --microbatches 2"):
+        swap_loss.cli([*few, "--microbatches", "2", "--resume"])
     with pytest.raises(ValueError, match=r"--model .*rm: a reward model"):
         swap_loss.cli([*few, "--model", f"{start}/rm", "--resume"])
 

@@ -144,20 +144,22 @@ def encode(
     return Dataset(kind, records, prompt, Spans(flat.ids, start, stop), ranks)
 
 
-def prompt_ids(messages: Messages, tokenizer: Any, template: templates.Template) -> list[int]:
-    """The ids of a conversation's prompt, as `load` gives them.
+def prompt_ids(
+    conversation: Messages | str, tokenizer: Any, template: templates.Template
+) -> list[int]:
+    """The ids of a prompt, as `load` gives them.
 
     Args:
-      messages: the conversation, which ends in what the user said. A `plain` template renders a
-        single message as it is.
+      conversation: messages, the last of which awaits a reply, or the text of a plain prompt.
 
     Raises:
       DataError: the template cannot render the messages.
     """
-    if template.form == "plain" and len(messages) == 1:
-        text = messages[0]["content"]
-    else:
-        text = template.prompt(messages, "the conversation", "messages")
+    text = conversation
+    if template.form == "chat" and isinstance(text, str):
+        text = [{"role": "user", "content": text}]
+    if not isinstance(text, str):
+        text = template.prompt(text, "the conversation", "messages")
     return tokenise([text], tokenizer, bos=True)[0].tolist()
 
 

@@ -28,7 +28,10 @@ def unembedding(params: Params) -> jax.Array:
 
 
 def token_logits(
-    hidden_BTD: jax.Array, unembed_VD: jax.Array, config: ModelConfig, temperature: float = 1.0
+    hidden_BTD: jax.Array,
+    unembed_VD: jax.Array,
+    config: ModelConfig,
+    temperature: float | jax.Array = 1.0,
 ) -> jax.Array:
     """float32 logits_BTV / temperature; rows of the table beyond the vocabulary get -inf.
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -13,8 +15,11 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.spinner import Spinner
+from rich.text import Text
 
 
 class MetricsWriter:
@@ -160,19 +165,36 @@ def to_numbers(metrics: Mapping[str, Any]) -> dict[str, float | int]:
 class ProgressLine:
     """A live line with a bar, the loss, tokens per second and the time left.
 
-    Where stdout is no terminal, a plain line every `every` seconds.
+    The line below it names a phase that takes long, such as an evaluation, and the time it has
+    taken. Where stdout is no terminal, both are plain lines: one of the steps every `every`
+    seconds, and one of each phase that takes long, when that happens for the first time.
+
+    Args:
+      patience: seconds that a phase lasts before it is shown.
     """
 
-    def __init__(self, console: Console, stage: str, start: int, total: int, every: float = 10):
-        self._console, self._stage, self._total, self._every = console, stage, total, every
+    def __init__(self, console: Console, stage: str, every: float = 10, patience: float = 3):
+        self._console, self._stage, self._every, self._patience = console, stage, every, patience
         self._recent: deque[tuple[float, float]] = deque(maxlen=20)  # (seconds, tokens/s) of steps
         self._printed = -float("inf")
-        self._bar = None
-        if console.is_terminal:
+        self._phases: list[tuple[str, float]] = []  # (phase, when it began), the innermost last
+        self._announced: set[str] = set()  # phases that have had their plain line
+        self._bar: Progress | None = None
+        self._stopped = False
+        self._spinner = Spinner("dots")
+        self._live: Live | None = None
+        if console.is_interactive:
+            self._live = Live(console=console, get_renderable=self._render, transient=True)
+            self._live.start()
+
+    def begin(self, start: int, total: int) -> None:
+        """Shows the bar of steps, at `start`."""
+        self._total = total
+        self._recent.clear()
+        if self._live is not None:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=console)
-            self._task = self._bar.add_task(stage, total=total, completed=start, text="")
-            self._bar.start()
+            self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), auto_refresh=False)
+            self._task = self._bar.add_task(self._stage, total=total, completed=start, text="")
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows the loss, score, KL, time and throughput of a finished step, where it has them."""
@@ -180,7 +202,7 @@ class ProgressLine:
         parts = [f"{name} {metrics[key]:.4f}" for name, key in shown.items() if key in metrics]
         if "throughput/tokens_per_second" in metrics:
             self._recent.append((metrics["time/step"], metrics["throughput/tokens_per_second"]))
-            # Medians, because the first step compiles and others wait for an evaluation.
+            # Medians, because some steps compile and others wait for an evaluation.
             seconds, speed = (median(values) for values in zip(*self._recent, strict=True))
             left = timedelta(seconds=round(seconds * (self._total - step)))
             parts += [f"{speed:,.0f} tokens/s", f"{left} left"]
@@ -190,9 +212,52 @@ class ProgressLine:
             self._bar.update(self._task, completed=step, text=text)
         elif now - self._printed >= self._every or step == self._total:
             self._printed = now
-            line = f"{self._stage}  step {step:,}/{self._total:,}  {text}"
-            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+            self._say(f"step {step:,}/{self._total:,}  {text}")
+
+    def end(self) -> None:
+        """Leaves the bar as it is, above all that follows."""
+        if self._bar is not None:
+            bar, self._bar = self._bar, None
+            self._console.print(bar)
+
+    @contextmanager
+    def phase(self, doing: str) -> Iterator[None]:
+        """Shows what is done meanwhile, once it has taken `patience` seconds."""
+        phase = doing, time.monotonic()
+        self._phases.append(phase)
+        timer = threading.Timer(self._patience, self._announce, [doing])
+        timer.daemon = True
+        if self._live is None:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self._phases.remove(phase)
 
     def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self.end()
+        self._stopped = True
+        if self._live is not None:
+            self._live.stop()
+
+    def _render(self) -> Group:
+        """The live lines. rich asks for them from a thread of its own, four times a second."""
+        now = time.monotonic()
+        lasting = [phase for phase in list(self._phases) if now - phase[1] > self._patience]
+        bar, shown = self._bar, Group()
+        if bar is not None:
+            shown.renderables.append(bar)
+        for doing, began in lasting[-1:]:
+            self._spinner.update(text=Text(f"{doing}  {timedelta(seconds=int(now - began))}"))
+            shown.renderables.append(self._spinner)
+        return shown
+
+    def _announce(self, doing: str) -> None:
+        if doing not in self._announced and not self._stopped:
+            self._announced.add(doing)
+            self._say(f"{doing} ...")
+
+    def _say(self, text: str) -> None:
+        line = f"{self._stage}  {text}" if self._stage else text
+        self._console.print(line, soft_wrap=True, highlight=False, markup=False)

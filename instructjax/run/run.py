@@ -26,7 +26,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -95,9 +95,10 @@ class Run:
         self._best: tuple[str | None, Literal["min", "max"]] = best_metric, best_mode
         self.console = Console(quiet=jax.process_index() != 0)
         self._stack = ExitStack()
-        self._line: ProgressLine | None = None
+        self._outer_phase = ExitStack()
+        self._seconds: dict[str, float] = {}  # of timed phases, for the next line of metrics
         self._pending: tuple[int, dict[str, Any], bool] | None = None
-        self._total = self._saved = self._written = -1
+        self._first = self._total = self._saved = self._written = -1
         self._clock = time.perf_counter()
         self._training = self._tracing = False
 
@@ -127,13 +128,16 @@ class Run:
             if jax.process_count() > 1:
                 signals = hosts.AgreedSignals(self._stop_asked, self._latest or 0)
             self._signals = stack.enter_context(signals)
+            self._line = ProgressLine(self.console, self.stage)
             stack.callback(self._stop_display)
+            self._set_outer_phase("loading models and data")
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         stopped = kind is SystemExit and error.code == RESUMABLE
         if kind is not None and not stopped and jax.process_count() > 1:
+            self._line.stop()
             return  # closing would wait for the other hosts, which `main` is about to end
         try:
             with self._stack:
@@ -147,6 +151,23 @@ class Run:
             command = ["python", *sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])]
             step = max(self._saved, self._latest or 0)
             self._say(f"stopped after step {step:,}; continue with\n  {shlex.join(command)}")
+
+    @contextmanager
+    def phase(self, doing: str, timed: str | None = None) -> Iterator[None]:
+        """Says on the terminal what the run is doing, once that has taken 3 s. Phases may nest.
+
+        Outside of all phases, a run loads models and data, compiles its first step, and at the end
+        exports and evaluates; these are phases of their own.
+
+        Args:
+          doing: a few words, such as `sampling 256 responses`. Also a decorator of a function.
+          timed: if given, the seconds are logged as `time/TIMED` with the step's metrics.
+        """
+        began = time.perf_counter()
+        with self._line.phase(doing):
+            yield
+        if timed is not None:
+            self._seconds[f"time/{timed}"] = time.perf_counter() - began
 
     # ---- the loop ----
 
@@ -197,8 +218,9 @@ class Run:
                 f"the data give {total} steps on this host, and {total_on_host_0} on host 0:"
                 " all hosts must read the same data"
             )
-        self._total, self._saved, self._training = total, start, True
-        self._line = ProgressLine(self.console, self.stage, start, total)
+        self._first, self._total, self._saved, self._training = start + 1, total, start, True
+        self._line.begin(start, total)
+        self._set_outer_phase("compiling and running the first step")
         self._clock = time.perf_counter()
         try:
             for step in range(start + 1, total + 1):
@@ -215,7 +237,9 @@ class Run:
                     self._stop_trace()
             self._flush()
         finally:  # after a `break` too, so that the next signal ends the run
-            self._stop_display()
+            self._stop_trace()
+            self._line.end()
+            self._set_outer_phase("exporting and evaluating")
             self._training = False
         if self.stopping:
             sys.exit(RESUMABLE)
@@ -228,7 +252,8 @@ class Run:
         Args:
           metrics: name -> scalar, on a device or not, from a train step or an evaluation.
           tokens: number of tokens of the step. If given, `time/step` (all seconds since the step
-            before) and `throughput/tokens_per_second` are added.
+            before was logged, or since the loop began) and `throughput/tokens_per_second` are
+            added. The first step after a start or a resume compiles, and has no throughput.
 
         Raises:
           FloatingPointError: a metric of the step before is NaN or infinite.
@@ -236,15 +261,18 @@ class Run:
         """
         if step <= self._written:
             raise ValueError(f"the metrics of step {step} are written already: log before saving")
+        metrics = {**metrics, **self._seconds}
+        self._seconds.clear()
         if self._pending is not None and self._pending[0] == step:
             self._pending = step, {**self._pending[1], **metrics}, True
             return
         self._flush()
-        metrics = dict(metrics)
         if tokens:
             now = time.perf_counter()
             seconds, self._clock = now - self._clock, now
-            metrics |= {"time/step": seconds, "throughput/tokens_per_second": tokens / seconds}
+            metrics["time/step"] = seconds
+            if step > self._first:
+                metrics["throughput/tokens_per_second"] = tokens / seconds
         self._pending = step, metrics, step in (0, self._total)
 
     def should_save(self, step: int) -> bool:
@@ -275,7 +303,8 @@ class Run:
         """
         self._flush()
         self.metrics.sync()
-        self.checkpoints.save(step, state, {**(meta or {}), "step": step, "score": score})
+        with self.phase("saving a checkpoint"):
+            self.checkpoints.save(step, state, {**(meta or {}), "step": step, "score": score})
         self._saved = step
 
     def finish(
@@ -310,7 +339,8 @@ class Run:
         self._written = step
         if always or step % self.config.log_every == 0:
             self.metrics.write(step, values)
-        if self._line is not None:
+        if self._training and step >= self._first:
+            self._outer_phase.close()  # the first step is done
             self._line.update(step, values)
 
     def _on_signal(self, *_: Any) -> None:
@@ -330,14 +360,17 @@ class Run:
         """Prints a line without wrapping or colours, so that it can be copied."""
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
+    def _set_outer_phase(self, doing: str) -> None:
+        self._outer_phase.close()
+        self._outer_phase.enter_context(self.phase(doing))
+
     def _stop_trace(self) -> None:
-        jax.profiler.stop_trace()
-        self._tracing = False
-        self._say(f"wrote {self.out / 'profile'}")
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+            self._say(f"wrote {self.out / 'profile'}")
 
     def _stop_display(self) -> None:
-        if self._tracing:
-            self._stop_trace()
-        if self._line is not None:
-            self._line.stop()
-            self._line = None
+        self._stop_trace()
+        self._outer_phase.close()
+        self._line.stop()

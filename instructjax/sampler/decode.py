@@ -35,6 +35,7 @@ from instructjax import models
 from instructjax.models import Cache, ModelConfig, Params, Shard
 from instructjax.models.attention import NEG_INF
 from instructjax.sampler import draw
+from instructjax.sampler.draw import Distribution
 
 
 @flax.struct.dataclass
@@ -58,9 +59,6 @@ class Settings(NamedTuple):
     config: ModelConfig
     max_new_tokens: int
     min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
     eos_ids: tuple[int, ...] = ()
     samples: int = 1  # of each prompt
     slots: int = 1  # of one data shard
@@ -107,6 +105,7 @@ def decode(
     weights: Params,
     prompts: PaddedPrompts,
     key: jax.Array,
+    distribution: Distribution,
     settings: Settings,
     lockstep_axes: tuple[str, ...] = (),
 ) -> tuple[Rollout, jax.Array]:
@@ -130,7 +129,7 @@ def decode(
     def step(state: State) -> State:
         if len(state.slots.row_B) == n < rows:  # later loops begin when no row waits
             state = refill(state, prefilled)
-        return draw_and_extend(weights, prompts.number_B, key, state, settings)
+        return draw_and_extend(weights, prompts.number_B, key, distribution, state, settings)
 
     # The loop shrinks at the end, so that the last, long responses take less time.
     sizes = [n, n // 2, n // 4, 0] if settings.eos_ids and n >= 16 else [n, 0]
@@ -205,7 +204,12 @@ def refill(state: State, prefilled: Prefilled) -> State:
 
 
 def draw_and_extend(
-    weights: Params, number_B: jax.Array, key: jax.Array, state: State, settings: Settings
+    weights: Params,
+    number_B: jax.Array,
+    key: jax.Array,
+    distribution: Distribution,
+    state: State,
+    settings: Settings,
 ) -> State:
     """Draws a token in each slot and runs the model on it. The tokens of idle slots are dropped."""
     (hidden_BD, cache, row_B, length_B), s = state.slots, settings
@@ -213,7 +217,8 @@ def draw_and_extend(
     live_B = row_B < rows
 
     hidden_B1D, unembed_VD = hidden_BD[:, None], weights["unembed"]["kernel"]
-    logits_BV = models.token_logits(hidden_B1D, unembed_VD, s.config, s.temperature)[:, 0]
+    logits_B1V = models.token_logits(hidden_B1D, unembed_VD, s.config, distribution.divisor)
+    logits_BV = logits_B1V[:, 0]
     logits_BV = allowed_BV = s.shard(logits_BV, "batch", "vocab")
     eos = jnp.array(s.eos_ids, jnp.int32)
     if s.eos_ids and s.min_new_tokens:
@@ -222,7 +227,7 @@ def draw_and_extend(
         allowed_BV = jnp.where(early_B1 & ends_1V, NEG_INF, logits_BV)
     counters = number_B[row_B // s.samples], row_B % s.samples, length_B
     noise_BV = draw.noise(key, *counters, s.config.vocab_size, logits_BV.shape[1])
-    token_B = draw.argmax(draw.restrict(allowed_BV, s.top_k, s.top_p) + noise_BV)
+    token_B = draw.draw(allowed_BV, noise_BV, distribution)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
     logp_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
     record = lambda x_BR, new_B: x_BR.at[row_B, length_B].set(new_B, mode="drop")  # noqa: E731

@@ -1,11 +1,11 @@
-"""Sampling: prompts in, a Rollout out; and one response as a stream of tokens.
+"""Sampling: prompts in, a Rollout out.
 
 The noise of a token depends on (key, number of its prompt, sample index, position) alone. A prompt
 therefore gets the same tokens in any batch, slot and bucket, under any padding and on any mesh.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from instructjax import models, sharding
 from instructjax.models import ModelConfig, Params
 from instructjax.sampler import decode
 from instructjax.sampler.decode import PaddedPrompts, Rollout, Settings
+from instructjax.sampler.draw import Distribution
 
 
 def generate(
@@ -43,7 +44,8 @@ def generate(
       prompts: lists of token ids, none empty.
       key: of all noise; the same key gives the same responses.
       min_new_tokens: no EOS is drawn before this many tokens.
-      temperature: logits are divided by it.
+      temperature: logits are divided by it. At 0 the likeliest token is taken, and `logp_BR` is
+        that of temperature 1.
       top_k, top_p: sample among the k likeliest tokens, and among the likeliest tokens of total
         probability p; 0 and 1 turn them off. `logp_BR` is of the whole distribution all the same,
         also where min_new_tokens forbids EOS.
@@ -64,15 +66,20 @@ def generate(
       ValueError: a prompt is empty, leaves no room in the model's context or is longer than all
         `widths`; a setting is out of range.
     """
-    settings = Settings(
-        config, max_new_tokens, min_new_tokens, temperature, top_k, top_p,
-        tuple(eos_ids) or config.eos_ids, samples_per_prompt,
-    )  # fmt: skip
+    eos_ids = tuple(eos_ids) or config.eos_ids
+    settings = Settings(config, max_new_tokens, min_new_tokens, eos_ids, samples_per_prompt)
+    distribution = Distribution.create(
+        temperature,
+        top_k or None,
+        None if top_p == 1 else top_p,  # None leaves the work out
+    )
     per_shard, settings = plan(len(prompts), settings, mesh, slots)
     padded: Any = _checked_and_padded(prompts, indices, per_shard * _shards(mesh), widths, settings)
     if mesh is not None:
         padded = jax.device_put(padded, sharding.batched(mesh))
-    rollout, live_fraction = generate_on_device(params, padded, key, settings=settings, mesh=mesh)
+    rollout, live_fraction = generate_on_device(
+        params, padded, key, distribution, settings=settings, mesh=mesh
+    )
     rollout = jax.tree.map(lambda x: x[: len(prompts) * samples_per_prompt], rollout)
     return rollout.replace(live_fraction=live_fraction)
 
@@ -87,31 +94,6 @@ def plan(
     default = max(8, -(-rows // 4)) if can_end else rows
     shard_slots = default if slots is None else -(-slots // _shards(mesh))
     return per_shard, settings._replace(slots=min(shard_slots, rows))
-
-
-def stream(
-    params: Params,
-    config: ModelConfig,
-    prompt: Sequence[int],
-    key: jax.Array,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    eos_ids: Sequence[int] = (),
-    mesh: Mesh | None = None,
-) -> Iterator[int]:
-    """Yields the tokens of `generate` for one prompt as they come, EOS included."""
-    eos_ids = tuple(eos_ids) or config.eos_ids
-    settings = Settings(config, max_new_tokens, 0, temperature, top_k, top_p, eos_ids)
-    padded = _checked_and_padded([prompt], None, 1, (), settings)
-    weights = jax.jit(lay_out, static_argnums=(1, 2))(params, config, mesh)
-    state, _ = jax.jit(decode.begin, static_argnums=2)(weights, padded, settings)
-    step = jax.jit(decode.draw_and_extend, static_argnums=4, donate_argnums=3)
-    while state.slots.row_B[0] == 0:  # row 0 is not done
-        state = step(weights, padded.number_B, key, state, settings)
-        yield int(state.rollout.tokens_BR[0, state.slots.length_B[0] - 1])
 
 
 # ---------------------------------------------------------------------------- padding
@@ -159,20 +141,24 @@ def _shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def check_lengths(prompts: Sequence[Sequence[int]], new: int, context: int) -> int:
+    """Length of the longest prompt; raises ValueError if it and `new` tokens do not fit."""
+    if not prompts or not all(prompts):
+        raise ValueError("there is no prompt, or a prompt is empty")
+    longest = max(map(len, prompts))
+    if longest + new > context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {new} new ones do not fit the model's"
+            f" context of {context}"
+        )
+    return longest
+
+
 def _checked_and_padded(
     prompts, indices, rows: int, widths: Sequence[int], s: Settings
 ) -> PaddedPrompts:
     """The prompts and filler up to `rows`, once all arguments are known to be in range."""
-    if not prompts or not all(prompts):
-        raise ValueError("there is no prompt, or a prompt is empty")
-    R, longest = s.max_new_tokens, max(map(len, prompts))
-    if longest + R > s.config.max_length:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {R} new ones do not fit the model's"
-            f" context of {s.config.max_length}"
-        )
-    if s.temperature <= 0 or not 0 < s.top_p <= 1 or s.top_k < 0:
-        raise ValueError("temperature must be positive, top_p in (0, 1], top_k not negative")
+    R, longest = s.max_new_tokens, check_lengths(prompts, s.max_new_tokens, s.config.max_length)
     if not 0 <= s.min_new_tokens <= R or s.slots < 1:
         raise ValueError("min_new_tokens must be in [0, max_new_tokens], slots at least 1")
     fitting = [width for width in widths or [-(-longest // 32) * 32] if width >= longest]
@@ -189,12 +175,18 @@ def _checked_and_padded(
 
 @functools.partial(jax.jit, static_argnames=("settings", "mesh"))
 def generate_on_device(
-    params: Params, prompts: PaddedPrompts, key: jax.Array, *, settings: Settings, mesh: Mesh | None
+    params: Params,
+    prompts: PaddedPrompts,
+    key: jax.Array,
+    distribution: Distribution,
+    *,
+    settings: Settings,
+    mesh: Mesh | None,
 ) -> tuple[Rollout, jax.Array]:
     """`generate`'s program: (the Rollout of all rows, the share of live slots)."""
     weights = lay_out(params, settings.config, mesh)
     if mesh is None:
-        rollout, slot_steps = decode.decode(weights, prompts, key, settings)
+        rollout, slot_steps = decode.decode(weights, prompts, key, distribution, settings)
     else:
         # Each data shard runs its own loop, and the compiler splits the work over tensor. All
         # shards must then meet in its collectives, so they take their steps in lockstep.
@@ -204,11 +196,11 @@ def generate_on_device(
         rollout, slot_steps = jax.shard_map(
             functools.partial(decode.decode, settings=settings, lockstep_axes=lockstep_axes),
             mesh=mesh,
-            in_specs=(whole, PartitionSpec(axes), whole),
+            in_specs=(whole, PartitionSpec(axes), whole, whole),
             out_specs=PartitionSpec(axes),
             axis_names=set(axes),
             check_vma=False,
-        )(weights, prompts, key)
+        )(weights, prompts, key, distribution)
     return rollout, jnp.sum(rollout.mask_BR) / (jnp.max(slot_steps) * len(slot_steps))
 
 
