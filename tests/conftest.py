@@ -43,3 +43,12 @@ def shared_data() -> Path:
     if not data.is_dir():
         pytest.skip(f"no real data sets at {data}")
     return data
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """A directory with a pretrained chat model and its tokenizer, such as SmolLM2-135M-Instruct."""
+    directory = os.environ.get("INSTRUCTJAX_REAL_MODEL")
+    if not directory:
+        pytest.skip("INSTRUCTJAX_REAL_MODEL names no directory with a pretrained chat model")
+    return Path(directory)

@@ -1,5 +1,6 @@
 """Every family agrees with transformers on torch: imported models and exported ones."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -33,6 +34,20 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5],
+    "long_factor": [1.5, 2.0, 3.0, 3.5, 4.0],
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
 GEMMA2 = {**GQA, "query_pre_attn_scalar": 7, "sliding_window": 5}
 NEOX_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 
@@ -53,6 +68,27 @@ VARIANTS = {
         {**SMALL, "ffn_dim": 40, "enable_bias": False, "tie_word_embeddings": False},
     ),
     "llama": ("LlamaConfig", {**GQA, "rope_parameters": LLAMA3}),
+    "llama-yarn": ("LlamaConfig", {**GQA, "rope_parameters": YARN}),
+    "qwen3-yarn-switches": (
+        "Qwen3Config",
+        {
+            **GQA,
+            "rope_parameters": {
+                **YARN,
+                "beta_fast": 2.5,
+                "beta_slow": 0.3,
+                "truncate": False,
+                "mscale": 0.8,
+                "mscale_all_dim": 0.5,
+            },
+        },
+    ),
+    "neox-yarn": ("GPTNeoXConfig", {**SMALL, "rope_parameters": {**NEOX_ROPE, **YARN}}),
+    "llama-dynamic": (
+        "LlamaConfig",
+        {**GQA, "max_position_embeddings": 16, "rope_parameters": DYNAMIC},
+    ),
+    "llama-longrope": ("LlamaConfig", {**GQA, "rope_parameters": LONGROPE}),
     "llama-biases-single-kv": (
         "LlamaConfig",
         {**GQA, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
@@ -86,6 +122,14 @@ VARIANTS = {
                 "full_attention": LINEAR,
                 "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
             },
+        },
+    ),
+    "gemma3-yarn": (
+        "Gemma3TextConfig",
+        {
+            **GEMMA2,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "rope_parameters": {"full_attention": {**YARN, "attention_factor": 1.5}},
         },
     ),
 }
@@ -123,8 +167,9 @@ def torch_logp(model, tokens, mask) -> np.ndarray:
         return torch.log_softmax(model(**keys).logits, -1).numpy()
 
 
-def our_logp(path, tokens, mask) -> np.ndarray:
+def our_logp(path, tokens, mask, **changes) -> np.ndarray:
     config, params = hf.load(path)
+    config = dataclasses.replace(config, **changes)
     run = jax.jit(models.logits, static_argnums=1)
     return np.asarray(jax.nn.log_softmax(run(params, config, tokens, jnp.array(mask))))
 
@@ -147,6 +192,31 @@ def test_log_probabilities_and_export(variant, tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     assert np.array_equal(torch_logp(again, tokens, mask), want)
+
+
+@pytest.mark.parametrize(
+    ("variant", "longer"),
+    [
+        ("llama-yarn", {}),
+        ("qwen3-yarn-switches", {}),
+        ("neox-yarn", {}),
+        ("gemma3-yarn", {}),
+        ("llama-dynamic", {"max_length": 40}),
+        ("llama-longrope", {"max_length": 64}),
+    ],
+)
+def test_sequences_around_the_original_length(variant, longer, tmp_path):
+    """Shorter and longer than in pretraining; some kinds must be told of longer ones."""
+    model = torch_model(variant, "AutoModelForCausalLM")
+    model.save_pretrained(tmp_path)
+    for length in (16, 40):
+        tokens, mask = batch(lengths=(length, length))
+        want = torch_logp(model, tokens, mask)
+        if longer and length > 16:
+            with pytest.raises(ValueError, match="40 positions in a model of max_length 16"):
+                our_logp(tmp_path, tokens, mask)
+        got = our_logp(tmp_path, tokens, mask, **(longer if length > 16 else {}))
+        assert np.abs(got - want).max() < 2e-4
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

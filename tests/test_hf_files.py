@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from instructjax import hf, models, sharding
 from instructjax.hf.families import FAMILIES
 from instructjax.models import ModelConfig
+from instructjax.run import pretrained
 
 GPT2 = ModelConfig(
     vocab_size=131, layers=2, width=16, heads=4, mlp_width=32, max_length=32, eos_ids=(2,), bos_id=1
@@ -311,8 +312,12 @@ def test_switches_of_gpt2_are_refused_by_name(saved, changes, message):
     ("changes", "message"),
     [
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type = 'yarn'",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+            "rope_type = 'proportional'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1]}},
+            "mrope_section",
         ),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
@@ -320,7 +325,7 @@ def test_switches_of_gpt2_are_refused_by_name(saved, changes, message):
         ),
         ({"hidden_act": "relu6"}, "hidden_act = 'relu6'"),
     ],
-    ids=["rope", "partial", "activation"],
+    ids=["rope", "mrope", "partial", "activation"],
 )
 def test_switches_of_llama_are_refused_by_name(params, tmp_path, changes, message):
     hf.save(tmp_path, LLAMA, params["llama"])
@@ -334,6 +339,16 @@ def test_switches_of_other_families_are_refused(tmp_path):
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
         ("opt", {"word_embed_proj_dim": 7}, "word_embed_proj_dim = 7"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default"},
+                    "sliding_attention": {"rope_type": "linear", "factor": 2.0},
+                }
+            },
+            "rope_type of sliding_attention = 'linear'",
+        ),
     ]:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **changes}))
         with pytest.raises(ValueError, match=message):
@@ -478,6 +493,53 @@ def test_every_family_is_written_as_it_is_read(family, tmp_path):
         assert hasattr(transformers, written.architectures[0])
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "keys"),
+    [
+        (
+            "llama",
+            {"rope": models.Rope(5e5, kind="llama3", factor=8.0, original_length=16)},
+            {
+                "rope_theta": 5e5,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                },
+            },
+        ),
+        ("qwen2", {"rope": models.Rope(1e6)}, {"rope_theta": 1e6, "rope_scaling": None}),
+        (
+            "gpt_neox",
+            {"rope": models.Rope(3.0, fraction=0.5)},
+            {"rotary_emb_base": 3.0, "rotary_pct": 0.5, "rope_scaling": None},
+        ),
+        (
+            "gemma3_text",
+            {"rope": models.Rope(7.0, kind="linear", factor=2.0), "local_rope": models.Rope(5.0)},
+            {
+                "rope_theta": 7.0,
+                "rope_local_base_freq": 5.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+        ),
+    ],
+)
+def test_rotary_keys_of_transformers_4(family, changes, keys, tmp_path):
+    """config.json has them beside the keys of version 5, and is read back as it was written."""
+    default = hf.configs.from_hf(hf.configs.transformers().AutoConfig.for_model(family), family)
+    config = dataclasses.replace(default, **changes)
+    hf_config = hf.configs.to_hf(config)
+    hf_config.dtype = "bfloat16"
+    (tmp_path / "config.json").write_text(hf.configs.to_json(hf_config))
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {key: written[key] for key in keys} == keys
+    assert written["torch_dtype"] == written["dtype"] == "bfloat16"
+    assert hf.load_config(tmp_path) == config
+
+
 # ---------------------------------------------------------------------------- reward models
 
 
@@ -541,9 +603,109 @@ def test_a_tokenizer_without_padding_gets_a_pad_token(params, tmp_path):
     assert loaded("w3 w7")["input_ids"] == tokenizer("w3 w7")["input_ids"] == [6, 10]
 
 
+def test_tokenizers_as_transformers_4_reads_them(params, tmp_path):
+    """Its classes of single families add BOS, and it knows no list `extra_special_tokens`."""
+    tokenizer = word_tokenizer(WORDS, eos_token="<eos>", extra_special_tokens=["w1", "w2"])
+    hf.save(tmp_path, GPT2, params["gpt2"], tokenizer)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["model_input_names"] == ["input_ids", "attention_mask"]
+    assert written["additional_special_tokens"] == ["w1", "w2"]
+    assert "extra_special_tokens" not in written
+    loaded = hf.load_tokenizer(tmp_path)
+    assert loaded.extra_special_tokens == ["w1", "w2"]
+    assert loaded.decode([3, 4, 6], skip_special_tokens=True) == "w0 w3"
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(params, tmp_path):
+    larger = word_tokenizer([*WORDS, "more"])
     with pytest.raises(ValueError, match="the tokenizer has 132 tokens, the model 131"):
-        hf.save(tmp_path, GPT2, params["gpt2"], word_tokenizer([*WORDS, "more"]))
+        hf.save(tmp_path / "out", GPT2, params["gpt2"], larger)
+    hf.save(tmp_path / "gpt2", GPT2, params["gpt2"])
+    larger.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(
+        ValueError, match=r"--model .*gpt2: the tokenizer has 132 .*--tokenizer the"
+    ):
+        load_with(tmp_path / "gpt2", tokenizer=str(tmp_path / "tokenizer"))
+
+
+def load_with(path, **options):
+    return pretrained.load(str(path), sharding.make_mesh(data=1, fsdp=2, tensor=4), **options)
+
+
+CHAT = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "template", "explicit", "grows"),
+    [
+        ({"extra_special_tokens": ["<image>"]}, None, False, False),
+        ({"extra_special_tokens": ["<image>"]}, CHAT, False, False),
+        ({"extra_special_tokens": ["<image>", "<|user|>"]}, CHAT, False, True),
+        ({"pad_token": "<pad>"}, None, False, True),
+        ({"extra_special_tokens": ["<image>"]}, None, True, True),
+    ],
+    ids=["unused", "not-in-template", "template", "pad", "explicit"],
+)
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=lambda c: c.family)
+def test_tokens_added_to_a_model(
+    config, tokens, template, explicit, grows, params, tmp_path, capsys
+):
+    """Rows are added for tokens that the tokenizer uses, or that are given with --tokenizer."""
+    hf.save(tmp_path / "in", config, params[config.family])
+    tokenizer = word_tokenizer(WORDS, eos_token="<eos>")
+    tokenizer.add_special_tokens(tokens)
+    tokenizer.chat_template = template
+    where = tmp_path / ("tokenizer" if explicit else "in")
+    tokenizer.save_pretrained(where)
+    options = {"tokenizer": str(where)} if explicit else {}
+    loaded_config, loaded, loaded_tokenizer = load_with(tmp_path / "in", **options)
+    size = len(tokenizer) if grows else 131
+    said = f"vocabulary grows to {size} tokens by" if grows else "the model has no <image>, which"
+    assert said in capsys.readouterr().out
+    assert loaded_config == dataclasses.replace(config, vocab_size=size)
+    before = params[config.family]
+    for part, name in (("embed", "tokens"), ("unembed", "kernel")):
+        if part in before:
+            old = np.asarray(before[part][name])[:131]
+            new = np.asarray(loaded[part][name])
+            np.testing.assert_array_equal(new[:131], old)
+            mean = np.tile(old.mean(0), (size - 131, 1))
+            np.testing.assert_allclose(new[131:size], mean, atol=1e-7)
+            assert (new[size:] == 0).all()
+    logits = models.logits(loaded, loaded_config, jnp.array([[3, size - 1]]))
+    assert logits.shape == (1, 2, size)
+    assert np.isfinite(logits).all()
+
+    hf.save(tmp_path / "out", loaded_config, loaded, loaded_tokenizer)
+    again_config, again, _ = load_with(tmp_path / "out")
+    assert again_config == loaded_config
+    jax.tree.map(np.testing.assert_array_equal, again, loaded)
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    got = exported(torch.tensor([[3, size - 1]])).logits.detach().numpy()
+    np.testing.assert_allclose(got, logits, atol=1e-4)
+
+
+def test_rows_beyond_the_padded_table(tmp_path):
+    """A table of 128 rows without padding grows by a tile, on every device of a mesh."""
+    config = dataclasses.replace(LLAMA, vocab_size=128)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    hf.save(tmp_path, config, models.init(config, jax.random.key(0)))
+    config, params = hf.load(tmp_path, mesh)
+    grown_config, grown = hf.grow(config, params, 130, mesh)
+    layout = sharding.shardings(models.logical_axes(grown_config), grown, mesh)
+    jax.tree.map(lambda x, where: x.sharding == where or pytest.fail("layout"), grown, layout)
+    assert grown["embed"]["tokens"].shape == (256, 16)
+    mean = np.asarray(params["unembed"]["kernel"]).mean(0)
+    np.testing.assert_allclose(grown["unembed"]["kernel"][128:130], [mean] * 2, atol=1e-7)
+    assert (np.asarray(grown["unembed"]["kernel"])[130:] == 0).all()
+
+
+def test_tokens_that_the_model_lacks_are_not_exported(params, tmp_path):
+    tokenizer = word_tokenizer(WORDS, eos_token="<eos>", pad_token="<pad>")
+    with pytest.raises(ValueError, match="has 131 tokens and none of <pad>; save the tokenizer"):
+        hf.save(tmp_path, GPT2, params["gpt2"], tokenizer)
 
 
 def test_the_vocabulary_of_gpt2(shared_data, tmp_path):

@@ -195,6 +195,39 @@ def test_rope_frequencies_by_hand():
     np.testing.assert_allclose(
         models.attention.rope_frequencies(llama3, 8), [1, 0.1, 0.01 * 5 / 12, 0.001 / 8], rtol=1e-5
     )
+    # yarn, the same context: pair i turns 200 / 10^i times, so 20 and 0.2 turns are those of pairs
+    # 1 and 3. Pair 2 lies between them: 1/2 + 1/2 / 8. 10 and 0.3 turns are rounded to 1 and 3.
+    for limits in (
+        {"beta_fast": 20, "beta_slow": 0.2, "truncate": False},
+        {"beta_fast": 10, "beta_slow": 0.3},
+    ):
+        yarn = Rope(kind="yarn", factor=8.0, original_length=400 * np.pi, **limits)
+        np.testing.assert_allclose(
+            models.attention.rope_frequencies(yarn, 8),
+            [1, 0.1, 0.01 * 9 / 16, 0.001 / 8],
+            rtol=1e-5,
+        )
+
+
+def test_rope_frequencies_of_a_length_by_hand():
+    # dynamic, 2.5 times the original context: theta times (2 * 2.5 - 1)^(8/6)
+    dynamic = Rope(kind="dynamic", factor=2.0, original_length=100)
+    longrope = Rope(
+        kind="longrope", original_length=100, short_factor=(1, 1, 2, 2), long_factor=(4,) * 4
+    )
+    plain = np.array([1, 0.1, 0.01, 0.001])
+    for rope, length, divisors in [
+        (dynamic, 100, 1),
+        (dynamic, 250, 4 ** (np.arange(4) / 3)),
+        (longrope, 100, [1, 1, 2, 2]),
+        (longrope, 101, 4),
+    ]:
+        got = models.attention.rope_frequencies(rope, 8, length)
+        np.testing.assert_allclose(got, plain / divisors, rtol=1e-5)
+    cos, sin = models.attention.rotation(
+        Rope(kind="yarn", attention_factor=1.5), 8, jnp.array([[7]]), 100
+    )
+    np.testing.assert_allclose(cos**2 + sin**2, 1.5**2, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------- the cache
@@ -515,6 +548,9 @@ def test_config_refuses_what_does_not_fit():
         ModelConfig(**SMALL, windowed=(True, False), window=4)
     with pytest.raises(ValueError, match="need a window"):
         ModelConfig(**SMALL, windowed=(True,) * 3)
+    rope = Rope(kind="longrope", short_factor=(1.0, 1.0), long_factor=(1.0,) * 3)
+    with pytest.raises(ValueError, match=r"\(2, 3\) short and long factors for 3 pairs"):
+        ModelConfig(**SMALL, rope=rope)
 
 
 def test_cast_keeps_norms_and_the_scalar_head():

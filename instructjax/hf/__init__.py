@@ -4,9 +4,11 @@ families.toml   tensor names and config keys of each family, as data
 families.py     reads families.toml
 configs.py      config.json <-> ModelConfig
 tensors.py      safetensors <-> parameter leaves, shard by shard
+vocabulary.py   tokens beyond the embedding, and rows for them
 checkpoint.py   loads and saves a directory
 """
 
 from instructjax.hf.checkpoint import load, load_config, load_tokenizer, save
+from instructjax.hf.vocabulary import grow, in_use, new_tokens
 
-__all__ = ["load", "load_config", "load_tokenizer", "save"]
+__all__ = ["grow", "in_use", "load", "load_config", "load_tokenizer", "new_tokens", "save"]

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from instructjax import hosts, sharding
-from instructjax.hf import configs, tensors
+from instructjax.hf import configs, tensors, vocabulary
 from instructjax.hf.families import FAMILIES
 from instructjax.models import ModelConfig, Params, init, logical_axes
 
@@ -116,13 +116,17 @@ def save(
       max_file_size: largest size of one safetensors file, in bytes.
 
     Raises:
-      ValueError: the family cannot express the config, or the tokenizer has more tokens than the
-        model.
+      ValueError: the family cannot express the config, or the tokenizer uses tokens that the model
+        does not have. Added tokens that it does not use may be missing; see `vocabulary.in_use`.
     """
     directory = Path(path)
-    if tokenizer is not None and len(tokenizer) > (size := config.vocab_size):
-        larger = f"the tokenizer has {len(tokenizer)} tokens, the model {size}"
-        raise ValueError(f"{larger}; save the tokenizer that the model was trained with")
+    if tokenizer is not None:
+        new = vocabulary.new_tokens(tokenizer, config.vocab_size)
+        if vocabulary.in_use(tokenizer, new):
+            raise ValueError(
+                f"the model has {config.vocab_size:,} tokens and none of {', '.join(new)}; save the"
+                " tokenizer that the model was trained with"
+            )
     reward_bias = float(params["score"]["bias"]) if config.scalar_head else 0.0
     if config.scalar_head:
         if config.norm == "layer" and reward_bias:
@@ -181,9 +185,25 @@ def _publish(
         ids = {key: getattr(hf_config, key) for key in _IDS}
         configs.transformers().GenerationConfig(**ids).save_pretrained(directory)
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+        _save_tokenizer(tokenizer, directory)
     (directory / "README.md").write_text(_model_card(config, reward_bias))
-    hf_config.save_pretrained(directory)
+    (directory / "config.json").write_text(configs.to_json(hf_config))
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Writes a tokenizer that versions 4 and 5 of transformers read alike.
+
+    Version 4 has no class TokenizersBackend and no list `extra_special_tokens`. Its classes of
+    single families rebuild parts of tokenizer.json: its LlamaTokenizer adds BOS.
+    """
+    tokenizer.save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    content = _read_json(file)
+    if tokenizer.is_fast:  # all of it is in tokenizer.json
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        content["model_input_names"] = tokenizer.model_input_names
+    content["additional_special_tokens"] = content.pop("extra_special_tokens", [])
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 # ---------------------------------------------------------------------------- loading

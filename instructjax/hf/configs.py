@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import logging
+import math
 import typing
 from typing import Any
 
@@ -15,6 +17,15 @@ layer_types max_window_layers rope_parameters sliding_window use_sliding_window
 _sliding_window_pattern word_embed_proj_dim"""
 # Fields of ModelConfig that have no key in config.json.
 _NO_KEY = "scalar_head dtype remat unroll dropout"
+# Fields of Rope that a kind of rotary embedding uses besides theta and fraction.
+_ROPE_FIELDS = {
+    "default": "",
+    "linear": "factor",
+    "dynamic": "factor",
+    "llama3": "factor original_length low_freq_factor high_freq_factor",
+    "yarn": "factor original_length attention_factor beta_fast beta_slow truncate",
+    "longrope": "factor original_length attention_factor short_factor long_factor",
+}
 
 
 @functools.cache
@@ -76,9 +87,16 @@ def from_hf(hf: Any, where: str) -> ModelConfig:
 
     if values.get("positions") == "rotary":
         ropes, partial = hf.rope_parameters, "partial_rotary_factor" in known["rope_parameters"]
-        values["rope"] = _rope(ropes.get("full_attention", ropes), partial, refuse)
-        local = _rope(ropes.get("sliding_attention", ropes), partial, refuse)
-        values["local_rope"] = None if local == values["rope"] else local
+        read = functools.partial(
+            _rope, context=values["max_length"], partial=partial, refuse=refuse
+        )
+        values["rope"] = rope = read(ropes.get("full_attention", ropes))
+        local = read(ropes.get("sliding_attention", ropes))
+        if "sliding_attention" in ropes and local.kind != "default":  # no key before version 5
+            refuse("rope_type of sliding_attention", local.kind)
+        values["local_rope"] = None if local == rope else local
+        if rope.by_length:  # see Rope
+            values["max_length"] = min(values["max_length"], rope.original_length)
     return ModelConfig(family=hf.model_type, eos_ids=as_ids(hf.eos_token_id), **values)
 
 
@@ -87,15 +105,36 @@ def as_ids(eos: int | list[int] | None) -> tuple[int, ...]:
     return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
-def _rope(parameters: dict[str, Any], partial: bool, refuse) -> Rope:
-    unknown = sorted(set(parameters) - {*ROPE_KEYS.values(), "type"})
-    if not partial and parameters.get("partial_rotary_factor", 1) != 1:
+def _rope(parameters: dict[str, Any], context: int, partial: bool, refuse) -> Rope:
+    given = {key: value for key, value in parameters.items() if value is not None}
+    unknown = sorted(set(given) - {*ROPE_KEYS.values(), "type", "mscale", "mscale_all_dim"})
+    if not partial and given.get("partial_rotary_factor", 1) != 1:
         unknown.append("partial_rotary_factor")
     if unknown:
-        refuse("rope_parameters", {key: parameters[key] for key in unknown})
-    if parameters["rope_type"] not in ("default", "linear", "llama3"):
-        refuse("rope_type", parameters["rope_type"])
-    return Rope(**{field: parameters[k] for field, k in ROPE_KEYS.items() if k in parameters})
+        refuse("rope_parameters", {key: given[key] for key in unknown})
+    if (kind := given["rope_type"]) not in _ROPE_FIELDS:
+        refuse("rope_type", kind)
+    if kind in ("yarn", "longrope"):
+        original = given["original_max_position_embeddings"]
+        factor = given.setdefault("factor", context / original)
+        given.setdefault("attention_factor", _attention_factor(kind, factor, original, given))
+    names = ["theta", "kind", "fraction", *_ROPE_FIELDS[kind].split()]
+    values: dict[str, Any] = {"original_length": context} if kind == "dynamic" else {}
+    for name in names:
+        if (value := given.get(ROPE_KEYS[name])) is not None:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return Rope(**values)
+
+
+def _attention_factor(kind: str, factor: float, original: int, given: dict[str, Any]) -> float:
+    """What transformers scales rotated queries and keys by if config.json does not say."""
+    if factor <= 1:
+        return 1.0
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+    scale = lambda m: 0.1 * m * math.log(factor) + 1  # noqa: E731
+    of_part, of_all = given.get("mscale"), given.get("mscale_all_dim")
+    return scale(of_part) / scale(of_all) if of_part and of_all else scale(1)
 
 
 def to_hf(config: ModelConfig) -> Any:
@@ -110,12 +149,16 @@ def to_hf(config: ModelConfig) -> Any:
     c = config
     if not any(c.windowed):
         c = dataclasses.replace(c, windowed=(), window=None)
+    if c.rope.by_length:
+        c = dataclasses.replace(c, max_length=c.rope.original_length)
     if c.query_scalar is None and "query_scalar" in family.fields:
         c = dataclasses.replace(c, query_scalar=c.head_dim)
 
     keys: dict[str, Any] = {key: getattr(c, field) for field, key in family.fields.items()}
     eos = list(c.eos_ids)
     keys["eos_token_id"] = eos if len(eos) > 1 else eos[0] if eos else None
+    if c.rope.kind == "longrope":
+        keys["max_position_embeddings"] = round(c.rope.factor * c.rope.original_length)
     if c.positions == "rotary":
         keys["rope_parameters"] = rope = _rope_parameters(c.rope, known)
         if "full_attention" in known["rope_parameters"]:
@@ -141,11 +184,30 @@ def to_hf(config: ModelConfig) -> Any:
 
 
 def _rope_parameters(rope: Rope, known: dict[str, Any]) -> dict[str, Any]:
-    kept = ["theta", "kind"]
-    if rope.kind != "default":
-        kept.append("factor")
-    if rope.kind == "llama3":
-        kept += ["low_freq_factor", "high_freq_factor", "original_length"]
+    names = ["theta", "kind", *_ROPE_FIELDS[rope.kind].split()]
     if "partial_rotary_factor" in known["rope_parameters"]:
-        kept.append("fraction")
-    return {ROPE_KEYS[name]: getattr(rope, name) for name in kept}
+        names.append("fraction")
+    values = {ROPE_KEYS[name]: getattr(rope, name) for name in names}
+    return {k: list(value) if isinstance(value, tuple) else value for k, value in values.items()}
+
+
+def to_json(hf: Any) -> str:
+    """config.json of a config of `to_hf`, which versions 4 and 5 of transformers read alike.
+
+    Version 5 writes `dtype` and `rope_parameters` alone. vLLM and llama.cpp read version 4's keys.
+    """
+    content = hf.to_diff_dict()
+    content["torch_dtype"] = content["dtype"]
+    if ropes := content.get("rope_parameters"):
+        rope = ropes.get("full_attention", ropes)
+        local = ropes.get("sliding_attention", rope)
+        values = {"theta": rope["rope_theta"], "local_theta": local["rope_theta"]}
+        values["fraction"] = rope.get("partial_rotary_factor")
+        content |= {key: values[name] for name, key in FAMILIES[hf.model_type].rope.items()}
+        elsewhere = ("rope_theta", "partial_rotary_factor")
+        scaling = {key: value for key, value in rope.items() if key not in elsewhere}
+        content["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
+        if rope["rope_type"] == "longrope":
+            length = "original_max_position_embeddings"
+            content[length] = rope[length]
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"

@@ -17,6 +17,7 @@ class Family:
     fixed: dict[str, Any]  # ModelConfig field -> value
     buffers: str = r"(?!)"  # regular expression of names that hold no weights; default: none
     causal: str | None = None  # the language model's class; default: ...ForCausalLM
+    rope: dict[str, str] = dataclasses.field(default_factory=dict)  # value -> key before version 5
 
 
 def _families(data: dict[str, Any]) -> dict[str, Family]:

@@ -1,6 +1,7 @@
 """Which positions see which, rotary embeddings, and attention itself."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -57,25 +58,50 @@ def attention_mask(
     return sees(query_positions_BT[:, :, None], *keys, window)
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
-    """Radians per position of each rotated pair, float32 [head_dim * fraction / 2]."""
-    rotary_dim = int(head_dim * rope.fraction)
-    frequencies = rope.theta ** -(jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+def rope_frequencies(rope: Rope, head_dim: int, length: int = 0) -> jax.Array:
+    """Radians per position of each rotated pair, float32 [head_dim * fraction / 2].
+
+    Args:
+      length: of the sequences, for the kinds that depend on it; see `Rope`.
+    """
+    rotary_dim, theta, original = int(head_dim * rope.fraction), rope.theta, rope.original_length
+    if rope.kind == "dynamic":
+        stretch = rope.factor * length / original - (rope.factor - 1)
+        theta *= max(stretch, 1) ** (rotary_dim / (rotary_dim - 2))
+    frequencies = theta ** -(jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
     if rope.kind == "linear":
         return frequencies / rope.factor
-    if rope.kind == "llama3":
-        # Long wavelengths are stretched, short ones kept, and those in between interpolated.
-        turns = rope.original_length * frequencies / (2 * jnp.pi)  # in the original context
+    if rope.kind == "longrope":
+        factors = rope.long_factor if length > original else rope.short_factor
+        return frequencies / jnp.array(factors)
+    # Long wavelengths are stretched, short ones kept, and those in between interpolated.
+    if rope.kind == "llama3":  # linearly in the number of turns in the original context
+        turns = original * frequencies / (2 * jnp.pi)
         low, high = rope.low_freq_factor, rope.high_freq_factor
         keep = jnp.clip((turns - low) / (high - low), 0, 1)
-        return keep * frequencies + (1 - keep) * frequencies / rope.factor
-    return frequencies
+    elif rope.kind == "yarn":  # linearly in the number of the pair
+        turning = lambda turns: math.log(original / (turns * 2 * math.pi), theta) * rotary_dim / 2  # noqa: E731
+        first, last = turning(rope.beta_fast), turning(rope.beta_slow)
+        if rope.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, rotary_dim - 1)
+        ramp = (jnp.arange(rotary_dim // 2) - first) / max(last - first, 0.001)
+        keep = 1 - jnp.clip(ramp, 0, 1)
+    else:
+        return frequencies
+    return keep * frequencies + (1 - keep) * frequencies / rope.factor
 
 
-def rotation(rope: Rope, head_dim: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every position's angles, each float32 [B, T, rotary_dim / 2]."""
-    angles = positions_BT[..., None] * rope_frequencies(rope, head_dim).reshape(1, 1, -1)
-    return jnp.cos(angles), jnp.sin(angles)
+def rotation(
+    rope: Rope, head_dim: int, positions_BT: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every position's angles, each float32 [B, T, rotary_dim / 2].
+
+    They are multiplied by the attention factor. Arguments: as for `rope_frequencies`.
+    """
+    frequencies = rope_frequencies(rope, head_dim, length).reshape(1, 1, -1)
+    angles = positions_BT[..., None] * frequencies
+    return rope.attention_factor * jnp.cos(angles), rope.attention_factor * jnp.sin(angles)
 
 
 def rotate(x_BNTH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -12,15 +12,43 @@ Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]  #
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding; the frequency of pair i is theta^(-2i / rotary dimension)."""
+    """Rotary position embedding; the frequency of pair i is theta^(-2i / rotary dimension).
+
+    The other kinds lower some frequencies, so that more positions fit than in pretraining:
+
+      linear    divides all by `factor`
+      llama3    divides low ones (Llama 3.1)
+      yarn      divides low ones (Peng et al. 2023, arXiv 2309.00071)
+      dynamic   raises theta with the sequence's length beyond `original_length`
+      longrope  divides pair i by long_factor[i] if the sequence is longer than `original_length`,
+                else by short_factor[i] (Ding et al. 2024, arXiv 2402.13753)
+
+    In dynamic and longrope a position's rotation depends on the sequence's length. transformers
+    takes the longest sequence of each call, so that keys in a cache are of other frequencies than
+    later queries. Here the length is the model's `max_length`, whatever a program is given, so that
+    sampling, scoring and training agree. `hf.load` sets it to the original length: every sequence
+    that fits is computed as in transformers, and longer ones are refused. With a larger
+    `max_length` a sequence is computed as in a call of transformers that is `max_length` long.
+    """
 
     theta: float = 10_000.0
     fraction: float = 1.0  # share of each head that is rotated (Pythia: 0.25)
-    kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0  # linear, llama3: positions are stretched by this
+    kind: Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"] = "default"
+    factor: float = 1.0  # positions are stretched by this; longrope: new / original length
+    original_length: int = 8192  # positions in pretraining
     low_freq_factor: float = 1.0  # llama3: wavelengths over original_length / this are stretched
     high_freq_factor: float = 4.0  # llama3: those under original_length / this are left alone
-    original_length: int = 8192
+    beta_fast: float = 32.0  # yarn: pairs that turn this often in original_length are left alone
+    beta_slow: float = 1.0  # yarn: pairs that turn less often than this are stretched
+    truncate: bool = True  # yarn: these two limits are rounded to whole pairs
+    attention_factor: float = 1.0  # yarn, longrope: rotated queries and keys are scaled by this
+    short_factor: tuple[float, ...] = ()  # longrope: of each pair
+    long_factor: tuple[float, ...] = ()
+
+    @property
+    def by_length(self) -> bool:
+        """Whether rotations depend on the sequence's length."""
+        return self.kind in ("dynamic", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +112,10 @@ class ModelConfig:
             raise ValueError(f"windowed has {len(self.windowed)} entries for {self.layers} layers")
         if any(self.windowed) and self.window is None:
             raise ValueError("windowed layers need a window")
+        pairs = int(self.head_dim * self.rope.fraction) // 2
+        factors = len(self.rope.short_factor), len(self.rope.long_factor)
+        if self.rope.kind == "longrope" and factors != (pairs, pairs):
+            raise ValueError(f"longrope has {factors} short and long factors for {pairs} pairs")
 
     @property
     def padded_vocab_size(self) -> int:

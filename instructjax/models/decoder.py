@@ -39,7 +39,8 @@ def positions_of(mask_BT: jax.Array) -> jax.Array:
 
 def _check_length(config: ModelConfig, length: int) -> None:
     # A lookup beyond the table would silently be clamped to its last row.
-    if config.positions == "learned" and length > config.max_length:
+    limited = config.positions == "learned" or config.rope.by_length
+    if limited and length > config.max_length:
         raise ValueError(f"{length} positions in a model of max_length {config.max_length}")
 
 
@@ -60,8 +61,11 @@ def _rotations(c: ModelConfig, positions_BT: jax.Array):
     """cos and sin for (full, windowed) layers; None where positions are learned."""
     if c.positions == "learned":
         return None, None
-    full = rotation(c.rope, c.head_dim, positions_BT)
-    return full, rotation(c.local_rope, c.head_dim, positions_BT) if c.local_rope else full
+    run = functools.partial(
+        rotation, head_dim=c.head_dim, positions_BT=positions_BT, length=c.max_length
+    )
+    full = run(c.rope)
+    return full, run(c.local_rope) if c.local_rope else full
 
 
 def _final_norm(params: Params, c: ModelConfig, x_BTD: jax.Array) -> Any:

@@ -227,7 +227,9 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> Params:
     keys = jax.random.split(key, 4)
     x_BTD = jnp.zeros((1, 1, c.width))
     position_BT = jnp.zeros((1, 1), jnp.int32)
-    cos_sin = rotation(c.rope, c.head_dim, position_BT) if c.positions == "rotary" else None
+    cos_sin = None
+    if c.positions == "rotary":
+        cos_sin = rotation(c.rope, c.head_dim, position_BT, c.max_length)
 
     def init_layer(key):
         no_mix = lambda q, k, v: (q, None)  # noqa: E731

@@ -34,7 +34,9 @@ def load(
       model: as above. A preset goes before a directory of the same name; write `./NAME` for that.
       mesh: the mesh that the parameters are laid out on.
       tokenizer: a Hugging Face directory or a hub name. By default the tokenizer beside the model,
-        and the miniature's for the preset `miniature`. A preset takes its vocabulary from it.
+        and the miniature's for the preset `miniature`. A preset takes its vocabulary from it. A
+        model gets rows for tokens that were added to it; without this argument, only if its BOS,
+        EOS, padding or chat template use one of them.
       template: `--data.template` of a run that trains on prompts. The form that it gives is
         recorded in the tokenizer; a model that was trained with another form is warned of.
       seed: seed of a preset's random values.
@@ -45,7 +47,8 @@ def load(
 
     Raises:
       FileNotFoundError: there is no such model; the message lists the places that were tried.
-      ValueError: a preset without a tokenizer, or a tokenizer with more tokens than the model.
+      ValueError: a preset without a tokenizer, or a tokenizer whose basic vocabulary is larger than
+        the model's.
     """
     if model in PRESETS:
         config, params, loaded = _random(model, mesh, tokenizer, seed, flag)
@@ -66,11 +69,19 @@ def load(
             f" export/, and not a Hugging Face model: {error}"
         ) from error
     loaded = _tokenizer(tokenizer or str(where))
-    if len(loaded) > config.vocab_size:
-        raise ValueError(
-            f"{flag} {model}: its vocabulary has {config.vocab_size:,} tokens, fewer than the"
-            f" {len(loaded):,} of the tokenizer; give --tokenizer the model's own"
-        )
+    try:
+        new = hf.new_tokens(loaded, config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{flag} {model}: {error}; give --tokenizer the model's own") from error
+    if new:
+        names = ", ".join(new) if len(new) < 6 else f"{len(new)} tokens"
+        if tokenizer is not None or hf.in_use(loaded, new):
+            config, params = hf.grow(config, params, max(new.values()) + 1, mesh)
+            note = f"its vocabulary grows to {config.vocab_size:,} tokens by {names}"
+        else:
+            note = f"the model has no {names}, which the tokenizer has and does not use"
+        if jax.process_index() == 0:
+            print(f"{flag} {model}: {note}")
     config = dataclasses.replace(config, eos_ids=templates.end_ids(loaded, config.eos_ids))
     return config, params, _with_form(loaded, template, f"{flag} {model}")
 
