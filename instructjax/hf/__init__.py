@@ -7,6 +7,6 @@ tensors.py      safetensors <-> parameter leaves, shard by shard
 checkpoint.py   loads and saves a directory
 """
 
-from instructjax.hf.checkpoint import load, load_config, load_tokenizer, save
+from instructjax.hf.checkpoint import hub_name, load, load_config, load_tokenizer, save
 
-__all__ = ["load", "load_config", "load_tokenizer", "save"]
+__all__ = ["hub_name", "load", "load_config", "load_tokenizer", "save"]
