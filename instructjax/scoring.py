@@ -8,6 +8,7 @@ my_file.py:my_function     a function (prompts, responses, records) -> scores, o
 import dataclasses
 import functools
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -235,6 +236,6 @@ def _call(name: str, function: RewardFn, prompts: Any, responses: Any, records: 
 def _ensemble(spec: str) -> list[str]:
     """A run's `export`, `export-1`, ...; anything else as it is."""
     number = lambda path: int(path.name.rpartition("-")[2])  # noqa: E731
-    run = Path(spec).expanduser()
+    run = Path(os.path.expanduser(spec))
     members = [path for path in run.glob("export-*") if path.name[7:].isdecimal()]
     return [spec, *map(str, sorted(members, key=number))]

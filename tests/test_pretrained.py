@@ -64,7 +64,7 @@ LOADERS = {
 }
 LOCAL = [
     *("runs/rm", "runs/rm/export", "models/foo", "models/a/foo", "./org/name", "../org/name"),
-    *("/org/name", "~/name", "~nobody/name", "dangling"),
+    *("/org/name", "~/name", "~no-such-user/name", "dangling"),
 ]
 
 

@@ -202,8 +202,8 @@ def hub_name(path: str | os.PathLike) -> str | None:
         return name.removeprefix("hf:")
     local = Path(os.path.expanduser(name))
     first, *inner = local.parts or (".",)
-    claimed = name.startswith((".", "~")) or local.is_absolute() or first == "runs"
-    claimed |= os.path.lexists(local) or (bool(inner) and os.path.lexists(first))
+    claimed = name.startswith((".", "~")) or first == "runs" or os.path.lexists(local)
+    claimed |= bool(inner) and os.path.lexists(first)  # of an absolute path this is the root
     return None if claimed else name
 
 
