@@ -30,9 +30,8 @@ from preflight_programs import ppo_programs, rm_step, sft_step
 from rich.console import Console
 
 from instructjax import preflight, sharding
-from instructjax.hf import configs
-from instructjax.models import PRESETS, ModelConfig
-from instructjax.run import main
+from instructjax.models import ModelConfig
+from instructjax.run import main, pretrained
 
 # The models that the paper's presets train; other presets need --model.
 MODELS = {"1.3b": "gpt3-1.3b", "6b": "gpt3-6b", "175b": "gpt3-175b"}
@@ -55,7 +54,8 @@ class Config:
     preset: str = "instructgpt-6b"
     """Preset of run_sft.py and run_ppo.py. The reward model's is always instructgpt-6b."""
     model: str | None = None
-    """Policy: a preset of models, or a directory with config.json. [The size of --preset]"""
+    """Policy: a preset of models, a run directory, a Hugging Face directory or a hub name.
+    [The size of --preset]"""
     reward_model: str | None = None
     """Reward model and value net: as --model. [--model if given, else gpt3-6b, as in the paper]"""
     mesh: str = ""
@@ -265,26 +265,23 @@ def preset(config: Config, presets: dict[str, Any]) -> Any:
 
 def describe_reward_model(config: Config) -> ModelConfig:
     """Sizes of the reward model: --reward_model, --model, or 6B as in the paper (section 3.5)."""
-    default = config.model or "gpt3-6b"
-    return describe(dataclasses.replace(config, model=config.reward_model or default))
+    if config.reward_model is not None:
+        return pretrained.describe(config.reward_model, "--reward_model")
+    return describe(dataclasses.replace(config, model=config.model or "gpt3-6b"))
 
 
 def describe(config: Config) -> ModelConfig:
-    """The model's sizes; reads no weights.
+    """The policy's sizes; reads no weights.
 
     Raises:
-      ValueError: there is no such model.
+      FileNotFoundError: there is no such model.
+      ValueError: neither --model nor --preset names one.
     """
     size = config.preset.removeprefix("instructgpt-").split("-")[0]
     model = config.model or MODELS.get(size)
     if model is None:
         raise ValueError(f"--preset {config.preset} implies no model: give --model NAME|DIR")
-    if model in PRESETS:
-        return PRESETS[model]
-    if not (Path(model) / "config.json").is_file():
-        known = ", ".join(PRESETS)
-        raise ValueError(f"--model {model}: not one of {known}, and no directory with config.json")
-    return configs.from_hf(configs.transformers().AutoConfig.from_pretrained(model), model)
+    return dataclasses.replace(pretrained.describe(model), scalar_head=False)
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

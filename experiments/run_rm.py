@@ -324,7 +324,6 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
             "learning rate": ("optim/learning_rate",),
         }
         plot_curves(config.out, panels, config.out / "curves.png")
-        run.console.print(ranking.table_of(results["accuracy"]))
         centered = "not shifted: no --demonstrations were given"
         if demonstrations is not None:
             centered = "by the bias, from " + ", ".join(f"{x:+.3f}" for x in meta["demonstrations"])
@@ -340,7 +339,8 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         files = "metrics.jsonl samples.jsonl results.json accuracy.png calibration.png curves.png"
         wrote = [*(config.out / name for name in files.split()), *exports]
         by_reward = f"--keep reward --reward_model {config.out} --out {config.out}-sft"
-        run.finish(summary, wrote, f"python experiments/run_sft.py {by_reward}")
+        accuracy = ranking.table_of(results["accuracy"])
+        run.finish(summary, wrote, f"python experiments/run_sft.py {by_reward}", [accuracy])
         return results
 
 

@@ -8,6 +8,7 @@ my_file.py:my_function     a function (prompts, responses, records) -> scores, o
 import dataclasses
 import functools
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def load(
             functions.append((spec, load_function(spec, "--reward")))
         else:
             for path in _ensemble(spec):
-                model, params = load_model(path, mesh, tokenizer, dtype, f"--reward {spec}")
+                model, params = load_model(path, mesh, tokenizer, dtype, "--reward")
                 models.append((scorer(model, mesh), to_host(params, offload)))
     terms = ["the reward models"] * bool(models) + [name for name, _ in functions]
     if not terms:
@@ -142,7 +143,7 @@ def load_model(
     """Loads a reward model, frozen in `dtype`, and checks that it has the tokenizer's tokens.
 
     Args:
-      path: a run directory, a Hugging Face directory or a hub name.
+      path: as for `pretrained.load`.
       flag: the flag that named it, for errors.
 
     Raises:
@@ -151,9 +152,9 @@ def load_model(
     """
     config, params, model_tokenizer = pretrained.load(path, mesh, flag=flag)
     if not config.scalar_head:
-        raise ValueError(f"{flag}: {path} is a language model, not a reward model")
+        raise ValueError(f"{flag} {path} is a language model, not a reward model")
     learned, form = template.recorded(model_tokenizer), template.recorded(tokenizer)
-    if None not in (learned, form) and learned != form:
+    if None not in (learned, form) and learned != form and jax.process_index() == 0:
         print(f"warning: {flag} {path} was trained on {learned} prompts: these are {form} prompts")
     # An exported reward model may have a row more, for padding; every token of the policy's must
     # have the same id.
@@ -161,7 +162,7 @@ def load_model(
     differing = [token for token, i in policy_vocab.items() if model_vocab.get(token) != i]
     if differing:
         raise ValueError(
-            f"{flag}: the vocabulary of {path} is not the policy's: {len(differing):,} of its"
+            f"{flag} {path}: the vocabulary is not the policy's: {len(differing):,} of its"
             f" {len(policy_vocab):,} tokens are missing or have another id, such as"
             f" {differing[0]!r}"
         )
@@ -238,5 +239,6 @@ def _call(name: str, function: RewardFn, prompts: Any, responses: Any, records: 
 def _ensemble(spec: str) -> list[str]:
     """A run's `export`, `export-1`, ...; anything else as it is."""
     number = lambda path: int(path.name.rpartition("-")[2])  # noqa: E731
-    members = [path for path in Path(spec).glob("export-*") if path.name[7:].isdecimal()]
+    run = Path(os.path.expanduser(spec))
+    members = [path for path in run.glob("export-*") if path.name[7:].isdecimal()]
     return [spec, *map(str, sorted(members, key=number))]

@@ -45,9 +45,10 @@ def test_sft_loss_is_that_of_each_document_alone(config):
     params, _, _ = models_of(config)
     batch = packed_batch()
     tokens = batch["tokens_BT"]
+    logits_of = jax.jit(functools.partial(models.logits, params, config))
     total, count = 0.0, 0
     for document, first in [(tokens[0, :7], 3), (tokens[0, 7:], 1), (tokens[1, :6], 1)]:
-        logp = jax.nn.log_softmax(models.logits(params, config, document[None])[0])
+        logp = jax.nn.log_softmax(logits_of(document[None])[0])
         for t in range(first, len(document)):
             total -= float(logp[t - 1, document[t]])
             count += 1
@@ -107,11 +108,16 @@ def test_scores_equal_separate_passes(config):
     _, rm_config, rm = models_of(config)
     batch = comparison_batch()
     got = reward.score(rm, rm_config, batch)
+
+    @jax.jit
+    def score_alone(tokens_T):
+        hidden_BTD = models.apply(rm, rm_config, tokens_T[None])
+        return models.scalars(rm, rm_config, hidden_BTD)[0, -1]
+
     for b, k in zip(*np.nonzero(batch["mask_BK"]), strict=True):
         prompt = batch["prompt_BP"][b][batch["prompt_mask_BP"][b]]
         response = batch["responses_BKR"][b, k][batch["response_mask_BKR"][b, k]]
-        hidden = models.apply(rm, rm_config, jnp.concatenate([prompt, response])[None])
-        want = models.scalars(rm, rm_config, hidden)[0, -1]
+        want = score_alone(np.concatenate([prompt, response]))
         assert abs(got[b, k] - want) < 1e-5
 
 

@@ -274,6 +274,15 @@ def test_a_bucket_needs_its_extra(monkeypatch):
         Toy(checkpoints="gs://b/x")
 
 
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_missing_tracker_is_said_before_anything_is_written(tmp_path, monkeypatch, tracker):
+    monkeypatch.setitem(sys.modules, "tensorboardX" if tracker == "tensorboard" else tracker, None)
+    config = Toy(out=tmp_path / "run", **{tracker: "x"})
+    with pytest.raises(ValueError, match=rf"--{tracker} needs: .*instructjax\[{tracker}\]"):
+        Run(config, stage="toy").__enter__()
+    assert not (tmp_path / "run").exists()
+
+
 def test_allowed_changes_are_printed(tmp_path, capsys):
     fit(Toy(out=tmp_path, steps=3))
     changed = Toy(out=tmp_path, steps=8, resume=True, log_every=4, learning_rate=0.1)

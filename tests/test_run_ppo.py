@@ -397,7 +397,7 @@ def test_a_reward_model_as_policy_and_a_policy_as_reward_model_are_refused(start
     sft, rm = start[1], start[3]
     with pytest.raises(ValueError, match=r"--model .*rm: a reward model"):
         run_ppo.cli([*start, "--model", rm, "--out", str(tmp_path / "a")])
-    with pytest.raises(ValueError, match=r"--reward .*sft is a language model"):
+    with pytest.raises(ValueError, match=r"--reward \S*sft is a language model"):
         run_ppo.cli([*start, "--reward", sft, "--out", str(tmp_path / "b")])
 
 

@@ -243,9 +243,9 @@ def test_a_model_and_a_function(runs, tmp_path):
 
 
 def test_what_is_no_reward_model_of_these_tokens(runs):
-    with pytest.raises(ValueError, match=r"--reward .*lm: .*lm is a language model, not a reward"):
+    with pytest.raises(ValueError, match=r"--reward \S*lm is a language model, not a reward"):
         load(runs / "lm")
-    message = r"--reward .*other: the vocabulary of .* 1 of its 20 tokens .* such as '<unk>'"
+    message = r"--reward .*other: the vocabulary is .* 1 of its 20 tokens .* such as '<unk>'"
     with pytest.raises(ValueError, match=message):
         load(runs / "other")
     with pytest.raises(ValueError, match=r"1 of its 21 tokens are missing .* such as 'w20'"):

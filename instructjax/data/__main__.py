@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from instructjax import hf
 from instructjax.data.batches import ComparisonRows, PackedRows, PromptRows, Stream
 from instructjax.data.config import DataConfig
 from instructjax.data.errors import DataError
 from instructjax.data.fields import Kind
 from instructjax.data.load import Dataset, Split, load, read
 from instructjax.data.prepare import gpt2_tokenizer, train_tokenizer, write_tfds
-from instructjax.hf import configs
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,15 @@ class Show:
     def run(self) -> None:
         tokenizer = _tokenizer(self.tokenizer, self.data.spec)
         begin = time.perf_counter()
-        dataset = load(self.data, self.kind, tokenizer, split=self.split, context=self.length)
+        eos_ids = _model_ends(self.tokenizer)
+        dataset = load(
+            self.data,
+            self.kind,
+            tokenizer,
+            split=self.split,
+            context=self.length,
+            eos_ids=eos_ids,
+        )
         rows = _rows(dataset, self.length)
         seconds = time.perf_counter() - begin
         tokens = int(dataset.prompt.lengths.sum() + dataset.response.lengths.sum())
@@ -121,9 +129,17 @@ def _tokenizer(name: str | None, spec: str) -> Any:
             "--tokenizer", None, "give a folder or a hub name (only the miniature has its own)"
         )
     try:
-        return configs.transformers().AutoTokenizer.from_pretrained(name)
+        return hf.load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise DataError(f"--tokenizer {name}", None, str(error)) from error
+
+
+def _model_ends(name: str | None) -> tuple[int, ...]:
+    """The ids that end a response of the model beside the tokenizer, if there is one."""
+    try:
+        return () if name is None else hf.load_config(name).eos_ids
+    except (FileNotFoundError, ValueError):
+        return ()
 
 
 def _rows(dataset: Dataset, length: int) -> PackedRows | ComparisonRows | PromptRows:

@@ -116,10 +116,11 @@ def report(run: Run, sampled: Mapping[str, Sampled], seconds: float) -> dict[str
     if base.utility_B is not None:
         panels["win rate against SFT"] = ("validation/win_rate",)
     plot_curves(out, panels, out / "curves.png")
-    run.console.print(table(rows, len(base.prompts)))
+    shown = table(rows, len(base.prompts))
     names = "metrics.jsonl samples.jsonl samples_after.jsonl results.json curves.png export"
     next_command = f"python experiments/sample.py --model {out}"
-    run.finish({"seconds": seconds}, [out / name for name in names.split()], next_command)
+    wrote = [out / name for name in names.split()]
+    run.finish({"seconds": seconds}, wrote, next_command, tables=[shown])
     return rows | {"seconds": seconds}
 
 

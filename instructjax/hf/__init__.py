@@ -8,7 +8,16 @@ vocabulary.py   tokens beyond the embedding, and rows for them
 checkpoint.py   loads and saves a directory
 """
 
-from instructjax.hf.checkpoint import load, load_config, load_tokenizer, save
+from instructjax.hf.checkpoint import hub_name, load, load_config, load_tokenizer, save
 from instructjax.hf.vocabulary import grow, in_use, new_tokens
 
-__all__ = ["grow", "in_use", "load", "load_config", "load_tokenizer", "new_tokens", "save"]
+__all__ = [
+    "grow",
+    "hub_name",
+    "in_use",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "new_tokens",
+    "save",
+]

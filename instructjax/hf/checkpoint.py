@@ -24,6 +24,8 @@ from instructjax.models import ModelConfig, Params, init, logical_axes
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEXTS = ["*.json", "*.model", "*.txt", "*.jinja"]
 _WEIGHTS = ["model*.safetensors"]
+_SCRIPTS = {name: f"run_{name}.py" for name in ("pretrain", "sft", "rm", "ppo")}  # of runs/NAME
+_SCRIPTS |= {name: f"swap_loss.py {name}" for name in ("dpo", "grpo", "rloo")}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CONVERT = """\
 Opening pickled weights can run code, so they are refused. Convert them once (needs torch):
@@ -209,13 +211,32 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
 # ---------------------------------------------------------------------------- loading
 
 
+def hub_name(path: str | os.PathLike) -> str | None:
+    """The name that `path` has on the hub, or None if `path` can only be local.
+
+    `hf:NAME` always means the hub. A path never does if it exists, is absolute, starts with `.` or
+    `~`, or lies under `runs/` or in a folder that exists: anyone may own such a name on the hub.
+    """
+    name = os.fspath(path)
+    if name.startswith("hf:"):
+        return name.removeprefix("hf:")
+    local = Path(os.path.expanduser(name))
+    first, *inner = local.parts or (".",)
+    claimed = name.startswith((".", "~")) or first == "runs" or os.path.lexists(local)
+    claimed |= bool(inner) and os.path.lexists(first)  # of an absolute path this is the root
+    return None if claimed else name
+
+
 def _resolve(path: str | os.PathLike, patterns: list[str]) -> Path:
     """The directory itself, or a download of the hub model's files that match the patterns."""
-    directory, name = Path(path), str(path)
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        raise ValueError(f"{path} is a file: give the directory that holds config.json")
+    name = hub_name(path)
+    if name is None:
+        directory = Path(os.path.expanduser(path))
+        if directory.is_dir():
+            return directory
+        if directory.exists():
+            raise ValueError(f"{path} is a file: give the directory that holds config.json")
+        raise FileNotFoundError(f"{path}: no such directory{_hint(directory)}")
     try:
         local = huggingface_hub.snapshot_download(
             name, allow_patterns=patterns, ignore_patterns=["*/*"]
@@ -229,6 +250,19 @@ def _resolve(path: str | os.PathLike, patterns: list[str]) -> Path:
         ) from error
     _refuse_pickles(remote, name)
     return Path(local)
+
+
+def _hint(missing: Path) -> str:
+    """How to make or to name the model whose directory is missing."""
+    first, *inner = missing.parts
+    if first == "runs" and inner:
+        script = _SCRIPTS.get(inner[0])
+        made_by = "" if script is None else f"; python experiments/{script} makes it"
+        finished = sorted(file.parts[1] for file in Path().glob("runs/*/export/config.json"))
+        return f"{made_by}; finished runs in runs/: {', '.join(finished) or 'none'}"
+    if first not in ("/", "..") and len(inner) == 1:
+        return f"; {first}/ is a folder here, so the hub is not asked: hf:{missing} asks it"
+    return ""
 
 
 def _refuse_pickles(files: list[str], where: str) -> None:
@@ -329,18 +363,33 @@ def _with_pad(
 _CARD = """\
 ---
 library_name: transformers
-tags: [rlhf, instructjax]
+pipeline_tag: {task}
+tags: [instructjax, rlhf]
 ---
-A {family} {kind}, written by instructjax.
+# A {family} {kind}
+
+Written by instructjax. To load it, with DIR for this directory:
+
+```python
+from instructjax import hf
+
+config, params = hf.load(DIR)
+tokenizer = hf.load_tokenizer(DIR)
+```
+
+In transformers, use `{auto}.from_pretrained(DIR)`.
 """
 _REWARD = """
-Load it with `AutoModelForSequenceClassification`. The score of a sequence is read at its EOS: pad
-on the right with id {pad_id}. Add {bias!r} (`reward_bias` in config.json) to each score, because
-that class has no bias. Rankings do not depend on the bias.
+The score of a sequence is read at its EOS: pad on the right with id {pad_id}. Add {bias!r}
+(`reward_bias` in config.json) to each score of transformers, whose class has no bias. Rankings do
+not depend on the bias.
 """
 
 
 def _model_card(config: ModelConfig, reward_bias: float) -> str:
-    kind = "reward model" if config.scalar_head else "language model"
-    card = _CARD.format(family=config.family, kind=kind)
+    names = ("text-generation", "language model", "AutoModelForCausalLM")
+    if config.scalar_head:
+        names = ("text-classification", "reward model", "AutoModelForSequenceClassification")
+    task, kind, auto = names
+    card = _CARD.format(family=config.family, task=task, kind=kind, auto=auto)
     return card + _REWARD.format(pad_id=config.pad_id, bias=reward_bias) * config.scalar_head

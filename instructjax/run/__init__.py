@@ -3,6 +3,7 @@
 flags.py        RunConfig, the flags of all training scripts; parse; config.json
 pretrained.py   loads the model that --model names
 checkpoint.py   atomic, asynchronous checkpoints
+card.py         the run's part of an export's model card
 metrics.py      metrics.jsonl, samples.jsonl, the progress line
 process.py      signals, memory and the lock on the run directory
 run.py          Run: restore, steps, log, save, finish; main: exit codes

@@ -84,7 +84,8 @@ class RunConfig:
     preset: str = ""
     """Name of a set of defaults, see above. Other flags override them."""
     model: str
-    """The model to start from: a preset, a run directory, a Hugging Face directory or hub name."""
+    """The model to start from: a preset, a run directory, a Hugging Face directory or hub name.
+    `hf:NAME` always means the hub. What lies in runs/ or in a folder that exists never does."""
     tokenizer: str | None = None
     """The tokenizer: a Hugging Face directory or a hub name. By default the model's own."""
     steps: int | None = None
@@ -248,7 +249,7 @@ def write(config: RunConfig, stage: str) -> list[str]:
         )
     printed, refused = [], []
     if holds_run and file.exists():
-        old, new = _flat(json.loads(file.read_text())), _flat(record)
+        old, new = flat(json.loads(file.read_text())), flat(record)
         for name in sorted(old.keys() | new.keys()):
             field = name.removeprefix("config.")
             if old.get(name) == new.get(name) or field in UNCOMPARED:
@@ -267,10 +268,10 @@ def write(config: RunConfig, stage: str) -> list[str]:
     return printed
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"data": {"spec": 1}}` -> `{"data.spec": 1}`."""
-    flat: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for name, value in tree.items():
         inner = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return flat
+        leaves |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return leaves

@@ -1,5 +1,6 @@
 """Writes a run's numbers to metrics.jsonl, samples.jsonl, trackers and the terminal."""
 
+import importlib
 import json
 import os
 import threading
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import jax
 import numpy as np
@@ -121,20 +122,26 @@ def _cut_back(file: Path, step: int | None) -> None:
     os.truncate(file, end)
 
 
-def _tensorboard(directory: Path, resume_step: int | None) -> Any:
+def import_tracker(extra: Literal["tensorboard", "wandb"]) -> Any:
+    """The module of a tracker.
+
+    Raises:
+      ValueError: it is not installed; the message names the extra.
+    """
     try:
-        from tensorboardX import SummaryWriter
+        return importlib.import_module("tensorboardX" if extra == "tensorboard" else extra)
     except ImportError as error:
-        raise ValueError("--tensorboard needs: pip install 'instructjax[tensorboard]'") from error
+        raise ValueError(f"--{extra} needs: pip install 'instructjax[{extra}]'") from error
+
+
+def _tensorboard(directory: Path, resume_step: int | None) -> Any:
+    writer = import_tracker("tensorboard").SummaryWriter
     purge = None if resume_step is None else resume_step + 1  # these steps are written again
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+    return writer(str(directory / "tensorboard"), purge_step=purge)
 
 
 def _wandb(project: str, directory: Path, resume_step: int | None) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError("--wandb needs: pip install 'instructjax[wandb]'") from error
+    wandb = import_tracker("wandb")
     # The id is kept in the run directory, so that a resumed run continues its curves. The curves'
     # step is a metric: wandb's own counter cannot go back to the step of a checkpoint.
     file = directory / "wandb_id"

@@ -3,14 +3,19 @@
 miniature, gpt3-1.3b, ...   a preset of `models.PRESETS`, with random values
 runs/sft                    the export/ of a run directory
 some/directory              a Hugging Face directory
-EleutherAI/pythia-160m      a name on the Hugging Face hub
+EleutherAI/pythia-160m      a name on the Hugging Face hub, if no folder EleutherAI exists here
+hf:EleutherAI/pythia-160m   a name on the hub in any case
 """
 
+import contextlib
 import dataclasses
 import functools
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import huggingface_hub
 import jax
 from jax.sharding import Mesh
 
@@ -52,53 +57,100 @@ def load(
     """
     if model in PRESETS:
         config, params, loaded = _random(model, mesh, tokenizer, seed, flag)
-        return config, params, _with_form(loaded, template, f"{flag} {model}")
-    directory = Path(model)
-    if (directory / "export" / "config.json").is_file():
-        directory = directory / "export"
-    elif (directory / "checkpoints").is_dir():
-        raise FileNotFoundError(
-            f"{flag} {model}: this run has no export/ yet; finish it with --resume first"
-        )
-    where = directory if directory.is_dir() else model
-    try:
-        config, params = hf.load(where, mesh)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{flag} {model}: not a preset ({', '.join(PRESETS)}), not a run directory with"
-            f" export/, and not a Hugging Face model: {error}"
-        ) from error
-    loaded = _tokenizer(tokenizer or str(where))
-    try:
-        new = hf.new_tokens(loaded, config.vocab_size)
-    except ValueError as error:
-        raise ValueError(f"{flag} {model}: {error}; give --tokenizer the model's own") from error
-    if new:
-        names = ", ".join(new) if len(new) < 6 else f"{len(new)} tokens"
-        if tokenizer is not None or hf.in_use(loaded, new):
-            config, params = hf.grow(config, params, max(new.values()) + 1, mesh)
-            note = f"its vocabulary grows to {config.vocab_size:,} tokens by {names}"
-        else:
-            note = f"the model has no {names}, which the tokenizer has and does not use"
-        if jax.process_index() == 0:
-            print(f"{flag} {model}: {note}")
-    config = dataclasses.replace(config, eos_ids=templates.end_ids(loaded, config.eos_ids))
+    else:
+        where = _export(model, flag)
+        with _naming(model, flag):
+            config, params = hf.load(where, mesh)
+        loaded = _tokenizer(tokenizer or where)
+        fit = _fit_vocabulary
+        config, params = fit(config, params, loaded, mesh, tokenizer is not None, f"{flag} {model}")
+        config = dataclasses.replace(config, eos_ids=templates.end_ids(loaded, config.eos_ids))
     return config, params, _with_form(loaded, template, f"{flag} {model}")
+
+
+def _fit_vocabulary(
+    config: ModelConfig, params: Params, tokenizer: Any, mesh: Mesh, chosen: bool, model: str
+) -> tuple[ModelConfig, Params]:
+    """Rows for tokens that were added, if the tokenizer uses them or was `chosen` by a flag."""
+    try:
+        new = hf.new_tokens(tokenizer, config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{model}: {error}; give --tokenizer the model's own") from error
+    if not new:
+        return config, params
+    names = ", ".join(new) if len(new) < 6 else f"{len(new)} tokens"
+    note = f"the model has no {names}, which the tokenizer has and does not use"
+    if chosen or hf.in_use(tokenizer, new):
+        config, params = hf.grow(config, params, max(new.values()) + 1, mesh)
+        note = f"its vocabulary grows to {config.vocab_size:,} tokens by {names}"
+    if jax.process_index() == 0:
+        print(f"{model}: {note}")
+    return config, params
 
 
 def _with_form(tokenizer: Any, choice: Any, model: str) -> Any:
     """The tokenizer with the form of prompts that the run trains with, if it trains on prompts."""
     if choice is not None:
         before, form = templates.recorded(tokenizer), templates.of(tokenizer, choice).form
-        if before not in (None, form):
+        if before not in (None, form) and jax.process_index() == 0:
             print(f"warning: {model} was trained on {before} prompts: these are {form} prompts")
         templates.record(tokenizer, form)
     return tokenizer
 
 
+def describe(model: str, flag: str = "--model") -> ModelConfig:
+    """The config of a model, without its weights. Arguments and errors: as for `load`."""
+    if model in PRESETS:
+        return PRESETS[model]
+    with _naming(model, flag):
+        return hf.load_config(_export(model, flag))
+
+
+def hub_base(model: str) -> str | None:
+    """The hub's model that a model is, or that the runs behind it began with, if there is one."""
+    if model in PRESETS:
+        return None
+    if (name := hf.hub_name(model)) is not None:
+        return name
+    card = Path(os.path.expanduser(_export(model, "--model"))) / "README.md"
+    if not card.is_file():
+        return None
+    known = huggingface_hub.metadata_load(card) or {}
+    return known.get("base_model") if "instructjax" in known.get("tags", ()) else None
+
+
 def finished(run: Path) -> bool:
     """Whether a run has written its export, as host 0 sees the directory."""
     return bool(hosts.agree((run / "export" / "config.json").is_file()))
+
+
+def _export(model: str, flag: str) -> str:
+    """The export/ of a run directory; any other model as it is."""
+    if hf.hub_name(model) is not None:
+        return model
+    directory = Path(os.path.expanduser(model))
+    if (directory / "export" / "config.json").is_file():
+        return str(directory / "export")
+    is_run = (directory / "checkpoints").is_dir() or (directory / "metrics.jsonl").is_file()
+    if is_run and not any(directory.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"{flag} {model}: this run has no export/ yet; finish it with --resume first"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _naming(model: str, flag: str) -> Iterator[None]:
+    """Adds the flag and the places that were tried to the error of a missing model."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if hf.hub_name(model) is None:
+            raise FileNotFoundError(f"{flag} {error}") from error
+        raise FileNotFoundError(
+            f"{flag} {model}: not a preset ({', '.join(PRESETS)}), not a run directory with"
+            f" export/, and not a Hugging Face model: {error}"
+        ) from error
 
 
 def _random(
@@ -126,8 +178,11 @@ def _random(
 
 
 def _tokenizer(where: str) -> Any:
+    where = _export(where, "--tokenizer")
     try:
         return hf.load_tokenizer(where)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--tokenizer {error}") from error
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{where} has no tokenizer: give --tokenizer DIR ({reason})") from error

@@ -35,9 +35,10 @@ from rich.console import Console
 from rich.table import Table
 
 from instructjax import hosts
+from instructjax.run import card
 from instructjax.run.checkpoint import Checkpoints, abstract
 from instructjax.run.flags import RunConfig, write
-from instructjax.run.metrics import MetricsWriter, ProgressLine, to_numbers
+from instructjax.run.metrics import MetricsWriter, ProgressLine, import_tracker, to_numbers
 from instructjax.run.process import Signals, cache_compilations, claim, keep_memory
 
 FINISHED, FAILED, USAGE, RESUMABLE = 0, 1, 2, 75  # exit codes; 75 is sysexits' "try again later"
@@ -106,6 +107,11 @@ class Run:
         with ExitStack() as stack:  # undoes the first lines if a later one fails
             cache_compilations()
             if jax.process_index() == 0:
+                # A program that ends just after orbax has begun to clean up prints a traceback.
+                if self.config.tensorboard:
+                    import_tracker("tensorboard")
+                if self.config.wandb is not None:
+                    import_tracker("wandb")
                 claim(self.out, stack)
                 for change in write(self.config, self.stage):
                     self._say(f"{self.out}: changed since: {change}")
@@ -308,16 +314,32 @@ class Run:
         self._saved = step
 
     def finish(
-        self, summary: Mapping[str, Any], wrote: Sequence[Path | str], next_command: str = ""
+        self,
+        summary: Mapping[str, Any],
+        wrote: Sequence[Path | str],
+        next_command: str = "",
+        tables: Sequence[Table] = (),
     ) -> None:
-        """Prints a table of results, the files written, and the command to run next."""
+        """Prints the results, the files written and the command to run next.
+
+        The results go to the model card of each export as well.
+
+        Args:
+          summary: results by name.
+          wrote: files and directories; those with a model card are exports.
+          tables: more results, printed before the summary.
+        """
         self.checkpoints.wait()
         table = Table(show_header=False)
         for name, value in summary.items():
             table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value}")
+        for results in tables:
+            self.console.print(results)
         self._say(f"{self.stage} finished in {self.out}")
         self.console.print(table)
         for path in wrote:
+            if (Path(path) / "README.md").is_file():
+                card.extend(Path(path), self.config, self.stage, [*tables, table])
             self._say(f"wrote {path}")
         if next_command:
             self._say(f"next: {next_command}")
