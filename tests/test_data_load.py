@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import chat_layouts
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -232,9 +233,9 @@ def test_the_context_holds_prompt_and_response(tmp_path, tokenizer):
     assert "1 dropped: prompts that leave no room for a response in a context of 6" in lines[0]
     # A prompt that is cut leaves room for the whole response, or keeps half of the context.
     options = {"context": 6, "overlong": "truncate"}
-    rows = [{"prompt": "012345", "completion": c} for c in ("ab", "abcdefgh")]
+    rows = [{"prompt": "0123456", "completion": c} for c in ("ab", "abcdefgh")]
     data = quiet(write(tmp_path / "c", *rows), "demonstrations", tokenizer, **options)
-    assert [data.prompt[i].tolist() for i in (0, 1)] == [ids("345"), ids("345")]
+    assert [data.prompt[i].tolist() for i in (0, 1)] == [ids("456"), ids("456")]
     assert [data.response[i, 0].tolist() for i in (0, 1)] == [[*ids("ab"), EOS], ids("abc")]
 
 
@@ -331,17 +332,35 @@ COMPARISONS = [
 ]
 
 
+SAID = [{"role": "user", "content": "name a river"}, {"role": "assistant", "content": "Nile"}]
+HH = "\n\nHuman: q\n\nAssistant:"
+PAIRS = [{"chosen": HH + " x", "rejected": HH + " y"}] * 2
+CALL = {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+DIALOGUES = [
+    {"messages": SAID},
+    {"messages": [SAID[0], SAID[1] | CALL], "tools": [{"name": "f"}]},
+    {"prompt": "q", "completion": "a", "system": "S"},
+    {"prompt": HH, "completion": " a"},
+]
+
+
 @pytest.mark.parametrize(
     ("kind", "rows"),
     [
         ("comparisons", COMPARISONS),
+        ("comparisons", PAIRS),
+        ("demonstrations", DIALOGUES),
         ("demonstrations", [{"prompt": f"p {i}", "completion": "ü"} for i in range(30)]),
         ("prompts", ["a", "b"]),
         ("text", ["a", "b\n\nc"]),
     ],
 )
 def test_prepare_writes_what_tfds_reads(tmp_path, monkeypatch, capsys, kind, rows):
-    """Records come back as they were, in their order, without TensorFlow."""
+    """Records come back as they were, in their order, without TensorFlow.
+
+    Conversations are rendered when they are read, with the template of that model.
+    """
+    tokenizer = chat_layouts.tokenizer("qwen") if rows in (DIALOGUES, PAIRS) else None
     spec = write(tmp_path / "a", *rows)
     run(monkeypatch, "prepare", "my_set", "--kind", kind, "--data_dir", str(tmp_path / "sets"),
         "--data", spec)  # fmt: skip
@@ -351,12 +370,14 @@ def test_prepare_writes_what_tfds_reads(tmp_path, monkeypatch, capsys, kind, row
 
     def content(spec):
         config = DataConfig(spec)
-        records = read(config, kind, log=str)
-        return [(r.prompt, r.responses, r.ranks, r.labeler, r.margin) for r in records]
+        records = read(config, kind, log=str, tokenizer=tokenizer)
+        fields = ("prompt", "responses", "ranks", "labeler", "margin", "said", "tools")
+        return [[getattr(record, field) for field in fields] for record in records]
 
     assert content(f"tfds:{folder}") == content(spec)
     assert content(f"tfds:{folder}:train[1:2]") == content(spec)[1:2]
-    wheres = [r.where for r in read(DataConfig(f"tfds:{folder}"), kind, log=str)]
+    config = DataConfig(f"tfds:{folder}")
+    wheres = [r.where for r in read(config, kind, log=str, tokenizer=tokenizer)]
     assert wheres[1] == f"tfds:{folder} row 1"
     with pytest.raises(SystemExit, match="my_set: already exists"):
         run(monkeypatch, "prepare", "my_set", "--kind", kind, "--data_dir",

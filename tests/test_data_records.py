@@ -208,7 +208,7 @@ def test_trees(tmp_path):
         ("comparisons", {"chosen": [USER, REPLY], "rejected": [REPLY, REPLY]}, "same messages"),
         ("comparisons", {"prompt": "p", "chosen": "x", "rejected": "y", "margin": "far"},
          "field 'margin': expected a number, got 'far'"),
-        ("comparisons", {"prompt": "p", "chosen": "x", "rejected": "y", "labeler": []},
+        ("comparisons", {"prompt": "p", "chosen": "x", "rejected": "y", "labeler": [1]},
          "field 'labeler': expected a name"),
     ],
 )  # fmt: skip

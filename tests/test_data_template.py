@@ -296,6 +296,11 @@ def test_tool_calls_reach_the_template_or_are_refused(tmp_path):
          "field 'system': differs from the system message"),
         ({"prompt": "x", "completion": "y", "history": [["a"]]}, "field 'history.0': expected"),
         ({"prompt": "other", "messages": [*SHORT, GOOD]}, "does not hold the row's 'prompt'"),
+        ({"messages": [*SHORT, GOOD], "completion": "other"}, "'completion': is not the reply"),
+        ({"messages": "[{'role': 'user'}]"}, "'messages': a string that holds no messages"),
+        ({"messages": [*SHORT, GOOD | {"content": 5, "tool_calls": CALL}]}, "got the number 5"),
+        ({"messages": [*SHORT, GOOD], "tools": "[" * 9999}, "'tools': not JSON"),
+        ({"prompt": "\n\nHuman: q", "completion": "\n\nAssistant:"}, "'completion': is empty"),
         ({"messages": [said("user", [{"type": "image"}]), GOOD]}, "of type text, got image"),
     ],
 )  # fmt: skip
@@ -335,6 +340,50 @@ def test_sides_that_contradict_the_prompt_are_refused(tmp_path):
                 quiet(write(tmp_path / "a", row), kind, tokenizer_of("zephyr"))
 
 
+def test_parts_that_a_template_would_drop(tmp_path):
+    tokenizer = chat_layouts.tokenizer("qwen")
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    )
+    row = {"system": "Be brief.", "prompt": "q", "completion": "a"}
+    with pytest.raises(DataError, match="leaves out a message of role 'system'"):
+        quiet(write(tmp_path / "a", row), "demonstrations", tokenizer)
+    # Ends of the model, ends in tool calls, and ends before further turns.
+    qwen = tokenizer_of("qwen")
+    call = [{"function": {"name": "f<|im_end|>", "arguments": {}}}]
+    for row, options in (
+        ({"prompt": "q", "completion": "a<|endoftext|> b"}, {}),
+        ({"messages": [*SHORT, GOOD | {"tool_calls": call}]}, {}),
+        ({"prompt": HH, "completion": " b<|im_end|>\n\nHuman: c"}, {"template": "plain"}),
+    ):
+        config = DataConfig(write(tmp_path / "b", row), cache=None, **options)
+        with pytest.raises(DataError, match="ends a response, and stands before"):
+            load(config, "demonstrations", qwen, eos_ids=(0,), log=str)
+
+
+def test_sides_in_anthropics_form_beside_a_prompt(tmp_path):
+    """They may repeat the prompt, or begin with their marker."""
+    rows = [
+        {"prompt": HH, "chosen": HH + " Hi there", "rejected": HH + " No"},
+        {"prompt": HH.removesuffix("\n\nAssistant:"), "chosen": "\n\nAssistant: Hi there",
+         "rejected": "\n\nAssistant: No"},
+        {"prompt": "Say hi", "messages": [said("system", "S"), *ASKED], "chosen": "Hi there",
+         "rejected": "No"},
+        {"prompt": "Say hi", "chosen": json.dumps([*ASKED, GOOD]),
+         "rejected": json.dumps([*ASKED, BAD])},
+    ]  # fmt: skip
+    spec, tokenizer = write(tmp_path / "a", *rows), tokenizer_of("qwen")
+    compared, prompted = (quiet(spec, kind, tokenizer) for kind in ("comparisons", "prompts"))
+    for i, record in enumerate(compared.records):
+        assert list(record.messages)[-3:] == ASKED
+        assert record.replies == ("Hi there", "No")
+        assert compared.prompt[i].tolist() == prompted.prompt[i].tolist()
+    assert compared.records[2].messages[0] == said("system", "S")
+    plain = quiet(spec, "comparisons", tokenizer, template="plain").records
+    assert [plain[i].prompt for i in (0, 1)] == [HH, HH]
+    assert plain[0].responses == (" Hi there", " No")
+
+
 def test_columns_that_nothing_reads_are_named_once(tmp_path):
     rows = [{"prompt": "p", "completion": "c", "mood": "glad", "void": None, "also": f"{i}"}
             for i in range(3)]  # fmt: skip
@@ -349,6 +398,15 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path):
     columns = {"columns": "prompt={mood} {also}"}
     quiet(write(tmp_path / "b", *rows[:3]), "demonstrations", tokenizer_of("qwen"), lines.append,
           **columns)  # fmt: skip
+    assert "columns that nothing reads: prompt\n" in "\n".join(lines)
+    # Conventional names that another field's column stands in for are named too.
+    rows = [{"instruction": "Sum", "document": "D", "question": "Q", "input": "I", "output": "x"}]
+    lines.clear()
+    quiet(write(tmp_path / "c", *rows), "demonstrations", tokenizer_of("qwen"), lines.append)
+    assert "columns that nothing reads: document, question\n" in "\n".join(lines)
+    lines.clear()
+    row = {"prompt": "p", "completion": "x", "chosen": "y", "labeler": "z"}  # replies are not read
+    quiet(write(tmp_path / "d", row), "prompts", tokenizer_of("qwen"), lines.append)
     assert "nothing reads" not in "\n".join(lines)
 
 

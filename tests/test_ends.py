@@ -60,7 +60,7 @@ def test_demonstrations_end_where_the_models_rollouts_do(tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_sft.cli(
         f"--model {path} --data jsonl:{data} --data.template plain --data.cache None --steps 60"
-        f" --learning_rate 1e-2 --length 64 --batch_size 8 --max_new_tokens 24"
+        f" --learning_rate 1e-2 --length 64 --batch_size 8 --microbatches 1 --max_new_tokens 24"
         f" --out {tmp_path / 'run'} --eval_every 60".split()
     )
     samples = [json.loads(x) for x in (tmp_path / "run/samples.jsonl").read_text().splitlines()]

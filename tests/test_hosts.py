@@ -288,7 +288,7 @@ def killed(cache, tmp_path_factory) -> Iterator[Pair]:
 def test_an_error_on_one_ends_both_with_its_message(start, cache, tmp_path):
     """Host 1 reads a broken file; host 0 reads a good one and would wait in a collective."""
     row = {"prompt": "who is Olmo?", "completion": "Olmo is here."}
-    lines = [json.dumps({**row, "prompt": f"{row['prompt']} {i}"}) for i in range(40)]
+    lines = [json.dumps({**row, "prompt": row["prompt"] + i * " please"}) for i in range(40)]
     (tmp_path / "0.jsonl").write_text("\n".join(lines))
     (tmp_path / "1.jsonl").write_text("\n".join([*lines[:3], '{"prompt": 1}', *lines[3:]]))
     (sft,) = [command for command in commands(start, tmp_path) if command[0] == "sft"]

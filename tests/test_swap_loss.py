@@ -435,8 +435,8 @@ def test_sample_batch_and_eval_prompts(start, tmp_path, monkeypatch, capsys):
 
 def test_dpo_on_pairs_of_a_file(start, tmp_path, capsys):
     file = tmp_path / "pairs.jsonl"
-    pair = {"prompt": "what is made of wood?", "chosen": "the starmap.", "rejected": "no."}
-    rows = [json.dumps(pair | {"prompt": f"what is {n}?"}) for n in range(60)]
+    pair = {"chosen": "the fenfox.", "rejected": "no."}
+    rows = [json.dumps(pair | {"prompt": "list two animals" + n * " please"}) for n in range(60)]
     file.write_text("\n".join(rows))
     swap_loss.cli([*flags(start, "dpo", tmp_path / "dpo"), "--data", f"jsonl:{file}"])
     assert "gold" not in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """Shows a data set, prepares a TFDS set or makes a tokenizer: `python -m instructjax.data`."""
 
-import dataclasses
 import sys
 import time
 from dataclasses import dataclass, field
@@ -88,11 +87,13 @@ class Prepare:
     """Write the splits `train` and `validation`, divided by --data.split_by; else only `train`."""
 
     def run(self) -> None:
-        data = dataclasses.replace(self.data, template="plain")  # conversations are not rendered
         splits: dict[str, Split] = {"train": "train" if self.split else "all"}
         if self.split:
             splits["validation"] = "validation"
-        records = {name: read(data, self.kind, split=split) for name, split in splits.items()}
+        records = {
+            name: read(self.data, self.kind, split=split, render=False)
+            for name, split in splits.items()
+        }
         folder = write_tfds(self.name, self.data_dir, records, self.kind)
         print(f"  written to {folder}: --data tfds:{folder}")
 

@@ -113,7 +113,7 @@ def _ranks(path: str, rule: str) -> Column:
             return None
         try:
             preference = float(value)
-        except (TypeError, ValueError) as error:
+        except (OverflowError, TypeError, ValueError) as error:
             raise TypeError(f"'{path}' is {value!r:.40}, not a number") from error
         return [1 + (preference > 0), 1 + (preference < 0)]
 

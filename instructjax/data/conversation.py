@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, replace
 
 from instructjax.data.dialogue import (
+    ASSISTANT,
     Message,
     Messages,
     are_messages,
@@ -22,7 +23,7 @@ from instructjax.data.dialogue import (
     split_anthropic,
 )
 from instructjax.data.errors import Report, check_text, type_name
-from instructjax.data.fields import INPUT, Fields, is_blank
+from instructjax.data.fields import INPUT, Fields
 
 Side = str | Messages  # as a row gives a prompt or a reply
 
@@ -87,7 +88,7 @@ def _sides(fields: Fields, report: Report | None) -> list[tuple[str, Side]]:
         return []
     if fields.kind == "prompts" and fields.has("prompt"):
         # A prompt needs its replies only if they hold a part of the conversation.
-        named = [(name, value) for name, value in named if are_messages(value)]
+        named = [(name, value) for name, value in named if _holds_messages(value)]
     return [(name, _side(fields, name, value, "assistant", report)) for name, value in named]
 
 
@@ -103,11 +104,12 @@ def _side(fields: Fields, name: str, value: object, role: str, report: Report | 
 
 def _with_input(fields: Fields, prompt: str) -> str:
     """The prompt with Alpaca's or Dolly's second part."""
-    if "prompt" in fields.row:
+    if fields.row.get("prompt") is not None:
         return prompt
     for name in INPUT:
         value = fields.row.get(name)
-        if name not in fields.used and not is_blank(value):
+        if name not in fields.used and value not in (None, ""):
+            fields.used.add(name)
             prompt = f"{prompt}\n\n{check_text(value, fields.where, name)}"
     return prompt
 
@@ -116,15 +118,23 @@ def _dialogue(
     fields: Fields, prompt: Side | None, sides: list[tuple[str, Side]], report: Report | None
 ) -> tuple[Side | None, list[tuple[str, Side]]]:
     """(prompt, sides) of a row with a column of messages."""
-    messages = read_messages(fields.get("messages"), fields.where, "messages", "user", report)
-    ends_in_reply = messages[-1:] and messages[-1]["role"] == "assistant"
-    if fields.kind == "comparisons":  # its replies are the sides
-        return (messages if prompt is None and not ends_in_reply else prompt), sides
+    value = fields.get("messages")
+    if isinstance(value, str):
+        value = parse_json(value) or parse_anthropic(value)
+        if value is None:
+            raise fields.error("messages", "a string that holds no messages, as JSON text does")
+    messages = read_messages(value, fields.where, "messages", "user", report)
     contents = {message["content"].strip() for message in messages}
     if any(m["content"].strip() not in contents for m in _as_messages(prompt)):
         problem = "does not hold the row's 'prompt': name the column to read with --data.columns"
         raise fields.error("messages", f"{problem}, such as messages=messages or prompt=prompt")
+    ends_in_reply = messages[-1:] and messages[-1]["role"] == "assistant"
+    if fields.kind == "comparisons":  # its replies are the sides
+        return (messages[:-1] if ends_in_reply else messages), sides
     if ends_in_reply:
+        replies = [_as_messages(side, "assistant")[-1] for _, side in sides]
+        if fields.kind == "demonstrations" and replies not in ([], messages[-1:]):
+            raise fields.error(sides[0][0], "is not the reply at the end of 'messages'")
         return None, [("messages", messages)]
     if fields.kind == "demonstrations":
         raise fields.error("messages", "a dialogue must end in an assistant's reply")
@@ -140,7 +150,15 @@ def _of_texts(fields: Fields, prompt: Side | None, sides: list[tuple[str, Side]]
                 check_text(text, fields.where, name)
     messages, replies = _as_messages(prompt), texts
     if parse_anthropic(str(prompt)) is not None:
+        # The replies may be whole dialogues, or begin with their marker.
+        replies = [text.removeprefix(str(prompt)).removeprefix(ASSISTANT) for text in texts]
+        if replies != texts and not str(prompt).endswith(ASSISTANT):
+            prompt = f"{prompt}{ASSISTANT}"
+        texts = replies
         replies = [re.split(r"\n\n(?:Human|Assistant):", text)[0].strip() for text in texts]
+        if fields.kind != "prompts":
+            for name, reply in zip(names, replies, strict=True):
+                check_text(reply, fields.where, name)
     turns = [_said("assistant", reply) for reply in replies]
     cut = sum(len(a) < len(b.strip()) for a, b in zip(replies, texts, strict=True))
     named = list(zip(names, turns, strict=True))
@@ -162,8 +180,11 @@ def _of_messages(
     if before and shared:
         spoken, spoken_shared = _spoken(before), _spoken(shared)
         if _contents(spoken_shared[: len(spoken)]) == _contents(spoken):
-            has_system = len(spoken_shared) < len(shared)
-            both = shared if has_system else [*before[: len(before) - len(spoken)], *shared]
+            systems = [m for m in shared if m["role"] == "system"]
+            before_systems = [m for m in before if m["role"] == "system"]
+            if systems and before_systems and _contents(systems) != _contents(before_systems):
+                raise fields.error(names[0], "has another system message than 'prompt'")
+            both = shared if systems else [*before_systems, *shared]
         elif spoken and spoken[-1]["role"] != spoken_shared[0]["role"]:
             both = [*before, *shared]
         else:
@@ -201,11 +222,15 @@ def _pairs(fields: Fields) -> list[list[tuple[str, str]]]:
     return pairs
 
 
-def _as_messages(side: Side | None) -> Messages:
+def _holds_messages(value: object) -> bool:
+    return are_messages(value) or (isinstance(value, str) and parse_json(value) is not None)
+
+
+def _as_messages(side: Side | None, role: str = "user") -> Messages:
     if side is None:
         return []
     if isinstance(side, str):
-        return parse_anthropic(side) or [_said("user", side)]
+        return (parse_anthropic(side) if role == "user" else None) or [_said(role, side)]
     return side
 
 

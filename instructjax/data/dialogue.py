@@ -54,17 +54,20 @@ def _message(value: Any, where: str, field: str, report: Report | None) -> Messa
     if not isinstance(value, dict):
         problem = f"expected an object with role and content, got {type_name(value)}"
         raise DataError(where, field, problem)
-    role = check_text(value.get("role", value.get("from")), where, f"{field}.role")
+    role = value.get("role") if value.get("role") is not None else value.get("from")
+    role = check_text(role, where, f"{field}.role")
     role = ROLE_NAMES.get(role, role)
     if role not in ROLES:
         raise DataError(where, f"{field}.role", f"{role!r} is none of {', '.join(ROLES)}")
     extras = {key: value[key] for key in EXTRAS if value.get(key) not in (None, "", [])}
-    content = _content(value.get("content", value.get("value")), where, f"{field}.content")
-    if "tool_calls" in extras:
-        content = content or ""
-        extras["tool_calls"] = _tool_calls(extras["tool_calls"])
+    content = value.get("content") if value.get("content") is not None else value.get("value")
+    content = _content(content, where, f"{field}.content")
+    if "tool_calls" in extras and content in (None, ""):
+        content = ""
     elif not (role == "system" and content == ""):
         check_text(content, where, f"{field}.content")
+    if "tool_calls" in extras:
+        extras["tool_calls"] = _tool_calls(extras["tool_calls"], where, f"{field}.tool_calls")
     if report is not None:
         read = {"role", "from", "content", "value", *EXTRAS}
         report.note_unread(
@@ -87,15 +90,18 @@ def _content(value: Any, where: str, field: str) -> Any:
     return "".join(part["text"] for part in value)
 
 
-def _tool_calls(calls: Any) -> Any:
+def _tool_calls(calls: Any, where: str, field: str) -> Any:
     """Tool calls whose arguments are JSON text get them as objects, which templates expect."""
-    calls = json.loads(json.dumps(calls))  # a copy
+    try:
+        calls = json.loads(json.dumps(calls))  # a copy
+    except (RecursionError, TypeError, ValueError) as error:
+        raise DataError(where, field, f"not usable as JSON: {error}") from error
     for call in calls if isinstance(calls, list) else ():
         function = call.get("function", call) if isinstance(call, dict) else {}
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             try:
                 function["arguments"] = json.loads(function["arguments"])
-            except ValueError:
+            except (RecursionError, ValueError):
                 continue
     return calls
 
@@ -115,7 +121,8 @@ def are_messages(value: Any) -> bool:
     """Whether a value has the form of a message or of a list of messages."""
     items = value if isinstance(value, list) else [value]
     keys = [item.keys() if isinstance(item, dict) else set() for item in items]
-    return bool(items) and all({"role", "content"} <= k or {"from", "value"} <= k for k in keys)
+    forms = {"role", "content"}, {"role", "tool_calls"}, {"from", "value"}
+    return bool(items) and all(any(form <= k for form in forms) for k in keys)
 
 
 # --- Anthropic's form ---
@@ -188,22 +195,25 @@ def expand_tree(row: dict, kind: str, where: str, report: Report) -> Iterator[di
             )
         path = [*before, {"role": node.get("role"), "content": node.get("text")}]
         stack.extend((reply, path) for reply in reversed(replies))
-        if node.get("role") != "prompter":
+        role = ROLE_NAMES.get(str(node.get("role")), str(node.get("role")))
+        if not before and role != "user":
+            raise DataError(where, "prompt.role", f"expected prompter or user, got {role!r:.40}")
+        if role != "user":
             continue
         ranked = [r for r in replies if isinstance(r.get("rank"), int)]
         if kind == "prompts":
-            yield {"prompt": path}
+            yield {**row, "prompt": path}
         elif kind == "demonstrations":
             best = [r for r in ranked if r["rank"] == 0]
             report.count(
                 "left out", "replies that are not ranked first", where, len(replies) - len(best)
             )
             for reply in best:
-                yield {"prompt": path, "completion": reply.get("text")}
+                yield {**row, "prompt": path, "completion": reply.get("text")}
         elif kind == "comparisons":
             used = ranked if len(ranked) > 1 else []
             report.count("left out", "replies with no rank, or none to rank against", where,
                          len(replies) - len(used))  # fmt: skip
             if used:
                 texts, ranks = [r.get("text") for r in used], [-r["rank"] for r in used]
-                yield {"prompt": path, "responses": texts, "scores": ranks}
+                yield {**row, "prompt": path, "responses": texts, "scores": ranks}

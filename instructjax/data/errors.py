@@ -50,7 +50,8 @@ class Report:
         if others:
             lines.append(f"  {sum(n for _, n in others):,} more, for {len(others)} other reasons")
         if self.unread:
-            lines.append(f"  columns that nothing reads: {', '.join(self.unread)}")
+            names = ", ".join(self.unread).encode(errors="backslashreplace").decode()
+            lines.append(f"  columns that nothing reads: {names}")
         return lines
 
     def print(self, kept: int, kind: str) -> None:

@@ -11,6 +11,7 @@ from instructjax.data.errors import DataError, check_text, type_name
 Kind = Literal["demonstrations", "comparisons", "prompts", "text"]
 
 CONTEXT = ("system", "history", "tools")
+OPTIONAL = (*CONTEXT, "labeler", "margin")  # blank is absent
 NAMES: dict[str, tuple[str, ...]] = {
     "demonstrations": ("prompt", "completion", "messages", *CONTEXT),
     "comparisons": (
@@ -43,7 +44,11 @@ INSTEAD_OF = {
     "ranks": ("scores",),
     "scores": ("ranks",),
 }
-_KNOWN = {*INPUT, *(name for names in (*NAMES.values(), *ALIASES.values()) for name in names)}
+# What a kind leaves out on purpose.
+LEFT_OUT = {
+    "prompts": {"completion", "responses", "ranks", "scores", "chosen", "rejected", "labeler"},
+    "text": {*NAMES["demonstrations"], *NAMES["comparisons"]},
+}
 
 
 @dataclass(frozen=True)
@@ -54,23 +59,28 @@ class Fields:
     where: str
     kind: Kind
     columns: Mapping[str, Column]  # from `columns.parse_columns`; they go before ALIASES
-    used: set[str] = field(default_factory=set)  # columns that --data.columns has read
+    used: set[str] = field(default_factory=set)  # columns that were read
 
     def has(self, name: str) -> bool:
-        """Whether the row has a value for a field. A null is none, and so is an empty context.
+        """Whether the row has a value for a field. A null is none, and so is a blank context.
 
-        A column that --data.columns has read for a field is not read for another.
+        A context column that --data.columns has read for another field does not count.
         """
         if name in self.columns:
-            return True
+            return name not in OPTIONAL or not is_blank(self.get(name))
         replaced = any(name in INSTEAD_OF.get(other, ()) for other in self.columns)
         if replaced or name not in NAMES[self.kind]:
             return False
-        aliases = [alias for alias in ALIASES.get(name, (name,)) if alias not in self.used]
-        values = [self.row.get(alias) for alias in aliases]
-        if name in CONTEXT:
-            return not all(map(is_blank, values))
-        return any(value is not None and (name, value) != ("labeler", "") for value in values)
+        return self._alias(name) is not None
+
+    def _alias(self, name: str) -> str | None:
+        """The conventional column that a field is read from."""
+        for alias in ALIASES.get(name, (name,)):
+            value = self.row.get(alias)
+            absent = value is None or (name in OPTIONAL and is_blank(value))
+            if not absent and (name not in OPTIONAL or alias not in self.used):
+                return alias
+        return None
 
     def get(self, name: str) -> Any:
         """The value of a field; raises DataError if the row has none."""
@@ -81,10 +91,11 @@ class Fields:
                 raise self.error(name, f"no column {error} among {list(self.row)}") from error
             except TypeError as error:
                 raise self.error(name, str(error)) from error
-        for alias in ALIASES.get(name, (name,)):
-            if self.row.get(alias) is not None:
-                return self.row[alias]
-        raise self.error(name, f"is missing; the row has {list(self.row)}")
+        alias = self._alias(name)
+        if alias is None:
+            raise self.error(name, f"is missing; the row has {list(self.row)}")
+        self.used.add(alias)
+        return self.row[alias]
 
     def string(self, name: str) -> str:
         return check_text(self.get(name), self.where, name)
@@ -108,9 +119,11 @@ class Fields:
         return DataError(self.where, name, problem)
 
     def unread(self) -> Iterator[str]:
-        """Columns with content that belong to no field, and that --data.columns has not read."""
+        """Columns with content that nothing has read, but for what the kind leaves out."""
+        left_out = LEFT_OUT.get(self.kind, set())
+        left_out = {alias for name in left_out for alias in ALIASES.get(name, (name,))}
         for name, value in self.row.items():
-            if name not in _KNOWN and name not in self.used and not is_blank(value):
+            if name not in self.used and name not in left_out and not is_blank(value):
                 yield name
 
 
@@ -127,5 +140,7 @@ class _Noted(dict):
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a value is null, empty, or a string of spaces."""
-    return value in (None, [], {}) or (isinstance(value, str) and value.strip() in ("", "[]"))
+    """Whether a value is null, empty, or a string of spaces or of an empty list."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]")
+    return value is None or value == [] or value == {}

@@ -10,7 +10,7 @@ import numpy as np
 from instructjax.data import template as templates
 from instructjax.data.columns import lookup, parse_columns
 from instructjax.data.config import DataConfig
-from instructjax.data.dialogue import Messages, expand_tree, is_tree
+from instructjax.data.dialogue import Messages, expand_tree, is_tree, parse_anthropic
 from instructjax.data.errors import DataError, Report
 from instructjax.data.fields import NAMES, Kind
 from instructjax.data.records import Record, parse
@@ -50,6 +50,7 @@ def read(
     *,
     split: Split = "all",
     tokenizer: Any = None,
+    render: bool = True,
     log: Callable[[str], None] = print,
 ) -> list[Record]:
     """Reads and validates records, without tokenising them.
@@ -57,13 +58,15 @@ def read(
     Args:
       split: `train` and `validation` share no value of `config.split_by`.
       tokenizer: its chat template renders conversations; see `template.py` and `config.template`.
+      render: False leaves conversations unrendered, for `prepare`.
       log: receives the report on rows read, skipped and dropped.
     Raises:
       DataError: a row is bad, or no record is left.
       ValueError: `config.columns` is malformed.
     """
     report = _report(config, split, log)
-    records = _read(config, kind, split, tokenizer, report)
+    template = templates.of(tokenizer, config.template) if render else None
+    records = _read(config, kind, split, template, report)
     report.print(len(records), kind)
     return records
 
@@ -94,7 +97,8 @@ def load(
       ValueError: `config.columns` is malformed, or the tokenizer lacks `config.template`.
     """
     report = _report(config, split, log)
-    records = _read(config, kind, split, tokenizer, report)
+    template = templates.of(tokenizer, config.template, eos_ids)
+    records = _read(config, kind, split, template, report)
     dataset = encode(records, kind, tokenizer, eos_ids=eos_ids, cache=config.cache, log=log)
     _check_ids(dataset, tokenizer, vocab_size, report)
     dataset = _limit(dataset, config, context, report, tokenizer.bos_token_id)
@@ -157,7 +161,7 @@ def prompt_ids(
     """
     text = conversation
     if template.form == "chat" and isinstance(text, str):
-        text = [{"role": "user", "content": text}]
+        text = parse_anthropic(text) or [{"role": "user", "content": text}]
     if not isinstance(text, str):
         text = template.prompt(text, "the conversation", "messages")
     return tokenise([text], tokenizer, bos=True)[0].tolist()
@@ -170,10 +174,13 @@ def _report(config: DataConfig, split: Split, log: Callable[[str], None]) -> Rep
 
 
 def _read(
-    config: DataConfig, kind: Kind, split: Split, tokenizer: Any, report: Report
+    config: DataConfig,
+    kind: Kind,
+    split: Split,
+    template: templates.Template | None,
+    report: Report,
 ) -> list[Record]:
     columns = parse_columns(config.columns, NAMES[kind])
-    template = templates.of(tokenizer, config.template)
     spec, validation_spec = config.spec, config.validation
     own_validation = isinstance(validation_spec, str)
     if own_validation and split == "validation":
@@ -185,7 +192,8 @@ def _read(
         try:
             if isinstance(row, DataError):
                 raise row
-            parts = expand_tree(row, kind, where, report) if is_tree(row) else [row]
+            tree = kind != "text" and is_tree(row)
+            parts = expand_tree(row, kind, where, report) if tree else [row]
             records.extend([parse(part, where, kind, columns, template, noted) for part in parts])
         except DataError as error:
             report.bad(error)
@@ -224,7 +232,7 @@ def _split(records: list[Record], config: DataConfig, split: Split, report: Repo
                 problem = "is missing, and --data.split_by names it"
                 report.bad(DataError(record.where, name, problem))
                 continue
-        digest = hashlib.sha256(str(value).encode()).digest()
+        digest = hashlib.sha256(str(value).encode(errors="surrogatepass")).digest()
         held_out = int.from_bytes(digest[:8]) < config.validation * 2**64
         if held_out == (split == "validation"):
             kept.append(record)
@@ -286,21 +294,20 @@ def _limit(
 
     refuse(dataset.prompt.lengths == 0, "prompt", lambda i: "has no tokens")
     prompt = dataset.prompt
-    limits = []
-    if config.max_prompt is not None:
-        limits.append((config.max_prompt, f"prompts over {config.max_prompt:,} tokens"))
+    limits: list[tuple[int, Any, str]] = []  # (longest, what a longer prompt is cut to, reason)
+    if (limit := config.max_prompt) is not None:
+        limits.append((limit, limit, f"prompts over {limit:,} tokens (--data.max_prompt)"))
     if context is not None:
-        reason = f"prompts that leave no room for a response in a context of {context:,}"
-        longest = response.max(1, initial=1)
         # A prompt that is cut leaves room for the whole response, or has half of the context.
-        room = np.maximum(context - longest, context // 2) if truncate else context - 1
-        limits.append((room, reason))
-    for limit, reason in limits:
-        too_long = prompt.lengths > limit
+        cut_to = np.maximum(context - response.max(1, initial=1), context // 2)
+        reason = f"prompts that leave no room for a response in a context of {context:,}"
+        limits.append((context - 1, cut_to, reason))
+    for longest, cut_to, reason in limits:
+        too_long = prompt.lengths > longest
         if not truncate:
-            drop(too_long, f"{reason} (see --data.max_prompt)")
+            drop(too_long, reason)
         elif too_long.any():
-            prompt = _keep_end(prompt, limit, bos_id)
+            prompt = _keep_end(prompt, np.where(too_long, cut_to, prompt.lengths), bos_id)
             count = int((too_long & keep).sum())
             report.count("cut", f"{reason}: they keep their end, and BOS", times=count)
     room = np.full(len(records), np.iinfo(np.int64).max)
@@ -319,9 +326,9 @@ def _limit(
     return replace(dataset, prompt=prompt, response=response_spans).take(keep)
 
 
-def _keep_end(prompt: Spans, limit: Any, bos_id: int | None) -> Spans:
-    """Prompts cut to the last `limit` tokens. One that began with BOS still does."""
-    start = np.maximum(prompt.start, prompt.stop - limit)
+def _keep_end(prompt: Spans, lengths: np.ndarray, bos_id: int | None) -> Spans:
+    """The last `lengths` [n] tokens of each prompt. One that began with BOS still does."""
+    start = prompt.stop - lengths
     with_bos = np.flatnonzero(start > prompt.start)
     with_bos = with_bos[prompt.ids[prompt.start[with_bos]] == bos_id]
     ids = prompt.ids

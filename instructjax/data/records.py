@@ -17,7 +17,7 @@ from instructjax.data import conversation
 from instructjax.data.columns import Column
 from instructjax.data.conversation import Conversation
 from instructjax.data.dialogue import Message
-from instructjax.data.errors import DataError, Report, type_name
+from instructjax.data.errors import DataError, Report, check_text, type_name
 from instructjax.data.fields import NAMES, Fields, Kind
 from instructjax.data.template import Template
 
@@ -46,7 +46,7 @@ class Record:
     @property
     def said(self) -> str:
         """What the row itself has in the prompt, whatever the template adds."""
-        contents = [m["content"] for m in self.messages if m["role"] != "system"]
+        contents = [m["content"].strip() for m in self.messages if m["role"] != "system"]
         return "\n\n".join(contents) or self.prompt or self.responses[0]
 
 
@@ -55,7 +55,7 @@ def parse(
     where: str,
     kind: Kind,
     columns: Mapping[str, Column],
-    template: Template,
+    template: Template | None,
     report: Report | None = None,
 ) -> Record:
     """Makes a record of a row.
@@ -65,7 +65,7 @@ def parse(
       where: its file and line.
       kind: the kind of record to make.
       columns: from `columns.parse_columns`; they take precedence over `fields.ALIASES`.
-      template: renders the conversation.
+      template: renders the conversation; None leaves the row's texts as they are.
       report: counts replies that are cut, and notes columns that nothing reads.
 
     Raises:
@@ -125,18 +125,21 @@ def _remarks(fields: Fields) -> dict[str, Any]:
 def _rendered(
     fields: Fields,
     dialogue: Conversation,
-    template: Template,
+    template: Template | None,
     report: Report | None,
     more: Mapping[str, Any],
 ) -> Record:
     tools, messages = _tools(fields), list(dialogue.messages)
     replies = [] if fields.kind == "prompts" else dialogue.replies
-    for name, turn in replies:
-        _check_end(fields, name, turn["content"], template)
-    verbatim = template.form == "plain" and dialogue.texts is not None and tools is None
+    plain = template is None or template.form == "plain"
+    verbatim = plain and dialogue.texts is not None and tools is None
     if verbatim:
         assert dialogue.texts is not None
         prompt, responses = dialogue.texts[0], dialogue.texts[1][: len(replies)]
+        verbatim = template is not None or messages[0]["role"] != "system"
+    elif template is None:
+        prompt = "\n\n".join(message["content"] for message in messages)
+        responses = [json.dumps(turn) for _, turn in replies]
     else:
         prompt = template.prompt(messages, fields.where, "prompt", tools)
         responses = [
@@ -146,15 +149,27 @@ def _rendered(
         if report is not None and replies:
             reason = "replies lose the turns after the first: a response is one turn"
             report.count("cut", reason, fields.where, dialogue.cut)
+    if template is not None:
+        for (name, turn), response in zip(replies, responses, strict=True):
+            _check_end(fields, name, turn, response, template)
+    names = ["prompt", *(name for name, _ in replies)]
+    for name, text in zip(names, [prompt, *responses], strict=True):
+        check_text(text, fields.where, name)  # tools may hold half of a surrogate pair
     turns = tuple(turn for _, turn in replies)
     rendered = {"messages": messages, "turns": turns, "tools": tools, "verbatim": verbatim}
     return Record(fields.where, fields.row, prompt, tuple(responses), **more, **rendered)
 
 
-def _check_end(fields: Fields, name: str, reply: str, template: Template) -> None:
-    """Refuses a token that ends a response before the reply's end, where a rollout would stop."""
-    text = reply.rstrip()
+def _check_end(fields: Fields, name: str, turn: Message, response: str, template: Template) -> None:
+    """Refuses a token that ends a response before the reply's end, where a rollout would stop.
+
+    What a chat template writes after the end of turn may hold further ones.
+    """
+    text = response if template.form == "plain" else turn["content"]
+    text = text.rstrip()
     text = next((text[: -len(end)] for end in template.ends if text.endswith(end)), text)
+    extras = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    text += json.dumps(extras, ensure_ascii=False)
     for end in template.ends:
         if end in text:
             raise fields.error(name, f"{end!r} ends a response, and stands before the reply's end")
@@ -167,7 +182,7 @@ def _tools(fields: Fields) -> Any:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise fields.error("tools", f"not JSON: {error}") from error
     if not isinstance(tools, list):
         raise fields.error("tools", f"expected a list, got {type_name(tools)}")

@@ -57,11 +57,16 @@ class Template:
         if self.form == "plain":
             return _plain(messages, open_turn, where, field)
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=open_turn
             )
         except Exception as error:  # templates are programs and may raise anything
             raise DataError(where, field, f"chat template: {error}") from error
+        for message in messages:  # a template may leave out what the assistant thought
+            if message["role"] in ("system", "user") and message["content"].strip() not in text:
+                problem = f"the chat template leaves out a message of role {message['role']!r}"
+                raise DataError(where, field, problem)
+        return text
 
     def _check_read(self, name: str, where: str, field: str) -> None:
         """Whether the template mentions a key; a template that does not would drop its content."""
@@ -71,13 +76,18 @@ class Template:
             raise DataError(where, field, f"the chat template ignores {name!r}: drop that key")
 
 
-def of(tokenizer: Any, choice: Literal["auto", "chat", "plain"] = "auto") -> Template:
+def of(
+    tokenizer: Any,
+    choice: Literal["auto", "chat", "plain"] = "auto",
+    eos_ids: Sequence[int] = (),
+) -> Template:
     """The template that a tokenizer's conversations are rendered with.
 
     Args:
       tokenizer: of `transformers`, or None.
       choice: `auto` is the form that the model was trained with, if it is recorded beside its
         tokenizer; else `chat` if the tokenizer has a chat template; else `plain`.
+      eos_ids: the model's ids that end a response; see `end_ids`.
 
     Raises:
       ValueError: `chat` is chosen, and the tokenizer has no chat template.
@@ -90,7 +100,7 @@ def of(tokenizer: Any, choice: Literal["auto", "chat", "plain"] = "auto") -> Tem
         form = choice
     if tokenizer is None:
         return Template(form)
-    ends = tuple(tokenizer.convert_ids_to_tokens(list(end_ids(tokenizer))))
+    ends = tuple(tokenizer.convert_ids_to_tokens(list(end_ids(tokenizer, eos_ids))))
     return Template(form, tokenizer, ends)
 
 
@@ -128,7 +138,7 @@ def _end_of_turn(tokenizer: Any) -> list[int]:
         return []
     ids = tokenizer(text[text.rfind(reply) + len(reply) :], add_special_tokens=False)["input_ids"]
     added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    return [i for i in ids if i in added][:1]
+    return [i for i in ids if i in added and tokenizer.decode([i]).strip()][:1]
 
 
 def _plain(messages: Messages, open_turn: bool, where: str, field: str) -> str:
