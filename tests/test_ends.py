@@ -79,8 +79,15 @@ def test_a_run_records_its_form_and_warns_of_another(tmp_path, mesh, capsys):
     assert template.recorded(again) == "chat"
     warning = f"warning: --model {tmp_path / 'sft'} was trained on plain prompts: these are chat"
     assert warning in capsys.readouterr().out
+    # The form is the model's, also where --tokenizer names another directory.
+    other = tmp_path / "tokenizer"
+    chat_layouts.tokenizer("qwen").save_pretrained(other)
+    _, _, again = pretrained.load(str(tmp_path / "sft"), mesh, tokenizer=str(other))
+    assert template.of(again).form == "plain"
     # A reward model of the other form.
     rm = write_model(tmp_path / "rm", tokenizer, scalar_head=True)
+    _, _, again = pretrained.load(str(tmp_path / "sft"), mesh, template="chat")
+    capsys.readouterr()
     scoring.load_model(rm, mesh, again, "float32", "--reward")
     warning = f"warning: --reward {rm} was trained on plain prompts: these are chat"
     assert warning in capsys.readouterr().out

@@ -140,9 +140,10 @@ def _encoder(tokenizer: Any) -> Encode:
     """A function texts -> ids, without special tokens, truncation or padding."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    backend = copy.deepcopy(backend)  # a saved tokenizer may have truncation switched on
-    backend.no_truncation()
-    backend.no_padding()
+    if backend.truncation or backend.padding:  # a saved tokenizer may have them switched on
+        backend = copy.deepcopy(backend)
+        backend.no_truncation()
+        backend.no_padding()
     # Twice as fast as calling the tokenizer, which also makes masks and offsets.
     return lambda texts: [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
 

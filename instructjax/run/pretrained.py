@@ -10,6 +10,7 @@ hf:EleutherAI/pythia-160m   a name on the hub in any case
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,17 @@ def load(
         fit = _fit_vocabulary
         config, params = fit(config, params, loaded, mesh, tokenizer is not None, f"{flag} {model}")
         config = dataclasses.replace(config, eos_ids=templates.end_ids(loaded, config.eos_ids))
+        if tokenizer is not None and (form := _recorded_form(where)) is not None:
+            templates.record(loaded, form)  # the form is the model's, not the tokenizer's
     return config, params, _with_form(loaded, template, f"{flag} {model}")
+
+
+def _recorded_form(where: str) -> Any:
+    """The form of prompts that a directory's own tokenizer records, if it has one."""
+    settings = Path(os.path.expanduser(where)) / "tokenizer_config.json"
+    if not settings.is_file():
+        return None
+    return json.loads(settings.read_text()).get(templates.RECORDED)
 
 
 def _fit_vocabulary(
