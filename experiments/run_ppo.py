@@ -65,7 +65,7 @@ from instructjax import (
     state,
     train,
 )
-from instructjax.data import Dataset, PackedRows, PromptRows, Record, Stream, load
+from instructjax.data import Dataset, PackedRows, PromptRows, Record, Stream
 from instructjax.evaluation import policies
 from instructjax.models import ModelConfig, Params
 from instructjax.offload import Offloaded, freeze, to_host
@@ -97,20 +97,13 @@ def run_ppo(config: Config) -> dict[str, Any]:
 
         # Prompts and pretraining text, each split in two.
         context = model.max_length - config.max_new_tokens + 1
+        read = pretrained.reader(model, tokenizer)
         prompts, held_out = (
-            load(
-                config.data,
-                "prompts",
-                tokenizer,
-                split=split,
-                context=context,
-                eos_ids=model.eos_ids,
-                vocab_size=model.vocab_size,
-            )
+            read(config.data, "prompts", split=split, context=context)
             for split in ("train", "validation")
         )
         stream = Stream(PromptRows(prompts), config.batch_size, seed=config.seed)
-        text_stream, held_out_text = load_text(config, tokenizer, mesh)
+        text_stream, held_out_text = load_text(config, read, mesh)
         total = config.steps
         if total is None:
             total = math.ceil(len(prompts) / config.batch_size)
@@ -638,8 +631,14 @@ def load_value_net(
     return params, config.compute(value_model), value
 
 
-def load_text(config: Config, tokenizer: Any, mesh: Mesh) -> tuple[Stream | None, Stream | None]:
-    """Pretraining text to train on, if --ptx.coef is not 0, and held-out text to measure."""
+def load_text(
+    config: Config, read: Callable[..., Dataset], mesh: Mesh
+) -> tuple[Stream | None, Stream | None]:
+    """Pretraining text to train on, if --ptx.coef is not 0, and held-out text to measure.
+
+    Args:
+      read: from `pretrained.reader`.
+    """
     source = config.pretrain
     if config.data.spec == "miniature" and not source.spec:
         source = dataclasses.replace(source, spec="miniature")
@@ -648,7 +647,7 @@ def load_text(config: Config, tokenizer: Any, mesh: Mesh) -> tuple[Stream | None
     size = config.ptx.ratio * config.ppo.minibatch
     train_text, held_out_text = (
         Stream(
-            PackedRows(load(source, "text", tokenizer, split=split), config.ptx.length),
+            PackedRows(read(source, "text", split=split), config.ptx.length),
             size,
             seed=config.seed,
             host_rows=sharding.own_rows(mesh, size),

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from instructjax import hf, sampler, sft, sharding, state, train
-from instructjax.data import DataConfig, PackedRows, Stream, load
+from instructjax.data import DataConfig, PackedRows, Stream
 from instructjax.evaluation.figures import plot_curves
 from instructjax.run import Run, main, pretrained
 from instructjax.run.flags import Adam, RunConfig, parse
@@ -90,8 +90,9 @@ def run_pretrain(config: Config) -> None:
             raise ValueError(f"--length {length}: the model's context is {model.max_length}")
         model = config.compute(model)
 
-        text = load(config.data, "text", tokenizer, split="train")
-        unseen = load(config.data, "text", tokenizer, split="validation")
+        read = pretrained.reader(model, tokenizer)
+        text = read(config.data, "text", split="train")
+        unseen = read(config.data, "text", split="validation")
         rows, unseen_rows = PackedRows(text, length), PackedRows(unseen, length)
         streamed = functools.partial(
             Stream,

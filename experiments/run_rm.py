@@ -43,7 +43,6 @@ from instructjax.data import (
     Dataset,
     PackedComparisonRows,
     Stream,
-    load,
 )
 from instructjax.data.batches import fitting, row_length
 from instructjax.evaluation import baselines, figures, folds, gold, ranking
@@ -170,13 +169,8 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         )
         base = config.compute(base)
 
-        read = functools.partial(
-            load,
-            tokenizer=tokenizer,
-            context=base.max_length,
-            eos_ids=base.eos_ids,
-            vocab_size=base.vocab_size,
-        )
+        reader = pretrained.reader(base, tokenizer)
+        read = functools.partial(reader, context=base.max_length)
         seen = read(config.data, "comparisons", split="train")
         unseen = read(config.data, "comparisons", split="validation")
         length = config.length or min(row_length([seen, unseen]), LONGEST)

@@ -32,7 +32,7 @@ import run_pretrain
 import tyro
 
 from instructjax import hf, models, rollout, scoring, sft, sharding, state, train
-from instructjax.data import DataConfig, Dataset, PackedRows, Stream, load
+from instructjax.data import DataConfig, Dataset, PackedRows, Stream
 from instructjax.data.batches import row_length
 from instructjax.evaluation import policies
 from instructjax.evaluation.figures import plot_curves
@@ -197,8 +197,7 @@ def run_sft(config: Config) -> None:
         seen, unseen, length = load_demonstrations(config, tokenizer, model)
         sources, weights = [PackedRows(seen, length)], [1 - share]
         if share:
-            vocab_size = model.vocab_size
-            text = load(config.pretrain, "text", tokenizer, split="train", vocab_size=vocab_size)
+            text = pretrained.reader(model, tokenizer)(config.pretrain, "text", split="train")
             sources, weights = [*sources, PackedRows(text, length)], [*weights, share]
         streamed = functools.partial(
             Stream,
@@ -344,16 +343,9 @@ def load_demonstrations(
     A demonstration that does not fit a row is dropped or cut, as --data.overlong says.
     """
     longest = config.length or min(LONGEST, model.max_length)
+    read = pretrained.reader(model, tokenizer)
     seen, unseen = (
-        load(
-            config.data,
-            "demonstrations",
-            tokenizer,
-            split=split,
-            context=longest,
-            eos_ids=model.eos_ids,
-            vocab_size=model.vocab_size,
-        )
+        read(config.data, "demonstrations", split=split, context=longest)
         for split in ("train", "validation")
     )
     return seen, unseen, config.length or min(longest, row_length([seen, unseen]))

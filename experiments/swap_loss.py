@@ -25,7 +25,7 @@ from ppo_config import SamplingConfig
 
 from instructjax import hf, losses, rollout, scoring, sharding, state, train
 from instructjax.advantages import kl_estimate
-from instructjax.data import ComparisonRows, DataConfig, Dataset, PromptRows, Stream, load
+from instructjax.data import ComparisonRows, DataConfig, Dataset, PromptRows, Stream
 from instructjax.evaluation.figures import plot_curves
 from instructjax.evaluation.policies import last_turn, win_rate
 from instructjax.masked import masked_mean, masked_sum
@@ -147,9 +147,11 @@ def dpo_loss(params: Params, batch: Batch, key: Any, *, beta: float, **model: An
 
 def dpo(config: DPO, start: Start) -> Algorithm:
     """DPO on comparisons. The frozen start gives the reference's log-probabilities."""
-    read = functools.partial(load, config.data, "comparisons", start.tokenizer)
-    context = start.model.max_length
-    seen, unseen = (read(split=split, context=context) for split in ("train", "validation"))
+    read, context = pretrained.reader(start.model, start.tokenizer), start.model.max_length
+    seen, unseen = (
+        read(config.data, "comparisons", split=split, context=context)
+        for split in ("train", "validation")
+    )
     model: Any = {"config": start.model, "shard": config.constrainer(start.mesh)}
     everywhere = sharding.replicated(start.mesh)
     logp_of = jax.jit(functools.partial(response_logp, **model), out_shardings=everywhere)
@@ -204,9 +206,11 @@ def online(config: Online, start: Start, advantage: Advantage, loss: Any) -> Alg
       loss: the loss of the rows, with `config` and `shard` still to be bound.
     """
     R, K = config.max_new_tokens, config.samples
-    read = functools.partial(load, config.data, "prompts", start.tokenizer)
-    context = start.model.max_length - R + 1
-    seen, unseen = (read(split=split, context=context) for split in ("train", "validation"))
+    read, context = pretrained.reader(start.model, start.tokenizer), start.model.max_length - R + 1
+    seen, unseen = (
+        read(config.data, "prompts", split=split, context=context)
+        for split in ("train", "validation")
+    )
     P = min(-(-int(seen.prompt.lengths.max()) // 32) * 32, start.model.max_length - R)
     reward = scoring.load(config.reward, start.mesh, start.tokenizer, config.model_dtype)
     model: Any = {"config": start.model, "shard": config.constrainer(start.mesh)}
@@ -337,7 +341,11 @@ def swap_loss(config: Config) -> None:
                 f" --microbatches {config.microbatches}"
             )
         model, params, tokenizer = pretrained.load(
-            config.model, mesh, tokenizer=config.tokenizer, seed=config.seed
+            config.model,
+            mesh,
+            tokenizer=config.tokenizer,
+            template=config.data.template,
+            seed=config.seed,
         )
         if model.scalar_head:
             raise ValueError(f"--model {config.model}: a reward model, not a language model")

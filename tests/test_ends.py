@@ -1,5 +1,6 @@
 """A model's ends of a response and its form of prompts, from loading to sampling and export."""
 
+import dataclasses
 import json
 
 import chat_layouts
@@ -8,7 +9,7 @@ import pytest
 import run_sft
 
 from instructjax import hf, models, rollout, sampler, scoring, sharding
-from instructjax.data import template
+from instructjax.data import DataConfig, DataError, template
 from instructjax.models import ModelConfig
 from instructjax.run import pretrained
 
@@ -49,6 +50,18 @@ def test_the_ends_of_config_tokenizer_and_template_are_one_set(tmp_path, mesh):
     for name in ("config.json", "generation_config.json"):
         ids = json.loads((tmp_path / "out" / name).read_text())["eos_token_id"]
         assert ids == list(config.eos_ids)
+
+
+def test_a_models_reader_has_its_ends_and_its_vocabulary(tmp_path, mesh):
+    tokenizer = chat_layouts.tokenizer("qwen")
+    config, _, loaded = pretrained.load(write_model(tmp_path / "m", tokenizer, (0,)), mesh)
+    (tmp_path / "d.jsonl").write_text('{"prompt": "p", "completion": "Hi<|endoftext|>"}')
+    source = DataConfig(f"jsonl:{tmp_path}/d.jsonl", cache=None, template="plain")
+    data = pretrained.reader(config, loaded)(source, "demonstrations", log=str)
+    assert loaded.decode(data.response[0, 0]) == "Hi<|endoftext|>"
+    fewer = dataclasses.replace(config, vocab_size=2)
+    with pytest.raises(DataError, match="no row in the embedding of 2"):
+        pretrained.reader(fewer, loaded)(source, "demonstrations", log=str)
 
 
 def test_demonstrations_end_where_the_models_rollouts_do(tmp_path):

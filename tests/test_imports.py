@@ -20,6 +20,14 @@ def imported(file: Path) -> set[str]:
     return names
 
 
+def test_scripts_read_data_as_the_model_does():
+    """By `pretrained.reader`, which binds the model's ends of a response and its vocabulary."""
+    for file in (PACKAGE.parent / "experiments").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "instructjax.data":
+                assert "load" not in {alias.name for alias in node.names}, file
+
+
 def test_a_module_imports_only_those_above_it_in_the_reading_order():
     order = re.findall(r"^    (\w+)(?:\.py|/) ", instructjax.__doc__, re.MULTILINE)
     there = {path.stem for path in PACKAGE.iterdir() if path.name[0] not in "_."}

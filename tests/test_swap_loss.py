@@ -441,6 +441,8 @@ def test_dpo_on_pairs_of_a_file(start, tmp_path, capsys):
     swap_loss.cli([*flags(start, "dpo", tmp_path / "dpo"), "--data", f"jsonl:{file}"])
     assert "gold" not in capsys.readouterr().out
     assert lines(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    exported = json.loads((tmp_path / "dpo/export/tokenizer_config.json").read_text())
+    assert exported["instructjax_template"] == "plain"
 
 
 def test_a_group_is_the_responses_to_one_prompt(start, tmp_path):

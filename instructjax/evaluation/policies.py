@@ -43,8 +43,7 @@ class Sampled:
 
 def last_turn(record: Record) -> str:
     """What the user said last, without a chat template. A prompt that is no dialogue is it all."""
-    messages = getattr(record, "messages", None)
-    return messages[-1]["content"] if messages else record.prompt
+    return record.messages[-1]["content"] if record.messages else record.prompt
 
 
 def win_rate(ours: np.ndarray, theirs: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:

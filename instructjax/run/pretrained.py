@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ import huggingface_hub
 import jax
 from jax.sharding import Mesh
 
-from instructjax import hf, hosts, models, sharding
+from instructjax import data, hf, hosts, models, sharding
 from instructjax.data import template as templates
 from instructjax.models import PRESETS, ModelConfig, Params
 
@@ -69,6 +69,13 @@ def load(
         if tokenizer is not None and (form := _recorded_form(where)) is not None:
             templates.record(loaded, form)  # the form is the model's, not the tokenizer's
     return config, params, _with_form(loaded, template, f"{flag} {model}")
+
+
+def reader(config: ModelConfig, tokenizer: Any) -> Callable[..., data.Dataset]:
+    """`data.load` for a model: with its tokenizer, its ends of a response and its vocabulary."""
+    return functools.partial(
+        data.load, tokenizer=tokenizer, eos_ids=config.eos_ids, vocab_size=config.vocab_size
+    )
 
 
 def _recorded_form(where: str) -> Any:
