@@ -8,6 +8,7 @@ token i. It is kept from one prompt to the next, so of a longer conversation onl
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,26 +32,19 @@ def stream(
     key: jax.Array,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    eos_ids: Sequence[int] = (),
     mesh: Mesh | None = None,
+    **settings: Any,
 ) -> Iterator[int]:
     """Yields the tokens of `generate` for one prompt as they come, EOS included.
 
     For several prompts, a `Session` keeps the weights and the cache.
+
+    Args:
+      settings: other keywords of `Session.stream`.
     """
     context = -(-(len(prompt) + max_new_tokens) // CONTEXT) * CONTEXT
-    return Session(params, config, context=context, mesh=mesh).stream(
-        prompt,
-        key,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        eos_ids=eos_ids,
-    )
+    session = Session(params, config, context=context, mesh=mesh)
+    return session.stream(prompt, key, max_new_tokens=max_new_tokens, **settings)
 
 
 class Session:
@@ -81,7 +75,7 @@ class Session:
         top_p: float = 1.0,
         eos_ids: Sequence[int] = (),
     ) -> Iterator[int]:
-        """As the function `stream`.
+        """Yields the tokens of an answer as they come, EOS included; settings as in `generate`.
 
         Raises:
           ValueError: the prompt is empty or leaves no room in the context; a setting is out of
