@@ -410,6 +410,25 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path):
     assert "nothing reads" not in "\n".join(lines)
 
 
+def test_names_that_the_template_ignores_are_named(tmp_path):
+    row, lines = {"messages": [SHORT[0] | {"name": "Wenna"}, GOOD]}, []
+    tokenizer = chat_layouts.tokenizer("qwen")
+    quiet(write(tmp_path / "a", row), "demonstrations", tokenizer, lines.append)
+    assert "columns that nothing reads: messages.*.name" in "\n".join(lines)
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.role }}", "m.name or m.role }}")
+    lines.clear()
+    quiet(write(tmp_path / "a", row), "demonstrations", tokenizer, lines.append)
+    assert "nothing reads" not in "\n".join(lines)
+
+
+def test_a_reply_that_is_json_is_a_text(tmp_path):
+    for reply in ('{"from": "bot", "value": "y"}', '{"role": "admin", "content": "x"}', "[1, 2]"):
+        row = {"prompt": "name a river", "completion": reply}
+        data = quiet(write(tmp_path / "a", row), "demonstrations", tokenizer_of("qwen"))
+        assert data.records[0].replies == (reply,)
+        assert tokenizer_of("qwen").decode(data.response[0, 0]) == reply + "<|im_end|>"
+
+
 def test_replies_that_hold_further_turns(tmp_path):
     """A response is one turn: in the chat template it ends where the next turn begins."""
     row = {"chosen": HH + " Hi there\n\nHuman: d\n\nAssistant: e", "rejected": HH + " No"}

@@ -93,7 +93,7 @@ def _sides(fields: Fields, report: Report | None) -> list[tuple[str, Side]]:
 
 
 def _side(fields: Fields, name: str, value: object, role: str, report: Report | None) -> Side:
-    """A text as it is; a message, messages, or either as JSON text as a list of messages."""
+    """A text as it is; a message, messages, or messages as JSON text as a list of messages."""
     if isinstance(value, str) and parse_json(value) is None:
         text = check_text(value, fields.where, name)
         return _with_input(fields, text) if name == "prompt" else text

@@ -33,7 +33,7 @@ def read_messages(
     """Returns checked messages.
 
     Args:
-      value: a list of messages, a message, either as JSON text, or the text of a message of `role`.
+      value: a list of messages, also as JSON text, a message, or the text of a message of `role`.
       report: notes the keys of messages that nothing reads.
 
     Raises:
@@ -106,9 +106,12 @@ def _tool_calls(calls: Any, where: str, field: str) -> Any:
     return calls
 
 
-def parse_json(text: str) -> Messages | Message | None:
-    """The messages, or the one, that a text holds as JSON; None if it holds none."""
-    if text.lstrip()[:1] not in ("[", "{"):
+def parse_json(text: str) -> Messages | None:
+    """The list of messages that a text holds as JSON; None if it holds none.
+
+    A single object is no conversation: replies that are JSON themselves often look like one.
+    """
+    if text.lstrip()[:1] != "[":
         return None
     try:
         value = json.loads(text)

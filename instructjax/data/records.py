@@ -156,6 +156,14 @@ def _rendered(
     for name, text in zip(names, [prompt, *responses], strict=True):
         check_text(text, fields.where, name)  # tools may hold half of a surrogate pair
     turns = tuple(turn for _, turn in replies)
+    if report is not None:
+        shown = "".join([prompt, *responses])
+        report.note_unread(
+            f"messages.*.{key}"
+            for message in (*messages, *turns)
+            for key in ("name", "tool_call_id")
+            if key in message and str(message[key]) not in shown
+        )
     rendered = {"messages": messages, "turns": turns, "tools": tools, "verbatim": verbatim}
     return Record(fields.where, fields.row, prompt, tuple(responses), **more, **rendered)
 
