@@ -144,6 +144,8 @@ def _dialogue(
 def _of_texts(fields: Fields, prompt: Side | None, sides: list[tuple[str, Side]]) -> Conversation:
     names, texts = [name for name, _ in sides], [str(text) for _, text in sides]
     if prompt is None:
+        if fields.kind == "demonstrations" and ASSISTANT not in texts[0]:
+            fields.get("prompt")  # raises
         prompt, texts = split_anthropic(texts, fields.where)
         for name, text in zip(names, texts, strict=True):
             if fields.kind != "prompts":
