@@ -173,7 +173,7 @@ def test_trees(tmp_path):
         ("demonstrations", {"prompt": "a"}, r"field 'completion': is missing; the row has \['prom"),
         ("demonstrations", {"prompt": "a", "completion": " "}, "field 'completion': is empty"),
         ("demonstrations", {"prompt": "a", "completion": 1}, "expected a string, got the number 1"),
-        ("demonstrations", {"prompt": None, "completion": "b"}, "'prompt': is missing; the row has"),
+        ("demonstrations", {"prompt": None, "completion": "b"}, "'prompt': is missing; the row"),
         ("demonstrations", {"prompt": "\ud800", "completion": "b"}, "field 'prompt': .*surrogate"),
         ("demonstrations", {"instruction": "a", "input": 3, "output": "b"}, "field 'input'"),
         ("demonstrations", {"messages": [USER]}, "field 'messages': .*assistant's reply"),
