@@ -112,6 +112,10 @@ class SamplingConfig(RunConfig):
     """Longest response in tokens, EOS included [App. C: 1k]."""
     eval_prompts: int = 128
     """Held-out prompts of each evaluation."""
+    gold: tuple[str, ...] = ()
+    """Gold judge: reward models and functions, as for --reward, that score responses to held-out
+    prompts and never train the policy.
+    By default the miniature has its own judge, and other data none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

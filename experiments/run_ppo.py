@@ -66,12 +66,21 @@ from instructjax import (
     train,
 )
 from instructjax.data import Dataset, PackedRows, PromptRows, Record, Stream
-from instructjax.evaluation import policies
+from instructjax.evaluation import gold, policies
 from instructjax.models import ModelConfig, Params
 from instructjax.offload import Offloaded, freeze, to_host
 from instructjax.run import RESUMABLE, Run, main, parse, pretrained
 from instructjax.run.process import return_memory
 from instructjax.train import Batch, Metrics
+
+PANELS = {  # of curves.png
+    "score": ("objective/score", "validation/score"),
+    "KL, nats a response": ("objective/kl", "validation/kl"),
+    "length, tokens": ("rollout/length", "validation/length"),
+    "entropy, nats a response": ("objective/entropy",),
+    "value net": ("value/loss", "value/explained_variance"),
+    "pretraining text, nats a token": ("ptx/loss", "ptx/validation_loss"),
+}
 
 # --------------------------------------------------------------------------------------- the loop
 
@@ -90,6 +99,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
         # The four models: policy, reference, reward model, value net.
         model, params, tokenizer = load_policy(config, mesh)
         reward = scoring.load(config.reward, mesh, tokenizer, config.model_dtype, config.offload)
+        judge = gold.load_judge(config.gold, config.data.spec, mesh, tokenizer, config.model_dtype)
         reference = None
         if flags.beta > 0:
             reference = to_host(freeze(params, config.model_dtype), config.offload)
@@ -118,7 +128,9 @@ def run_ppo(config: Config) -> dict[str, Any]:
         print("  prompts are padded to {} tokens, responses to {}".format(*padded))
         seed_key = jax.random.key(config.seed)
         eval_key, before_key = jax.random.split(jax.random.fold_in(seed_key, 2**31 - 1))
-        evaluation = Evaluation(programs, tokenizer, reward, reference, held_out, held_out_text)
+        evaluation = Evaluation(
+            programs, tokenizer, reward, judge, reference, held_out, held_out_text
+        )
         with run.phase(f"evaluating SFT on {config.final_prompts} prompts"):
             before = evaluation.assess(params, before_key, config.final_prompts)
 
@@ -223,7 +235,10 @@ def run_ppo(config: Config) -> dict[str, Any]:
         for name, params in trained.items():
             with run.phase(f"evaluating {name} on {config.final_prompts} prompts"):
                 sampled[name] = evaluation.assess(params, eval_key, config.final_prompts)
-        return policies.report(run, sampled, time.perf_counter() - began)
+        panels = PANELS
+        if judge is not None:
+            panels = panels | {"win rate against SFT": ("validation/win_rate",)}
+        return policies.report(run, sampled, time.perf_counter() - began, panels)
 
 
 def minibatches(config: Config, step: int) -> list[np.ndarray]:
@@ -501,6 +516,7 @@ class Evaluation:
     programs: Programs
     tokenizer: Any
     reward: scoring.Rewards
+    judge: gold.Judge | None
     reference: Offloaded | None
     held_out: Dataset
     held_out_text: Stream | None
@@ -532,10 +548,9 @@ class Evaluation:
             logp_BR = self.programs.logp(params, rows) if rescored else rows["logp_BR"]
             kl_B = (logp_BR - ref_logp_BR).sum(1, where=rows["mask_BR"])
         texts, utility_B = self.texts(rows), None
-        if self.programs.config.data.spec == "miniature":
-            from instructjax.evaluation import gold
-
-            utility_B = gold.utilities(records, texts)
+        if self.judge is not None:
+            run_model = functools.partial(self.programs.run_model, rows)
+            utility_B = self.judge(run_model, records, texts)
         return policies.Sampled(
             prompts=[record.prompt for record in records],
             turns=[policies.last_turn(record) for record in records],

@@ -245,18 +245,25 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
                 scores.append(rows.by_comparison(of_rows))
             return np.stack(scores)
 
-        def evaluate(step: int) -> None:
-            """Logs the accuracy on validation pairs, and writes the scores of two comparisons."""
-            scores = scores_of(unseen).mean(0)
+        def evaluate(step: int) -> np.ndarray:
+            """Logs the accuracy on validation pairs, and writes the scores of two comparisons.
+
+            Returns:
+              `scores_of` the validation comparisons.
+            """
+            of_members = scores_of(unseen)
+            scores = of_members.mean(0)
             pairs = ranking.pairs_of(scores, unseen.ranks)
             run.log(step, {"validation/accuracy": ranking.share(pairs)})
             for record, row in zip(unseen.records[:2], scores, strict=False):
                 shown = {"prompt": record.prompt, "responses": record.responses}
                 ranked = {"ranks": record.ranks, "scores": row[: len(record.ranks)].tolist()}
                 run.metrics.sample(step, shown | ranked)
+            return of_members
 
         # ------------------------------------------------------------------------------- loop
 
+        unseen_scores = None  # of the last step; a finished run that resumes has made none
         batches = zip(*(stream.iterate(start) for stream in streams), strict=True)
         for step, of_members in zip(run.steps(start, total), batches, strict=False):
             key = jax.random.fold_in(step_key, step)
@@ -276,7 +283,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
                 current = dataclasses.replace(current, params=shifted)
                 meta = {"demonstrations": means.tolist()}
             if (config.eval_every and step % config.eval_every == 0) or step == total:
-                evaluate(step)
+                unseen_scores = evaluate(step)
             if run.should_save(step):
                 run.save(step, current, meta)
 
@@ -286,7 +293,12 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         for i, export in enumerate(exports):
             hf.save(export, model, member(i), tokenizer)
 
-        scores = {name: scores_of(dataset) for name, dataset in groups.items()}
+        scores = {
+            name: unseen_scores
+            if dataset is unseen and unseen_scores is not None
+            else scores_of(dataset)
+            for name, dataset in groups.items()
+        }
         methods = {"reward model": {name: every.mean(0) for name, every in scores.items()}}
         if miniature:
             methods["judge"] = {name: gold.judged(data) for name, data in groups.items()}

@@ -26,8 +26,7 @@ from ppo_config import SamplingConfig
 from instructjax import hf, losses, rollout, scoring, sharding, state, train
 from instructjax.advantages import kl_estimate
 from instructjax.data import ComparisonRows, DataConfig, Dataset, PromptRows, Stream
-from instructjax.evaluation.figures import plot_curves
-from instructjax.evaluation.policies import last_turn, win_rate
+from instructjax.evaluation import gold, policies
 from instructjax.masked import masked_mean, masked_sum
 from instructjax.models import ModelConfig, Params
 from instructjax.run import Run, main, pretrained
@@ -55,6 +54,7 @@ class Algorithm(NamedTuple):
     prepare: Callable[[Params, Batch, jax.Array], tuple[Batch, int, Metrics]]
     loss_fn: train.LossFn
     held_out: Dataset  # its prompts are for the comparison at the end
+    reward: scoring.Rewards | None = None  # what scores the responses, if training samples any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ def online(config: Online, start: Start, advantage: Advantage, loss: Any) -> Alg
         return rollout.put(rows, start.mesh), int(length_B.sum()), metrics
 
     stream = Stream(PromptRows(seen), config.batch_size, seed=config.seed)
-    return Algorithm(stream, prepare, functools.partial(loss, **model), unseen)
+    return Algorithm(stream, prepare, functools.partial(loss, **model), unseen, reward)
 
 
 # ---- GRPO ----
@@ -352,6 +352,8 @@ def swap_loss(config: Config) -> None:
         start = Start(mesh, config.compute(model), params, tokenizer)
         make_algorithm: Any = {DPO: dpo, GRPO: grpo, RLOO: rloo}[type(config)]
         algorithm: Algorithm = make_algorithm(config, start)
+        held_out = prompts_that_fit(config, start.model, algorithm.held_out)
+        judge = gold.load_judge(config.gold, config.data.spec, mesh, tokenizer, config.model_dtype)
 
         tx, key = train.adam(config.learning_rate), jax.random.key(config.seed)
         layout = state.shardings(start.params, tx)
@@ -368,50 +370,76 @@ def swap_loss(config: Config) -> None:
                 run.save(step, current)
 
         hf.save(config.out / "export", start.model, current.params, start.tokenizer)
-        summary = {"steps": config.steps, **compare(config, start, current.params, algorithm)}
-        if jax.process_index() == 0:
-            curves = {name: [name] for name in config.CURVES}
-            plot_curves(config.out, curves, config.out / "curves.png")
-            summary["seconds"] = time.perf_counter() - began
-            wrote = [config.out / name for name in ("metrics.jsonl", "curves.png", "export")]
-            run.finish(summary, wrote, f"python experiments/sample.py --model {config.out}")
+        with run.phase("comparing with the start on held-out prompts"):
+            sampled = compare(config, start, current.params, algorithm.reward, judge, held_out)
+        before, after = sampled.values()
+        run.console.print(policies.samples_table("held-out prompts", before, after))
+        curves = {metric: [metric] for metric in config.CURVES}
+        policies.report(run, sampled, time.perf_counter() - began, curves)
 
 
-def compare(config: Config, start: Start, params: Params, algorithm: Algorithm) -> dict[str, Any]:
-    """Prints responses of the start and of the trained policy to held-out prompts.
+def prompts_that_fit(config: Config, model: ModelConfig, held_out: Dataset) -> Dataset:
+    """The first --eval_prompts held-out prompts that leave room for a response."""
+    fits = held_out.prompt.lengths + config.max_new_tokens <= model.max_length
+    if not fits.any():
+        raise ValueError(
+            f"--max_new_tokens {config.max_new_tokens}: no held-out prompt leaves room for a"
+            f" response in the model's {model.max_length} tokens"
+        )
+    return held_out.take(fits & (np.cumsum(fits) <= config.eval_prompts))
 
-    Returns:
-      the gold judge's utilities and the win rate, for the miniature; nothing for other data.
-    """
-    held_out = algorithm.held_out
-    fits = held_out.prompt.lengths + config.max_new_tokens <= start.model.max_length
-    held_out = held_out.take(fits & (np.cumsum(fits) <= config.eval_prompts))
+
+def compare(
+    config: Config,
+    start: Start,
+    params: Params,
+    reward: scoring.Rewards | None,
+    judge: gold.Judge | None,
+    held_out: Dataset,
+) -> dict[str, policies.Sampled]:
+    """Responses of the start and of the trained policy to held-out prompts, and their figures."""
+    R, records = config.max_new_tokens, held_out.records
     prompts = [held_out.prompt[i].tolist() for i in range(len(held_out))]
-    if not prompts:
-        print(f"no held-out prompt leaves room for --max_new_tokens {config.max_new_tokens}")
-        return {}
+    model: Any = {"config": start.model, "shard": config.constrainer(start.mesh)}
+    everywhere = sharding.replicated(start.mesh)
+    logp_of = jax.jit(functools.partial(rollout.token_logp, **model), out_shardings=everywhere)
     # A key for each policy, because a win rate is of independent samples.
-    keys, texts = jax.random.split(jax.random.key(config.seed)), []
-    keywords: Any = {"size": config.sample_batch, "mesh": start.mesh}
-    keywords["max_new_tokens"] = config.max_new_tokens
-    for weights, key in zip((start.params, params), keys, strict=True):
-        rows, _ = rollout.sample(weights, start.model, prompts, key, **keywords)
-        ids = rollout.token_ids(rows)
-        texts.append(start.tokenizer.batch_decode(ids, skip_special_tokens=True))
-    for record, before, after in list(zip(held_out.records, *texts, strict=True))[:3]:
-        shown = last_turn(record)
-        print(f"{shown}\n  before: {before.strip()}\n  after:  {after.strip()}")
-    if config.data.spec != "miniature":
-        return {}
-    from instructjax.evaluation import gold
+    keys, sampled = jax.random.split(jax.random.key(config.seed)), {}
+    policies_by_name = {"start": start.params, type(config).__name__: params}
+    for (name, weights), key in zip(policies_by_name.items(), keys, strict=True):
+        responses, _ = rollout.sample(
+            weights,
+            start.model,
+            prompts,
+            key,
+            size=config.sample_batch,
+            max_new_tokens=R,
+            mesh=start.mesh,
+        )
+        rows = rollout.left_padded(prompts, max(map(len, prompts))) | responses
 
-    before, after = (gold.utilities(held_out.records, of_policy) for of_policy in texts)
-    share, low, high = win_rate(after, before)
-    return {
-        "gold utility": f"{before.mean():+.2f} at the start, {after.mean():+.2f} now",
-        "wins against the start by gold": f"{share:.1%} ({low:.1%} to {high:.1%})",
-        "held-out prompts": len(prompts),
-    }
+        def run_model(fn: Callable[[Batch], jax.Array], rows: Batch = rows) -> np.ndarray:
+            size = config.batch_size // config.microbatches
+            return rollout.map_batches(fn, rows, size, [R], start.mesh)
+
+        texts = start.tokenizer.batch_decode(rollout.token_ids(rows), skip_special_tokens=True)
+        logp_BR, ref_logp_BR = (
+            run_model(functools.partial(logp_of, x)) for x in (weights, start.params)
+        )
+        asked, score_B = [record.prompt for record in records], None
+        if reward is not None:
+            score_B, _ = reward.score(run_model, asked, texts, records)
+        sampled[name] = policies.Sampled(
+            prompts=asked,
+            turns=[policies.last_turn(record) for record in records],
+            texts=texts,
+            length_B=rows["mask_BR"].sum(1),
+            ended_B=rollout.ended(rows, start.model.eos_ids),
+            score_B=score_B,
+            kl_B=(logp_BR - ref_logp_BR).sum(1, where=rows["mask_BR"]),
+            utility_B=None if judge is None else judge(run_model, records, texts),
+        )
+    return sampled
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

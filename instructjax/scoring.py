@@ -102,7 +102,12 @@ class Rewards:
 
 
 def load(
-    config: RewardConfig, mesh: Mesh, tokenizer: Any, dtype: str, offload: bool = False
+    config: RewardConfig,
+    mesh: Mesh,
+    tokenizer: Any,
+    dtype: str,
+    offload: bool = False,
+    flag: str = "--reward",
 ) -> Rewards:
     """Loads every term of the score.
 
@@ -110,6 +115,7 @@ def load(
       tokenizer: the policy's; reward models must have the same tokens.
       dtype: dtype of the reward models' parameters and of their computation.
       offload: keep the reward models in host memory while they do not score.
+      flag: the flag that named the terms, for errors.
 
     Raises:
       ValueError: a file lacks the function, a language model stands for a reward model, a
@@ -120,20 +126,20 @@ def load(
     functions: list[tuple[str, RewardFn]] = []
     for spec in config.spec:
         if is_function(spec):
-            functions.append((spec, load_function(spec, "--reward")))
+            functions.append((spec, load_function(spec, flag)))
         else:
             for path in _ensemble(spec):
-                model, params = load_model(path, mesh, tokenizer, dtype, "--reward")
+                model, params = load_model(path, mesh, tokenizer, dtype, flag)
                 models.append((scorer(model, mesh), to_host(params, offload)))
     terms = ["the reward models"] * bool(models) + [name for name, _ in functions]
     if not terms:
-        raise ValueError("--reward: give at least one reward model or function")
+        raise ValueError(f"{flag}: give at least one reward model or function")
     if len({"model", *(name.rpartition(":")[2] for name, _ in functions)}) <= len(functions):
-        raise ValueError("--reward: two functions of one name, or one named `model`")
+        raise ValueError(f"{flag}: two functions of one name, or one named `model`")
     weights = config.weights or (1.0,) * len(terms)
     if len(weights) != len(terms):
         given = " ".join(map(str, weights))
-        raise ValueError(f"--reward.weights {given}: {len(terms)} are needed: {', '.join(terms)}")
+        raise ValueError(f"{flag}.weights {given}: {len(terms)} are needed: {', '.join(terms)}")
     return Rewards(models, functions, weights, config.combine, config.spread)
 
 

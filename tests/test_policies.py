@@ -57,6 +57,17 @@ def test_means():
     assert sampled([0.75, 0.25], [1.0, 2.0]).means() == means | {"utility": 1.5}
 
 
+def test_what_training_does_not_score_has_no_score():
+    before, after = (sampled([0.0], utilities, score_B=None) for utilities in ([0.5], [1.5]))
+    rows = policies.results({"start": before, "DPO": after})
+    assert "score" not in rows["DPO"]
+    assert rows["DPO"]["win_rate"][0] == 1
+    text = shown(policies.table(rows, 1))
+    assert "score" not in text
+    assert "+1.50" in text
+    assert "[+" not in shown(policies.samples_table("held-out prompts", before, after))
+
+
 def test_results_are_against_the_first_policy():
     before = sampled([0.0, 0.5], [0.0, 1.0])
     after = sampled([1.0, 1.5], [0.5, 1.0], text_loss=3.25)

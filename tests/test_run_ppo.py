@@ -341,6 +341,8 @@ def test_plain_ppo_without_reference_on_a_function(start, tmp_path, monkeypatch)
         f"    with open({str(tmp_path / 'prompts.txt')!r}, 'a') as file:\n"
         "        print(list(prompts), file=file)\n"
         "    return [len(text.split()) / 4 for text in responses]\n"
+        "def letters(prompts, responses, records):\n"
+        "    return [len(text) for text in responses]\n"
     )
     out = tmp_path / "ppo"
     flags = [*start, "--out", str(out), "--steps", "1", "--reward", f"{file}:length"]
@@ -348,7 +350,9 @@ def test_plain_ppo_without_reference_on_a_function(start, tmp_path, monkeypatch)
     monkeypatch.setattr(
         run_ppo.Programs, "sample", lambda *args: prompts.append(args[2]) or sample(*args)
     )
+    flags += ["--gold", f"{file}:letters"]
     run_ppo.cli([*flags, "--ptx.coef", "0", "--ppo.beta", "0", "--ppo.ema", "0"])
+    texts = [json.loads(line) for line in (out / "samples_after.jsonl").read_text().splitlines()]
     seen = [ast.literal_eval(line) for line in (tmp_path / "prompts.txt").read_text().splitlines()]
     decode = miniature.tokenizer().batch_decode
     words = lambda texts: [text.split() for text in texts]  # noqa: E731
@@ -356,6 +360,9 @@ def test_plain_ppo_without_reference_on_a_function(start, tmp_path, monkeypatch)
     row = metrics_of(out)[1]
     results = json.loads((out / "results.json").read_text())
     assert set(results) == {"SFT", "PPO, last weights", "seconds"}
+    for name in ("SFT", "PPO, last weights"):  # by the gold judge, which gave no reward
+        letters = np.mean([len(line[name]) for line in texts])
+        assert results[name]["utility"] == pytest.approx(letters)
     assert (out / "export" / "model.safetensors").exists()
     assert "ptx/loss" not in row
     assert not [name for name in row if "kl" in name and name != "policy/approx_kl"]

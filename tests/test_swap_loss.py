@@ -287,11 +287,11 @@ def test_each_algorithm_from_its_command_to_its_export_and_resumed(
     swap_loss.cli(flags(start, algorithm, out))
     said = capsys.readouterr().out
     assert f"{algorithm} finished in {out}" in said
-    assert "wins against the start by gold" in said
     assert f"next: python experiments/sample.py --model {out}" in said
-    assert said.count("before:") == said.count("after:") == 3
     files = ["config.json", "checkpoints", "curves.png", "export/tokenizer.json"]
+    files += ["results.json", "samples_after.jsonl"]
     assert [name for name in files if not (out / name).exists()] == []
+    assert "win_rate" in json.loads((out / "results.json").read_text())[algorithm.upper()]
     rows = lines(out)
     assert [row["step"] for row in rows] == [1, 2, 3]
     if algorithm == "dpo":
@@ -349,17 +349,65 @@ def test_a_prompt_that_stands_twice_in_a_batch_gets_two_groups(start):
     assert (tokens[:2] != tokens[6:8]).any()
 
 
-def test_the_two_sides_of_a_comparison_are_sampled_independently(start, capsys):
+def test_the_two_sides_of_a_comparison_are_sampled_independently(start):
     """One policy against itself gives other responses, as independent samples do."""
     policy, config = loaded(start), swap_loss.DPO(max_new_tokens=12)
     held_out = data.load(config.data, "prompts", TOKENIZER, split="validation")
-    nothing: Any = None
-    algorithm = swap_loss.Algorithm(nothing, nothing, nothing, held_out)
-    results = swap_loss.compare(config, policy, policy.params, algorithm)
-    assert results["held-out prompts"] == len(held_out)
-    sides = re.findall(r"^  (?:before:|after: ) (.*)$", capsys.readouterr().out, re.MULTILINE)
-    assert len(sides) == 6
-    assert sides[::2] != sides[1::2]
+    sampled = swap_loss.compare(config, policy, policy.params, None, None, held_out)
+    before, after = sampled["start"], sampled["DPO"]
+    assert len(before.texts) == len(after.texts) == len(held_out)
+    assert before.texts != after.texts
+    np.testing.assert_allclose([before.kl_B, after.kl_B], 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "rloo"])
+def test_figures_of_the_comparison(start, algorithm, tmp_path):
+    """The gold judge is --gold, the score that of --reward."""
+    (tmp_path / "mine.py").write_text(
+        "def letters(prompts, responses, records):\n"
+        "    assert [record.prompt for record in records] == list(prompts)\n"
+        "    return [len(text) for text in responses]\n"
+    )
+    out = tmp_path / "run"
+    gold = ["--gold", f"{start}/rm", f"{tmp_path}/mine.py:letters"]
+    swap_loss.cli([*flags(start, algorithm, out), "--eval_prompts", "4", *gold])
+    results = json.loads((out / "results.json").read_text())
+    texts = [json.loads(line) for line in (out / "samples_after.jsonl").read_text().splitlines()]
+    assert len(texts) == 4
+    for name in ("start", algorithm.upper()):
+        row, letters = results[name], np.mean([len(line[name]) for line in texts])
+        assert 0 < abs(row["utility"] - letters) < 30  # the reward model's part
+        if algorithm == "rloo":
+            assert row["utility"] == pytest.approx(row["score"] + letters, abs=1e-4)
+        else:
+            assert "score" not in row
+
+
+def test_the_kl_of_the_comparison_against_a_loop(start, monkeypatch):
+    """log pi - log pi_ref of the policy's own tokens, EOS included, summed over a response."""
+    policy, config = loaded(start), swap_loss.DPO(max_new_tokens=6, eval_prompts=3)
+    held_out = data.load(config.data, "prompts", TOKENIZER, split="validation")
+    held_out = swap_loss.prompts_that_fit(config, policy.model, held_out)
+    trained = jax.tree.map(lambda x: 1.5 * x, policy.params)
+    samples, sample = [], rollout.sample
+    monkeypatch.setattr(
+        rollout,
+        "sample",
+        lambda *args, **flags: samples.append(sample(*args, **flags)[0]) or (samples[-1], 1.0),
+    )
+    sampled = swap_loss.compare(config, policy, trained, None, None, held_out)
+    assert len(samples) == 2
+    np.testing.assert_allclose(sampled["start"].kl_B, 0, atol=1e-4)
+    for i in range(3):
+        prompt = held_out.prompt[i].tolist()
+        ids = [*prompt, *samples[1]["tokens_BR"][i][samples[1]["mask_BR"][i]].tolist()]
+        total = 0.0
+        for sign, params in ((1, trained), (-1, policy.params)):
+            logits = models.logits(params, CONFIG, jnp.array([ids]))
+            logp = np.asarray(jax.nn.log_softmax(logits[0]))
+            total += sign * sum(logp[t, ids[t + 1]] for t in range(len(prompt) - 1, len(ids) - 1))
+        assert sampled["DPO"].kl_B[i] == pytest.approx(total, abs=1e-3)
+        assert abs(total) > 0.01
 
 
 def test_the_flags_of_the_model_are_honoured(start, tmp_path):
@@ -411,7 +459,7 @@ def test_microbatches_change_the_memory_and_not_the_update(start, algorithm, tmp
         assert updates[0][name] == pytest.approx(updates[1][name], rel=1e-4, abs=1e-6)
 
 
-def test_sample_batch_and_eval_prompts(start, tmp_path, monkeypatch, capsys):
+def test_sample_batch_and_eval_prompts(start, tmp_path, monkeypatch):
     """Smaller parts of a batch are sampled at a time, and change no token."""
     counts, generate = [], sampler.generate
 
@@ -427,7 +475,7 @@ def test_sample_batch_and_eval_prompts(start, tmp_path, monkeypatch, capsys):
         few = [*flags(start, "grpo", out), "--steps", "1", "--eval_prompts", "3", *extra]
         swap_loss.cli(few)
         assert counts == ([2, 2, 2, 2, 2, 1, 2, 1] if extra else [8, 3, 3])
-        assert re.search(r"held-out prompts\s*│\s*3\s", capsys.readouterr().out)
+        assert len((out / "samples_after.jsonl").read_text().splitlines()) == 3
         rows.append(lines(out)[0])
     assert rows[0]["rollout/length"] == rows[1]["rollout/length"]
     assert rows[0]["objective/score"] == pytest.approx(rows[1]["objective/score"], abs=1e-5)
@@ -439,7 +487,7 @@ def test_dpo_on_pairs_of_a_file(start, tmp_path, capsys):
     rows = [json.dumps(pair | {"prompt": "list two animals" + n * " please"}) for n in range(60)]
     file.write_text("\n".join(rows))
     swap_loss.cli([*flags(start, "dpo", tmp_path / "dpo"), "--data", f"jsonl:{file}"])
-    assert "gold" not in capsys.readouterr().out
+    assert "by gold" not in capsys.readouterr().out
     assert lines(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     exported = json.loads((tmp_path / "dpo/export/tokenizer_config.json").read_text())
     assert exported["instructjax_template"] == "plain"

@@ -1,12 +1,48 @@
-"""What only the miniature offers: comparisons on test prompts, and a judge without noise."""
+"""The gold judge, which scores policies and never trains them.
 
-from collections.abc import Sequence
+The miniature has a judge without noise. It also makes comparisons on test prompts. For other data
+a gold judge is a reward model or a function that training does not see.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from instructjax import miniature
+from instructjax import miniature, scoring
 from instructjax.data import Dataset, Record, encode
+from instructjax.train import Batch
+
+RunModel = Callable[[Callable[[Batch], jax.Array]], np.ndarray]  # see `scoring.Rewards.score`
+# (run_model of a rollout, its records, its texts) -> utility_B
+Judge = Callable[[RunModel, Sequence[Record], Sequence[str]], np.ndarray]
+
+
+def load_judge(
+    specs: Sequence[str], data: str, mesh: Mesh, tokenizer: Any, dtype: str
+) -> Judge | None:
+    """The judge of --gold, or else the miniature's on the miniature's data, or else None.
+
+    Args:
+      specs: reward models and functions, as for --reward. Their sum is the utility. Reward models
+        stay in host memory while they do not score.
+      data: the SPEC of the prompts.
+      mesh, tokenizer, dtype: as for `scoring.load`, which also names the errors.
+    """
+    if specs:
+        config = scoring.RewardConfig(tuple(specs))
+        rewards = scoring.load(config, mesh, tokenizer, dtype, offload=True, flag="--gold")
+
+        def judge(run_model: RunModel, records: Sequence[Record], texts: Sequence[str]) -> Any:
+            prompts = [record.prompt for record in records]
+            return rewards.score(run_model, prompts, texts, records)[0]
+
+        return judge
+    if data == "miniature":
+        return lambda run_model, records, texts: utilities(records, texts)
+    return None
 
 
 def comparisons(tokenizer: Any, n: int, held_out: bool = False) -> Dataset:

@@ -22,11 +22,11 @@ class Sampled:
     prompts: Sequence[str]  # as the model reads them, for the files
     turns: Sequence[str]  # the last user turn of each, for the terminal
     texts: Sequence[str]
-    score_B: np.ndarray  # the reward
     length_B: np.ndarray  # tokens, EOS included
     ended_B: np.ndarray  # bool, whether a response ends in EOS
+    score_B: np.ndarray | None = None  # the reward; None where nothing is sampled in training
     kl_B: np.ndarray | None = None  # nats, k1 summed over a response; None without a reference
-    utility_B: np.ndarray | None = None  # the miniature's gold judge
+    utility_B: np.ndarray | None = None  # by the gold judge; see `gold.load_judge`
     text_loss: float | None = None  # the policy's loss on held-out pretraining text, nats a token
 
     def means(self) -> dict[str, float]:
@@ -75,6 +75,7 @@ def log(run: Run, step: int, before: Sampled, now: Sampled) -> None:
         same_prompts = before.utility_B[: len(now.utility_B)]
         metrics["validation/win_rate"] = win_rate(now.utility_B, same_prompts)[0]
     run.log(step, metrics)
+    assert now.score_B is not None
     for prompt, text, score in zip(now.prompts[:4], now.texts, now.score_B, strict=False):
         run.metrics.sample(step, {"prompt": prompt, "response": text, "score": float(score)})
     run.console.print(samples_table(f"iteration {step:,}", before, now))
@@ -84,7 +85,9 @@ def results(sampled: Mapping[str, Sampled]) -> dict[str, Any]:
     """What results.json holds of policies by name. Win rates are against the first of them."""
     base, rows = next(iter(sampled.values())), {}
     for name, policy in sampled.items():
-        row: dict[str, Any] = {**policy.means(), "score_interval": interval(policy.score_B)}
+        row: dict[str, Any] = policy.means()
+        if policy.score_B is not None:
+            row["score_interval"] = interval(policy.score_B)
         if policy is not base and policy.utility_B is not None and base.utility_B is not None:
             row["win_rate"] = win_rate(policy.utility_B, base.utility_B)
         if policy.text_loss is not None:
@@ -93,34 +96,37 @@ def results(sampled: Mapping[str, Sampled]) -> dict[str, Any]:
     return rows
 
 
-def report(run: Run, sampled: Mapping[str, Sampled], seconds: float) -> dict[str, Any]:
-    """Writes results.json, samples_after.jsonl and curves.png, and prints the results."""
-    rows, base = results(sampled), next(iter(sampled.values()))
+def report(
+    run: Run,
+    sampled: Mapping[str, Sampled],
+    seconds: float,
+    panels: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
+    """Writes results.json, samples_after.jsonl and curves.png, and prints the results.
+
+    Args:
+      sampled: policies by name, the one that training began with first.
+      panels: what curves.png shows; see `plot_curves`.
+
+    Returns:
+      the contents of results.json.
+    """
+    rows, base = results(sampled) | {"seconds": seconds}, next(iter(sampled.values()))
     if jax.process_index() != 0:
-        return rows | {"seconds": seconds}
+        return rows
     out = run.out
-    (out / "results.json").write_text(json.dumps(rows | {"seconds": seconds}, indent=2) + "\n")
+    (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     with (out / "samples_after.jsonl").open("w", encoding="utf-8") as file:
         for i, prompt in enumerate(base.prompts):
             line = {"prompt": prompt} | {name: x.texts[i] for name, x in sampled.items()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    panels = {
-        "score": ("objective/score", "validation/score"),
-        "KL, nats a response": ("objective/kl", "validation/kl"),
-        "length, tokens": ("rollout/length", "validation/length"),
-        "entropy, nats a response": ("objective/entropy",),
-        "value net": ("value/loss", "value/explained_variance"),
-        "pretraining text, nats a token": ("ptx/loss", "ptx/validation_loss"),
-    }
-    if base.utility_B is not None:
-        panels["win rate against SFT"] = ("validation/win_rate",)
     plot_curves(out, panels, out / "curves.png")
-    shown = table(rows, len(base.prompts))
+    shown = table({name: rows[name] for name in sampled}, len(base.prompts))
     names = "metrics.jsonl samples.jsonl samples_after.jsonl results.json curves.png export"
     next_command = f"python experiments/sample.py --model {out}"
-    wrote = [out / name for name in names.split()]
+    wrote = [out / name for name in names.split() if (out / name).exists()]
     run.finish({"seconds": seconds}, wrote, next_command, tables=[shown])
-    return rows | {"seconds": seconds}
+    return rows
 
 
 def table(rows: Mapping[str, Any], prompts: int) -> Table:
@@ -141,7 +147,8 @@ def table(rows: Mapping[str, Any], prompts: int) -> Table:
         drawn.add_column(columns[key][0], justify="right")
     for name, row in rows.items():
         row = {key: row[key] for key in row if key in columns}
-        row |= {"score": (row["score"], *rows[name]["score_interval"])}
+        if "score" in row:
+            row["score"] = (row["score"], *rows[name]["score_interval"])
         cells = {key: columns[key][1].format(*np.atleast_1d(x)) for key, x in row.items()}
         drawn.add_row(name, *(cells.get(key, "") for key in shown))
     return drawn
@@ -149,10 +156,14 @@ def table(rows: Mapping[str, Any], prompts: int) -> Table:
 
 def samples_table(title: str, before: Sampled, now: Sampled, count: int = 3) -> Table:
     """A few last user turns, each with its response before training and now, and their scores."""
+
+    def shown(policy: Sampled, i: int) -> str:
+        text = policy.texts[i].strip()
+        return text if policy.score_B is None else f"{text}  [{policy.score_B[i]:+.2f}]"
+
     drawn = Table(title=title, show_lines=True, expand=True)
     for name, ratio in (("prompt", 3), ("before", 4), ("now", 4)):
         drawn.add_column(name, ratio=ratio, overflow="fold")
     for i in range(min(count, len(now.texts))):
-        old, new = (f"{x.texts[i].strip()}  [{x.score_B[i]:+.2f}]" for x in (before, now))
-        drawn.add_row(*map(escape, (now.turns[i].strip(), old, new)))
+        drawn.add_row(*map(escape, (now.turns[i].strip(), shown(before, i), shown(now, i))))
     return drawn

@@ -1,0 +1,364 @@
+"""Aligns a real pretrained chat model on real human data: the runs of docs/real-model.md.
+
+    python benchmarks/real_model.py --model MODEL --data DATA --jobs 2       # on two CPU cores
+    python benchmarks/real_model.py --model MODEL --data DATA --size full    # on a GPU
+    python benchmarks/real_model.py --model MODEL --data DATA --runs oasst-rm oasst-ppo
+    python benchmarks/real_model.py --model MODEL --data DATA --dry_run      # prints the commands
+
+MODEL is SmolLM2-135M-Instruct or another chat model. DATA is a folder with the data sets e2e_nlg,
+flagged_licence/e2e_human_ratings, oasst_100_trees, hh_harmless_base_test and wikitext2_raw. Each
+run is a command of experiments/. A finished run is not made again, and a run that was stopped goes
+on.
+
+    e2e-rm         reward models on human ratings of restaurant descriptions, K = 5, for each seed
+    e2e-folds      the same, each without a third of the labelers
+    e2e-sft        a policy from demonstrations of the same task
+    e2e-ppo        PPO-ptx from e2e-sft against e2e-rm, with WikiText-2 as text
+    oasst-rm       reward models on halves A and B of OASST's ranked replies; B is the gold judge
+    oasst-dpo      DPO on half A, judged by B
+    oasst-ppo      PPO on other prompts of OASST against A, judged by B
+    hh-rm          a reward model on pairs of hh-rlhf, harmless-base, for each seed
+    one-sentence   PPO against a Python function: one sentence, which ends
+
+Hardware: `--size small` takes about an hour a run on one CPU core of 100 GFLOP/s; `full` is for a
+GPU.
+Result: OUT/NAME for each run, OUT/results.json, and a table of both.
+"""
+
+import concurrent.futures
+import gzip
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import rich
+import tyro
+from rich.table import Table
+
+from instructjax.data import files
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Runs on a real model."""
+
+    model: str
+    """The chat model to align: a Hugging Face directory."""
+    data: Path
+    """The folder of data sets."""
+    out: Path = Path("runs/real")
+    """The folder of the runs."""
+    runs: tuple[str, ...] = ()
+    """Names of runs to make, with those that they need. By default all."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the reward models of e2e-rm and hh-rm."""
+    size: Literal["small", "full"] = "small"
+    """`small` is cut to what a CPU can do; `full` takes all data and computes in bfloat16."""
+    jobs: int = 1
+    """Runs at the same time. They share the CPU cores evenly: on two cores, two runs of one core
+    each are faster than one run of both."""
+    dry_run: bool = False
+    """Print the commands and stop."""
+
+
+# ---------------------------------------------------------------------------- the runs
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of experiments/."""
+
+    script: str
+    flags: Mapping[str, Any]  # without --out
+    needs: tuple[str, ...] = ()  # names of runs that must have finished
+    positional: tuple[str, ...] = ()
+
+
+def jobs(c: Config) -> dict[str, Job]:
+    """The runs by name, each after those that it needs."""
+    full = c.size == "full"
+
+    def cut(value: Any) -> dict[str, Any]:
+        """--steps of the small size."""
+        return {} if full else {"steps": value}
+
+    compute = {"model_dtype": "bfloat16", "remat": "none"} if full else {"remat": "dots"}
+    compute |= {"save_every": 10, "keep_last": 1}
+    ratings = {
+        **{"data": f"jsonl:{c.data}/flagged_licence/e2e_human_ratings/e2e_quality_k5.csv.gz"},
+        "data.columns": "prompt={mr}\\n,responses=" + "+".join(f"ref{i}" for i in range(1, 6))
+        + ",scores=" + "+".join(f"quality{i}" for i in range(1, 6)) + ",labeler=worker",
+        **{"data.on_error": "skip", "data.validation": 0.25},
+    }  # fmt: skip
+    inputs = {"data": f"jsonl:{c.data}/e2e_nlg/devset.csv.gz"}
+    halves = {half: f"jsonl:{c.out}/data/oasst-{half}.jsonl" for half in "ab"}
+    lottery = {"data": f"jsonl:{c.data}/oasst_100_trees/prompt_lottery_en_250_text.jsonl.gz"}
+    lottery |= {"data.validation": 0.25, "data.max_prompt": 128}
+    rm = {"length": 512, "batch_size": 4, "microbatches": 1 if full else 2, **compute}
+    short = {"data.max_prompt": 256, "data.max_response": 192, "data.overlong": "truncate"}
+    ppo = {
+        **{"batch_size": 128 if full else 32, "ppo.minibatch": 32, "ppo.epochs": 1},
+        **{"ppo.microbatches": 1 if full else 4, "ppo.learning_rate": 1e-5},
+        **{"ppo.value_learning_rate": 2e-5, "ppo.warmup": 4, "eval_prompts": 32, **compute},
+        **{"final_prompts": 256 if full else 64, "eval_every": 10},
+    }
+    of_model = {"model": c.model}
+    every: dict[str, Job] = {}
+
+    for seed in c.seeds:
+        flags = {**of_model, **ratings, **rm, "learning_rate": 4e-5, "seed": seed}
+        every[f"e2e-rm-{seed}"] = Job("run_rm.py", flags)
+    folds = {"folds": 3, "by": "labeler", "learning_rate": 4e-5, **cut(70)}
+    every["e2e-folds"] = Job("run_rm.py", {**of_model, **ratings, **rm, **folds})
+
+    demonstrations = {**inputs, "data.columns": "prompt={mr}\\n,completion=ref"}
+    sft = {"length": 512, "batch_size": 8, "microbatches": 1 if full else 4, **compute}
+    sft |= {"learning_rate": 5e-5, "epochs": 1, "max_new_tokens": 80, **cut(40)}
+    every["e2e-sft"] = Job("run_sft.py", {**of_model, **demonstrations, **sft})
+    text = {"pretrain": f"jsonl:{c.data}/wikitext2_raw/*.txt.gz", "ptx.length": 128}
+    text |= {"ptx.coef": 0.1, "ptx.ratio": 1, "ptx.microbatches": 1 if full else 4}
+    each_input = {**inputs, "data.columns": "prompt={mr}\\n", "data.dedup": 1000}
+    exploits = {"ppo.missing_eos": "fixed", "ppo.missing_eos_value": -4, "ppo.beta": 0.1}
+    first = c.seeds[0]
+    every["e2e-ppo"] = Job(
+        "run_ppo.py",
+        {"model": c.out / "e2e-sft", "reward": c.out / f"e2e-rm-{first}", **each_input, **text}
+        | ppo | exploits | {"max_new_tokens": 80, "steps": 100 if full else 30},
+        needs=("e2e-sft", f"e2e-rm-{first}"),
+    )  # fmt: skip
+
+    for half, other in (("a", "b"), ("b", "a")):
+        on = {"data": halves[half], "data.validation": halves[other]}
+        flags = {**of_model, **on, **rm, "length": 2048, "batch_size": 2, "learning_rate": 2e-5}
+        every[f"oasst-rm-{half}"] = Job("run_rm.py", {**flags, "epochs": 2 if full else 1})
+    gold = {"gold": c.out / "oasst-rm-b"}
+    dpo = {"learning_rate": 5e-6, "batch_size": 8, "microbatches": 1 if full else 4, **compute}
+    dpo |= {"steps": 40 if full else 10, "max_new_tokens": 96, "eval_prompts": 64}
+    every["oasst-dpo"] = Job(
+        "swap_loss.py",
+        {**of_model, "data": f"jsonl:{c.out}/data/oasst-a-pairs.jsonl", **short, **dpo, **gold}
+        | {"data.validation": 0.25},
+        needs=("oasst-rm-b",),
+        positional=("dpo",),
+    )
+    every["oasst-ppo"] = Job(
+        "run_ppo.py",
+        {**of_model, "reward": c.out / "oasst-rm-a", **gold, **lottery, **ppo, "ptx.coef": 0}
+        | {"max_new_tokens": 96, "steps": 100 if full else 30, "ppo.missing_eos": "none"},
+        needs=("oasst-rm-a", "oasst-rm-b"),
+    )
+
+    pairs = {"data": f"jsonl:{c.data}/hh_harmless_base_test/*.jsonl.gz", "data.on_error": "skip"}
+    for seed in c.seeds:
+        flags = {
+            **of_model,
+            **pairs,
+            **short,
+            **rm,
+            "learning_rate": 2e-5,
+            "seed": seed,
+            **cut(120),
+        }
+        every[f"hh-rm-{seed}"] = Job("run_rm.py", flags)
+
+    function = {"reward": f"{Path(__file__).resolve()}:one_sentence", "ptx.coef": 0, "steps": 40}
+    every["one-sentence"] = Job(
+        "run_ppo.py", {**of_model, **lottery, **ppo, **function, "max_new_tokens": 64}
+    )
+    return every
+
+
+def one_sentence(prompts: Sequence[str], responses: Sequence[str], records: Any) -> list[float]:
+    """1 for a response that is one sentence and stops there, less 0.5 for each sentence more.
+
+    A response without a closing mark, such as one that was cut, gets -1.
+    """
+    scores = []
+    for response in responses:
+        text = response.strip()
+        sentences = len(re.findall(r"[.!?](?=\s|$)", text))
+        closed = text.endswith((".", "!", "?"))
+        scores.append(1 - 0.5 * min(sentences - 1, 4) if closed else -1.0)
+    return scores
+
+
+def command(c: Config, name: str, job: Job) -> list[str]:
+    flags = [word for flag, value in job.flags.items() for word in (f"--{flag}", str(value))]
+    script = str(EXPERIMENTS / job.script)
+    out = ["--out", str(c.out / name), "--resume"]
+    return [sys.executable, script, *job.positional, *flags, *out]
+
+
+def chosen(c: Config, every: Mapping[str, Job]) -> list[str]:
+    """The names of --runs, which also stand for all seeds and halves, and what they need."""
+    names = [n for n in every if not c.runs or any(n == r or n[:-2] == r for r in c.runs)]
+    unknown = [r for r in c.runs if not any(n == r or n[:-2] == r for n in every)]
+    if unknown:
+        raise ValueError(f"--runs {unknown[0]}: not one of {', '.join(every)}")
+    needed = [need for name in names for need in every[name].needs]
+    return [name for name in every if name in {*names, *needed}]
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def write_halves(c: Config) -> None:
+    """OASST's trees in two halves, and the first half as pairs of the best and the worst reply."""
+    out = c.out / "data"
+    out.mkdir(parents=True, exist_ok=True)
+    source = c.data / "oasst_100_trees" / "en_100_tree.jsonl.gz"
+    with gzip.open(source, "rt", encoding="utf-8") as lines:
+        trees = [json.loads(line) for line in lines]
+    for half, start in (("a", 0), ("b", 1)):
+        with (out / f"oasst-{half}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(tree) + "\n" for tree in trees[start::2])
+    with (out / "oasst-a-pairs.jsonl").open("w", encoding="utf-8") as file:
+        for tree in trees[0::2]:
+            file.writelines(json.dumps(pair) + "\n" for pair in best_and_worst([tree["prompt"]]))
+
+
+def best_and_worst(turns: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A comparison of the best and the worst ranked reply below each message of a tree.
+
+    Args:
+      turns: messages from the tree's root to the one whose replies are read.
+    """
+    replies = turns[-1]["replies"]
+    ranked = sorted((r for r in replies if r.get("rank") is not None), key=lambda r: r["rank"])
+    if len(ranked) > 1 and turns[-1]["role"] == "prompter":
+        roles = {"prompter": "user", "assistant": "assistant"}
+        prompt = [{"role": roles[t["role"]], "content": t["text"]} for t in turns]
+        yield {"prompt": prompt, "chosen": ranked[0]["text"], "rejected": ranked[-1]["text"]}
+    for reply in replies:
+        yield from best_and_worst([*turns, reply])
+
+
+# ---------------------------------------------------------------------------- running
+
+
+def run(c: Config, name: str, job: Job, cores: set[int] | None) -> None:
+    """Runs a command with its output in OUT/NAME.log, unless it has finished before.
+
+    OUT/NAME.cost.json gets its seconds and its largest memory.
+
+    Raises:
+      RuntimeError: the command failed; holds the end of its output.
+    """
+    if (c.out / name / "results.json").exists():
+        print(f"{name} has finished before", flush=True)
+        return
+    print(f"{time.strftime('%H:%M')} {name}", flush=True)
+    began, log = time.perf_counter(), c.out / f"{name}.log"
+    with log.open("a") as file:
+        process = subprocess.Popen(command(c, name, job), stdout=file, stderr=file)
+        if cores is not None:
+            os.sched_setaffinity(process.pid, cores)
+        _, status, usage = os.wait4(process.pid, 0)  # unlike wait(), says how much memory it took
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{name} failed:\n{log.read_text()[-2000:]}")
+    cost = {"seconds": time.perf_counter() - began, "peak_gb": usage.ru_maxrss / 1e6}
+    (c.out / f"{name}.cost.json").write_text(json.dumps(cost) + "\n")
+
+
+def run_all(c: Config, every: Mapping[str, Job], names: Sequence[str]) -> None:
+    """Runs commands, --jobs at a time, each after those that it needs."""
+    cores = sorted(os.sched_getaffinity(0)) if c.jobs > 1 else []
+    shares = [set(cores[i :: c.jobs]) or None for i in range(c.jobs)]
+    waiting, finished = list(names), set()
+    running: dict[Any, tuple[str, set[int] | None]] = {}
+    with concurrent.futures.ThreadPoolExecutor(c.jobs) as pool:
+        while waiting or running:
+            ready = [name for name in waiting if set(every[name].needs) <= finished]
+            for name in ready[: len(shares)]:
+                share = shares.pop()
+                waiting.remove(name)
+                running[pool.submit(run, c, name, every[name], share)] = name, share
+            done, _ = concurrent.futures.wait(
+                running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                name, share = running.pop(future)
+                future.result()
+                finished.add(name)
+                shares.append(share)
+
+
+# ---------------------------------------------------------------------------- results
+
+
+def overlaps(c: Config, name: str) -> dict[str, tuple[float, float]]:
+    """F1 of words and of word pairs with the closest human reference, by policy of an E2E run."""
+    references = defaultdict(list)
+    for _, row in files.read_files(f"{c.data}/e2e_nlg/devset.csv.gz", "file"):
+        references[row["mr"]].append(row["ref"])
+    lines = (c.out / name / "samples_after.jsonl").read_text().splitlines()
+    shares = defaultdict(list)
+    for sample in map(json.loads, lines):
+        prompt = sample.pop("prompt")
+        closest = references[next(line for line in prompt.split("\n") if line in references)]
+        for policy, text in sample.items():
+            shares[policy].append([max(f1(text, x, n) for x in closest) for n in (1, 2)])
+    return {policy: tuple(np.mean(of_texts, 0).tolist()) for policy, of_texts in shares.items()}
+
+
+def f1(text: str, reference: str, n: int) -> float:
+    """F1 of the words (n = 1) or word pairs (n = 2) of two texts."""
+    words = (re.findall(r"\w+", x.lower()) for x in (text, reference))
+    ours, theirs = (Counter(zip(*(x[i:] for i in range(n)), strict=False)) for x in words)
+    return 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
+
+
+def report(c: Config, names: Sequence[str]) -> None:
+    """Prints the figures of finished runs and writes them to OUT/results.json."""
+    every: dict[str, Any] = {}
+    for name in names:
+        results = json.loads((c.out / name / "results.json").read_text())
+        cost = c.out / f"{name}.cost.json"
+        every[name] = results | (json.loads(cost.read_text()) if cost.exists() else {})
+        if name == "e2e-ppo":
+            for policy, shares in overlaps(c, name).items():
+                every[name][policy] |= dict(zip(("word_f1", "pair_f1"), shares, strict=True))
+    (c.out / "results.json").write_text(json.dumps(every, indent=2) + "\n")
+    table = Table("run", "of", "figures", title=f"{c.out / 'results.json'}")
+    for name, results in every.items():
+        rows = results.get("accuracy", results)
+        rows = {label: row for label, row in rows.items() if isinstance(row, dict)}
+        for label, row in rows.items():
+            shown = ", ".join(f"{key} {rounded(value)}" for key, value in row.items())
+            table.add_row(name, label, shown)
+            name = ""
+    rich.print(table)
+
+
+def rounded(value: Any) -> str:
+    numbers = np.atleast_1d(value).tolist()
+    return " ".join(f"{x:.3g}" if isinstance(x, float) else f"{x}" for x in numbers)
+
+
+def main(c: Config) -> None:
+    every = jobs(c)
+    names = chosen(c, every)
+    if c.dry_run:
+        for name in names:
+            print(shlex.join(["python", *command(c, name, every[name])[1:]]))
+        return
+    write_halves(c)
+    run_all(c, every, names)
+    report(c, names)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

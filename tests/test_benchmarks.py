@@ -1,0 +1,146 @@
+"""benchmarks/real_model.py: its commands, its data and its figures, without a real model."""
+
+import gzip
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from instructjax.run import parse
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import real_model
+from real_model import Config, Job
+
+
+def config(tmp_path, **flags):
+    return Config(model="MODEL", data=Path("DATA"), out=tmp_path / "out", **flags)
+
+
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_the_scripts_know_all_flags(tmp_path, size):
+    c = config(tmp_path, size=size, seeds=(0, 1))
+    every = real_model.jobs(c)
+    assert [name for name in every if name.startswith("e2e-rm")] == ["e2e-rm-0", "e2e-rm-1"]
+    for name, job in every.items():
+        script = importlib.import_module(job.script.removesuffix(".py"))
+        argv = real_model.command(c, name, job)[2:]
+        if job.script == "swap_loss.py":
+            flags = parse(script.DPO | script.GRPO | script.RLOO, {}, script.__doc__, argv)
+        else:
+            flags = parse(script.Config, script.PRESETS, script.__doc__, argv)
+            assert flags.preset == "small"
+        assert flags.out == c.out / name
+        assert flags.resume
+        assert (flags.model_dtype == "bfloat16") == (size == "full")
+        assert set(job.needs) <= set(every)
+
+
+def test_runs_are_chosen_with_what_they_need(tmp_path):
+    c = config(tmp_path, runs=("oasst-ppo", "hh-rm"), seeds=(0, 3))
+    names = real_model.chosen(c, real_model.jobs(c))
+    assert names == ["oasst-rm-a", "oasst-rm-b", "oasst-ppo", "hh-rm-0", "hh-rm-3"]
+    with pytest.raises(ValueError, match="--runs oasst-pp: not one of e2e-rm-0"):
+        real_model.chosen(config(tmp_path, runs=("oasst-pp",)), real_model.jobs(c))
+
+
+def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypatch):
+    script = (
+        "import json, pathlib, sys\n"
+        "out, need, log = map(pathlib.Path, sys.argv[1:4])\n"
+        "assert str(need) == '.' or (need / 'results.json').exists(), need\n"
+        "with log.open('a') as file: print(out.name, file=file)\n"
+        "out.mkdir(exist_ok=True)\n"
+        "(out / 'results.json').write_text(json.dumps({'x': {'score': 0.5}}))\n"
+    )
+    c = config(tmp_path, jobs=2)
+    c.out.mkdir()
+    every = {"c": Job("", {}, needs=("b",)), "a": Job("", {}), "b": Job("", {}, needs=("a",))}
+
+    def command(c, name, job):
+        need = str(c.out / job.needs[0]) if job.needs else ""
+        return [sys.executable, "-c", script, str(c.out / name), need, str(tmp_path / "log")]
+
+    monkeypatch.setattr(real_model, "command", command)
+    for _ in range(2):
+        real_model.run_all(c, every, list(every))
+    assert (tmp_path / "log").read_text().split() == ["a", "b", "c"]
+    real_model.report(c, list(every))
+    results = json.loads((c.out / "results.json").read_text())
+    assert results["b"]["x"] == {"score": 0.5}
+    assert results["b"]["seconds"] > 0
+    assert 0.001 < results["b"]["peak_gb"] < 10
+    every = {"d": Job("", {}, needs=("missing",))}
+    monkeypatch.setattr(real_model, "command", lambda c, name, job: [sys.executable, "-c", "1 / 0"])
+    with pytest.raises(RuntimeError, match=r"(?s)d failed.*ZeroDivisionError"):
+        real_model.run(c, "d", every["d"], None)
+
+
+def test_halves_and_pairs_by_hand(tmp_path):
+    def message(role, text, rank=None, replies=()):
+        return {"role": role, "text": text, "rank": rank, "replies": list(replies)}
+
+    second = message("prompter", "And why?", 0, [message("assistant", "So.", 0)])
+    replies = [
+        message("assistant", "no", 2),
+        message("assistant", "yes", 0, [second]),
+        message("assistant", "?", None),
+        message("assistant", "hm", 1),
+    ]
+    trees = [{"prompt": message("prompter", f"Is it {i}?", None, replies)} for i in range(3)]
+    c = Config(model="MODEL", data=tmp_path, out=tmp_path / "out")
+    (tmp_path / "oasst_100_trees").mkdir()
+    with gzip.open(tmp_path / "oasst_100_trees" / "en_100_tree.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(tree) + "\n" for tree in trees)
+    real_model.write_halves(c)
+
+    def read(name):
+        lines = (c.out / "data" / name).read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    assert read("oasst-a.jsonl") == [trees[0], trees[2]]
+    assert read("oasst-b.jsonl") == [trees[1]]
+    assert read("oasst-a-pairs.jsonl") == [
+        {
+            "prompt": [{"role": "user", "content": f"Is it {i}?"}],
+            "chosen": "yes",
+            "rejected": "no",
+        }
+        for i in (0, 2)  # the second question has one ranked reply alone
+    ]
+
+
+@pytest.mark.parametrize(
+    ("response", "score"),
+    [
+        (" It is red.", 1.0),
+        ("Is it? It is! Yes.", 0.0),
+        ("It is version 1.5 of it.", 1.0),
+        ("It is", -1.0),
+        ("", -1.0),
+        ("One. Two. Thr", -1.0),
+        ("a. " * 9, -1.0),
+    ],
+)
+def test_one_sentence(response, score):
+    assert real_model.one_sentence([""], [response], [None]) == [score]
+
+
+def test_overlap_by_hand(tmp_path):
+    assert real_model.f1("The cat sat", "the cat SAT.", 1) == 1
+    assert real_model.f1("a b c", "b c d e", 1) == pytest.approx(2 * 2 / 7)
+    assert real_model.f1("a b c", "b c d e", 2) == pytest.approx(2 * 1 / 5)
+    assert real_model.f1("", "a", 1) == 0
+    c = Config(model="MODEL", data=tmp_path, out=tmp_path)
+    (tmp_path / "e2e_nlg").mkdir()
+    with gzip.open(tmp_path / "e2e_nlg" / "devset.csv.gz", "wt") as file:
+        file.write('mr,ref\n"n[A], b[C]",a b c\n"n[A], b[C]",x y\nn[B],z\n')
+    (tmp_path / "run").mkdir()
+    sample = {"prompt": "<user>\nn[A], b[C]\n<bot>\n", "SFT": "a b d", "PPO": "x y"}
+    (tmp_path / "run" / "samples_after.jsonl").write_text(json.dumps(sample) + "\n")
+    shares = real_model.overlaps(c, "run")
+    assert shares == {"SFT": pytest.approx((2 / 3, 1 / 2)), "PPO": pytest.approx((1, 1))}
