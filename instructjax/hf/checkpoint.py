@@ -23,6 +23,7 @@ from instructjax.models import ModelConfig, Params, init, logical_axes
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEXTS = ["*.json", "*.model", "*.txt", "*.jinja"]
+_TOKENIZER_TEXTS = ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab")
 _WEIGHTS = ["model*.safetensors"]
 _SCRIPTS = {name: f"run_{name}.py" for name in ("pretrain", "sft", "rm", "ppo")}  # of runs/NAME
 _SCRIPTS |= {name: f"swap_loss.py {name}" for name in ("dpo", "grpo", "rloo")}
@@ -52,13 +53,18 @@ def load(
 
     Raises:
       FileNotFoundError: `path` is neither a checkpoint nor a hub model, or a file is missing.
-      ValueError: an architecture or a config key is not implemented, or tensors are missing,
-        unused, duplicated or of the wrong shape; the message lists them.
+      ValueError: a file is damaged, an architecture or a config key is not implemented, or tensors
+        are missing, unused, duplicated, of the wrong shape or not finite; the message lists them.
     """
     directory = _resolve(path, _TEXTS + _WEIGHTS)
     where = str(path)
     arrays = tensors.open_files(_weight_files(directory, where))
     raw, config = _read_config(directory, where)
+    if config.layers > len(arrays):
+        raise ValueError(
+            f"{where}: config.json has {config.layers:,} layers, and the weights have"
+            f" {len(arrays):,} tensors"
+        )
     if config.scalar_head:  # transformers' classes have no bias
         arrays.setdefault("score.bias", np.asarray(raw.get("reward_bias", 0.0)))
 
@@ -71,7 +77,7 @@ def load(
 
     def read(leaf: str) -> jax.Array:
         shape = leaves[leaf].shape
-        read_block = tensors.reader(leaf, shape, jnp.dtype(dtype), wanted, arrays, config)
+        read_block = tensors.reader(leaf, shape, jnp.dtype(dtype), wanted, arrays, config, where)
         return jax.make_array_from_callback(shape, layouts[leaf], read_block)
 
     large = sum(leaf.size for leaf in leaves.values()) > 2**29
@@ -88,9 +94,21 @@ def load_config(path: str | os.PathLike) -> ModelConfig:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
-    """Loads a checkpoint's tokenizer, a transformers PreTrainedTokenizerBase."""
-    tokenizer = configs.transformers().AutoTokenizer
-    return tokenizer.from_pretrained(_resolve(path, _TEXTS), trust_remote_code=False)
+    """Loads a checkpoint's tokenizer, a transformers PreTrainedTokenizerBase.
+
+    Raises:
+      FileNotFoundError: as for `load`.
+      ValueError: a file is damaged, or transformers cannot make a tokenizer of the directory.
+    """
+    directory, tokenizer = _resolve(path, _TEXTS), configs.transformers().AutoTokenizer
+    for name in _TOKENIZER_TEXTS:
+        if os.path.lexists(directory / f"{name}.json"):
+            _read_json(directory / f"{name}.json")
+    try:
+        return tokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: the tokenizer cannot be loaded: {reason}") from error
 
 
 def save(
@@ -273,53 +291,75 @@ def _refuse_pickles(files: list[str], where: str) -> None:
 
 def _weight_files(directory: Path, where: str) -> list[Path]:
     single = directory / "model.safetensors"
-    if single.exists():
+    if os.path.lexists(single):
+        _check_regular(single)
         return [single]
     index = directory / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        absent = [file for file in files if not (directory / file).is_file()]
-        if absent or not files:
+    if os.path.lexists(index):
+        file_of = _read_json(index).get("weight_map")
+        if not isinstance(file_of, dict) or not file_of:
+            raise ValueError(f"{index}: weight_map names no files")
+        for name in file_of.values():
+            plain = isinstance(name, str) and name not in ("", "..") and Path(name).name == name
+            if not plain:
+                raise ValueError(f"{index}: weight_map names {name!r}, not a file beside the index")
+        files = sorted(set(file_of.values()))
+        if absent := [name for name in files if not os.path.lexists(directory / name)]:
             raise FileNotFoundError(f"{index} names files that are not there: {', '.join(absent)}")
-        return [directory / file for file in files]
+        for name in files:
+            _check_regular(directory / name)
+        return [directory / name for name in files]
     _refuse_pickles([file.name for file in directory.iterdir()], where)
     raise FileNotFoundError(f"{where}: no model.safetensors and no model.safetensors.index.json")
 
 
+def _check_regular(file: Path) -> None:
+    if not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"{file}: not a regular file, or a link to nothing")
+
+
 def _read_json(file: Path) -> dict[str, Any]:
+    _check_regular(file)
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        content = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a JSON {type(content).__name__}, not an object")
+    return content
 
 
 def _read_config(directory: Path, where: str) -> tuple[dict[str, Any], ModelConfig]:
     file = directory / "config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise FileNotFoundError(f"{where}: no config.json")
     raw = _read_json(file)
     _check_family(raw.get("model_type"), where)
+    configs.check_raw(raw, str(file))
     try:
         auto = configs.transformers().AutoConfig
         hf = auto.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers' checks name the key, not the file
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
     _check_family(hf.model_type, where)  # transformers may read one family as another
     config = configs.from_hf(hf, where)
-    if any(name.endswith("SequenceClassification") for name in raw.get("architectures") or []):
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(f"{file}: architectures = {architectures!r} is not a list")
+    if any(str(name).endswith("SequenceClassification") for name in architectures):
         if hf.num_labels != 1:
             raise ValueError(f"{where}: num_labels is {hf.num_labels}; a reward model has 1")
         config = dataclasses.replace(config, scalar_head=True)
     generation = directory / "generation_config.json"
-    if generation.is_file():  # lists every token that ends a turn of a chat model
-        ids = configs.as_ids(_read_json(generation).get("eos_token_id"))
+    if os.path.lexists(generation):  # lists every token that ends a turn of a chat model
+        ids = configs.as_ids(_read_json(generation).get("eos_token_id"), str(generation))
         eos_ids = tuple(dict.fromkeys(config.eos_ids + ids))
         config = dataclasses.replace(config, eos_ids=eos_ids)
     return raw, config
 
 
 def _check_family(model_type: Any, where: str) -> None:
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(
             f"{where}: model_type {model_type!r} is not supported; supported are {known}"

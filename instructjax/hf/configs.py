@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import math
+import re
 import typing
 from typing import Any
 
@@ -17,6 +18,8 @@ layer_types max_window_layers rope_parameters sliding_window use_sliding_window
 _sliding_window_pattern word_embed_proj_dim"""
 # Fields of ModelConfig that have no key in config.json.
 _NO_KEY = "scalar_head dtype remat unroll dropout"
+_MOST_LAYERS = 10_000
+_MAY_BE_ZERO = ("position_offset", "norm_eps")
 # Fields of Rope that a kind of rotary embedding uses besides theta and fraction.
 _ROPE_FIELDS = {
     "default": "",
@@ -97,12 +100,84 @@ def from_hf(hf: Any, where: str) -> ModelConfig:
         values["local_rope"] = None if local == rope else local
         if rope.by_length:  # see Rope
             values["max_length"] = min(values["max_length"], rope.original_length)
-    return ModelConfig(family=hf.model_type, eos_ids=as_ids(hf.eos_token_id), **values)
+    for rope in (values.get("rope"), values.get("local_rope")):
+        if rope is not None:
+            _check(Rope, dataclasses.asdict(rope), ROPE_KEYS, where)
+    eos_ids = as_ids(hf.eos_token_id, where)
+    try:
+        return ModelConfig(family=hf.model_type, eos_ids=eos_ids, **values)
+    except ValueError as error:  # sizes that do not fit together
+        raise ValueError(f"{where}: {error}") from error
 
 
-def as_ids(eos: int | list[int] | None) -> tuple[int, ...]:
+def check_raw(raw: dict[str, Any], where: str) -> None:
+    """Checks what transformers would stumble over, or would take long to read.
+
+    Args:
+      raw: config.json of a supported family.
+
+    Raises:
+      ValueError: a size is not a whole number above 0, a switch not a boolean, a dtype not a name,
+        or there are too many layers; the message names the key.
+    """
+    keys = {**FAMILIES[raw["model_type"]].fields, "window": "sliding_window"}
+    for field in ("bos_id", "pad_id"):  # -1 in some old files
+        keys.pop(field, None)
+    _check(ModelConfig, {field: raw.get(key) for field, key in keys.items()}, keys, where)
+    key = keys["layers"]
+    if (raw.get(key) or 0) > _MOST_LAYERS:
+        raise ValueError(f"{where}: {key} = {raw[key]:,} is more than {_MOST_LAYERS:,}")
+    for key in ("dtype", "torch_dtype"):
+        dtype = raw.get(key)
+        if dtype is not None and not re.fullmatch("b?float[0-9a-z_]+", str(dtype)):
+            raise ValueError(f"{where}: {key} = {dtype!r} is not the name of a float dtype")
+
+
+def _check(cls: type, values: dict[str, Any], keys: dict[str, str], where: str) -> None:
+    """Raises ValueError, with the key of config.json, for a value of the wrong kind or sign.
+
+    Args:
+      values: by field of `cls`, ModelConfig or Rope.
+      keys: field -> key.
+    """
+    for field in dataclasses.fields(cls):
+        value, kinds = values.get(field.name), typing.get_args(field.type) or (field.type,)
+        if value is None:  # the field's default
+            continue
+        kind = next((kind for kind in (bool, int, float) if kind in kinds), None)
+        several = typing.get_origin(field.type) is tuple
+        if kind is None or (several and all(_is(kind, x) for x in _items(value))):
+            continue
+        zero = field.name in _MAY_BE_ZERO
+        if not several and _is(kind, value) and (kind is bool or value > 0 or (zero and not value)):
+            continue
+        needed = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        needed += "" if kind is bool else ", not negative" if zero else " above 0"
+        needed = f"a list, each {needed}" if several else needed
+        key = keys.get(field.name, field.name)
+        raise ValueError(f"{where}: {key} = {value!r} is not {needed}")
+
+
+def _is(kind: type, value: Any) -> bool:
+    """Whether a value of config.json is a boolean, a whole number of 31 bits or a finite number."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if isinstance(value, int):
+        return abs(value) < 2**31
+    return kind is float and isinstance(value, float) and math.isfinite(value)
+
+
+def _items(value: Any) -> Any:
+    return value if isinstance(value, tuple | list) else (None,)
+
+
+def as_ids(eos: Any, where: str) -> tuple[int, ...]:
     """`eos_token_id` of a config or a generation config, which may be an id, a list or null."""
-    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    ids = () if eos in (None, -1) else tuple(eos) if isinstance(eos, list) else (eos,)
+    for i in ids:
+        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
+            raise ValueError(f"{where}: eos_token_id = {eos!r} is not a token id or a list of them")
+    return ids
 
 
 def _rope(parameters: dict[str, Any], context: int, partial: bool, refuse) -> Rope:

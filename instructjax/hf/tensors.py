@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def open_files(files: list[Path]) -> dict[str, np.ndarray]:
             raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
         with open(file, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
+            header = json.loads(stream.read(size), object_pairs_hook=_without_twins(file))
         header.pop("__metadata__", None)
         for name, info in header.items():
             if name in tensors:
@@ -122,6 +123,18 @@ def open_files(files: list[Path]) -> dict[str, np.ndarray]:
                 tensors[name] = np.memmap(file, dtype, "r", offset, shape)
             file_of[name] = file
     return tensors
+
+
+def _without_twins(file: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """A JSON hook that raises ValueError where an object has one key twice."""
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"{file}: the header names {key} {count} times")
+        return dict(pairs)
+
+    return to_dict
 
 
 def check_names(
@@ -175,27 +188,38 @@ def reader(
     wanted: list[Entry],
     tensors: dict[str, np.ndarray],
     config: ModelConfig,
+    where: str,
 ) -> Callable[[Any], np.ndarray]:
     """A function that reads any block of one leaf, for `jax.make_array_from_callback`.
 
-    Rows of the padded vocabulary have no tensor and are 0.
+    Rows of the padded vocabulary have no tensor and are 0. The function raises ValueError, with
+    the name of the tensor and a count, for values that are not finite in `dtype`.
     """
-    views: list[np.ndarray] = []
+    views: list[tuple[str, np.ndarray]] = []
     for entry in wanted:  # layers in order
         if leaf in entry.leaves:
             sizes = _sizes(entry.pattern, config, len(entry.leaves))
             # The patterns only split and transpose, so this is a view of the file.
             view = einops.rearrange(tensors[entry.name], entry.pattern, **sizes)
-            views.append(view[entry.leaves.index(leaf)] if "x" in sizes else view)
+            view = view[entry.leaves.index(leaf)] if "x" in sizes else view
+            views.append((entry.name, view))
     stacked = leaf.startswith("layers/")
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         lengths = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
         block = np.zeros(lengths, dtype)
         rows = zip(block, views[index[0]], strict=True) if stacked else [(block, views[0])]
-        for row, view in rows:
+        for row, (name, view) in rows:
             part = view[index[1:] if stacked else index]
-            row[tuple(slice(n) for n in part.shape)] = part
+            with np.errstate(over="ignore"):  # reported below
+                row[tuple(slice(n) for n in part.shape)] = part
+            finite = np.isfinite(row)
+            if not finite.all():
+                count = finite.size - np.count_nonzero(finite)
+                raise ValueError(
+                    f"{where}: {name} has {count:,} values that are NaN or infinite in"
+                    f" {np.dtype(dtype).name}, of {finite.size:,}"
+                )
         return block
 
     return read
