@@ -9,6 +9,17 @@ import tyro
 
 from instructjax import advantages
 from instructjax.data import DataConfig
+from instructjax.ranges import (
+    Count,
+    CountFrom2,
+    CountOrZero,
+    Finite,
+    NotNegative,
+    Positive,
+    PositiveOrInf,
+    Share,
+    ShareBelow1,
+)
 from instructjax.run.flags import Adam, RunConfig
 from instructjax.scoring import RewardConfig
 
@@ -17,44 +28,44 @@ from instructjax.scoring import RewardConfig
 class PPO:
     """The algorithm."""
 
-    minibatch: int = 64
+    minibatch: Count = 64
     """Episodes per update [App. C.4: 64]."""
-    epochs: int = 4
+    epochs: Count = 4
     """Passes over each rollout, each in a new order [App. C.4: 1]."""
-    microbatches: int = 1
+    microbatches: Count = 1
     """Parts of a minibatch, sorted by length, whose gradients are accumulated [ours]."""
-    buckets: int = 2
+    buckets: Count = 2
     """Lengths to which batches of responses are padded.
     More of them waste less padding and compile longer [ours]."""
-    clip: float = 0.2
+    clip: Positive = 0.2
     """The policy's ratio is clipped to 1 +- this [App. C.4: 0.2]."""
-    value_clip: float = 0.2
+    value_clip: PositiveOrInf = 0.2
     """The value net's change since the rollout is clipped to +- this; `inf` turns clipping off
     [paper silent; 0.2 in lm-human-preferences]."""
-    beta: float = 0.05
+    beta: NotNegative = 0.05
     """Coefficient of the KL penalty in the reward; 0 also drops the reference model
     [App. C.4: 0.02]."""
-    kl_target: float | None = None
+    kl_target: Positive | None = None
     """Adapts beta to keep the KL at this many nats, summed over a response [paper: fixed beta]."""
-    kl_horizon: float = 10_000
+    kl_horizon: Positive = 10_000
     """Episodes over which an adaptive beta reacts [lm-human-preferences: 10,000]."""
-    max_kl: float | None = None
+    max_kl: Finite | None = None
     """Stops the run, as finished, when objective/kl exceeds this many nats [ours]."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount factor of the returns [App. C.4: no discount]."""
-    lam: float = 0.95
+    lam: Share = 0.95
     """Lambda of generalised advantage estimation [paper silent; 0.95 in lm-human-preferences]."""
     whiten_advantages: bool = True
     """Shifts and scales the advantages of a rollout to mean 0 and variance 1 [paper silent; as in
     lm-human-preferences]."""
     whiten_rewards: bool = False
     """Scales the rewards of a rollout to variance 1 and keeps their mean [paper silent]."""
-    clip_score: float | None = None
+    clip_score: Positive | None = None
     """Clips scores to +- this before the KL penalty is added [paper silent]."""
     missing_eos: advantages.MissingEOS = "penalty"
     """What a response without EOS scores: `none` keeps its score, `penalty` subtracts
     --ppo.missing_eos_value, `fixed` puts --ppo.missing_eos_value in its place [paper silent]."""
-    missing_eos_value: float | None = None
+    missing_eos_value: Finite | None = None
     """The penalty (default 1) or the fixed score (default -1) of a response without EOS [paper
     silent]."""
     rescore: bool | None = None
@@ -64,16 +75,16 @@ class PPO:
     value: Literal["separate", "shared"] = "separate"
     """Where values come from: a value net of its own [App. C.4], or a head on the policy's trunk
     [lm-human-preferences]."""
-    value_coef: float = 0.1
+    value_coef: NotNegative = 0.1
     """Coefficient of the value loss on a shared trunk [lm-human-preferences: 0.1]."""
-    learning_rate: float = 3e-6
+    learning_rate: NotNegative = 3e-6
     """Learning rate of the policy after the warm-up [App. C.4 swept 2.55e-6 to 2.55e-5]."""
-    value_learning_rate: float = 9e-6
+    value_learning_rate: NotNegative = 9e-6
     """Learning rate of the value net, likewise [App. C.4: 9e-6, and 5e-6 for 175B]."""
-    warmup: int = 10
+    warmup: CountOrZero = 10
     """Iterations over which both learning rates rise from a tenth to their full value
     [App. C.4: 10]."""
-    ema: float = 0.0
+    ema: ShareBelow1 = 0.0
     """Decay per update of the moving average of the policy's weights, which is exported.
     0 keeps no average and exports the last weights [App. C.4: 0.992]."""
 
@@ -89,13 +100,13 @@ class PPO:
 class PTX:
     """Pretraining text mixed into the updates of the policy."""
 
-    coef: float = 27.8
+    coef: NotNegative = 27.8
     """Coefficient of the ptx gradient, gamma in eq. 2; 0 is plain PPO [App. C.4: 27.8]."""
-    ratio: int = 1
+    ratio: Count = 1
     """Rows of pretraining text per episode [App. C.4: 8]."""
-    length: int = 512
+    length: CountFrom2 = 512
     """Tokens of a row of pretraining text [paper silent]."""
-    microbatches: int = 1
+    microbatches: Count = 1
     """Parts of an update's text whose gradients are accumulated [ours]."""
 
 
@@ -103,14 +114,14 @@ class PTX:
 class SamplingConfig(RunConfig):
     """The flags that run_ppo.py and swap_loss.py share."""
 
-    batch_size: int
+    batch_size: Count
     """Prompts whose responses are learnt from at a time."""
-    sample_batch: int | None = None
+    sample_batch: Count | None = None
     """Prompts whose responses are sampled at the same time; `None`: all of a batch.
     Fewer need less memory for keys and values, and change no token."""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """Longest response in tokens, EOS included [App. C: 1k]."""
-    eval_prompts: int = 128
+    eval_prompts: Count = 128
     """Held-out prompts of each evaluation."""
     gold: tuple[str, ...] = ()
     """Gold judge: reward models and functions, as for --reward, that score responses to held-out
@@ -119,13 +130,10 @@ class SamplingConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for flag in ("batch_size", "max_new_tokens", "eval_prompts"):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must be at least 1")
-        parts = self.batch_size if self.sample_batch is None else self.sample_batch
-        if parts < 1 or self.batch_size % parts:
+        if self.sample_batch is not None and self.batch_size % self.sample_batch:
             raise ValueError(
-                f"--batch_size {self.batch_size}: not a multiple of --sample_batch {parts}"
+                f"--batch_size {self.batch_size}: not a multiple of --sample_batch"
+                f" {self.sample_batch}"
             )
 
 
@@ -160,18 +168,18 @@ class Config(SamplingConfig):
     loss: str | None = None
     """A function that replaces PPO's policy loss, `my_file.py:my_policy_loss`.
     It is called as `losses.ppo_clip`."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Episodes per iteration: prompts, with one response each [App. C.4: 512]."""
-    max_new_tokens: int = 128
+    max_new_tokens: Count = 128
     """Longest response in tokens, EOS included [App. C: 1k]."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Temperature of sampling and of all log-probabilities [App. C.4: 1]."""
     ppo: PPO = field(default_factory=PPO)
     adam: Adam = field(default_factory=Adam)
     ptx: PTX = field(default_factory=PTX)
-    eval_every: int = 25
+    eval_every: Count = 25
     """Iterations between evaluations on held-out prompts. The last iteration always has one."""
-    final_prompts: int = 256
+    final_prompts: Count = 256
     """Held-out prompts of the report at the end."""
     offload: bool = False
     """Keeps the reference and the reward models in host memory while they are not used.
@@ -181,38 +189,24 @@ class Config(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         ppo, ptx = self.ppo, self.ptx
-        for flag, count in {
-            "eval_every": self.eval_every,
-            "ppo.epochs": ppo.epochs,
-            "ppo.buckets": ppo.buckets,
-            "ptx.ratio": ptx.ratio,
-        }.items():
-            if count < 1:
-                raise ValueError(f"--{flag} {count}: must be at least 1")
-        if ppo.beta < 0:
-            raise ValueError(f"--ppo.beta {ppo.beta}: must not be negative")
         batch, text_rows = self.batch_size, ppo.minibatch * ptx.ratio
         for parts, flag, whole, whole_flag in (
             (ppo.minibatch, "--ppo.minibatch", batch, "--batch_size"),
             (ppo.microbatches, "--ppo.microbatches", ppo.minibatch, "--ppo.minibatch"),
             (ptx.microbatches, "--ptx.microbatches", text_rows, "--ppo.minibatch x --ptx.ratio"),
         ):
-            if parts < 1 or whole % parts:
+            if whole % parts:
                 raise ValueError(f"{whole_flag} {whole}: not a multiple of {flag} {parts}")
         if ptx.coef and not self.pretrain.spec and self.data.spec != "miniature":
             raise ValueError(
                 f"--ptx.coef {ptx.coef}: PPO-ptx needs text, --pretrain SPEC; or give --ptx.coef 0,"
                 " which is plain PPO"
             )
-        if not 0 <= ppo.ema < 1:
-            raise ValueError(f"--ppo.ema {ppo.ema}: must be at least 0 and below 1")
         if self.eval_prompts > self.final_prompts:  # evaluations compare with the report's "before"
             raise ValueError(
                 f"--eval_prompts {self.eval_prompts}: more than --final_prompts"
                 f" {self.final_prompts}"
             )
-        if self.temperature <= 0:
-            raise ValueError(f"--temperature {self.temperature}: must be positive")
         if ppo.beta == 0:
             for flag in ("kl_target", "max_kl"):
                 if getattr(ppo, flag) is not None:

@@ -29,8 +29,9 @@ from jax.sharding import Mesh
 from preflight_programs import ppo_programs, rm_step, sft_step
 from rich.console import Console
 
-from instructjax import preflight, sharding
+from instructjax import preflight, ranges, sharding
 from instructjax.models import ModelConfig
+from instructjax.ranges import Count
 from instructjax.run import main, pretrained
 
 # The models that the paper's presets train; other presets need --model.
@@ -45,7 +46,7 @@ class Config:
 
     topology: str
     """A slice, such as v5e:16x16 or v5p:4x4x4; with --search a type of chip, such as v5e."""
-    num_slices: int = 1
+    num_slices: Count = 1
     """Number of such slices, joined by the data-centre network, whose time is not estimated."""
     search: bool = False
     """Try the slices of this type, smallest first, with each mesh in turn, until one fits."""
@@ -62,12 +63,12 @@ class Config:
     """Number of devices along each axis, such as `data=2,fsdp=-1`; by default all are `fsdp`."""
     remat: Literal["none", "dots", "full"] | None = None
     """Activations that the backward pass recomputes. [The preset's value]"""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Rows of a step of SFT and RM, episodes of an iteration of PPO. [The preset's value]"""
-    microbatches: int | None = None
+    microbatches: Count | None = None
     """Number of parts of a batch (in PPO: of a minibatch and of its ptx text) whose gradients are
     accumulated. [The preset's value]"""
-    sample_batch: int | None = None
+    sample_batch: Count | None = None
     """Number of prompts that run_ppo.py samples at a time. [All prompts of an iteration]"""
     shard_sequence: bool = False
     """Split activations between sublayers over the `tensor` axis too, as the scripts' flag does."""
@@ -75,6 +76,9 @@ class Config:
     """Move models to host memory while they are not in use, as run_ppo.py's flag does."""
     out: Path | None = None
     """File that all figures are written to, as JSON."""
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
 
 def run_preflight(config: Config) -> None:

@@ -27,6 +27,7 @@ import numpy as np
 from instructjax import hf, sampler, sft, sharding, state, train
 from instructjax.data import DataConfig, PackedRows, Stream
 from instructjax.evaluation.figures import plot_curves
+from instructjax.ranges import Count, CountFrom2, NotNegative, Positive
 from instructjax.run import Run, main, pretrained
 from instructjax.run.flags import Adam, RunConfig, parse
 
@@ -44,23 +45,23 @@ class Config(RunConfig):
     model: str = "miniature"
     data: DataConfig = field(default_factory=DataConfig)
     """Text to learn from."""
-    length: int | None = None
+    length: CountFrom2 | None = None
     """Tokens of a packed row. By default 512, or the model's context if that is less."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Packed rows of an update."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the text. --steps overrides it."""
-    learning_rate: float = 6e-4
+    learning_rate: NotNegative = 6e-4
     """Peak of the learning rate, which then decays to a tenth along a cosine."""
-    warmup: float = 0.05
+    warmup: NotNegative = 0.05
     """Steps over which the learning rate rises to its peak, linearly.
     Below 1 it is their share of all steps."""
     adam: Adam = field(default_factory=Adam)
-    eval_every: int = 200
+    eval_every: Count = 200
     """Steps from one validation with samples to the next. The last step always has one."""
-    eval_batches: int = 16
+    eval_batches: Count = 16
     """Number of validation batches, taken from the start of the validation data."""
-    microbatches: int = 1
+    microbatches: Count = 1
     """Parts of a batch for gradient accumulation. More parts take less memory."""
 
 

@@ -47,6 +47,7 @@ from instructjax.data import (
 from instructjax.data.batches import fitting, row_length
 from instructjax.evaluation import baselines, figures, folds, gold, ranking
 from instructjax.evaluation.figures import plot_curves
+from instructjax.ranges import Count, CountFrom2, NotNegative, Positive, ShareBelow1
 from instructjax.run import Run, main, pretrained
 from instructjax.run.flags import Adam, RunConfig, parse
 
@@ -71,44 +72,42 @@ class Config(RunConfig):
     """Demonstrations whose mean score becomes 0 at the end, by a shift of the bias. [Section 3.5]
     By default the miniature's with --data miniature. With other data there are none by default,
     and the bias stays as it is."""
-    length: int | None = None
+    length: CountFrom2 | None = None
     """Tokens of a row, which packs comparisons. A comparison is a prompt and all its responses.
     By default the least multiple of 128 that holds the longest comparison, and at most 4,096.
     It may exceed the model's context, which holds a prompt and one response.
     A longer comparison is dropped and counted, also with --data.overlong truncate."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Rows of an update. The script says how many comparisons they hold.
     [App. C.2: 64 prompts, each with all its pairs]"""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the comparisons. --steps overrides it. [App. C.2: 1]"""
-    learning_rate: float = 1e-5
+    learning_rate: NotNegative = 1e-5
     """Peak of the learning rate, which then decays to a tenth along a cosine. [App. C.2: 9e-6]"""
-    warmup: float = 0.1
+    warmup: NotNegative = 0.1
     """Steps over which the learning rate rises to its peak, linearly.
     Below 1 it is their share of all steps. [Paper silent]"""
     adam: Adam = field(default_factory=Adam)
-    dropout: float = 0.0
+    dropout: ShareBelow1 = 0.0
     """Dropout rate of what each sublayer adds to the residual stream. [Paper silent]"""
-    ensemble: int = 1
+    ensemble: Count = 1
     """Number of reward models, of different seeds, that are trained in one step. [Paper: 1]"""
-    folds: int | None = None
+    folds: CountFrom2 | None = None
     """Number of runs for cross-validation. Each leaves out another part of the values of --by.
     By default there is one run, on all values."""
     by: str = "labeler"
     """Field of the records whose values --folds splits into parts."""
     group_by: tuple[str, ...] = ()
     """Fields of the records to report accuracy by. The miniature's category is always added."""
-    eval_every: int | None = None
+    eval_every: Count | None = None
     """Steps from one validation to the next. The last step always has one, by default no other."""
-    microbatches: int = 1
+    microbatches: Count = 1
     """Parts of a batch for gradient accumulation. More parts take less memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ensemble < 1:
-            raise ValueError(f"--ensemble {self.ensemble}: must be at least 1")
-        if self.folds is not None and (self.folds < 2 or self.ensemble > 1):
-            raise ValueError(f"--folds {self.folds}: must be at least 2, and without --ensemble")
+        if self.folds is not None and self.ensemble > 1:
+            raise ValueError(f"--folds {self.folds}: not with --ensemble {self.ensemble}")
 
 
 PAPER = Config(

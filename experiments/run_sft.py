@@ -36,6 +36,7 @@ from instructjax.data import DataConfig, Dataset, PackedRows, Stream
 from instructjax.data.batches import row_length
 from instructjax.evaluation import policies
 from instructjax.evaluation.figures import plot_curves
+from instructjax.ranges import Count, CountFrom2, NotNegative, Positive, ShareBelow1
 from instructjax.run import Run, main, pretrained
 from instructjax.run.checkpoint import abstract
 from instructjax.run.flags import Adam, RunConfig, parse
@@ -61,25 +62,25 @@ class Config(RunConfig):
     """Demonstrations to learn from."""
     pretrain: DataConfig = field(default_factory=DataConfig)
     """Pretraining text to mix in, if --pretrain_share is above 0."""
-    pretrain_share: float = 0.0
+    pretrain_share: ShareBelow1 = 0.0
     """Share of the packed rows that are pretraining text. [App. C.3: 10 % for PPO's start]"""
-    length: int | None = None
+    length: CountFrom2 | None = None
     """Tokens of a packed row. [App. C: 2k]
     By default the least multiple of 128 that holds the longest demonstration, and at most 2,048 or
     the model's context.
     A longer demonstration is dropped or cut, as --data.overlong says."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Packed rows of an update. [App. C.1: 32, and 8 for 175B]"""
-    epochs: float = 2.0
+    epochs: Positive = 2.0
     """Passes over the demonstrations. --steps overrides it. [Section 3.5: 16]"""
-    learning_rate: float = 2e-5
+    learning_rate: NotNegative = 2e-5
     """Peak of the learning rate, which then decays to a tenth along a cosine.
     [App. C.1: 9.65e-6, and 5.03e-6 for 175B]"""
-    warmup: float = 0.1
+    warmup: NotNegative = 0.1
     """Steps over which the learning rate rises to its peak, linearly.
     Below 1 it is their share of all steps. [App. C.1: none]"""
     adam: Adam = field(default_factory=Adam)
-    dropout: float = 0.0
+    dropout: ShareBelow1 = 0.0
     """Dropout rate of what each sublayer adds to the residual stream. [Section 3.5: 0.2]"""
     keep: Literal["loss", "reward"] = "loss"
     """The checkpoint to export: that of the least validation loss, or of the highest reward.
@@ -87,24 +88,20 @@ class Config(RunConfig):
     reward_model: str | None = None
     """The reward model for --keep reward: a run directory or a Hugging Face directory.
     By default a few responses to validation prompts are sampled, and not scored."""
-    eval_every: int | None = None
+    eval_every: Count | None = None
     """Steps from one validation to the next, by default an epoch. The last step always has one."""
-    eval_prompts: int = 256
+    eval_prompts: Count = 256
     """Number of validation prompts to sample a response to.
     If no reward model scores the responses, and no judge of the miniature, 4 are sampled."""
-    sample_batch: int = 16
+    sample_batch: Count = 16
     """Prompts to sample responses to at a time. Fewer take less memory for the same tokens."""
-    max_new_tokens: int = 128
+    max_new_tokens: Count = 128
     """Longest sampled response, in tokens. [App. C: 1k]"""
-    microbatches: int = 1
+    microbatches: Count = 1
     """Parts of a batch for gradient accumulation. More parts take less memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.pretrain_share < 1:
-            raise ValueError(f"--pretrain_share {self.pretrain_share}: must be from 0 to below 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout {self.dropout}: must be from 0 to below 1")
         if self.keep == "reward" and self.reward_model is None:
             raise ValueError("--keep reward needs --reward_model DIR")
 

@@ -21,9 +21,10 @@ import jax
 import tyro
 from rich.console import Console
 
-from instructjax import sampler, sharding
+from instructjax import ranges, sampler, sharding
 from instructjax.data import prompt_ids, template
 from instructjax.data.dialogue import Messages
+from instructjax.ranges import Count, CountOrZero, NotNegative, Seed, ShareAbove0
 from instructjax.run import main, pretrained
 from instructjax.run.metrics import ProgressLine
 from instructjax.run.process import cache_compilations
@@ -45,29 +46,31 @@ class Config:
     By default turns are remembered if the tokenizer has a chat template."""
     system: str = ""
     """System message, which the conversation begins with. It stays when turns are forgotten."""
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """Number that logits are divided by. Lower values give likelier and less varied answers.
     0 always takes the likeliest token."""
-    top_k: int = 0
+    top_k: CountOrZero = 0
     """Draw each token from this many likeliest ones. 0 is all of them."""
-    top_p: float = 1.0
+    top_p: ShareAbove0 = 1.0
     """Draw each token from the likeliest ones of this total probability. 1 is all of them."""
-    max_new_tokens: int = 128
+    max_new_tokens: Count = 128
     """Longest answer, in tokens."""
-    context: int = 2048
+    context: Count = 2048
     """Longest conversation with its next answer, in tokens, at most the model's own context.
     The first turns are forgotten beyond it. A longer one takes more memory, and time per token."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling. The same seed gives the same answers."""
     mesh: str = ""
     """Devices along each axis, as `data=2,fsdp=-1,tensor=2`, where -1 takes those that are left.
     By default all devices are along `fsdp`."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError("--temperature must be at least 0, --top_p in (0, 1], --top_k >= 0")
-        if not 1 <= self.max_new_tokens < self.context:
-            raise ValueError("--max_new_tokens must be at least 1, and less than --context")
+        ranges.check(self)
+        if self.max_new_tokens >= self.context:
+            raise ValueError(
+                f"--max_new_tokens {self.max_new_tokens}: must be less than --context"
+                f" {self.context}"
+            )
         if self.prompt == "":
             raise ValueError("--prompt is empty")
 

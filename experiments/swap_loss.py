@@ -29,6 +29,7 @@ from instructjax.data import ComparisonRows, DataConfig, Dataset, PromptRows, St
 from instructjax.evaluation import gold, policies
 from instructjax.masked import masked_mean, masked_sum
 from instructjax.models import ModelConfig, Params
+from instructjax.ranges import Count, CountFrom2, CountOrZero, NotNegative
 from instructjax.run import Run, main, pretrained
 from instructjax.run.flags import parse
 from instructjax.scoring import RewardConfig
@@ -70,22 +71,17 @@ class Config(SamplingConfig):
     A preset, a run directory, a Hugging Face directory or a hub name."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data to train on: comparisons for DPO, prompts for GRPO and RLOO."""
-    steps: int = 100
+    steps: CountOrZero = 100
     """Number of updates in all, including those before a --resume."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Prompts of an update, each with all its responses. [Ours]"""
-    microbatches: int = 1
+    microbatches: Count = 1
     """Parts of a batch for gradient accumulation. More parts take less memory.
     The reference runs on as many parts."""
-    learning_rate: float = 3e-4
+    learning_rate: NotNegative = 3e-4
     """Learning rate of Adam, which is constant. [Ours]"""
-    eval_prompts: int = 256
+    eval_prompts: Count = 256
     """Held-out prompts of the comparison at the end."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.microbatches < 1:
-            raise ValueError(f"--microbatches {self.microbatches}: must be at least 1")
 
 
 # ---------------------------------------------------------------------------------------- DPO
@@ -98,7 +94,7 @@ class DPO(Config):
     CURVES = ("loss", "dpo/accuracy", "dpo/margin")
 
     out: Path = Path("runs/dpo")
-    beta: float = 0.1
+    beta: NotNegative = 0.1
     """Strength of the pull towards the reference. [Rafailov et al., App. B: 0.1]"""
 
 
@@ -182,16 +178,11 @@ class Online(Config):
 
     reward: RewardConfig = field(default_factory=RewardConfig)
     """What scores a response: reward models, functions, or both."""
-    samples: int = 4
+    samples: CountFrom2 = 4
     """Responses to each prompt. They are the group that each of them is compared with. [Ours]"""
-    batch_size: int = 32
-    learning_rate: float = 1e-4
-    beta: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.samples < 2:
-            raise ValueError(f"--samples {self.samples}: must be at least 2, to compare responses")
+    batch_size: Count = 32
+    learning_rate: NotNegative = 1e-4
+    beta: NotNegative
 
 
 # (score_GK, kl_GK) -> advantage_GK, for G prompts with K responses each
@@ -256,7 +247,7 @@ class GRPO(Online):
     """Group-relative policy optimisation, on prompts (Shao et al. 2024, arXiv 2402.03300)."""
 
     out: Path = Path("runs/grpo")
-    beta: float = 0.04
+    beta: NotNegative = 0.04
     """Weight of the KL to the reference, in the loss. [Section 4.2: 0.04]"""
 
 
@@ -298,7 +289,7 @@ class RLOO(Online):
     """REINFORCE, leave-one-out baseline, on prompts (Ahmadian et al. 2024, arXiv 2402.14740)."""
 
     out: Path = Path("runs/rloo")
-    beta: float = 0.03
+    beta: NotNegative = 0.03
     """Weight of the KL to the reference, in the reward. [Ours]"""
 
 

@@ -24,6 +24,7 @@ from instructjax import hosts, reward, sharding
 from instructjax.data import Record, template
 from instructjax.models import ModelConfig, Params
 from instructjax.offload import Offloaded, freeze, to_host
+from instructjax.ranges import Finite, NotNegative
 from instructjax.run import pretrained
 from instructjax.train import Batch
 
@@ -37,14 +38,14 @@ class RewardConfig:
     spec: Annotated[tuple[str, ...], tyro.conf.arg(name="", metavar="SPEC")] = ("runs/rm",)
     """Reward models (run directories or Hugging Face directories) and Python functions
     (`my_file.py:my_function`), one or several."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[Finite, ...] = ()
     """Factor of each term of the score: one for all reward models together, then one for each
     function in the order given.
     Default: 1 each."""
     combine: Literal["mean", "min", "mean-std"] = "mean"
     """How several reward models give one score: their mean, their minimum, or their mean minus
     --reward.spread standard deviations."""
-    spread: float = 1.0
+    spread: NotNegative = 1.0
     """Standard deviations that `mean-std` subtracts from the mean."""
 
 

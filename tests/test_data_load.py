@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from instructjax import ranges
 from instructjax.data import DataConfig, DataError, load, read, tokens
 from instructjax.data.__main__ import main
 from instructjax.data.tokens import tokenise
@@ -264,7 +265,7 @@ def test_a_response_of_eos_alone_is_empty(tmp_path, tokenizer):
 )
 def test_flags_out_of_range(option, message):
     with pytest.raises(ValueError, match=message):
-        DataConfig(**option)
+        ranges.check(DataConfig(**option), "data.")
 
 
 # --- deduplication and splits ---

@@ -2,14 +2,32 @@
 
 import dataclasses
 import json
+import math
+import re
+import sys
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from instructjax import models, sharding
+from instructjax import models, ranges, sharding
+from instructjax.data import __main__ as data_commands
 from instructjax.data.config import DataConfig
 from instructjax.run.flags import RunConfig, parse, write
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+
+import ppo_config
+import preflight
+import run_ppo
+import run_pretrain
+import run_rm
+import run_sft
+import sample
+import swap_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +146,8 @@ def test_help_explains_every_field(capsys):
         (["--profile", "0:2"], "--profile 0:2: expected STEP:COUNT"),
         (["--profile", "5:0"], "--profile 5:0: expected STEP:COUNT"),
         (["--data.dedup", "-1"], "--data.dedup -1: must not be negative"),
+        (["--seed", "-1"], "--seed -1: must be from 0 to 2^32 - 1"),
+        (["--out", ""], "--out: needs a directory of its own"),
     ],
 )
 def test_wrong_usage_is_2_and_no_traceback(argv, message, capsys):
@@ -137,6 +157,93 @@ def test_wrong_usage_is_2_and_no_traceback(argv, message, capsys):
     text = capsys.readouterr().err
     assert message in " ".join(text.replace("│", " ").split())
     assert "Traceback" not in text
+
+
+CONFIGS = [
+    *(script.Config for script in (run_pretrain, run_sft, run_rm, ppo_config, sample, preflight)),
+    *(swap_loss.DPO, swap_loss.GRPO, swap_loss.RLOO, data_commands.Show, data_commands.Tokenizer),
+]
+
+
+def numbers(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(flag, type with its range) of each flag that takes a number."""
+    for name, hint in typing.get_type_hints(config, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            yield from numbers(hint, f"{prefix}{name}.")
+        elif typing.get_origin(hint) is not typing.ClassVar and leaves(hint) & {int, float}:
+            yield f"{prefix}{name}", hint
+
+
+def leaves(hint: Any) -> set[Any]:
+    parts = [part for part in typing.get_args(hint) if not isinstance(part, ranges.Range)]
+    return {leaf for part in parts for leaf in leaves(part)} or {hint}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.__module__}.{c.__name__}")
+def test_every_number_has_a_range_and_no_range_holds_nan(config):
+    flags = dict(numbers(config))
+    assert flags or config is data_commands.Show
+    for flag, hint in flags.items():
+        wanted = ranges._ranges(hint)
+        assert len(wanted) == 1, flag
+        assert not wanted[0].holds(math.nan), flag
+        assert not wanted[0].holds(-math.inf), flag
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside", "outside"),
+    [
+        (ranges.Count, [1, 10**9], [0, -1]),
+        (ranges.CountFrom2, [2], [1, 0]),
+        (ranges.CountOrZero, [0, 1], [-1]),
+        (ranges.Seed, [0, 2**32 - 1], [-1, 2**32]),
+        (ranges.Finite, [-1e30, 0.0], [math.inf]),
+        (ranges.NotNegative, [0.0, 1e-30], [-1e-30, math.inf]),
+        (ranges.Positive, [1e-30], [0.0, -1.0, math.inf]),
+        (ranges.PositiveOrInf, [1e-30, math.inf], [0.0, -1.0]),
+        (ranges.Share, [0.0, 1.0], [-0.01, 1.01]),
+        (ranges.ShareBelow1, [0.0, 0.999], [1.0, -0.01]),
+        (ranges.ShareAbove0, [0.001, 1.0], [0.0, 1.01]),
+    ],
+)
+def test_ranges_by_hand(kind, inside, outside):
+    inner = dataclasses.make_dataclass("Inner", [("x", kind | None), ("many", tuple[kind, ...])])
+    outer = dataclasses.make_dataclass("Outer", [("inner", inner)])
+    for value in [*inside, None]:
+        ranges.check(outer(inner(value, tuple(inside))))
+    for value in [*outside, math.nan]:
+        with pytest.raises(ValueError, match=re.escape(f"--inner.x {value}: must")):
+            ranges.check(outer(inner(value, ())))
+        with pytest.raises(ValueError, match=re.escape(f"--inner.many {value}: must")):
+            ranges.check(outer(inner(inside[0], (inside[0], value))))
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "flag"),
+    [
+        (run_ppo, ["--ppo.clip", "-0.2"], "--ppo.clip -0.2: must be positive"),
+        (run_ppo, ["--ppo.learning_rate", "nan"], "--ppo.learning_rate nan: must not be negative"),
+        (run_ppo, ["--ppo.minibatch", "0"], "--ppo.minibatch 0: must be at least 1"),
+        (run_ppo, ["--ptx.length", "1"], "--ptx.length 1: must be at least 2"),
+        (run_ppo, ["--adam.b2", "1"], "--adam.b2 1.0: must be at least 0 and below 1"),
+        (run_ppo, ["--pretrain.max_response", "0"], "--pretrain.max_response 0: must be"),
+        (run_ppo, ["--reward.weights", "1", "inf"], "--reward.weights inf: must be a finite"),
+        (run_rm, ["--microbatches", "4"], "--batch_size 6: not a multiple of --microbatches 4"),
+        (run_rm, ["--folds", "1"], "--folds 1: must be at least 2"),
+        (run_sft, ["--epochs", "0"], "--epochs 0.0: must be positive"),
+        (run_sft, ["--demonstrations.dedup", "-1"], "--demonstrations.dedup"),
+        (run_pretrain, ["--length", "1"], "--length 1: must be at least 2"),
+        (swap_loss, ["grpo", "--samples", "1"], "--samples 1: must be at least 2"),
+        (sample, ["--context", "0"], "--context 0: must be at least 1"),
+        (preflight, ["--topology", "v5e:2x2", "--num_slices", "0"], "--num_slices 0: must be"),
+    ],
+    ids=lambda x: x[-2] if isinstance(x, list) else "",
+)
+def test_scripts_refuse_a_wrong_number_before_they_do_anything(script, argv, flag, capsys):
+    with pytest.raises(SystemExit) as end:
+        script.cli(argv)
+    assert end.value.code == 2
+    assert flag in " ".join("".join(capsys.readouterr()).replace("│", " ").split())
 
 
 def test_profile_window():

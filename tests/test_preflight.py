@@ -1041,7 +1041,10 @@ def test_the_script_searches(tmp_path, capsys):
         (["--preset", "miniature"], "implies no model: give --model"),
         (["--batch_size", "6"], "6: does not divide over 4 shards .*, as fsdp=2,tensor=2"),
         (["--batch_size", "4", "--microbatches", "2"], "2 microbatches; .* as fsdp=2,tensor=2"),
-        (["--batch_size", "4", "--microbatches", "3"], "in 3 microbatches$"),
+        (
+            ["--batch_size", "4", "--microbatches", "3"],
+            "--batch_size 4: not a multiple of --microbatches 3",
+        ),
     ],
 )
 @needs_libtpu

@@ -379,7 +379,7 @@ def test_plain_ppo_without_reference_on_a_function(start, tmp_path, monkeypatch)
         (["--temperature", "0"], "--temperature 0.0: must be positive"),
         (["--sample_batch", "3"], "--batch_size 16: not a multiple of --sample_batch 3"),
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
-        (["--sample_batch", "0"], "--batch_size 16: not a multiple of --sample_batch 0"),
+        (["--sample_batch", "0"], "--sample_batch 0: must be at least 1"),
         (["--ptx.microbatches", "3"], "--ppo.minibatch x --ptx.ratio"),
         (["--ppo.beta", "0", "--ppo.kl_target", "6"], "--ppo.kl_target 6.0: needs --ppo.beta"),
         (["--ppo.beta", "0", "--ppo.max_kl", "6"], "--ppo.max_kl 6.0: needs --ppo.beta"),

@@ -158,9 +158,10 @@ def test_temperature_0_is_the_same_for_every_seed(model, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--temperature", "-1"], "--temperature must be at least 0"),
-        (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
-        (["--max_new_tokens", "64", "--context", "64"], "less than --context"),
+        (["--temperature", "-1"], "--temperature -1.0: must not be negative"),
+        (["--top_p", "0"], "--top_p 0.0: must be above 0 and at most 1"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
+        (["--max_new_tokens", "64", "--context", "64"], "64: must be less than --context 64"),
         (["--prompt", ""], "--prompt is empty"),
     ],
 )

@@ -355,7 +355,7 @@ REFUSED |= {"batch_size": 64, "data": MORE_DATA, "learning_rate": 0.5}
 PRINTED = {"steps": 7, "mesh": "data=8", "shard_sequence": True, "remat": "full", "unroll": 4}
 PRINTED |= {"save_every": 7, "keep_last": 7, "log_every": 7, "profile": "7:1", "wandb": "x"}
 PRINTED |= {"tensorboard": True}
-SAMPLING = {"sample_batch": 1, "microbatches": 2, "eval_prompts": 7}
+SAMPLING = {"sample_batch": 1, "microbatches": 2, "eval_prompts": 7, "gold": ("runs/x",)}
 CHANGES = [
     (
         run_pretrain.Config(),

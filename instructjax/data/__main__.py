@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from instructjax import hf
+from instructjax import hf, ranges
 from instructjax.data.batches import ComparisonRows, PackedRows, PromptRows, Stream
 from instructjax.data.config import DataConfig
 from instructjax.data.errors import DataError
 from instructjax.data.fields import Kind
 from instructjax.data.load import Dataset, Split, load, read
 from instructjax.data.prepare import gpt2_tokenizer, train_tokenizer, write_tfds
+from instructjax.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,17 @@ class Show:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: str | None = None
     """Hugging Face tokenizer, a folder or a hub name; by default the miniature's, for its data."""
-    length: int = 2048
+    length: Count = 2048
     """Number of tokens of a packed row, and of the context that limits prompt and response."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Number of rows of a batch."""
     split: Split = "all"
     """Which records to read: all, or one side of the split by --data.split_by."""
     example: bool = True
     """Print the first record, decoded from its tokens."""
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
     def run(self) -> None:
         tokenizer = _tokenizer(self.tokenizer, self.data.spec)
@@ -107,10 +111,13 @@ class Tokenizer:
     gpt2: str | None = None
     """Folder with GPT-2's encoder.json and vocab.bpe, plain or .gz; by default a byte-level BPE
     tokenizer is trained on the text of --data."""
-    vocab_size: int = 4096
+    vocab_size: Count = 4096
     """Number of tokens of a trained tokenizer, the 256 bytes and EOS included."""
     data: DataConfig = field(default_factory=DataConfig)
     """Text to train on, if --gpt2 is not given."""
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
     def run(self) -> None:
         if self.gpt2 is not None:

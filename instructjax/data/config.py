@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from instructjax.ranges import Count, CountOrZero, ShareBelow1
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -33,31 +35,22 @@ class DataConfig:
     tokenizer has a chat template; else `plain`."""
     txt: Literal["file", "line"] = "file"
     """What one document of a .txt file is: the whole file, or each line that is not blank."""
-    dedup: int = 0
+    dedup: CountOrZero = 0
     """Drop a record whose prompt begins with the same N characters as an earlier prompt; 0 keeps
     all records. What the chat template and system messages add does not count.
     [section 3.2 drops prompts with a long common prefix]"""
     split_by: str = "prompt"
     """Field that divides training from validation, which share none of its values: `prompt`,
     `labeler` or the path of any column. [section 3.2 splits by user ID]"""
-    validation: float | str = 0.1
+    validation: ShareBelow1 | str = 0.1
     """Fraction of the values of `split_by` that goes to validation, or the SPEC of a validation set
     of its own, such as `jsonl:valid.jsonl`. Scripts that train use both sides."""
-    max_prompt: int | None = None
+    max_prompt: Count | None = None
     """Longest prompt, in tokens; by default the context is the only limit."""
-    max_response: int | None = None
+    max_response: Count | None = None
     """Longest response, in tokens, EOS included; by default the context is the only limit."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a record over these limits: `drop` leaves it out; `truncate` keeps the end of
     the prompt and the start of the response, which then has no EOS."""
     cache: str | None = "~/.cache/instructjax"
     """Folder that tokenised text is cached in; `None` caches nothing."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("max_prompt", self.max_prompt), ("max_response", self.max_response)):
-            if value is not None and value < 1:
-                raise ValueError(f"--data.{name} {value}: must be at least 1")
-        if self.dedup < 0:
-            raise ValueError(f"--data.dedup {self.dedup}: must not be negative")
-        if not isinstance(self.validation, str) and not 0 <= self.validation < 1:
-            raise ValueError(f"--data.validation {self.validation}: must be at least 0 and below 1")

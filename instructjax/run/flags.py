@@ -31,8 +31,9 @@ import tyro
 from etils import epath
 from jax.sharding import Mesh
 
-from instructjax import sharding
+from instructjax import ranges, sharding
 from instructjax.models import ModelConfig
+from instructjax.ranges import Count, CountOrZero, NotNegative, PositiveOrInf, Seed, ShareBelow1
 
 PACKAGES = ("instructjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # None of these changes a run, so `--resume` neither refuses nor prints a difference in them.
@@ -47,16 +48,16 @@ ConfigT = TypeVar("ConfigT", bound="RunConfig")
 class Adam:
     """The optimizer, Adam."""
 
-    b1: float = 0.9
+    b1: ShareBelow1 = 0.9
     """Decay of Adam's first moment [App. C: 0.9]."""
-    b2: float = 0.95
+    b2: ShareBelow1 = 0.95
     """Decay of Adam's second moment [App. C: 0.95]."""
-    eps: float = 1e-8
+    eps: NotNegative = 1e-8
     """Added to the root of the second moment [paper silent; ours]."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Weight decay of AdamW: each step shrinks all parameters by this times the learning rate
     [paper silent; ours]."""
-    clip_norm: float = 1.0
+    clip_norm: PositiveOrInf = 1.0
     """Gradients are scaled down to this global norm; `inf` turns clipping off.
     In PPO the policy's norm includes the ptx gradient: with a large --ptx.coef little of PPO's own
     gradient is left [paper silent; ours]."""
@@ -88,10 +89,10 @@ class RunConfig:
     `hf:NAME` always means the hub. What lies in runs/ or in a folder that exists never does."""
     tokenizer: str | None = None
     """The tokenizer: a Hugging Face directory or a hub name. By default the model's own."""
-    steps: int | None = None
+    steps: CountOrZero | None = None
     """Number of updates in all, including those before a --resume.
     By default the script computes it from the size of the data."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial values, data order, dropout and sampling."""
     mesh: str = ""
     """Devices along each axis, as `data=2,fsdp=-1,tensor=2`, where -1 takes those that are left.
@@ -105,7 +106,7 @@ class RunConfig:
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products (dots), or all (full).
     Full takes the least memory and the most time."""
-    unroll: int = 1
+    unroll: Count = 1
     """Layers in one turn of the loop over layers.
     On CPU a small model is fastest with all of them in one turn."""
     resume: bool = False
@@ -114,11 +115,11 @@ class RunConfig:
     """Directory for checkpoints, by default OUT/checkpoints.
     Several hosts need one that all of them see: a shared directory, or gs://BUCKET/NAME.
     A bucket needs instructjax[gcs], and has not been tested."""
-    save_every: int = 500
+    save_every: Count = 500
     """Steps from one checkpoint to the next."""
-    keep_last: int = 2
+    keep_last: Count = 2
     """Number of latest checkpoints to keep. The checkpoint with the best score is kept besides."""
-    log_every: int = 1
+    log_every: Count = 1
     """Steps from one line of metrics.jsonl to the next. Every step is checked for NaN."""
     profile: str | None = None
     """`STEP:COUNT` writes a jax trace of COUNT steps, from STEP on, to OUT/profile."""
@@ -128,11 +129,12 @@ class RunConfig:
     """Weights & Biases project to send the metrics to as well."""
 
     def __post_init__(self) -> None:
-        for name in ("save_every", "keep_last", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.steps is not None and self.steps < 0:
-            raise ValueError(f"--steps {self.steps}: must not be negative")
+        ranges.check(self)
+        batch_size, parts = (getattr(self, name, 1) for name in ("batch_size", "microbatches"))
+        if batch_size % parts:
+            raise ValueError(f"--batch_size {batch_size}: not a multiple of --microbatches {parts}")
+        if str(self.out) == ".":  # also of --out ''
+            raise ValueError("--out: needs a directory of its own")
         if (self.checkpoints or "").startswith("gs://") and not importlib.util.find_spec("gcsfs"):
             raise ValueError(
                 f"--checkpoints {self.checkpoints} needs: pip install 'instructjax[gcs]'"
