@@ -34,6 +34,54 @@ def test_the_interval_covers():
     assert 180 <= covered <= 198
 
 
+def test_the_gain_over_a_baseline():
+    """Two methods that agree but for a tenth of the prompts: the interval of the difference is far
+    shorter than theirs, and covers it."""
+    gap = np.array([2.0, -1.0, 0.0, 3.0])
+    baseline = np.array([-2.0, -1.0, 1.0, 0.0])
+    rows = [ranking.Pairs(x, np.ones(4, int), np.arange(4)) for x in (gap, baseline)]
+    assert ranking.gain(*rows)[0] == (1 + 0 - 0.5 + 0.5) / 4
+    assert ranking.gain(*rows[::-1])[0] == -(1 + 0 - 0.5 + 0.5) / 4
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(100):
+        right = rng.random(300) < 0.6
+        better = np.where(rng.random(300) < 0.1, True, right)
+        ours, theirs = (
+            ranking.Pairs(np.where(x, 1.0, -1.0), np.ones(300, int), np.arange(300))
+            for x in (better, right)
+        )
+        mean, low, high = ranking.gain(ours, theirs, draws=200)
+        covered += low <= 0.1 * 0.4 <= high
+        np.testing.assert_allclose(mean, ranking.share(ours) - ranking.share(theirs), atol=1e-12)
+        assert (
+            high - low
+            < 0.06
+            < ranking.accuracy(ours, draws=200)[2] - ranking.accuracy(ours, draws=200)[1]
+        )
+    assert 88 <= covered <= 99
+
+
+def test_accuracies_have_the_gain_of_the_reward_model_over_the_bag_of_words():
+    dataset = gold.comparisons(miniature.tokenizer(), 40)
+    rng = np.random.default_rng(0)
+    methods = {
+        name: {"all": rng.normal(size=dataset.ranks.shape)}
+        for name in ("reward model", "length", "bag of words")
+    }
+    rows = ranking.accuracies(methods, {"all": dataset}, ())
+    assert set(rows) == {"all", *(f"ranks apart: {n}" for n in (1, 2, 3)), "ranks apart: 4 or more"}
+    for row in rows.values():
+        difference = row["reward model"][0] - row["bag of words"][0]
+        np.testing.assert_allclose(row[ranking.GAIN][0], difference, atol=1e-12)
+    shown = ranking.table_of(rows)
+    assert [column.header for column in shown.columns][2:] == [
+        *("reward model", "length", "bag of words"),
+        ranking.GAIN,
+    ]
+    gained = next(iter(shown.columns[-1].cells))
+    assert gained.startswith(f"{100 * rows['all'][ranking.GAIN][0]:+.1f} +- ")
+
+
 def test_calibration_of_a_calibrated_model():
     """Winners drawn with probability sigmoid(gap): observed follows predicted."""
     rng = np.random.default_rng(0)

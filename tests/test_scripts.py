@@ -12,6 +12,7 @@ import pytest
 
 from instructjax import data, hf, reward, sharding
 from instructjax.data import DataConfig, sources
+from instructjax.evaluation.ranking import GAIN
 from instructjax.models import PRESETS
 from instructjax.run import flags, pretrained
 from instructjax.run.checkpoint import Checkpoints
@@ -100,8 +101,8 @@ def test_the_reward_model_is_measured_beside_judge_and_baselines(runs):
     accuracy = json.loads((runs / "rm" / "results.json").read_text())["accuracy"]
     for group in ("training labelers", "held-out labelers", "ranks apart: 1"):
         row = accuracy[group]
-        assert set(row) == {"reward model", "judge", "bag of words", "length", "pairs"}
-        for name in set(row) - {"pairs"}:
+        assert set(row) == {"reward model", "judge", "bag of words", "length", "pairs", GAIN}
+        for name in set(row) - {"pairs", GAIN}:
             share, low, high = row[name]
             assert low <= share <= high
     rows = list(accuracy.items())

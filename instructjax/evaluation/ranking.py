@@ -13,6 +13,8 @@ from rich.table import Table
 from instructjax.data import Dataset, Record
 from instructjax.data.columns import lookup
 
+GAIN = "gain over words"  # of the reward model over the bag of words
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -51,15 +53,18 @@ def joined(parts: Sequence[Pairs]) -> Pairs:
     )
 
 
+def right(pairs: Pairs) -> np.ndarray:
+    """1 for each pair whose better response scores higher, 1/2 for equal scores, else 0."""
+    return (pairs.gap > 0) + 0.5 * (pairs.gap == 0)
+
+
 def share(pairs: Pairs) -> float:
     """Share of the pairs whose better response scores higher. Equal scores count half."""
-    return float(((pairs.gap > 0) + 0.5 * (pairs.gap == 0)).mean())
+    return float(right(pairs).mean())
 
 
 def accuracy(pairs: Pairs, draws: int = 1000) -> tuple[float, float, float]:
     """`share` with a 95 % interval.
-
-    The pairs of a prompt are not independent, so the interval is a bootstrap over prompts.
 
     Args:
       pairs: strict pairs.
@@ -68,15 +73,38 @@ def accuracy(pairs: Pairs, draws: int = 1000) -> tuple[float, float, float]:
     Returns:
       (accuracy, low, high); NaN without pairs.
     """
-    if not len(pairs.gap):
+    return _mean(right(pairs), pairs.prompt, draws)
+
+
+def gain(pairs: Pairs, baseline: Pairs, draws: int = 1000) -> tuple[float, float, float]:
+    """The accuracy of one method minus that of another, with a 95 % interval.
+
+    Both are of the same pairs, so what makes a pair hard for both drops out, and the interval is
+    shorter than those of the two accuracies suggest.
+
+    Args:
+      pairs, baseline: the same strict pairs in the same order, with the gaps of either method.
+      draws: bootstrap samples.
+
+    Returns:
+      (difference, low, high); NaN without pairs.
+    """
+    return _mean(right(pairs) - right(baseline), pairs.prompt, draws)
+
+
+def _mean(values: np.ndarray, prompt: np.ndarray, draws: int) -> tuple[float, float, float]:
+    """The mean over pairs with its 95 % interval.
+
+    The pairs of a prompt are not independent, so the interval is a bootstrap over prompts.
+    """
+    if not len(values):
         return float("nan"), float("nan"), float("nan")
-    right = (pairs.gap > 0) + 0.5 * (pairs.gap == 0)
-    _, group = np.unique(pairs.prompt, return_inverse=True)
-    total, count = np.bincount(group, right), np.bincount(group)
+    _, group = np.unique(prompt, return_inverse=True)
+    total, count = np.bincount(group, values), np.bincount(group)
     picks = np.random.default_rng(0).integers(0, len(total), (draws, len(total)))
     drawn = total[picks].sum(1) / count[picks].sum(1)
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(right.mean()), float(low), float(high)
+    return float(values.mean()), float(low), float(high)
 
 
 def calibration(pairs: Pairs, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -122,12 +150,14 @@ def accuracies(
     of their ranks.
 
     Args:
-      methods: method -> group -> score_BK of the group's comparisons.
+      methods: method -> group -> score_BK of the group's comparisons. Two of the methods are
+        "reward model" and "bag of words".
       groups: group -> comparisons.
       fields: fields of the records.
 
     Returns:
-      part -> {"pairs": number of pairs, method: (accuracy, low, high), ...}
+      part -> {"pairs": number of pairs, method: (accuracy, low, high), ..., GAIN: `gain` of the
+      reward model over the bag of words}
 
     Raises:
       ValueError: a record lacks one of the fields.
@@ -158,23 +188,29 @@ def accuracies(
             for method, of_method in every.items()
         }
     return {
-        label: {"pairs": len(next(iter(row.values())).gap)}
-        | {method: accuracy(of_method) for method, of_method in row.items()}
+        label: {
+            "pairs": len(row["reward model"].gap),
+            **{method: accuracy(of_method) for method, of_method in row.items()},
+            GAIN: gain(row["reward model"], row["bag of words"]),
+        }
         for label, row in pairs.items()
-        if len(next(iter(row.values())).gap)
+        if len(row["reward model"].gap)
     }
 
 
 def table_of(rows: dict[str, dict[str, Any]]) -> Table:
-    """`accuracies` as a table in per cent. Half the interval stands beside the reward model's."""
+    """`accuracies` as a table in per cent. Half the interval stands beside the reward model's, and
+    beside its gain."""
     others = [name for name in next(iter(rows.values())) if name not in ("pairs", "reward model")]
     title = "Held-out pairs in the labelers' order, %"
     columns = ("", "pairs", "reward model", *others)
     table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.columns[0].no_wrap = True
     for label, row in rows.items():
-        mean, low, high = (100 * x for x in row["reward model"])
-        ours = f"{mean:.1f} +- {(high - low) / 2:.1f}"
-        baselines = (f"{100 * row[name][0]:.1f}" for name in others)
-        table.add_row(label, f"{row['pairs']:,}", ours, *baselines)
+        cells = []
+        for name in ("reward model", *others):
+            mean, low, high = (100 * x for x in row[name])
+            half = f" +- {(high - low) / 2:.1f}" if name in ("reward model", GAIN) else ""
+            cells.append(f"{mean:{'+' if name == GAIN else ''}.1f}{half}")
+        table.add_row(label, f"{row['pairs']:,}", *cells)
     return table
