@@ -6,9 +6,9 @@
     python benchmarks/real_model.py --model MODEL --data DATA --dry_run      # prints the commands
 
 MODEL is SmolLM2-135M-Instruct or another chat model. DATA is a folder with the data sets e2e_nlg,
-flagged_licence/e2e_human_ratings, oasst_100_trees, hh_harmless_base_test and wikitext2_raw. Each
-run is a command of experiments/. A finished run is not made again, and a run that was stopped goes
-on.
+flagged_licence/e2e_human_ratings, oasst_100_trees, hh_harmless_base_test, dolly_hh_small and
+wikitext2_raw. Each run is a command of experiments/. A finished run is not made again, and a run
+that was stopped goes on.
 
     e2e-rm         reward models on human ratings of restaurant descriptions, K = 5, for each seed
     e2e-folds      the same, each without a third of the labelers
@@ -18,7 +18,8 @@ on.
     oasst-dpo      DPO on half A, judged by B
     oasst-ppo      PPO on other prompts of OASST against A, judged by B
     hh-rm          a reward model on pairs of hh-rlhf, harmless-base, for each seed
-    one-sentence   PPO against a Python function: one sentence, which ends
+    short-sft      a policy from demonstrations of at most 48 tokens
+    one-sentence   PPO from short-sft against a Python function: one sentence, which ends
 
 Hardware: `--size small` takes about an hour a run on one CPU core of 100 GFLOP/s; `full` is for a
 GPU.
@@ -173,9 +174,14 @@ def jobs(c: Config) -> dict[str, Job]:
         }
         every[f"hh-rm-{seed}"] = Job("run_rm.py", flags)
 
+    brief = {"data": f"jsonl:{c.data}/dolly_hh_small/*.jsonl.gz"}
+    brief |= {"data.max_prompt": 128, "data.max_response": 48}
+    every["short-sft"] = Job("run_sft.py", {**of_model, **brief, **sft, "steps": 16, "epochs": 2})
     function = {"reward": f"{Path(__file__).resolve()}:one_sentence", "ptx.coef": 0, "steps": 40}
     every["one-sentence"] = Job(
-        "run_ppo.py", {**of_model, **lottery, **ppo, **function, "max_new_tokens": 64}
+        "run_ppo.py",
+        {"model": c.out / "short-sft", **lottery, **ppo, **function, "max_new_tokens": 64},
+        needs=("short-sft",),
     )
     return every
 
