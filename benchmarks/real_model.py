@@ -21,8 +21,8 @@ that was stopped goes on.
     short-sft      a policy from demonstrations of at most 48 tokens
     one-sentence   PPO from short-sft against a Python function: one sentence, which ends
 
-Hardware: `--size small` takes about an hour a run on one CPU core of 100 GFLOP/s; `full` is for a
-GPU.
+Hardware: `--size small` takes an hour or two a run on one CPU core of 130 GFLOP/s; `full` is for a
+GPU, where it has not been run.
 Result: OUT/NAME for each run, OUT/results.json, and a table of both.
 """
 
