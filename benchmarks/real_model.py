@@ -262,7 +262,8 @@ def run(c: Config, name: str, job: Job, cores: set[int] | None) -> None:
     Raises:
       RuntimeError: the command failed; holds the end of its output.
     """
-    if (c.out / name / "results.json").exists():
+    results = "export/config.json" if job.script == "run_sft.py" else "results.json"
+    if (c.out / name / results).exists():
         print(f"{name} has finished before", flush=True)
         return
     print(f"{time.strftime('%H:%M')} {name}", flush=True)
@@ -331,7 +332,12 @@ def report(c: Config, names: Sequence[str]) -> None:
     """Prints the figures of finished runs and writes them to OUT/results.json."""
     every: dict[str, Any] = {}
     for name in names:
-        results = json.loads((c.out / name / "results.json").read_text())
+        file = c.out / name / "results.json"
+        if file.exists():
+            results = json.loads(file.read_text())
+        else:  # SFT
+            lines = (c.out / name / "metrics.jsonl").read_text().splitlines()
+            results = {"last step": json.loads(lines[-1])}
         cost = c.out / f"{name}.cost.json"
         every[name] = results | (json.loads(cost.read_text()) if cost.exists() else {})
         if name == "e2e-ppo":

@@ -74,6 +74,14 @@ def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypat
     assert results["b"]["x"] == {"score": 0.5}
     assert results["b"]["seconds"] > 0
     assert 0.001 < results["b"]["peak_gb"] < 10
+    (c.out / "sft" / "export").mkdir(parents=True)  # SFT writes no results.json
+    (c.out / "sft" / "export" / "config.json").write_text("{}")
+    (c.out / "sft" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
+    real_model.run_all(c, {"sft": Job("run_sft.py", {})}, ["sft"])
+    real_model.report(c, ["sft"])
+    results = json.loads((c.out / "results.json").read_text())
+    assert results["sft"]["last step"] == {"step": 2, "loss": 0.5}
+    assert (tmp_path / "log").read_text().split() == ["a", "b", "c"]
     every = {"d": Job("", {}, needs=("missing",))}
     monkeypatch.setattr(real_model, "command", lambda c, name, job: [sys.executable, "-c", "1 / 0"])
     with pytest.raises(RuntimeError, match=r"(?s)d failed.*ZeroDivisionError"):
