@@ -2,6 +2,7 @@
 
 Read the files in this order. A module imports only those above it.
 
+    ranges.py      numbers with a range, as types of flags and of config.json
     masked.py      sums and means under a mask: the only reductions
     losses.py      losses as functions of arrays
     advantages.py  KL estimates, token rewards, GAE, whitening
@@ -17,7 +18,6 @@ Read the files in this order. A module imports only those above it.
     rollout.py     rows of a rollout, batches of them, and models on them
     ppo/           experience, the PPO-ptx losses, the parts of an update
     hf/            Hugging Face checkpoints in and out, without torch
-    ranges.py      the ranges of numbers in flags
     data/          records -> tokens -> sharded, resumable batches
     run/           one run in one directory: flags, checkpoints, metrics, signals, exit codes
     scoring.py     --reward: reward models and functions -> a score for each response

@@ -100,14 +100,18 @@ def test_wrong_values_are_refused_with_their_key(whole, family, tmp_path):
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama", {"rms_norm_eps": -1e-5}, "rms_norm_eps = -1e-05 is not a number, not negative"),
-        ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5' is not a number"),
+        ("llama", {"rms_norm_eps": -1e-5}, "rms_norm_eps = -1e-05: must not be negative"),
+        ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5': must be a number"),
         ("llama", {"num_key_value_heads": 3}, "4 heads do not share 3 kv_heads"),
-        ("gpt2", {"n_layer": 1_000_000}, "n_layer = 1,000,000 is more than 10,000"),
+        ("gpt2", {"n_layer": 1_000_000}, "n_layer = 1000000: must be from 1 to 10,000"),
         ("gpt2", {"n_embd": 15}, "15"),
-        ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no' is not true or false"),
+        (
+            "llama",
+            {"tie_word_embeddings": "no"},
+            "tie_word_embeddings = 'no': must be true or false",
+        ),
         ("gpt2", {"eos_token_id": [2, "x"]}, "eos_token_id"),
-        ("llama", {"rope_parameters": {"rope_theta": 0.0}}, "rope_theta = 0.0 is not a number abo"),
+        ("llama", {"rope_parameters": {"rope_theta": 0.0}}, "rope_theta = 0.0: must be positive"),
         ("gpt2", {"architectures": "GPT2LMHeadModel"}, "architectures"),
         ("gpt2", {"model_type": ["gpt2"]}, "model_type"),
         ("gpt2", {"dtype": "x"}, "dtype = 'x'"),

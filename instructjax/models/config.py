@@ -5,8 +5,12 @@ family it is running.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
+from instructjax.ranges import Count, CountOrZero, NotNegative, Positive, Range, ShareAbove0
+
+# More would take transformers minutes to count to.
+Layers = Annotated[int, Range(lambda x: 1 <= x <= 10_000, "must be from 1 to 10,000")]
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]  # as transformers
 
 
@@ -31,19 +35,19 @@ class Rope:
     `max_length` a sequence is computed as in a call of transformers that is `max_length` long.
     """
 
-    theta: float = 10_000.0
-    fraction: float = 1.0  # share of each head that is rotated (Pythia: 0.25)
+    theta: Positive = 10_000.0
+    fraction: ShareAbove0 = 1.0  # share of each head that is rotated (Pythia: 0.25)
     kind: Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"] = "default"
-    factor: float = 1.0  # positions are stretched by this; longrope: new / original length
-    original_length: int = 8192  # positions in pretraining
-    low_freq_factor: float = 1.0  # llama3: wavelengths over original_length / this are stretched
-    high_freq_factor: float = 4.0  # llama3: those under original_length / this are left alone
-    beta_fast: float = 32.0  # yarn: pairs that turn this often in original_length are left alone
-    beta_slow: float = 1.0  # yarn: pairs that turn less often than this are stretched
+    factor: Positive = 1.0  # positions are stretched by this; longrope: new / original length
+    original_length: Count = 8192  # positions in pretraining
+    low_freq_factor: Positive = 1.0  # llama3: wavelengths over original_length / this are stretched
+    high_freq_factor: Positive = 4.0  # llama3: those under original_length / this are left alone
+    beta_fast: Positive = 32.0  # yarn: pairs that turn this often in original_length are left alone
+    beta_slow: Positive = 1.0  # yarn: pairs that turn less often than this are stretched
     truncate: bool = True  # yarn: these two limits are rounded to whole pairs
-    attention_factor: float = 1.0  # yarn, longrope: rotated queries and keys are scaled by this
-    short_factor: tuple[float, ...] = ()  # longrope: of each pair
-    long_factor: tuple[float, ...] = ()
+    attention_factor: Positive = 1.0  # yarn, longrope: rotated queries and keys are scaled by this
+    short_factor: tuple[Positive, ...] = ()  # longrope: of each pair
+    long_factor: tuple[Positive, ...] = ()
 
     @property
     def by_length(self) -> bool:
@@ -55,18 +59,18 @@ class Rope:
 class ModelConfig:
     """Sizes and switches of a decoder. Hashable, so that jit can take it as a static argument."""
 
-    vocab_size: int  # real tokens; tables are padded to `padded_vocab_size` rows
-    layers: int
-    width: int
-    heads: int
-    mlp_width: int
-    max_length: int
-    kv_heads: int = 0  # 0: as many as heads
-    head_dim: int = 0  # 0: width / heads
+    vocab_size: Count  # real tokens; tables are padded to `padded_vocab_size` rows
+    layers: Layers
+    width: Count
+    heads: Count
+    mlp_width: Count
+    max_length: Count
+    kv_heads: Count = 0  # 0: as many as heads
+    head_dim: Count = 0  # 0: width / heads
     family: str = "gpt2"  # the Hugging Face `model_type` of an export
 
     norm: Literal["layer", "rms"] = "layer"
-    norm_eps: float = 1e-5
+    norm_eps: NotNegative = 1e-5
     norm_offset: bool = False  # Gemma stores RMSNorm scales minus one
     post_norms: bool = False  # Gemma 2 and 3 also norm the output of a sublayer
     parallel: bool = False  # GPT-NeoX: attention and MLP both read the layer's input
@@ -79,14 +83,14 @@ class ModelConfig:
     tied: bool = True  # the unembedding is the embedding
     scale_embedding: bool = False  # Gemma multiplies embeddings by sqrt(width)
     positions: Literal["learned", "rotary"] = "learned"
-    position_offset: int = 0  # OPT's table begins with two unused rows
+    position_offset: CountOrZero = 0  # OPT's table begins with two unused rows
     rope: Rope = Rope()
     local_rope: Rope | None = None  # of windowed layers, where it differs (Gemma 3)
-    window: int | None = None  # tokens that a query of a windowed layer sees, its own included
+    window: Count | None = None  # tokens that a query of a windowed layer sees, its own included
     windowed: tuple[bool, ...] = ()  # which layers are windowed; (): none
-    query_scalar: float | None = None  # attention logits are scaled by this^-1/2; None: head_dim
-    attention_softcap: float | None = None  # logits become cap * tanh(logits / cap)
-    final_softcap: float | None = None
+    query_scalar: Positive | None = None  # attention logits are scaled by this^-1/2; None: head_dim
+    attention_softcap: Positive | None = None  # logits become cap * tanh(logits / cap)
+    final_softcap: Positive | None = None
     scalar_head: bool = False  # a reward or value model: a scalar replaces the unembedding
 
     bos_id: int | None = None
