@@ -547,19 +547,15 @@ class Evaluation:
             rescored = self.programs.rescore
             logp_BR = self.programs.logp(params, rows) if rescored else rows["logp_BR"]
             kl_B = (logp_BR - ref_logp_BR).sum(1, where=rows["mask_BR"])
-        texts, utility_B = self.texts(rows), None
-        if self.judge is not None:
-            run_model = functools.partial(self.programs.run_model, rows)
-            utility_B = self.judge(run_model, records, texts)
-        return policies.Sampled(
-            prompts=[record.prompt for record in records],
-            turns=[policies.last_turn(record) for record in records],
-            texts=texts,
-            score_B=self.score(rows, records)[0],
-            length_B=rows["mask_BR"].sum(1),
-            ended_B=rollout.ended(rows, self.programs.model.eos_ids),
+        return policies.measure(
+            rows,
+            records,
+            self.texts(rows),
+            self.programs.model.eos_ids,
+            functools.partial(self.programs.run_model, rows),
+            reward=self.reward,
+            judge=self.judge,
             kl_B=kl_B,
-            utility_B=utility_B,
             text_loss=self.text_loss(params),
         )
 

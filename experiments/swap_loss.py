@@ -389,7 +389,7 @@ def compare(
     held_out: Dataset,
 ) -> dict[str, policies.Sampled]:
     """Responses of the start and of the trained policy to held-out prompts, and their figures."""
-    R, records = config.max_new_tokens, held_out.records
+    R = config.max_new_tokens
     prompts = [held_out.prompt[i].tolist() for i in range(len(held_out))]
     model: Any = {"config": start.model, "shard": config.constrainer(start.mesh)}
     everywhere = sharding.replicated(start.mesh)
@@ -417,18 +417,15 @@ def compare(
         logp_BR, ref_logp_BR = (
             run_model(functools.partial(logp_of, x)) for x in (weights, start.params)
         )
-        asked, score_B = [record.prompt for record in records], None
-        if reward is not None:
-            score_B, _ = reward.score(run_model, asked, texts, records)
-        sampled[name] = policies.Sampled(
-            prompts=asked,
-            turns=[policies.last_turn(record) for record in records],
-            texts=texts,
-            length_B=rows["mask_BR"].sum(1),
-            ended_B=rollout.ended(rows, start.model.eos_ids),
-            score_B=score_B,
+        sampled[name] = policies.measure(
+            rows,
+            held_out.records,
+            texts,
+            start.model.eos_ids,
+            run_model,
+            reward=reward,
+            judge=judge,
             kl_B=(logp_BR - ref_logp_BR).sum(1, where=rows["mask_BR"]),
-            utility_B=None if judge is None else judge(run_model, records, texts),
         )
     return sampled
 

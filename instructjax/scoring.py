@@ -58,6 +58,7 @@ class Rewards:
     weights: tuple[float, ...]
     combine: Literal["mean", "min", "mean-std"]
     spread: float
+    flag: str = "--reward"  # the flag that named the terms, for errors
 
     def combined(self, scores_NB: np.ndarray) -> np.ndarray:
         """score_B from the scores of N reward models."""
@@ -93,7 +94,7 @@ class Rewards:
             ]
             terms["model"] = self.combined(np.stack(scores))
         for name, function in self.functions:
-            score_B = _call(name, function, prompts, responses, records)
+            score_B = _call(f"{self.flag} {name}", function, prompts, responses, records)
             # It may be random, or a service: host 0's scores count.
             terms[name.rpartition(":")[2]] = hosts.agree(score_B)
         total_B = np.zeros(len(responses), np.float32)
@@ -141,7 +142,7 @@ def load(
     if len(weights) != len(terms):
         given = " ".join(map(str, weights))
         raise ValueError(f"{flag}.weights {given}: {len(terms)} are needed: {', '.join(terms)}")
-    return Rewards(models, functions, weights, config.combine, config.spread)
+    return Rewards(models, functions, weights, config.combine, config.spread, flag)
 
 
 def load_model(
@@ -232,14 +233,12 @@ def _call(name: str, function: RewardFn, prompts: Any, responses: Any, records: 
         scores = function(prompts, responses, records)
         scores = np.asarray(scores, np.float64)
     except Exception as error:
-        raise ValueError(f"--reward {name}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
     if scores.shape != (len(responses),):
-        raise ValueError(
-            f"--reward {name}: gave shape {list(scores.shape)} for {len(responses)} responses"
-        )
+        raise ValueError(f"{name}: gave shape {list(scores.shape)} for {len(responses)} responses")
     if not np.isfinite(scores).all():
         worst = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise ValueError(f"--reward {name}: {scores[worst]} for the response {responses[worst]!r}")
+        raise ValueError(f"{name}: {scores[worst]} for the response {responses[worst]!r}")
     return scores
 
 

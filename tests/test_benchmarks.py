@@ -7,14 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from instructjax.run import parse
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 import real_model
 from real_model import Config, Job
+
+from instructjax.run import parse
 
 
 def config(tmp_path, **flags):

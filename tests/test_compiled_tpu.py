@@ -7,22 +7,17 @@ import dataclasses
 import functools
 import os
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ppo_config
+import preflight_programs
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from instructjax import models, preflight, reward, sft, sharding, state, train
 from instructjax.data import DataConfig
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
-
-import ppo_config
-import preflight_programs
 
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install libtpu")
 

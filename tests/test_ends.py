@@ -97,6 +97,12 @@ def test_a_run_records_its_form_and_warns_of_another(tmp_path, mesh, capsys):
     chat_layouts.tokenizer("qwen").save_pretrained(other)
     _, _, again = pretrained.load(str(tmp_path / "sft"), mesh, tokenizer=str(other))
     assert template.of(again).form == "plain"
+    (tmp_path / "list").mkdir()
+    for file in (tmp_path / "sft").iterdir():
+        (tmp_path / "list" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "list" / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"list/tokenizer_config\.json: holds a JSON list"):
+        pretrained.load(str(tmp_path / "list"), mesh, tokenizer=str(other))
     # A reward model of the other form.
     rm = write_model(tmp_path / "rm", tokenizer, scalar_head=True)
     _, _, again = pretrained.load(str(tmp_path / "sft"), mesh, template="chat")

@@ -4,30 +4,26 @@ import dataclasses
 import json
 import math
 import re
-import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from instructjax import models, ranges, sharding
-from instructjax.data import __main__ as data_commands
-from instructjax.data.config import DataConfig
-from instructjax.run.flags import RunConfig, parse, write
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
-
 import ppo_config
 import preflight
+import pytest
 import run_ppo
 import run_pretrain
 import run_rm
 import run_sft
 import sample
 import swap_loss
+
+from instructjax import models, ranges, sharding
+from instructjax.data import __main__ as data_commands
+from instructjax.data.config import DataConfig
+from instructjax.run.flags import RunConfig, parse, write
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -208,7 +208,7 @@ def test_hub_models(saved, monkeypatch):
         requests.append((name, allow_patterns, ignore_patterns))
         return str(saved)
 
-    monkeypatch.setattr(hf.checkpoint.huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(hf.directory.huggingface_hub, "snapshot_download", fetch)
     hf.load_config("org/model")
     hf.load("org/model")
     assert not any("safetensors" in pattern for pattern in requests[0][1])
@@ -216,7 +216,7 @@ def test_hub_models(saved, monkeypatch):
     assert requests[0][2] == ["*/*"]
     (saved / "model.safetensors").unlink()
     monkeypatch.setattr(
-        hf.checkpoint.huggingface_hub, "list_repo_files", lambda _: ["pytorch_model.bin"]
+        hf.directory.huggingface_hub, "list_repo_files", lambda _: ["pytorch_model.bin"]
     )
     with pytest.raises(ValueError, match=r"org/model has only pytorch_model\.bin"):
         hf.load("org/model")

@@ -17,20 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import run_ppo
+import run_rm
+import run_sft
+import swap_loss
+import test_run
 
 from instructjax import hf, hosts, miniature, models, run, sharding
 from instructjax.data import Stream, sources
 from instructjax.models import ModelConfig
 from instructjax.run.flags import parse
 from instructjax.sampler import decode
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
-
-import run_ppo
-import run_rm
-import run_sft
-import swap_loss
-import test_run
 
 SMALL = {"demonstrations": 80, "comparisons": 60, "prompts": 40, "text": 200}
 FEW = ["--batch_size", "8", "--unroll", "1", "--data.cache", "None"]

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import chex
@@ -13,15 +11,12 @@ import numpy as np
 import optax
 import pytest
 import reference
+import run_ppo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instructjax import models, offload, ppo, rollout, sampler, sft, sharding, state
 from instructjax.models import ModelConfig, Rope
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
-
-import run_ppo
 
 SMALL = {"vocab_size": 131, "layers": 2, "width": 16, "heads": 4, "mlp_width": 32, "max_length": 64}
 CONFIG = ModelConfig(

@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import sys
 from pathlib import Path
 
 import jax
@@ -15,16 +14,13 @@ import numpy as np
 import optax
 import pytest
 import reference
+import run_ppo
+from ppo_config import PPO, PTX, Adam, Config
 
 from instructjax import hf, models, ppo, rollout, sharding, state
 from instructjax.data import DataConfig
 from instructjax.models import ModelConfig
 from instructjax.scoring import RewardConfig
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
-
-import run_ppo
-from ppo_config import PPO, PTX, Adam, Config
 
 MODEL = ModelConfig(
     vocab_size=61, layers=1, width=16, heads=2, mlp_width=32, max_length=32, eos_ids=(3, 50, 51, 52)

@@ -31,7 +31,6 @@ from instructjax.preflight.flops import _positions
 from instructjax.preflight.program import Memory, _needed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.append(str(REPOSITORY / "experiments"))
 
 # The script experiments/preflight.py, not the package instructjax.preflight.
 script = importlib.import_module("preflight")

@@ -1,19 +1,15 @@
 """What a model's name stands for: a preset, a run, a directory, or a model of the hub."""
 
-import sys
 from pathlib import Path
 
 import jax
+import preflight
 import pytest
+import sample
 
 from instructjax import hf, miniature, models, scoring, sharding
 from instructjax.models import PRESETS, ModelConfig
 from instructjax.run import pretrained
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
-
-import preflight
-import sample
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +32,7 @@ def requests(exported, tmp_path, monkeypatch) -> list[str]:
         names.append(name)
         return str(exported)
 
-    monkeypatch.setattr(hf.checkpoint.huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(hf.directory.huggingface_hub, "snapshot_download", fetch)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return names
@@ -144,7 +140,7 @@ def test_other_missing_models_say_where_was_looked(requests, monkeypatch):
     def fetch(name, **patterns):
         raise OSError("there is no network")
 
-    monkeypatch.setattr(hf.checkpoint.huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(hf.directory.huggingface_hub, "snapshot_download", fetch)
     with pytest.raises(FileNotFoundError, match=r"not a preset .*: there is no network"):
         LOADERS["--model"]("hf:org/name")
     Path("models/file").touch()

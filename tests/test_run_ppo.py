@@ -4,25 +4,21 @@ import ast
 import dataclasses
 import gc
 import json
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
+import ppo_config
+import preflight_programs
 import pytest
+import run_ppo
 
 from instructjax import hf, miniature, models, ppo, rollout, sharding, state
 from instructjax.data import sources
 from instructjax.models import ModelConfig
 from instructjax.run import process
 from instructjax.scoring import RewardConfig
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
-
-import ppo_config
-import preflight_programs
-import run_ppo
 
 SMALL = {"demonstrations": 80, "comparisons": 60, "prompts": 40, "text": 200}
 FEW = ["--batch_size", "16", "--ppo.minibatch", "8", "--ppo.buckets", "1", "--unroll", "1"]

@@ -3,18 +3,14 @@
 import dataclasses
 import io
 import signal
-import sys
 from pathlib import Path
 
 import jax
 import pytest
+import sample
 
 from instructjax import hf, miniature, models, sampler
 from instructjax.models import ModelConfig
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
-
-import sample
 
 FEW = ["--max_new_tokens", "6", "--mesh", "data=8"]
 

@@ -1,6 +1,7 @@
 """What a response is worth: functions from files, reward models from disk, and their mixes."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from instructjax import hf, models, rollout, scoring, sharding
 from instructjax.data import Record
+from instructjax.evaluation import gold
 from instructjax.models import ModelConfig
 from instructjax.scoring import RewardConfig
 
@@ -167,6 +169,15 @@ def test_functions_that_do_not_give_a_score_each(tmp_path, body, message):
     rewards = load(f"{file}:f")
     with pytest.raises(ValueError, match=f"--reward .*{message}"):
         rewards.score(over, PROMPTS, RESPONSES, RECORDS)
+
+
+def test_the_flag_that_named_a_term_is_in_its_errors(tmp_path):
+    file = file_with(tmp_path, "def f(prompts, responses, records):\n    return 1 / 0\n")
+    judge: Any = gold.load_judge([f"{file}:f"], "jsonl:x", mesh(), make_tokenizer(), "float32")
+    with pytest.raises(ValueError, match=r"^--gold .*mine.py:f: ZeroDivisionError"):
+        judge(over, RECORDS, RESPONSES)
+    with pytest.raises(ValueError, match=r"^--gold .*mine.py:g: .* has no function 'g'"):
+        gold.load_judge([f"{file}:g"], "jsonl:x", mesh(), make_tokenizer(), "float32")
 
 
 def test_flags_that_do_not_fit(tmp_path):

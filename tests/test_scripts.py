@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import run_pretrain
+import run_rm
+import run_sft
+import swap_loss
 
 from instructjax import data, hf, reward, sharding
 from instructjax.data import DataConfig, sources
@@ -17,13 +20,6 @@ from instructjax.models import PRESETS
 from instructjax.run import flags, pretrained
 from instructjax.run.checkpoint import Checkpoints
 from instructjax.scoring import RewardConfig
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
-
-import run_pretrain
-import run_rm
-import run_sft
-import swap_loss
 
 SMALL = {"demonstrations": 80, "comparisons": 60, "prompts": 40, "text": 200}
 FEW = ["--batch_size", "8", "--unroll", "1", "--mesh", "data=8", "--data.cache", "None"]

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import run_ppo
+import swap_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,11 +22,6 @@ from instructjax import data, hf, miniature, models, rollout, sampler, sharding,
 from instructjax.data import sources
 from instructjax.models import ModelConfig
 from instructjax.scoring import RewardConfig
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
-
-import run_ppo
-import swap_loss
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TOKENIZER = miniature.tokenizer()

@@ -10,9 +10,12 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from instructjax import rollout, scoring
 from instructjax.data import Record
+from instructjax.evaluation import gold
 from instructjax.evaluation.figures import plot_curves
 from instructjax.run import Run
+from instructjax.train import Batch
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,41 @@ class Sampled:
             "utility": self.utility_B,
         }
         return {k: float(np.mean(values)) for k, values in figures.items() if values is not None}
+
+
+def measure(
+    rows: Batch,
+    records: Sequence[Record],
+    texts: Sequence[str],
+    eos_ids: Sequence[int],
+    run_model: gold.RunModel,
+    *,
+    reward: scoring.Rewards | None = None,
+    judge: gold.Judge | None = None,
+    kl_B: np.ndarray | None = None,
+    text_loss: float | None = None,
+) -> Sampled:
+    """Measures responses to held-out prompts.
+
+    Args:
+      rows, records, texts: of the rollout.
+      eos_ids: the model's ids that end a response.
+      run_model: runs a function of a batch on all rows; see `scoring.Rewards.score`.
+      reward, judge: what gives the score and the utility, if anything does.
+      kl_B, text_loss: as in `Sampled`.
+    """
+    prompts = [record.prompt for record in records]
+    return Sampled(
+        prompts=prompts,
+        turns=[last_turn(record) for record in records],
+        texts=texts,
+        length_B=rows["mask_BR"].sum(1),
+        ended_B=rollout.ended(rows, eos_ids),
+        score_B=None if reward is None else reward.score(run_model, prompts, texts, records)[0],
+        kl_B=kl_B,
+        utility_B=None if judge is None else judge(run_model, records, texts),
+        text_loss=text_loss,
+    )
 
 
 def last_turn(record: Record) -> str:

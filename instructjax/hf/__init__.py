@@ -4,11 +4,13 @@ families.toml   tensor names and config keys of each family, as data
 families.py     reads families.toml
 configs.py      config.json <-> ModelConfig
 tensors.py      safetensors <-> parameter leaves, shard by shard
+directory.py    the files of a directory, local or from the hub
 vocabulary.py   tokens beyond the embedding, and rows for them
 checkpoint.py   loads and saves a directory
 """
 
-from instructjax.hf.checkpoint import hub_name, load, load_config, load_tokenizer, save
+from instructjax.hf.checkpoint import load, load_config, load_tokenizer, save
+from instructjax.hf.directory import hub_name, read_json
 from instructjax.hf.vocabulary import grow, in_use, new_tokens
 
 __all__ = [
@@ -19,5 +21,6 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "new_tokens",
+    "read_json",
     "save",
 ]

@@ -18,21 +18,12 @@ from safetensors.numpy import save_file
 
 from instructjax import hosts, sharding
 from instructjax.hf import configs, tensors, vocabulary
+from instructjax.hf.directory import TEXTS, WEIGHTS, read_json, resolve, weight_files
 from instructjax.hf.families import FAMILIES
 from instructjax.models import ModelConfig, Params, init, logical_axes
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_TEXTS = ["*.json", "*.model", "*.txt", "*.jinja"]
 _TOKENIZER_TEXTS = ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab")
-_WEIGHTS = ["model*.safetensors"]
-_SCRIPTS = {name: f"run_{name}.py" for name in ("pretrain", "sft", "rm", "ppo")}  # of runs/NAME
-_SCRIPTS |= {name: f"swap_loss.py {name}" for name in ("dpo", "grpo", "rloo")}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_CONVERT = """\
-Opening pickled weights can run code, so they are refused. Convert them once (needs torch):
-  python -c "from transformers import AutoModelForCausalLM as M; \
-M.from_pretrained('{path}').save_pretrained('{path}-safetensors')"
-Then copy the tokenizer's files into the new directory."""
 
 
 def load(
@@ -56,9 +47,9 @@ def load(
       ValueError: a file is damaged, an architecture or a config key is not implemented, or tensors
         are missing, unused, duplicated, of the wrong shape or not finite; the message lists them.
     """
-    directory = _resolve(path, _TEXTS + _WEIGHTS)
+    directory = resolve(path, TEXTS + WEIGHTS)
     where = str(path)
-    arrays = tensors.open_files(_weight_files(directory, where))
+    arrays = tensors.open_files(weight_files(directory, where))
     raw, config = _read_config(directory, where)
     if config.layers > len(arrays):
         raise ValueError(
@@ -90,7 +81,7 @@ def load(
 
 def load_config(path: str | os.PathLike) -> ModelConfig:
     """Reads a checkpoint's ModelConfig, not its weights. Arguments and errors: as for `load`."""
-    return _read_config(_resolve(path, _TEXTS), str(path))[1]
+    return _read_config(resolve(path, TEXTS), str(path))[1]
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
@@ -100,10 +91,10 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
       FileNotFoundError: as for `load`.
       ValueError: a file is damaged, or transformers cannot make a tokenizer of the directory.
     """
-    directory, tokenizer = _resolve(path, _TEXTS), configs.transformers().AutoTokenizer
+    directory, tokenizer = resolve(path, TEXTS), configs.transformers().AutoTokenizer
     for name in _TOKENIZER_TEXTS:
         if os.path.lexists(directory / f"{name}.json"):
-            _read_json(directory / f"{name}.json")
+            read_json(directory / f"{name}.json")
     try:
         return tokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds
@@ -218,7 +209,7 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """
     tokenizer.save_pretrained(directory)
     file = directory / "tokenizer_config.json"
-    content = _read_json(file)
+    content = read_json(file)
     if tokenizer.is_fast:  # all of it is in tokenizer.json
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
         content["model_input_names"] = tokenizer.model_input_names
@@ -226,114 +217,14 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-# ---------------------------------------------------------------------------- loading
-
-
-def hub_name(path: str | os.PathLike) -> str | None:
-    """The name that `path` has on the hub, or None if `path` can only be local.
-
-    `hf:NAME` always means the hub. A path never does if it exists, is absolute, starts with `.` or
-    `~`, or lies under `runs/` or in a folder that exists: anyone may own such a name on the hub.
-    """
-    name = os.fspath(path)
-    if name.startswith("hf:"):
-        return name.removeprefix("hf:")
-    local = Path(os.path.expanduser(name))
-    first, *inner = local.parts or (".",)
-    claimed = name.startswith((".", "~")) or first == "runs" or os.path.lexists(local)
-    claimed |= bool(inner) and os.path.lexists(first)  # of an absolute path this is the root
-    return None if claimed else name
-
-
-def _resolve(path: str | os.PathLike, patterns: list[str]) -> Path:
-    """The directory itself, or a download of the hub model's files that match the patterns."""
-    name = hub_name(path)
-    if name is None:
-        directory = Path(os.path.expanduser(path))
-        if directory.is_dir():
-            return directory
-        if directory.exists():
-            raise ValueError(f"{path} is a file: give the directory that holds config.json")
-        raise FileNotFoundError(f"{path}: no such directory{_hint(directory)}")
-    try:
-        local = huggingface_hub.snapshot_download(
-            name, allow_patterns=patterns, ignore_patterns=["*/*"]
-        )
-        weightless = _WEIGHTS[0] in patterns and not any(Path(local).glob("*.safetensors"))
-        remote = huggingface_hub.list_repo_files(name) if weightless else []
-    except (OSError, huggingface_hub.errors.HfHubHTTPError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(
-            f"{path}: no such directory, and the hub gave no model of that name: {reason}"
-        ) from error
-    _refuse_pickles(remote, name)
-    return Path(local)
-
-
-def _hint(missing: Path) -> str:
-    """How to make or to name the model whose directory is missing."""
-    first, *inner = missing.parts
-    if first == "runs" and inner:
-        script = _SCRIPTS.get(inner[0])
-        made_by = "" if script is None else f"; python experiments/{script} makes it"
-        finished = sorted(file.parts[1] for file in Path().glob("runs/*/export/config.json"))
-        return f"{made_by}; finished runs in runs/: {', '.join(finished) or 'none'}"
-    if first not in ("/", "..") and len(inner) == 1:
-        return f"; {first}/ is a folder here, so the hub is not asked: hf:{missing} asks it"
-    return ""
-
-
-def _refuse_pickles(files: list[str], where: str) -> None:
-    pickles = [name for name in files if name.endswith(_PICKLES)]
-    if pickles:
-        raise ValueError(f"{where} has only {', '.join(pickles)}. {_CONVERT.format(path=where)}")
-
-
-def _weight_files(directory: Path, where: str) -> list[Path]:
-    single = directory / "model.safetensors"
-    if os.path.lexists(single):
-        _check_regular(single)
-        return [single]
-    index = directory / "model.safetensors.index.json"
-    if os.path.lexists(index):
-        file_of = _read_json(index).get("weight_map")
-        if not isinstance(file_of, dict) or not file_of:
-            raise ValueError(f"{index}: weight_map names no files")
-        for name in file_of.values():
-            plain = isinstance(name, str) and name not in ("", "..") and Path(name).name == name
-            if not plain:
-                raise ValueError(f"{index}: weight_map names {name!r}, not a file beside the index")
-        files = sorted(set(file_of.values()))
-        if absent := [name for name in files if not os.path.lexists(directory / name)]:
-            raise FileNotFoundError(f"{index} names files that are not there: {', '.join(absent)}")
-        for name in files:
-            _check_regular(directory / name)
-        return [directory / name for name in files]
-    _refuse_pickles([file.name for file in directory.iterdir()], where)
-    raise FileNotFoundError(f"{where}: no model.safetensors and no model.safetensors.index.json")
-
-
-def _check_regular(file: Path) -> None:
-    if not file.is_file():  # a pipe would be waited for
-        raise ValueError(f"{file}: not a regular file, or a link to nothing")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    _check_regular(file)
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds a JSON {type(content).__name__}, not an object")
-    return content
+# ---------------------------------------------------------------------------- config.json
 
 
 def _read_config(directory: Path, where: str) -> tuple[dict[str, Any], ModelConfig]:
     file = directory / "config.json"
     if not os.path.lexists(file):
         raise FileNotFoundError(f"{where}: no config.json")
-    raw = _read_json(file)
+    raw = read_json(file)
     _check_family(raw.get("model_type"), where)
     configs.check_raw(raw, str(file))
     try:
@@ -352,7 +243,7 @@ def _read_config(directory: Path, where: str) -> tuple[dict[str, Any], ModelConf
         config = dataclasses.replace(config, scalar_head=True)
     generation = directory / "generation_config.json"
     if os.path.lexists(generation):  # lists every token that ends a turn of a chat model
-        ids = configs.as_ids(_read_json(generation).get("eos_token_id"), str(generation))
+        ids = configs.as_ids(read_json(generation).get("eos_token_id"), str(generation))
         eos_ids = tuple(dict.fromkeys(config.eos_ids + ids))
         config = dataclasses.replace(config, eos_ids=eos_ids)
     return raw, config

@@ -10,7 +10,6 @@ hf:EleutherAI/pythia-160m   a name on the hub in any case
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,9 +80,9 @@ def reader(config: ModelConfig, tokenizer: Any) -> Callable[..., data.Dataset]:
 def _recorded_form(where: str) -> Any:
     """The form of prompts that a directory's own tokenizer records, if it has one."""
     settings = Path(os.path.expanduser(where)) / "tokenizer_config.json"
-    if not settings.is_file():
+    if not os.path.lexists(settings):
         return None
-    return json.loads(settings.read_text()).get(templates.RECORDED)
+    return hf.read_json(settings).get(templates.RECORDED)
 
 
 def _fit_vocabulary(
