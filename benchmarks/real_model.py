@@ -46,7 +46,9 @@ import rich
 import tyro
 from rich.table import Table
 
+from instructjax import ranges
 from instructjax.data import files
+from instructjax.ranges import Count, Seed
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -62,16 +64,20 @@ class Config:
     out: Path = Path("runs/real")
     """The folder of the runs."""
     runs: tuple[str, ...] = ()
-    """Names of runs to make, with those that they need. By default all."""
-    seeds: tuple[int, ...] = (0,)
+    """Runs to make, with those that they need: a name, or how names begin, such as e2e.
+    By default all."""
+    seeds: tuple[Seed, ...] = (0,)
     """Seeds of the reward models of e2e-rm and hh-rm."""
     size: Literal["small", "full"] = "small"
     """`small` is cut to what a CPU can do; `full` takes all data and computes in bfloat16."""
-    jobs: int = 1
+    jobs: Count = 1
     """Runs at the same time. They share the CPU cores evenly: on two cores, two runs of one core
     each are faster than one run of both."""
     dry_run: bool = False
     """Print the commands and stop."""
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
 
 # ---------------------------------------------------------------------------- the runs
@@ -108,7 +114,8 @@ def jobs(c: Config) -> dict[str, Job]:
     lottery = {"data": f"jsonl:{c.data}/oasst_100_trees/prompt_lottery_en_250_text.jsonl.gz"}
     lottery |= {"data.validation": 0.25, "data.max_prompt": 128}
     rm = {"length": 512, "batch_size": 4, "microbatches": 1 if full else 2, **compute}
-    short = {"data.max_prompt": 256, "data.max_response": 192, "data.overlong": "truncate"}
+    # A row of 512 tokens holds a prompt and two responses of these lengths.
+    short = {"data.max_prompt": 192, "data.max_response": 160, "data.overlong": "truncate"}
     ppo = {
         **{"batch_size": 128 if full else 32, "ppo.minibatch": 32, "ppo.epochs": 1},
         **{"ppo.microbatches": 1 if full else 4, "ppo.learning_rate": 1e-5},
@@ -176,7 +183,7 @@ def jobs(c: Config) -> dict[str, Job]:
 
     brief = {"data": f"jsonl:{c.data}/dolly_hh_small/*.jsonl.gz"}
     brief |= {"data.max_prompt": 128, "data.max_response": 48}
-    every["short-sft"] = Job("run_sft.py", {**of_model, **brief, **sft, "steps": 16, "epochs": 2})
+    every["short-sft"] = Job("run_sft.py", {**of_model, **brief, **sft, "steps": 16})
     function = {"reward": f"{Path(__file__).resolve()}:one_sentence", "ptx.coef": 0, "steps": 40}
     every["one-sentence"] = Job(
         "run_ppo.py",
@@ -208,13 +215,17 @@ def command(c: Config, name: str, job: Job) -> list[str]:
 
 
 def chosen(c: Config, every: Mapping[str, Job]) -> list[str]:
-    """The names of --runs, which also stand for all seeds and halves, and what they need."""
-    names = [n for n in every if not c.runs or any(n == r or n[:-2] == r for r in c.runs)]
-    unknown = [r for r in c.runs if not any(n == r or n[:-2] == r for n in every)]
-    if unknown:
-        raise ValueError(f"--runs {unknown[0]}: not one of {', '.join(every)}")
-    needed = [need for name in names for need in every[name].needs]
-    return [name for name in every if name in {*names, *needed}]
+    """The names that --runs stands for, and what they need."""
+    names = set(every)
+    if c.runs:
+        named = {r: {n for n in every if n == r or n.startswith(f"{r}-")} for r in c.runs}
+        for given, those in named.items():
+            if not those:
+                raise ValueError(f"--runs {given}: not one of {', '.join(every)}")
+        names = set().union(*named.values())
+    for name in reversed(list(every)):  # what a run needs stands before it
+        names |= set(every[name].needs if name in names else ())
+    return [name for name in every if name in names]
 
 
 # ---------------------------------------------------------------------------- data
@@ -254,18 +265,20 @@ def best_and_worst(turns: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any
 # ---------------------------------------------------------------------------- running
 
 
-def run(c: Config, name: str, job: Job, cores: set[int] | None) -> None:
+def has_finished(c: Config, name: str, job: Job) -> bool:
+    """Whether a run has written its last file: SFT its export, all others results.json."""
+    last = "export/config.json" if job.script == "run_sft.py" else "results.json"
+    return (c.out / name / last).exists()
+
+
+def run(c: Config, name: str, job: Job, cores: set[int] | None) -> bool:
     """Runs a command with its output in OUT/NAME.log, unless it has finished before.
 
-    OUT/NAME.cost.json gets its seconds and its largest memory.
-
-    Raises:
-      RuntimeError: the command failed; holds the end of its output.
+    OUT/NAME.cost.json gets its seconds and its largest memory. Returns whether it succeeded.
     """
-    results = "export/config.json" if job.script == "run_sft.py" else "results.json"
-    if (c.out / name / results).exists():
+    if has_finished(c, name, job):
         print(f"{name} has finished before", flush=True)
-        return
+        return True
     print(f"{time.strftime('%H:%M')} {name}", flush=True)
     began, log = time.perf_counter(), c.out / f"{name}.log"
     with log.open("a") as file:
@@ -275,32 +288,40 @@ def run(c: Config, name: str, job: Job, cores: set[int] | None) -> None:
         _, status, usage = os.wait4(process.pid, 0)  # unlike wait(), says how much memory it took
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{name} failed:\n{log.read_text()[-2000:]}")
+        print(f"{name} failed:\n{log.read_text()[-2000:]}", file=sys.stderr, flush=True)
+        return False
     cost = {"seconds": time.perf_counter() - began, "peak_gb": usage.ru_maxrss / 1e6}
     (c.out / f"{name}.cost.json").write_text(json.dumps(cost) + "\n")
+    return True
 
 
-def run_all(c: Config, every: Mapping[str, Job], names: Sequence[str]) -> None:
-    """Runs commands, --jobs at a time, each after those that it needs."""
+def run_all(c: Config, every: Mapping[str, Job], names: Sequence[str]) -> list[str]:
+    """Runs commands, --jobs at a time, each after those that it needs.
+
+    Where one fails, the others go on, but for those that need it. Returns the names of all that
+    have not finished.
+    """
     cores = sorted(os.sched_getaffinity(0)) if c.jobs > 1 else []
     shares = [set(cores[i :: c.jobs]) or None for i in range(c.jobs)]
-    waiting, finished = list(names), set()
+    waiting, finished = list(names), set[str]()
     running: dict[Any, tuple[str, set[int] | None]] = {}
     with concurrent.futures.ThreadPoolExecutor(c.jobs) as pool:
-        while waiting or running:
+        while True:
             ready = [name for name in waiting if set(every[name].needs) <= finished]
             for name in ready[: len(shares)]:
                 share = shares.pop()
                 waiting.remove(name)
                 running[pool.submit(run, c, name, every[name], share)] = name, share
+            if not running:
+                return [name for name in names if name not in finished]
             done, _ = concurrent.futures.wait(
                 running, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
                 name, share = running.pop(future)
-                future.result()
-                finished.add(name)
                 shares.append(share)
+                if future.result():
+                    finished.add(name)
 
 
 # ---------------------------------------------------------------------------- results
@@ -328,10 +349,10 @@ def f1(text: str, reference: str, n: int) -> float:
     return 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
 
 
-def report(c: Config, names: Sequence[str]) -> None:
-    """Prints the figures of finished runs and writes them to OUT/results.json."""
-    every: dict[str, Any] = {}
-    for name in names:
+def report(c: Config, every: Mapping[str, Job]) -> None:
+    """Prints the figures of all runs that have finished, and writes them to OUT/results.json."""
+    figures: dict[str, Any] = {}
+    for name in (name for name, job in every.items() if has_finished(c, name, job)):
         file = c.out / name / "results.json"
         if file.exists():
             results = json.loads(file.read_text())
@@ -339,13 +360,13 @@ def report(c: Config, names: Sequence[str]) -> None:
             lines = (c.out / name / "metrics.jsonl").read_text().splitlines()
             results = {"last step": json.loads(lines[-1])}
         cost = c.out / f"{name}.cost.json"
-        every[name] = results | (json.loads(cost.read_text()) if cost.exists() else {})
+        figures[name] = results | (json.loads(cost.read_text()) if cost.exists() else {})
         if name == "e2e-ppo":
             for policy, shares in overlaps(c, name).items():
-                every[name][policy] |= dict(zip(("word_f1", "pair_f1"), shares, strict=True))
-    (c.out / "results.json").write_text(json.dumps(every, indent=2) + "\n")
+                figures[name][policy] |= dict(zip(("word_f1", "pair_f1"), shares, strict=True))
+    (c.out / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
     table = Table("run", "of", "figures", title=f"{c.out / 'results.json'}")
-    for name, results in every.items():
+    for name, results in figures.items():
         rows = results.get("accuracy", results)
         rows = {label: row for label, row in rows.items() if isinstance(row, dict)}
         for label, row in rows.items():
@@ -362,14 +383,21 @@ def rounded(value: Any) -> str:
 
 def main(c: Config) -> None:
     every = jobs(c)
-    names = chosen(c, every)
-    if c.dry_run:
-        for name in names:
-            print(shlex.join(["python", *command(c, name, every[name])[1:]]))
-        return
-    write_halves(c)
-    run_all(c, every, names)
-    report(c, names)
+    try:
+        names = chosen(c, every)
+        if c.dry_run:
+            for name in names:
+                print(shlex.join(["python", *command(c, name, every[name])[1:]]))
+            return
+        if any(name.startswith("oasst") for name in names):
+            write_halves(c)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    c.out.mkdir(parents=True, exist_ok=True)
+    unfinished = run_all(c, every, names)
+    report(c, every)
+    if unfinished:
+        sys.exit(f"error: not finished: {', '.join(unfinished)}; the same command goes on")
 
 
 if __name__ == "__main__":

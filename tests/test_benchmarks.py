@@ -37,6 +37,9 @@ def test_the_scripts_know_all_flags(tmp_path, size):
 
 
 def test_runs_are_chosen_with_what_they_need(tmp_path):
+    every = {"x": Job("", {}), "y-1": Job("", {}, needs=("x",)), "z": Job("", {}, needs=("y-1",))}
+    assert real_model.chosen(config(tmp_path, runs=("z",)), every) == ["x", "y-1", "z"]
+    assert real_model.chosen(config(tmp_path, runs=("y",)), every) == ["x", "y-1"]
     c = config(tmp_path, runs=("oasst-ppo", "hh-rm"), seeds=(0, 3))
     names = real_model.chosen(c, real_model.jobs(c))
     assert names == ["oasst-rm-a", "oasst-rm-b", "oasst-ppo", "hh-rm-0", "hh-rm-3"]
@@ -63,10 +66,11 @@ def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypat
 
     monkeypatch.setattr(real_model, "command", command)
     for _ in range(2):
-        real_model.run_all(c, every, list(every))
+        assert real_model.run_all(c, every, list(every)) == []
     assert (tmp_path / "log").read_text().split() == ["a", "b", "c"]
-    real_model.report(c, list(every))
+    real_model.report(c, {**every, "not run": Job("", {})})
     results = json.loads((c.out / "results.json").read_text())
+    assert set(results) == {"a", "b", "c"}
     assert results["b"]["x"] == {"score": 0.5}
     assert results["b"]["seconds"] > 0
     assert 0.001 < results["b"]["peak_gb"] < 10
@@ -74,14 +78,33 @@ def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypat
     (c.out / "sft" / "export" / "config.json").write_text("{}")
     (c.out / "sft" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
     real_model.run_all(c, {"sft": Job("run_sft.py", {})}, ["sft"])
-    real_model.report(c, ["sft"])
+    real_model.report(c, {**every, "sft": Job("run_sft.py", {})})
     results = json.loads((c.out / "results.json").read_text())
     assert results["sft"]["last step"] == {"step": 2, "loss": 0.5}
     assert (tmp_path / "log").read_text().split() == ["a", "b", "c"]
-    every = {"d": Job("", {}, needs=("missing",))}
-    monkeypatch.setattr(real_model, "command", lambda c, name, job: [sys.executable, "-c", "1 / 0"])
-    with pytest.raises(RuntimeError, match=r"(?s)d failed.*ZeroDivisionError"):
-        real_model.run(c, "d", every["d"], None)
+    assert set(results) == {"a", "b", "c", "sft"}
+
+
+def test_where_a_run_fails_the_others_go_on(tmp_path, monkeypatch, capsys):
+    code = {"a": "1 / 0", "b": "1", "c": "1", "d": "1"}
+    monkeypatch.setattr(
+        real_model, "command", lambda c, name, job: [sys.executable, "-c", code[name]]
+    )
+    c = config(tmp_path, jobs=2)
+    c.out.mkdir()
+    every = {
+        "a": Job("", {}),
+        "b": Job("", {}, needs=("a",)),
+        "c": Job("", {}),
+        "d": Job("", {}, needs=("c",)),
+    }
+    assert real_model.run_all(c, every, list(every)) == ["a", "b"]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_missing_data_set_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: .*DATA/oasst_100_trees/en_100_tree"):
+        real_model.main(config(tmp_path, runs=("oasst-rm",)))
 
 
 def test_halves_and_pairs_by_hand(tmp_path):
