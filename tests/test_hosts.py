@@ -123,6 +123,7 @@ class Pair:
             "JAX_NUM_CPU_DEVICES": "4",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(Path(run_ppo.__file__).parent),
             "PYTHONUNBUFFERED": "1",
         }
         self.logs = [cache / f"{port}-{host}.log" for host in range(2)]

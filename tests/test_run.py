@@ -274,10 +274,12 @@ def test_a_bucket_needs_its_extra(monkeypatch):
         Toy(checkpoints="gs://b/x")
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
-def test_a_missing_tracker_is_said_before_anything_is_written(tmp_path, monkeypatch, tracker):
+@pytest.mark.parametrize(("tracker", "value"), [("tensorboard", True), ("wandb", "project")])
+def test_a_missing_tracker_is_said_before_anything_is_written(
+    tmp_path, monkeypatch, tracker, value
+):
     monkeypatch.setitem(sys.modules, "tensorboardX" if tracker == "tensorboard" else tracker, None)
-    config = Toy(out=tmp_path / "run", **{tracker: "x"})
+    config = Toy(out=tmp_path / "run", **{tracker: value})
     with pytest.raises(ValueError, match=rf"--{tracker} needs: .*instructjax\[{tracker}\]"):
         Run(config, stage="toy").__enter__()
     assert not (tmp_path / "run").exists()
