@@ -224,6 +224,14 @@ def agree(value: np.ndarray | bool | int) -> np.ndarray:
     return multihost_utils.broadcast_one_to_all(np.asarray(value))
 
 
+def agree_text(text: str) -> str:
+    """Returns host 0's text on all hosts."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    padded = np.zeros(int(agree(data.size)), np.uint8)
+    padded[: data.size] = data[: padded.size]
+    return agree(padded).tobytes().decode()
+
+
 def wait_for_all(name: str) -> None:
     """Returns when all hosts have called it; `name` describes the place in the program."""
     if jax.process_count() > 1:

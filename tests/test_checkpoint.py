@@ -1,17 +1,21 @@
 """Checkpoints are whole or absent, are not torn by a step that donates, and restore on any mesh."""
 
 import resource
+import shutil
 import signal
 from collections import namedtuple
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from instructjax import sharding, state, train
+from instructjax.run import manifest
 from instructjax.run.checkpoint import Checkpoints, abstract, nbytes
 
 
@@ -85,7 +89,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
         assert again.best() == best
         again.close()
         assert Checkpoints(tmp_path / mode, 2, "rm/accuracy", mode).best() is None
-        return sorted(int(path.name) for path in (tmp_path / mode).iterdir()), best
+        return again.steps(), best
 
     assert steps("min") == ([2, 7, 8], 2)
     assert steps("max") == ([3, 7, 8], 3)
@@ -94,7 +98,8 @@ def test_the_last_and_the_best_are_kept(tmp_path):
         plain.save(step, saved, {"score": score})
     assert plain.best() is None
     plain.close()
-    assert sorted(int(path.name) for path in (tmp_path / "plain").iterdir()) == [6, 7]
+    assert plain.steps() == [6, 7]
+    assert sorted(path.name for path in (tmp_path / "plain").glob("[!.]*")) == ["6", "7"]
 
 
 def test_a_donating_step_does_not_tear_a_save(tmp_path):
@@ -124,7 +129,7 @@ def test_half_written_is_removed(tmp_path):
     assert checkpoints.latest() == 1
     checkpoints.save(2, saved, {})
     assert checkpoints.latest() == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["1", "2"]
 
 
 # The first failure ends orbax's event loop, and later failures become unraisable exceptions.
@@ -168,7 +173,7 @@ def test_full_disk_is_found_before_the_write(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, nbytes(saved) - 1))
     with pytest.raises(OSError, match="there is none before it: it needs 16,388 bytes"):
         checkpoints.save(1, saved, {})
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("[!.]*"))
 
 
 def test_what_does_not_fit_is_named(tmp_path):
@@ -180,3 +185,102 @@ def test_what_does_not_fit_is_named(tmp_path):
     for wrong in ({"w": jnp.zeros((8, 9))}, {"v": jnp.zeros((8, 8))}):
         with pytest.raises(ValueError, match=f"{tmp_path}/1 is not a checkpoint of this state"):
             checkpoints.restore(1, wrong)
+
+
+def damaged_copies(whole: Path, work: Path):
+    """Copies of a checkpoint, each with one file damaged, and the name of that file."""
+    names = [str(path.relative_to(whole)) for path in sorted(whole.rglob("*")) if path.is_file()]
+    for name in (name for name in names if not name.endswith("commit_success.txt")):
+        content = (whole / name).read_bytes()
+        flipped = [bytearray(content) for _ in range(3)]
+        for copy, at in zip(flipped, (0, len(content) // 2, len(content) - 1), strict=True):
+            copy[at] ^= 1 << at % 8
+        for damaged in (*flipped, content[:-1], b"", content + b"\0", None):
+            shutil.copytree(whole, work)
+            (work / name).unlink()
+            if damaged is not None:
+                (work / name).write_bytes(damaged)
+            yield name, work
+            shutil.rmtree(work)
+
+
+def test_every_damage_to_a_file_is_seen(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1, "loss")
+    checkpoints.save(1, state_of(sharding.make_mesh()), {"score": 0.5})
+    checkpoints.close()
+    assert manifest.damage(epath.Path(tmp_path / "1")) is None
+    tried = set()
+    for name, damaged in damaged_copies(tmp_path / "1", tmp_path / "copy"):
+        directory = epath.Path(damaged)
+        if name == "checksums.json" and not (damaged / name).exists():
+            assert not manifest.exists(directory)
+            continue
+        problem = manifest.damage(directory)
+        assert problem is not None, name
+        if "checksums" not in name:  # a damaged list may name any of its files
+            assert problem.startswith(f"{name}: "), (name, problem)
+        tried.add(name)
+    kinds = ("_CHECKPOINT_METADATA", "meta/metadata", "state/d/", "state/ocdbt.process_0/d/")
+    assert all(any(name.startswith(kind) for name in tried) for kind in kinds)
+
+
+def test_damaged_checkpoints_are_set_aside(tmp_path, capsys):
+    saved = state_of(sharding.make_mesh(), width=8)
+    checkpoints = Checkpoints(tmp_path, 3, "loss")
+    for step, score in ((2, 0.5), (4, 0.1), (6, 0.3)):
+        checkpoints.save(step, saved, {"score": score})
+    checkpoints.wait()
+    (tmp_path / "6/meta/metadata").write_text("{}")
+    (tmp_path / "2/checksums.json").unlink()
+    assert checkpoints.latest_whole() == 4
+    assert f"{tmp_path}/6 is damaged (meta/metadata: 2 bytes instead of" in capsys.readouterr().out
+    assert (tmp_path / "set_aside/6/meta/metadata").read_text() == "{}"
+    checkpoints.save(6, saved, {"score": 0.2})
+    checkpoints.set_aside(6)
+    assert (tmp_path / "set_aside/6.2/checksums.json").exists()
+
+    assert checkpoints.best() == 4
+    large = max((tmp_path / "4/state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(large.read_bytes())
+    content[len(content) // 2] ^= 16
+    large.write_bytes(content)
+    assert checkpoints.best() == checkpoints.latest_whole() == 2
+    out = capsys.readouterr().out
+    assert f"{large.relative_to(tmp_path / '4')}: its checksum is another" in out
+    assert f"warning: {tmp_path}/2 has no checksums" in out
+    assert_equal(checkpoints.restore(2, saved)[0], saved)
+
+
+def test_a_save_that_orbax_declines_is_an_error(tmp_path):
+    """With 2, 4 and 6 there, orbax does not save 3, and says nothing."""
+    saved = {"w": jnp.zeros((8, 8))}
+    checkpoints = Checkpoints(tmp_path, 5)
+    for step in (2, 4, 6):
+        checkpoints.save(step, saved, {})
+    with pytest.raises(OSError, match=r"step 3 could not be written.*--resume_step"):
+        checkpoints.save(3, saved, {})
+    for step in (6, 4):
+        checkpoints.set_aside(step)
+    checkpoints.save(3, saved, {})
+    assert checkpoints.steps() == [2, 3]
+
+
+def test_a_run_that_takes_checkpoints_over_ends_the_other(tmp_path):
+    saved, first = {"w": jnp.zeros((8, 8))}, Checkpoints(tmp_path, 5)
+    first.save(1, saved, {})
+    first.wait()
+    second = Checkpoints(tmp_path, 5)
+    second.save(2, saved, {})
+    second.wait()
+    with pytest.raises(OSError, match="has taken these checkpoints over"):
+        first.save(3, saved, {})
+
+
+def test_what_was_written_is_told(tmp_path):
+    written = []
+    checkpoints = Checkpoints(tmp_path, 1, on_written=written.append)
+    for step in (1, 2):
+        checkpoints.save(step, {"w": jnp.zeros((8, 8))}, {})
+        assert step not in written
+    checkpoints.close()
+    assert written == [1, 2]

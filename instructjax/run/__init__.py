@@ -2,7 +2,10 @@
 
 flags.py        RunConfig, the flags of all training scripts; parse; config.json
 pretrained.py   loads the model that --model names
+manifest.py     checksums of a checkpoint's files
+shared.py       a directory that all hosts see and one run holds
 checkpoint.py   atomic, asynchronous checkpoints
+resume.py       which checkpoint a run goes on from
 card.py         the run's part of an export's model card
 metrics.py      metrics.jsonl, samples.jsonl, the progress line
 process.py      signals, memory and the lock on the run directory

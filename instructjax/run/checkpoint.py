@@ -1,8 +1,9 @@
 """The latest and the best checkpoints of a run, written in the background, whole or not at all."""
 
+import itertools
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +12,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from instructjax import hosts
+from instructjax.run import manifest
+from instructjax.run.shared import Claim, check_shared
+
 
 class Checkpoints:
     """The checkpoints in a directory, each named by its step: the number of updates made.
 
-    A checkpoint gets its name by a rename, once it is complete. A checkpoint that a killed process
-    left half-written is never seen, and is removed here. So only one process, or one group of
-    hosts, may train in a directory.
+    A checkpoint gets its name by a rename, once it is complete with its checksums. A checkpoint
+    that a killed process left half-written is never seen, and is removed here. So only one process,
+    or one group of hosts, may train in a directory.
 
     Args:
       directory: made if it does not exist. Several hosts need one that all of them see.
@@ -25,9 +30,11 @@ class Checkpoints:
       best_metric: the metric that `meta["score"]` is. If given, the best checkpoint is kept too.
         Scores are stored under this name; scores stored under another name are not compared.
       best_mode: whether the least or the greatest score is the best.
+      say: gets a line about each damaged checkpoint.
+      on_written: gets the step of each checkpoint that this object has written, some time later.
 
     Raises:
-      OSError: host 0 made the directory, and this host does not see it.
+      OSError: not all hosts see the same directory.
     """
 
     def __init__(
@@ -36,7 +43,10 @@ class Checkpoints:
         keep_last: int,
         best_metric: str | None = None,
         best_mode: Literal["min", "max"] = "min",
+        say: Callable[[str], None] = print,
+        on_written: Callable[[int], None] = lambda step: None,
     ):
+        self._say, self._on_written, self._writing = say, on_written, None
         self._on_disk = "://" not in os.fspath(directory)
         self.directory = epath.Path(Path(directory).absolute() if self._on_disk else directory)
         self.best_metric = best_metric
@@ -57,13 +67,19 @@ class Checkpoints:
             best_fn=score if best_metric is not None else None,
             best_mode=best_mode,
             cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_files),
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
-        if not self.directory.exists():
-            raise OSError(
-                f"{self.directory}: host 0 made this directory, and host {jax.process_index()} does"
-                " not see it: give --checkpoints a directory that all hosts share"
-            )
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handler = manifest.SummedState()
+        registry.add("state", ocp.args.StandardSave, handler)
+        registry.add("state", ocp.args.StandardRestore, handler)
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        check_shared(self.directory)
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, handler_registry=registry
+        )
+        self._claim = Claim(self.directory)
 
     def check_space(self, state: Any) -> None:
         """Checks, before training, that the disk can hold all checkpoints that will be kept.
@@ -73,8 +89,13 @@ class Checkpoints:
         """
         if not self._on_disk:
             return
-        size, count, directory = nbytes(state), self._kept + 1, Path(self.directory)
-        used = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        size, count = nbytes(state), self._kept + 1
+        used = sum(
+            path.stat().st_size
+            for step in self.steps()
+            for path in Path(self.directory / str(step)).rglob("*")
+            if path.is_file()
+        )
         space = shutil.disk_usage(self.directory).free + used
         if count * size > space:
             raise OSError(
@@ -97,6 +118,7 @@ class Checkpoints:
             directory and the last good checkpoint.
         """
         self.wait()
+        self._claim.check()
         if step in self._manager.all_steps():
             raise ValueError(f"{self.directory}: there is a checkpoint of step {step} already")
         if self._on_disk:
@@ -107,12 +129,14 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
         )
+        metrics = {self.best_metric: meta["score"]} if scored else None
+        self._writing = step
         try:
-            self._manager.save(
-                step, args=items, metrics={self.best_metric: meta["score"]} if scored else None
-            )
+            accepted = self._manager.save(step, args=items, metrics=metrics)
         except Exception as error:
             raise self._failed(step, str(error)) from error
+        if not accepted:  # orbax does not save a step before its newest
+            raise self._failed(step, "a later checkpoint is there; see --resume_step")
 
     def wait(self) -> None:
         """Returns when no checkpoint is being written.
@@ -124,17 +148,79 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._failed(None, str(error)) from error
+        if self._writing is not None:
+            self._on_written(self._writing)
+            self._writing = None
+
+    def steps(self) -> list[int]:
+        """The steps of all good checkpoints, after waiting for one that is being written."""
+        self.wait()
+        return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
         """The step of the last good checkpoint, after waiting for one that is being written."""
         self.wait()
         return self._manager.latest_step()
 
+    def latest_whole(self) -> int | None:
+        """The step of the last checkpoint without damage. All hosts call this.
+
+        Damaged checkpoints after it are named, and set aside. A checkpoint without checksums counts
+        as whole, with a warning.
+        """
+        while (step := self.latest()) is not None and not self._is_whole(step):
+            pass
+        return step
+
     def best(self) -> int | None:
-        """The step of the checkpoint with the best score; None if no checkpoint has a score."""
+        """The step of the checkpoint with the best score; None if no checkpoint has a score.
+
+        Damaged checkpoints are set aside, as in `latest_whole`.
+        """
+        while any(self.score(step) is not None for step in self.steps()):
+            step = self._manager.best_step()
+            if step is None or self._is_whole(step):
+                return step
+        return None
+
+    def set_aside(self, step: int) -> epath.Path:
+        """Moves a checkpoint out of sight, to `set_aside` in the directory. All hosts call this.
+
+        Returns:
+          Its new place.
+        """
         self.wait()
-        scored = [step for step in self._manager.all_steps() if self.score(step) is not None]
-        return self._manager.best_step() if scored else None
+        aside = self.directory / "set_aside"
+        names = (f"{step}" if count == 1 else f"{step}.{count}" for count in itertools.count(1))
+        target = next(aside / name for name in names if not (aside / name).exists())
+        hosts.wait_for_all("set aside: named")
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            manifest.move(self.directory / str(step), target)
+        hosts.wait_for_all("set aside: moved")
+        self._manager.reload()
+        return target
+
+    def _is_whole(self, step: int) -> bool:
+        where = self.directory / str(step)
+        if not manifest.exists(where):
+            self._say(f"warning: {where} has no checksums, so that damage would not be seen")
+            return True
+        damage = manifest.damage(where)
+        if damage is None:
+            return True
+        self._say(f"{where} is damaged ({damage}): moved to {self.set_aside(step)}")
+        return False
+
+    def _sum_files(self) -> None:
+        """Host 0 calls this in the background, when a checkpoint is complete but for its name."""
+        step = str(self._writing)
+        (unfinished,) = (
+            path
+            for path in self.directory.iterdir()
+            if path.name == step or path.name.startswith(f"{step}.")
+        )
+        manifest.write(unfinished)
 
     def score(self, step: int) -> float | None:
         """The `best_metric` of a checkpoint, from its metadata; None if it was saved without."""
@@ -160,7 +246,7 @@ class Checkpoints:
         )
         try:
             restored: Any = self._manager.restore(step, args=items)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, OSError) as error:
             where = self.directory / str(step)
             raise ValueError(f"{where} is not a checkpoint of this state: {error}") from error
         return restored.state, restored.meta
@@ -200,6 +286,7 @@ class Checkpoints:
         self._manager.close()
 
     def _failed(self, step: int | None, why: str) -> OSError:
+        self._writing = None
         # The manager has forgotten the checkpoints that it would have deleted after this save.
         self._manager.reload()
         last = self._manager.latest_step()

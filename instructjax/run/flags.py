@@ -37,7 +37,7 @@ from instructjax.ranges import Count, CountOrZero, NotNegative, PositiveOrInf, S
 
 PACKAGES = ("instructjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # None of these changes a run, so `--resume` neither refuses nor prints a difference in them.
-UNCOMPARED = ("command", "out", "checkpoints", "resume")
+UNCOMPARED = ("command", "out", "checkpoints", "resume", "resume_step")
 UNCOMPARED += ("data.cache", "pretrain.cache", "demonstrations.cache")
 SMALL = "small"  # the default preset for data other than the miniature's
 
@@ -110,9 +110,13 @@ class RunConfig:
     """Layers in one turn of the loop over layers.
     On CPU a small model is fastest with all of them in one turn."""
     resume: bool = False
-    """Continue the run in --out from its latest checkpoint, or start it if it has none."""
+    """Continue the run in --out from its newest whole checkpoint, or start it if it has none."""
+    resume_step: CountOrZero | None = None
+    """Go back to the checkpoint of this step, and continue from there. Later checkpoints move to
+    `set_aside`, and later lines of the logs to *.cut.jsonl. With --resume as well, only the first
+    start goes back. Later starts continue from the newest checkpoint."""
     checkpoints: str | None = None
-    """Directory for checkpoints, by default OUT/checkpoints.
+    """Directory for checkpoints, by default OUT/checkpoints or, with --resume, where they are.
     Several hosts need one that all of them see: a shared directory, or gs://BUCKET/NAME.
     A bucket needs instructjax[gcs], and has not been tested."""
     save_every: Count = 500
@@ -169,6 +173,11 @@ class RunConfig:
         return sharding.constrainer(mesh, rules)
 
     @property
+    def resuming(self) -> bool:
+        """Whether to continue a run."""
+        return self.resume or self.resume_step is not None
+
+    @property
     def checkpoint_directory(self) -> epath.Path:
         """Directory for checkpoints, on a disk or in a bucket."""
         return epath.Path(self.checkpoints or self.out / "checkpoints")
@@ -220,54 +229,72 @@ def parse(
     return tyro.cli(cls, args=argv, description=about, use_underscores=True, **keywords)
 
 
-def write(config: RunConfig, stage: str) -> list[str]:
-    """Writes OUT/config.json, which holds all that is needed to run again.
+def compare(config: RunConfig, stage: str, directory: epath.Path) -> list[str]:
+    """Compares a config with OUT/config.json, if a run is continued.
+
+    Args:
+      directory: of the checkpoints.
 
     Returns:
-      A line for each difference from the config of the run that --resume continues.
+      A line for each difference that is allowed.
 
     Raises:
-      ValueError: --resume with a change that makes another run (`RunConfig.FIXED`).
+      ValueError: --resume with a change that makes another run (`RunConfig.FIXED`), or config.json
+        is damaged.
       FileExistsError: --out or --checkpoints holds a run, and --resume was not given.
     """
     file, metrics = config.out / "config.json", config.out / "metrics.jsonl"
-    record = {
-        "stage": stage,
-        "command": shlex.join(["python", *sys.argv]),
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
-        "versions": {"python": platform.python_version(), **{x: version(x) for x in PACKAGES}},
-        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-    }
-    directory = config.checkpoint_directory
     steps = [path.name for path in directory.iterdir()] if directory.exists() else []
     saved = any(name.isdecimal() for name in steps)
     holds_run = saved or (metrics.exists() and metrics.stat().st_size > 0)
-    if holds_run and not config.resume:
+    if holds_run and not config.resuming:
         flag, where = "--out", config.out
         if saved and config.checkpoints is not None:
             flag, where = "--checkpoints", config.checkpoints
         raise FileExistsError(
             f"{flag} {where} holds a run: continue it with --resume, or give another {flag}"
         )
+    if not (holds_run and file.exists()):
+        return []
+    try:
+        old, new = flat(json.loads(file.read_text())), flat(_record(config, stage))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: damaged, so that --resume cannot compare the flags. Remove it to continue"
+            " with the flags as they are"
+        ) from error
     printed, refused = [], []
-    if holds_run and file.exists():
-        old, new = flat(json.loads(file.read_text())), flat(record)
-        for name in sorted(old.keys() | new.keys()):
-            field = name.removeprefix("config.")
-            if old.get(name) == new.get(name) or field in UNCOMPARED:
-                continue
-            change = f"{field}: {old.get(name)!r} -> {new.get(name)!r}"
-            fixed = field.split(".")[0] in ("stage", *config.FIXED)
-            (refused if fixed else printed).append(change)
+    for name in sorted(old.keys() | new.keys()):
+        field = name.removeprefix("config.")
+        if old.get(name) == new.get(name) or field in UNCOMPARED:
+            continue
+        change = f"{field}: {old.get(name)!r} -> {new.get(name)!r}"
+        fixed = field.split(".")[0] in ("stage", *config.FIXED)
+        (refused if fixed else printed).append(change)
     if refused:
         raise ValueError(
             f"--resume would make another run of {config.out} ({'; '.join(refused)}): give the"
             " same flags again, or start another run with another --out"
         )
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=2) + "\n")
-    part.replace(file)
     return printed
+
+
+def write(config: RunConfig, stage: str) -> None:
+    """Writes OUT/config.json, which holds all that is needed to run again."""
+    file = config.out / "config.json"
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(_record(config, stage), indent=2) + "\n")
+    part.replace(file)
+
+
+def _record(config: RunConfig, stage: str) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "command": shlex.join(["python", *sys.argv]),
+        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "versions": {"python": platform.python_version(), **{x: version(x) for x in PACKAGES}},
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+    }
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +31,8 @@ class MetricsWriter:
 
     Args:
       directory: the run directory.
-      resume_step: cuts both files back to the lines up to this step; None empties them.
+      resume_step: cuts both files back to the lines up to this step; None empties them. What is cut
+        is added to metrics.cut.jsonl and samples.cut.jsonl.
       tensorboard: write to DIRECTORY/tensorboard too.
       wandb: name of the project to send metrics to.
 
@@ -48,6 +49,8 @@ class MetricsWriter:
         wandb: str | None = None,
     ):
         self._files: dict[str, TextIO] = {}
+        self.lines: dict[str, int] = {}  # of each file
+        self._resumed: dict[str, list[int]] = {}  # the step of each line that was there
         self._tensorboard = self._wandb = None
         if jax.process_index() != 0:
             return
@@ -58,14 +61,15 @@ class MetricsWriter:
             self._wandb = _wandb(wandb, directory, resume_step)
         for name in ("metrics", "samples"):
             file = directory / f"{name}.jsonl"
-            _cut_back(file, resume_step)
+            self._resumed[file.name] = _cut_back(file, resume_step)
+            self.lines[file.name] = len(self._resumed[file.name])
             self._files[name] = file.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a line `{"step": step, ...}` to metrics.jsonl, in which floats keep every bit."""
         if not self._files:
             return
-        _append(self._files["metrics"], {"step": step, **metrics})
+        self._append("metrics", {"step": step, **metrics})
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -78,12 +82,41 @@ class MetricsWriter:
         Call this before the step's checkpoint is saved: a kill between the two would lose the line.
         """
         if self._files:
-            _append(self._files["samples"], {"step": step, **sample})
+            self._append("samples", {"step": step, **sample})
+
+    def missing(self, lines: Mapping[str, int], step: int, log_every: int) -> Iterator[str]:
+        """Says which lines of a resumed run are not in its files any more.
+
+        Args:
+          lines: number of lines of each file when the checkpoint was saved; from `lines`.
+          step: of the checkpoint.
+          log_every: steps from one line of metrics.jsonl to the next.
+        """
+        for name, expected in lines.items():
+            steps = self._resumed.get(name)
+            if steps is None or len(steps) >= expected:
+                continue
+            absent = expected - len(steps)
+            unlogged = sorted(set(range(log_every, step + 1, log_every)) - set(steps))
+            # Lines of evaluations may lie between. Then the steps are not known.
+            known = name == "metrics.jsonl" and len(unlogged) == absent
+            of_steps = f", of steps {_ranges(unlogged, log_every)}" if known else ""
+            yield f"{name}: {absent:,} of {expected:,} lines are missing{of_steps}"
 
     def sync(self) -> None:
         """Forces both files onto the disk, because a checkpoint relies on their lines."""
         for file in self._files.values():
             os.fsync(file.fileno())
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        file = self._files[name]
+        try:
+            text = json.dumps(line, allow_nan=False, ensure_ascii=False)
+        except ValueError as error:
+            raise ValueError(f"{file.name}: step {line['step']}: {error}") from error
+        file.write(text + "\n")
+        file.flush()
+        self.lines[f"{name}.jsonl"] += 1
 
     def close(self) -> None:
         for file in self._files.values():
@@ -94,32 +127,45 @@ class MetricsWriter:
             self._wandb.finish()
 
 
-def _append(file: TextIO, line: dict[str, Any]) -> None:
-    try:
-        text = json.dumps(line, allow_nan=False, ensure_ascii=False)
-    except ValueError as error:
-        raise ValueError(f"{file.name}: step {line['step']}: {error}") from error
-    file.write(text + "\n")
-    file.flush()
+def _cut_back(file: Path, step: int | None) -> list[int]:
+    """Moves the lines after `step` to *.cut.jsonl. Steps ascend within a file.
 
-
-def _cut_back(file: Path, step: int | None) -> None:
-    """Truncates a file after its lines up to `step`. Steps ascend within a file."""
-    end = 0
+    Returns:
+      The step of each line that is left.
+    """
+    end, left = 0, []
     if step is not None and file.exists():
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):  # torn by a kill
                     break
                 try:
-                    later = json.loads(line)["step"] > step
+                    left.append(int(json.loads(line)["step"]))
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(f"{file}:{number}: not a JSON object with a step") from error
-                if later:
+                if left[-1] > step:
+                    left.pop()
                     break
                 end += len(line)
     file.touch()
+    with file.open("rb") as lines:
+        lines.seek(end)
+        if rest := lines.read():
+            with file.with_suffix(".cut.jsonl").open("ab") as cut:
+                cut.write(rest if rest.endswith(b"\n") else rest + b"\n")
     os.truncate(file, end)
+    return left
+
+
+def _ranges(steps: Sequence[int], apart: int) -> str:
+    """[1, 2, 3, 7] -> `1 to 3, 7`, where neighbours are `apart`."""
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and step == runs[-1][-1] + apart:
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    return ", ".join(f"{r[0]}" if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs)
 
 
 def import_tracker(extra: Literal["tensorboard", "wandb"]) -> Any:

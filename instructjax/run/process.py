@@ -67,8 +67,8 @@ class Signals:
         os.close(self._read)
 
 
-def claim(directory: Path, stack: ExitStack) -> None:
-    """Makes the run directory and locks it until the stack is closed.
+def claim(directory: Path, stack: ExitStack, flag: str = "--out") -> None:
+    """Makes a directory that `flag` names, and locks it until the stack is closed.
 
     Raises:
       OSError: the directory cannot be written, another process trains in it, or the disk is full.
@@ -77,20 +77,20 @@ def claim(directory: Path, stack: ExitStack) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context((directory / ".lock").open("w"))
     except OSError as error:
-        raise OSError(f"--out {directory} cannot be written: {error.strerror}") from error
+        raise OSError(f"{flag} {directory} cannot be written: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise OSError(
-            f"--out {directory}: another process is training there;"
-            " wait for it, or give another --out"
+            f"{flag} {directory}: another process is training there;"
+            f" wait for it, or give another {flag}"
         ) from error
     except OSError:  # a file system without locks
         pass
     if (free := shutil.disk_usage(directory).free) < MIN_FREE:
         raise OSError(
-            f"--out {directory}: the disk is full, with {free:,} bytes left; free some,"
-            " or give another --out"
+            f"{flag} {directory}: the disk is full, with {free:,} bytes left; free some,"
+            f" or give another {flag}"
         )
 
 

@@ -31,13 +31,14 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jax
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
 from instructjax import hosts
-from instructjax.run import card
+from instructjax.run import card, flags, resume
 from instructjax.run.checkpoint import Checkpoints, abstract
-from instructjax.run.flags import RunConfig, write
+from instructjax.run.flags import RunConfig
 from instructjax.run.metrics import MetricsWriter, ProgressLine, import_tracker, to_numbers
 from instructjax.run.process import Signals, cache_compilations, claim, keep_memory
 
@@ -113,7 +114,12 @@ class Run:
                 if self.config.wandb is not None:
                     import_tracker("wandb")
                 claim(self.out, stack)
-                for change in write(self.config, self.stage):
+            self._reached = resume.Reached.read(self.out)
+            directory = resume.directory(self.config, self._reached)
+            if jax.process_index() == 0:
+                if self.config.checkpoints is not None and "://" not in os.fspath(directory):
+                    claim(Path(directory), stack, "--checkpoints")
+                for change in flags.compare(self.config, self.stage, directory):
                     self._say(f"{self.out}: changed since: {change}")
             # orbax logs each failure from several threads with tracebacks. `Checkpoints` raises it.
             absl = logging.getLogger("absl")
@@ -121,11 +127,19 @@ class Run:
             absl.setLevel(logging.CRITICAL)
             best_metric, best_mode = self._best
             self.checkpoints = Checkpoints(
-                self.config.checkpoint_directory, self.config.keep_last, best_metric, best_mode
+                directory,
+                self.config.keep_last,
+                best_metric,
+                best_mode,
+                say=self._say,
+                on_written=self._remember,
             )
             stack.callback(self.checkpoints.close)
-            self._latest = self.checkpoints.latest() if self.config.resume else None
+            inside = directory == epath.Path(self.out / "checkpoints")
+            self._elsewhere = None if inside else os.fspath(self.checkpoints.directory)
+            self._latest = resume.choose(self.config, self.checkpoints, self._reached, self._say)
             self._written = -1 if self._latest is None else self._latest
+            self._remember(self._latest, self.config.resume_step)
             self.metrics = MetricsWriter(
                 self.out, self._latest, self.config.tensorboard, self.config.wandb
             )
@@ -196,7 +210,7 @@ class Run:
         """
         self.checkpoints.check_space(state)
         if self._latest is None:
-            if self.config.resume:
+            if self.config.resuming:
                 self._say(f"{self.out}: no checkpoint to resume; starting at step 0")
             return state, 0, {}
         target = abstract(state)
@@ -205,6 +219,9 @@ class Run:
                 leaf.delete()
         state, meta = self.checkpoints.restore(self._latest, target)
         self._say(f"{self.out}: resumed after step {self._latest:,}")
+        lines, log_every = meta.get("lines", {}), self.config.log_every
+        for problem in self.metrics.missing(lines, self._latest, log_every):
+            self._say(f"warning: {self.out}: {problem}")
         return state, self._latest, meta
 
     def steps(self, start: int, total: int) -> Iterator[int]:
@@ -224,6 +241,8 @@ class Run:
                 f"the data give {total} steps on this host, and {total_on_host_0} on host 0:"
                 " all hosts must read the same data"
             )
+        if jax.process_index() == 0:
+            flags.write(self.config, self.stage)
         self._first, self._total, self._saved, self._training = start + 1, total, start, True
         self._line.begin(start, total)
         self._set_outer_phase("compiling and running the first step")
@@ -309,8 +328,9 @@ class Run:
         """
         self._flush()
         self.metrics.sync()
+        meta = {**(meta or {}), "step": step, "score": score, "lines": self.metrics.lines}
         with self.phase("saving a checkpoint"):
-            self.checkpoints.save(step, state, {**(meta or {}), "step": step, "score": score})
+            self.checkpoints.save(step, state, meta)
         self._saved = step
 
     def finish(
@@ -345,6 +365,13 @@ class Run:
             self._say(f"next: {next_command}")
 
     # ---- inside ----
+
+    def _remember(self, step: int | None, went_back_to: int | None = None) -> None:
+        """Records in OUT/checkpoint.json that the checkpoint of this step is written."""
+        back = self._reached.went_back_to if went_back_to is None else went_back_to
+        self._reached = resume.Reached(self._elsewhere, step, back)
+        if jax.process_index() == 0:
+            self._reached.write(self.out)
 
     def _flush(self) -> None:
         """Reads the metrics that are waiting, and so blocks until their step is done."""

@@ -1,0 +1,171 @@
+"""Checksums of a checkpoint's files, written before it gets its name and checked before it is read.
+
+Each host sums the array files that it wrote itself, in the thread that wrote them:
+`state/checksums.HOST.json`. Host 0 then sums all other files, these lists among them:
+`checksums.json`. Both happen in the temporary directory, or in a bucket before the commit file, so
+a kill leaves a checkpoint with its checksums or none at all.
+
+    {"state/d/51c8...": [4096, 2774301541], ...}          # name: bytes, CRC-32
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.future import ChainedFuture
+
+WHOLE = "checksums.json"
+CHUNK = 2**24  # bytes read at a time
+COMMIT_FILE = "commit_success.txt"  # written by orbax at the very end, as the metadata's time is
+STEP_METADATA, COMMIT_TIME = "_CHECKPOINT_METADATA", "commit_timestamp_nsecs"
+MESSAGE = 512  # bytes of what a host says about damage
+
+Sums = dict[str, list[int]]
+
+
+class SummedState(ocp.StandardCheckpointHandler):
+    """Writes a state, and the checksums of the files that this host wrote."""
+
+    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        futures = await super().async_save(directory, *args, **kwargs) or []
+        folder = getattr(directory, "path", directory)  # it may be about to be made
+        return [ChainedFuture(futures, lambda: _write_own(folder))]
+
+
+def _write_own(folder: epath.Path) -> None:
+    host = jax.process_index()
+    arrays = folder / f"ocdbt.process_{host}"
+    sums = {f"{arrays.name}/{name}": summed(arrays / name) for name in _names(arrays)}
+    (folder / f"checksums.{host}.json").write_text(json.dumps(sums))
+
+
+def write(step_directory: epath.Path) -> None:
+    """Writes checksums.json of a checkpoint that is complete but for its name. Host 0 calls it."""
+    by_others = _listed_by_hosts(step_directory)
+    sums = {
+        name: summed(step_directory / name)
+        for name in _names(step_directory)
+        if name not in by_others and not name.endswith(COMMIT_FILE)
+    }
+    (step_directory / WHOLE).write_text(json.dumps(sums))
+
+
+def exists(step_directory: epath.Path) -> bool:
+    return (step_directory / WHOLE).exists()
+
+
+def move(step_directory: epath.Path, target: epath.Path) -> None:
+    """Moves a checkpoint, so that a kill leaves it in its old place or in none.
+
+    A bucket has no folders to rename. There a checkpoint counts while its commit file exists, so
+    that is moved first.
+    """
+    if "://" not in os.fspath(step_directory):
+        step_directory.rename(target)
+        return
+    for name in [COMMIT_FILE, *(n for n in _names(step_directory) if n != COMMIT_FILE)]:
+        (step_directory / name).rename(target / name)
+
+
+def damage(step_directory: epath.Path) -> str | None:
+    """What is wrong with a checkpoint: the first file that differs from its checksum, and how.
+
+    Every file is read once, by one of the hosts. All hosts call this, and get the same answer.
+
+    Args:
+      step_directory: a checkpoint for which `exists`.
+    """
+    try:
+        sums = _read(step_directory / WHOLE)
+        lists = [name for name in sums if _is_host_list(name)]
+        problem = _first_problem(step_directory, {name: sums.pop(name) for name in lists})
+        sums |= {} if problem else _listed_by_hosts(step_directory)
+    except (OSError, ValueError) as error:
+        sums, problem = {}, str(error)
+    # The largest files are dealt out first.
+    dealt = sorted(sums.items(), key=lambda item: item[1][0], reverse=True)
+    share = dict(dealt[jax.process_index() :: jax.process_count()])
+    problem = problem or _first_problem(step_directory, share)
+    if jax.process_count() == 1:
+        return problem
+    text = np.zeros(MESSAGE, np.uint8)
+    encoded = (problem or "").encode()[:MESSAGE]
+    text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    texts = np.asarray(multihost_utils.process_allgather(text)).reshape(-1, MESSAGE)
+    problems = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in texts]
+    return next(filter(None, problems), None)
+
+
+def _first_problem(step_directory: epath.Path, sums: Sums) -> str | None:
+    for name, (size, checksum) in sums.items():
+        file = step_directory / name
+        try:
+            now = summed(file)
+        except OSError as error:
+            return f"{name}: {error.strerror or type(error).__name__}"
+        if now[0] != size:
+            return f"{name}: {now[0]:,} bytes instead of {size:,}"
+        if now[1] != checksum:
+            return f"{name}: its checksum is another"
+    return None
+
+
+def summed(file: epath.Path) -> list[int]:
+    """[bytes, CRC-32] of a file."""
+    if file.name == STEP_METADATA:
+        # The commit adds its time. A damaged file is summed as it is, which gives another sum.
+        content = file.read_bytes()
+        try:
+            metadata = json.loads(content)
+            metadata.pop(COMMIT_TIME, None)
+            content = json.dumps(metadata, sort_keys=True).encode()
+        except (ValueError, AttributeError):
+            pass
+        return [len(content), zlib.crc32(content)]
+    size = checksum = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+    return [size, checksum]
+
+
+def _is_host_list(name: str) -> bool:
+    return name.startswith("state/checksums.")
+
+
+def _listed_by_hosts(step_directory: epath.Path) -> Sums:
+    """The sums in state/checksums.*.json, with names relative to the checkpoint."""
+    state = step_directory / "state"
+    return {
+        f"state/{name}": values
+        for file in state.glob("checksums.*.json")
+        for name, values in _read(file).items()
+    }
+
+
+def _read(file: epath.Path) -> Sums:
+    """Raises ValueError if the file is not a list of checksums, OSError if it cannot be read."""
+    try:
+        sums = json.loads(file.read_text())
+        pairs = all([type(number) for number in pair] == [int, int] for pair in sums.values())
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file.name}: not a list of checksums") from error
+    if not pairs:
+        raise ValueError(f"{file.name}: not a list of checksums")
+    return sums
+
+
+def _names(directory: epath.Path) -> Iterator[str]:
+    """Names of all files below a directory, relative to it, in order."""
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            yield from (f"{path.name}/{name}" for name in _names(path))
+        else:
+            yield path.name
