@@ -33,6 +33,7 @@ from instructjax import preflight, ranges, sharding
 from instructjax.models import ModelConfig
 from instructjax.ranges import Count
 from instructjax.run import main, pretrained
+from instructjax.run.flags import refuse_bucket
 
 # The models that the paper's presets train; other presets need --model.
 MODELS = {"1.3b": "gpt3-1.3b", "6b": "gpt3-6b", "175b": "gpt3-175b"}
@@ -79,6 +80,8 @@ class Config:
 
     def __post_init__(self) -> None:
         ranges.check(self)
+        if self.out is not None:
+            refuse_bucket("--out", self.out, "a file on a disk")
 
 
 def run_preflight(config: Config) -> None:

@@ -53,6 +53,24 @@ def test_the_sequence_is_split_where_it_is_asked_for():
         read("--shard_sequence").constrainer(sharding.make_mesh(fsdp=8))
 
 
+@pytest.mark.parametrize("script", [run_pretrain, run_sft, run_rm, ppo_config, swap_loss])
+def test_a_run_directory_is_no_bucket(script):
+    with pytest.raises(ValueError, match=r"--out gs://b/x: .*--checkpoints may be gs://BUCKET/N"):
+        script.Config(out=Path("gs://b/x"))
+
+
+def test_what_is_no_directory_and_no_bucket_is_refused():
+    for wrong in ("gs://b", "gs://b/", "gs:/b/x", "s3://b/x"):
+        with pytest.raises(
+            ValueError, match=r"--checkpoints \w+://b.*: expected a directory or gs"
+        ):
+            Config(checkpoints=wrong)
+    with pytest.raises(ValueError, match=r"--out gs://b/x.json: expected a file on a disk"):
+        preflight.Config(topology="v5e:2x2", out=Path("gs://b/x.json"))
+    for name in ("a:b/c", "a/b:/c", "/gs/b", "../x"):
+        assert Config(checkpoints=name, out=Path(name)).checkpoints == name
+
+
 def test_the_flags_decide_how_a_model_is_computed():
     model = read("--model_dtype", "bfloat16", "--remat", "full", "--unroll", "3").compute(
         dataclasses.replace(models.PRESETS["tiny"], dropout=0.5)

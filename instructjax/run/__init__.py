@@ -2,6 +2,7 @@
 
 flags.py        RunConfig, the flags of all training scripts; parse; config.json
 pretrained.py   loads the model that --model names
+bucket.py       what a directory in Cloud Storage needs
 manifest.py     checksums of a checkpoint's files
 shared.py       a directory that all hosts see and one run holds
 checkpoint.py   atomic, asynchronous checkpoints

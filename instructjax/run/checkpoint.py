@@ -13,16 +13,17 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from instructjax import hosts
-from instructjax.run import manifest
+from instructjax.run import bucket, manifest
 from instructjax.run.shared import Claim, check_shared
 
 
 class Checkpoints:
     """The checkpoints in a directory, each named by its step: the number of updates made.
 
-    A checkpoint gets its name by a rename, once it is complete with its checksums. A checkpoint
-    that a killed process left half-written is never seen, and is removed here. So only one process,
-    or one group of hosts, may train in a directory.
+    On a disk a checkpoint gets its name by a rename, once it is complete with its checksums; in
+    Cloud Storage a last object completes it. A checkpoint that a killed process left half-written
+    is never seen, and is removed here. So only one process, or one group of hosts, may train in a
+    directory.
 
     Args:
       directory: made if it does not exist. Several hosts need one that all of them see.
@@ -34,7 +35,7 @@ class Checkpoints:
       on_written: gets the step of each checkpoint that this object has written, some time later.
 
     Raises:
-      OSError: not all hosts see the same directory.
+      OSError: not all hosts see the same directory, or the bucket can't be used.
     """
 
     def __init__(
@@ -66,20 +67,23 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy(keep),
             best_fn=score if best_metric is not None else None,
             best_mode=best_mode,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=self._on_disk,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_files),
         )
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         handler = manifest.SummedState()
         registry.add("state", ocp.args.StandardSave, handler)
         registry.add("state", ocp.args.StandardRestore, handler)
-        if jax.process_index() == 0:
+        if not self._on_disk:
+            bucket.prepare(self.directory)
+        elif jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-        check_shared(self.directory)
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, handler_registry=registry
-        )
-        self._claim = Claim(self.directory)
+        with bucket.errors_named(self.directory):
+            check_shared(self.directory)
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, handler_registry=registry
+            )
+            self._claim = Claim(self.directory)
 
     def check_space(self, state: Any) -> None:
         """Checks, before training, that the disk can hold all checkpoints that will be kept.
@@ -118,7 +122,8 @@ class Checkpoints:
             directory and the last good checkpoint.
         """
         self.wait()
-        self._claim.check()
+        with bucket.errors_named(self.directory):
+            self._claim.check()
         if step in self._manager.all_steps():
             raise ValueError(f"{self.directory}: there is a checkpoint of step {step} already")
         if self._on_disk:
@@ -148,6 +153,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._failed(None, str(error)) from error
+        if not self._on_disk:
+            bucket.forget_listings(self.directory)
         if self._writing is not None:
             self._on_written(self._writing)
             self._writing = None
@@ -206,7 +213,8 @@ class Checkpoints:
         if not manifest.exists(where):
             self._say(f"warning: {where} has no checksums, so that damage would not be seen")
             return True
-        damage = manifest.damage(where)
+        with bucket.errors_named(self.directory):
+            damage = manifest.damage(where)
         if damage is None:
             return True
         self._say(f"{where} is damaged ({damage}): moved to {self.set_aside(step)}")
@@ -239,14 +247,18 @@ class Checkpoints:
 
         Raises:
           ValueError: the checkpoint has another tree or other shapes.
+          OSError: the bucket can't be used.
         """
         self.wait()
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract(abstract_state)), meta=ocp.args.JsonRestore()
         )
         try:
-            restored: Any = self._manager.restore(step, args=items)
+            with bucket.errors_named(self.directory):
+                restored: Any = self._manager.restore(step, args=items)
         except (ValueError, KeyError, OSError) as error:
+            if isinstance(error, OSError) and not self._on_disk:
+                raise
             where = self.directory / str(step)
             raise ValueError(f"{where} is not a checkpoint of this state: {error}") from error
         return restored.state, restored.meta
@@ -260,6 +272,7 @@ class Checkpoints:
 
         Raises:
           ValueError: the checkpoint has other parameters.
+          OSError: the bucket can't be used.
         """
         self.wait()
         target = {"params": abstract(abstract_params)}
@@ -272,7 +285,8 @@ class Checkpoints:
         # The manager restores `state` only by the handler that saves it, which reads all of it.
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             try:
-                restored: Any = reader.restore(where / "state", args=args)
+                with bucket.errors_named(self.directory):
+                    restored: Any = reader.restore(where / "state", args=args)
             except (ValueError, KeyError) as error:
                 raise ValueError(f"{where} has no such parameters: {error}") from error
         # What was not saved comes back as it was given.
@@ -287,11 +301,14 @@ class Checkpoints:
 
     def _failed(self, step: int | None, why: str) -> OSError:
         self._writing = None
-        # The manager has forgotten the checkpoints that it would have deleted after this save.
-        self._manager.reload()
-        last = self._manager.latest_step()
         lost = "the last checkpoint" if step is None else f"the checkpoint of step {step}"
-        good = "there is none before it" if last is None else f"the last good one is {last}"
+        # The manager has forgotten the checkpoints that it would have deleted after this save.
+        try:
+            self._manager.reload()
+            last = self._manager.latest_step()
+            good = "there is none before it" if last is None else f"the last good one is {last}"
+        except Exception:  # of a bucket that cannot be read now either
+            good = "those before it cannot be listed"
         return OSError(f"{self.directory}: {lost} could not be written, {good}: {why}")
 
 

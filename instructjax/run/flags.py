@@ -18,6 +18,7 @@ import functools
 import importlib.util
 import json
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ from jax.sharding import Mesh
 from instructjax import ranges, sharding
 from instructjax.models import ModelConfig
 from instructjax.ranges import Count, CountOrZero, NotNegative, PositiveOrInf, Seed, ShareBelow1
+from instructjax.run import bucket
 
 PACKAGES = ("instructjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # None of these changes a run, so `--resume` neither refuses nor prints a difference in them.
@@ -118,7 +120,7 @@ class RunConfig:
     checkpoints: str | None = None
     """Directory for checkpoints, by default OUT/checkpoints or, with --resume, where they are.
     Several hosts need one that all of them see: a shared directory, or gs://BUCKET/NAME.
-    A bucket needs instructjax[gcs], and has not been tested."""
+    A bucket needs instructjax[gcs]. It was tested with an emulator, not with a real bucket."""
     save_every: Count = 500
     """Steps from one checkpoint to the next."""
     keep_last: Count = 2
@@ -139,10 +141,15 @@ class RunConfig:
             raise ValueError(f"--batch_size {batch_size}: not a multiple of --microbatches {parts}")
         if str(self.out) == ".":  # also of --out ''
             raise ValueError("--out: needs a directory of its own")
-        if (self.checkpoints or "").startswith("gs://") and not importlib.util.find_spec("gcsfs"):
-            raise ValueError(
-                f"--checkpoints {self.checkpoints} needs: pip install 'instructjax[gcs]'"
-            )
+        on_disk = "a directory on a disk; --checkpoints may be gs://BUCKET/NAME"
+        refuse_bucket("--out", self.out, on_disk)
+        if self.checkpoints is not None:
+            if not re.fullmatch(r"gs://[^/]+/+[^/].*", self.checkpoints):
+                refuse_bucket("--checkpoints", self.checkpoints, "a directory or gs://BUCKET/NAME")
+            elif importlib.util.find_spec("gcsfs") is None:
+                raise ValueError(
+                    f"--checkpoints {self.checkpoints} needs: pip install 'instructjax[gcs]'"
+                )
         sharding.parse_mesh(self.mesh)
         _ = self.profile_window
 
@@ -242,9 +249,11 @@ def compare(config: RunConfig, stage: str, directory: epath.Path) -> list[str]:
       ValueError: --resume with a change that makes another run (`RunConfig.FIXED`), or config.json
         is damaged.
       FileExistsError: --out or --checkpoints holds a run, and --resume was not given.
+      OSError: --checkpoints is in a bucket that can't be used.
     """
     file, metrics = config.out / "config.json", config.out / "metrics.jsonl"
-    steps = [path.name for path in directory.iterdir()] if directory.exists() else []
+    with bucket.errors_named(directory):
+        steps = [path.name for path in directory.iterdir()] if directory.exists() else []
     saved = any(name.isdecimal() for name in steps)
     holds_run = saved or (metrics.exists() and metrics.stat().st_size > 0)
     if holds_run and not config.resuming:
@@ -295,6 +304,17 @@ def _record(config: RunConfig, stage: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{x: version(x) for x in PACKAGES}},
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
     }
+
+
+def refuse_bucket(flag: str, path: Path | str, expected: str) -> None:
+    """Refuses `gs://...` and the like. A `Path` has it as `gs:/...`, a directory of that name.
+
+    Raises:
+      ValueError: names the flag, and says what was expected.
+    """
+    scheme, colon, name = str(path).partition(":/")
+    if colon and "/" not in scheme:
+        raise ValueError(f"{flag} {scheme}://{name.lstrip('/')}: expected {expected}")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,6 @@ a kill leaves a checkpoint with its checksums or none at all.
 """
 
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.future import ChainedFuture
+
+from instructjax.run import bucket
 
 WHOLE = "checksums.json"
 CHUNK = 2**24  # bytes read at a time
@@ -67,11 +68,11 @@ def move(step_directory: epath.Path, target: epath.Path) -> None:
     A bucket has no folders to rename. There a checkpoint counts while its commit file exists, so
     that is moved first.
     """
-    if "://" not in os.fspath(step_directory):
+    if not bucket.holds(step_directory):
         step_directory.rename(target)
         return
     for name in [COMMIT_FILE, *(n for n in _names(step_directory) if n != COMMIT_FILE)]:
-        (step_directory / name).rename(target / name)
+        bucket.move(step_directory / name, target / name)
 
 
 def damage(step_directory: epath.Path) -> str | None:
@@ -88,6 +89,7 @@ def damage(step_directory: epath.Path) -> str | None:
         problem = _first_problem(step_directory, {name: sums.pop(name) for name in lists})
         sums |= {} if problem else _listed_by_hosts(step_directory)
     except (OSError, ValueError) as error:
+        bucket.raise_outage(step_directory, error)
         sums, problem = {}, str(error)
     # The largest files are dealt out first.
     dealt = sorted(sums.items(), key=lambda item: item[1][0], reverse=True)
@@ -109,6 +111,7 @@ def _first_problem(step_directory: epath.Path, sums: Sums) -> str | None:
         try:
             now = summed(file)
         except OSError as error:
+            bucket.raise_outage(step_directory, error)
             return f"{name}: {error.strerror or type(error).__name__}"
         if now[0] != size:
             return f"{name}: {now[0]:,} bytes instead of {size:,}"
