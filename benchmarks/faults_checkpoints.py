@@ -22,6 +22,8 @@ from pathlib import Path
 
 import tyro
 from kill_and_resume import EXPERIMENTS, same_lines, same_parameters
+from rich.console import Console
+from rich.progress import track
 
 sys.path.append(str(EXPERIMENTS))
 import run_pretrain
@@ -105,7 +107,8 @@ def main(c: Config) -> None:
     logs = ("config.json", "checkpoint.json", "metrics.jsonl", "samples.jsonl")
     pairs |= {start / name: start / name for name in (*logs, "checkpoints/.holder")}
     table: dict[str, Counter[str]] = defaultdict(Counter)
-    for path, old in pairs.items():
+    progress = Console(stderr=True)
+    for path, old in track(list(pairs.items()), "files", console=progress):
         content = path.read_bytes()
         if not content:
             continue

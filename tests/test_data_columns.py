@@ -99,6 +99,12 @@ def test_ranks_of_paths():
         value("ranks=judge.w:a|b", {"judge": {}})
     with pytest.raises(TypeError, match="'w' is 'better', not a number"):
         value("ranks=w:signed", {"w": "better"})
+    for cell in (True, float("nan"), "nan", [], {}):
+        with pytest.raises(TypeError, match=r"'w' is .*, not a number"):
+            value("ranks=w:signed", {"w": cell})
+    for cell in ([], {}):
+        with pytest.raises(TypeError, match=r"'w' is a .*, not a value or a name"):
+            value("ranks=w:a|b", {"w": cell})
     # Other fields may have columns with a colon in their names.
     assert value("prompt=a:b", {"a:b": "x"}) == "x"
 
@@ -107,3 +113,37 @@ def test_ranks_of_paths():
 def test_malformed_ranks(rule):
     with pytest.raises(ValueError, match=r"is neither w:signed nor of the form w:first\|second"):
         parse_columns(f"ranks={rule}", ("ranks",))
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ("a={x", "a brace without its partner"),
+        ("a=x}", "a brace without its partner"),
+        ("a={x}}", "a brace without its partner"),
+        ("a={{x}}", "braces in braces"),
+        ("a={}", "braces without a column's name in them"),
+        ("a={x} { }", "braces without a column's name in them"),
+        ("a={?}", "braces without a column's name in them"),
+        ("a=x+", r"a \+ without a column on both sides"),
+        ("a=+x", r"a \+ without a column on both sides"),
+        ("a=x,b=y,a=z", "field 'a': is given twice"),
+        ("responses=x,rejected=y", "field 'rejected': 'responses' is given too"),
+        ("chosen=x,responses=y", "field 'responses': 'chosen' is given too"),
+        ("a=\udcff", r"--data\.columns a=\\udcff: is not valid Unicode"),
+    ],
+)
+def test_malformed_columns(columns, problem):
+    with pytest.raises(ValueError, match=rf"^--data\.columns.*{problem}|^{problem}$"):
+        parse_columns(columns, ("a", "b", "responses", "chosen", "rejected"))
+
+
+def test_ranks_need_a_column():
+    for rule in ("signed", "a|b"):
+        with pytest.raises(ValueError, match="is neither :signed nor of the form"):
+            parse_columns(f"ranks=:{rule}", ("ranks",))
+
+
+def test_keys_that_stand_twice_in_json_text():
+    with pytest.raises(TypeError, match=r"'turns\.0\.x': in the JSON text .*, '0\.x' stands"):
+        lookup({"turns": '[{"x": 1, "x": 2}]'}, "turns.0.x")

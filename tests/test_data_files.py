@@ -88,6 +88,26 @@ def test_json_with_faults(tmp_path):
     assert "a.json: holds several lists of rows: write each of ['train', 'test']" in error
 
 
+def test_keys_that_stand_twice(tmp_path):
+    """Each is named with its path, and the rows beside it are read."""
+    bad, good = '{"text": "a", "n": [{"m": 1, "k": 2, "m": 3}]}', json.dumps(ONE)
+    problem = "field 'n.0.m': stands twice in one object"
+    for name, text, where in (
+        ("a.jsonl", f"{good}\n{bad}\n{good}\n", "a.jsonl:2"),
+        ("b.json", f"[{good}, {bad}, {good}]", "b.json: item 2"),
+        ("c.json", f'{{"v": 1, "data": [{good}, {bad}, {good}]}}', "c.json: 'data' item 2"),
+        ("d.jsonl", f"{PRETTY[0]}\n{bad[:7]}\n{bad[7:]}\n{PRETTY[0]}", "d.jsonl:10"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert [row for _, row in read(tmp_path / name)] == [ONE, f"{where}: {problem}", ONE]
+    (tmp_path / "e.json").write_text('{"text": "a", "text": "a"}')
+    problem = "field 'text': stands twice in one object"
+    assert read(tmp_path / "e.json") == [("e.json", f"e.json: {problem}")]
+    (tmp_path / "f.json").write_text(f'{{"data": [{good}], "v": 1, "data": [{good}]}}')
+    problem = "field 'data': stands twice in one object; no row of this file is read"
+    assert read(tmp_path / "f.json") == [("f.json", f"f.json: {problem}")]
+
+
 def table(*lines, delimiter=","):
     out = io.StringIO()
     csv.writer(out, delimiter=delimiter).writerows(lines)
@@ -112,33 +132,37 @@ def test_csv_cells_of_any_length(tmp_path):
     [
         (b'"open,1', "not CSV: unexpected end of data"),
         (b'"a"b,1', "not CSV: ',' expected after '\"'"),
-        (b"one", "does not have the 2 columns of the header"),
-        (b"\xff,1", "not UTF-8: byte 0xff"),
+        (b"one", "field 'q': is missing: the row does not have the 2 columns of the header"),
+        (b"one,2,3", "does not have the 2 columns of the header"),
+        (b"\xff,1", "field 'p': not UTF-8: byte 0xff"),
+        (b"1,a\0b", "field 'q': not text: the control character 0x00"),
+        (b"", "is blank"),
     ],
 )
 def test_csv_reads_on_after_a_torn_row(tmp_path, torn, problem):
-    good = b'x,"1\n2"\n\n'
+    good = b'x,"1\n2"\n'
     (tmp_path / "a.csv").write_bytes(b"p,q\n" + good + torn + b"\ny,3\nz,4\n")
     assert read(tmp_path / "a.csv") == [
         ("a.csv:2", {"p": "x", "q": "1\n2"}),
-        ("a.csv:5", f"a.csv:5: {problem}"),
-        ("a.csv:6", {"p": "y", "q": "3"}),
-        ("a.csv:7", {"p": "z", "q": "4"}),
+        ("a.csv:4", f"a.csv:4: {problem}"),
+        ("a.csv:5", {"p": "y", "q": "3"}),
+        ("a.csv:6", {"p": "z", "q": "4"}),
     ]
 
 
-@pytest.mark.parametrize("header", [b'"p,q', b"p,\xff", b"p,p"])
+@pytest.mark.parametrize("header", [b'"p,q', b"p,\xff", b"p,p", b"", b"p,\0"])
 def test_csv_needs_its_header(tmp_path, header):
     (tmp_path / "a.csv").write_bytes(header + b"\ny,3\nz,4\n")
     ((_, error),) = read(tmp_path / "a.csv")
-    assert error.startswith("a.csv")
+    assert error.startswith("a.csv:1: ")
+    assert error.endswith("; no row of this file is read")
 
 
 def test_lines_of_text_are_decoded_one_by_one(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\r\n\xff\n \ntwo")
     assert read(tmp_path / "a.txt", "text", "line") == [
         ("a.txt:1", {"text": "one"}),
-        ("a.txt:2", "a.txt:2: not UTF-8: byte 0xff at column 1"),
+        ("a.txt:2", "a.txt:2: field 'text': not UTF-8: byte 0xff at column 1"),
         ("a.txt:4", {"text": "two"}),
     ]
 
@@ -156,6 +180,17 @@ def test_parquet(tmp_path, monkeypatch):
     assert [where for where, _ in located] == [*places, "b.jsonl:1"]
     assert located[0] == ("a.parquet: row 0", lines[0] | {"b": "x"})
     assert [row["p"] for _, row in located] == [*(line["p"] for line in lines), "b"]
+
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 2, names=["p", "p"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    problem = "field 'p': two columns have this name; no row of this file is read"
+    assert read(tmp_path / "twice.parquet") == [("twice.parquet", f"twice.parquet: {problem}")]
+    buffers = pyarrow.array([b"x", b"\xff"], pyarrow.binary()).buffers()
+    no_utf8 = pyarrow.StringArray.from_buffers(2, *buffers[1:])
+    parquet.write_table(pyarrow.table({"p": no_utf8}), tmp_path / "twice.parquet")
+    ((_, error),) = read(tmp_path / "twice.parquet")
+    assert error.startswith("twice.parquet: cannot be read from row 0 on: 'utf-8' codec")
+    (tmp_path / "twice.parquet").unlink()
 
     data = path.read_bytes()
     path.write_bytes(data[:-9])

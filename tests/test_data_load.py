@@ -1,8 +1,10 @@
 """Tokens and their cache, limits, splits, TFDS and Hugging Face sets, and the commands."""
 
+import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import chat_layouts
 import numpy as np
@@ -129,7 +131,7 @@ def test_the_cache(tmp_path, tokenizer, monkeypatch):
     options = {"cache": str(tmp_path / "cache")}
     first = quiet(spec, "demonstrations", tokenizer, **options)
     files = sorted((tmp_path / "cache" / "tokens").iterdir())
-    assert [f.suffix for f in files] == [".npz", ".npz"]  # and no partly written file
+    assert [f.suffix for f in files] == [".tokens", ".tokens"]  # and no partly written file
     calls, encode = [], tokens._encode
     monkeypatch.setattr(tokens, "_encode", lambda *a: calls.append(a[0]) or encode(*a))
 
@@ -140,6 +142,7 @@ def test_the_cache(tmp_path, tokenizer, monkeypatch):
             left, right = getattr(first, name), getattr(data, name)
             assert np.array_equal(left.ids, right.ids) == (spec.endswith("a"))
             assert np.array_equal(left.start, right.start)
+            assert np.array_equal(left.stop, right.stop)
         return len(calls)
 
     assert again() == 0
@@ -162,9 +165,80 @@ def test_the_cache(tmp_path, tokenizer, monkeypatch):
 
 
 def flip_a_bit(data):
-    """Damages the token ids and leaves the rest of the file intact."""
-    at = data.index(b"ids.npy") + 200
-    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+    """Damages the last token id and leaves the rest of the file intact."""
+    return data[:-4] + bytes([data[-4] ^ 1]) + data[-3:]
+
+
+def test_any_damage_to_the_cache_is_noticed(tmp_path, tokenizer):
+    """Every byte that differs, every length, another text's file: the tokens are made again."""
+    texts, cache, lines = ["ab", "", "c"], str(tmp_path), []
+    first = tokenise(texts, tokenizer, cache=cache, log=lines.append)
+    (file,) = (tmp_path / "tokens").iterdir()
+    good = file.read_bytes()
+    other = tokenise(["zz", "", "z"], tokenizer, cache=cache, log=lines.append)
+    (others,) = (name for name in (tmp_path / "tokens").iterdir() if name != file)
+    assert not np.array_equal(first.ids, other.ids)
+    damaged = [others.read_bytes(), b"", b"PK\x03\x04", b"x" * 10_000, good + b"\0"]
+    damaged += [good[:length] for length in range(0, len(good), 5)]
+    damaged += [
+        good[:at] + bytes([value]) + good[at + 1 :]
+        for at in range(len(good))
+        for value in {good[at] ^ 1, good[at] ^ 128, 0, 255} - {good[at]}
+    ]
+    assert lines == []
+    for data in damaged:
+        file.write_bytes(data)
+        again = tokenise(texts, tokenizer, cache=cache, log=lines.append)
+        assert again.ids.tolist() == first.ids.tolist()
+        assert again.stop.tolist() == first.stop.tolist()
+        assert file.read_bytes() == good
+    assert len(lines) == len(damaged)
+    assert set(lines) == {f"{file} is damaged: tokenising again"}
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, tokenizer, monkeypatch):
+    """One line says why, and no part of a file stays."""
+    spec = write(tmp_path / "a", {"prompt": "p", "completion": "c"})
+    (tmp_path / "file").write_text("")
+
+    def said(cache):
+        lines = []
+        data = quiet(spec, "demonstrations", tokenizer, cache=str(cache), lines=lines)
+        assert data.response[0, 0].tolist() == [*ids("c"), EOS]
+        return [line for line in lines if "tokens are not" in line or "tokenising" in line]
+
+    assert said(tmp_path / "good") == []
+    for file in (tmp_path / "good" / "tokens").iterdir():
+        file.unlink()
+        file.mkdir()  # a folder in its place
+    for cache, reason in (
+        (tmp_path / "good", "Is a directory"),
+        (tmp_path / "file", "Not a directory"),
+        ("~nouser/cache", "no such user"),
+        (f"{tmp_path}/a\0b", "embedded null byte"),
+        (f"{tmp_path}/file/\udcff", "Not a directory"),
+    ):
+        (line,) = said(cache)
+        cache = str(cache).replace("\0", "\\x00").replace("\udcff", "\\udcff")
+        assert line == f"--data.cache {cache}: tokens are not cached: {reason}"
+    assert not any(file.is_file() for file in (tmp_path / "good" / "tokens").iterdir())
+
+    def full(path, data):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    (line,) = said(tmp_path / "full")
+    assert line.endswith("tokens are not cached: No space left on device")
+    assert list((tmp_path / "full" / "tokens").iterdir()) == []
+    tokenise(["x"], tokenizer, cache=str(tmp_path / "good"), log=lambda line: None)
+    monkeypatch.undo()
+    tokenise(["x"], tokenizer, cache=str(tmp_path / "good"))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: full(path, b""))
+    lines = []
+    tokenise(["x"], tokenizer, cache=str(tmp_path / "good"), log=lines.append)
+    assert len(lines) == 1
+    assert lines[0].endswith("cannot be read (No space left on device): tokenising again")
 
 
 def test_long_inputs_are_tokenised_in_order(tokenizer, monkeypatch):
@@ -308,6 +382,9 @@ def test_splits_are_by_group_and_stable(tmp_path):
     with pytest.raises(DataError, match=r"a:1: field 'org': is missing, and --data\.split_by"):
         read(DataConfig(spec, split_by="org"), "prompts", split="train")
     assert len(read(DataConfig(spec, split_by="org"), "prompts", log=str)) == 1
+    spec = write(tmp_path / "a", {"prompt": "p", "org": None})
+    with pytest.raises(DataError, match=r"a:1: field 'org': is missing, and --data\.split_by"):
+        read(DataConfig(spec, split_by="org"), "prompts", split="train")
 
 
 def test_splits_by_labeler_and_by_prompt(tmp_path):
@@ -380,6 +457,9 @@ def test_prepare_writes_what_tfds_reads(tmp_path, monkeypatch, capsys, kind, row
     config = DataConfig(f"tfds:{folder}")
     wheres = [r.where for r in read(config, kind, log=str, tokenizer=tokenizer)]
     assert wheres[1] == f"tfds:{folder} row 1"
+    with pytest.raises(SystemExit, match=r"^error: --data_dir ~nouser/x: no such user"):
+        run(monkeypatch, "prepare", "my_set", "--kind", kind, "--data_dir", "~nouser/x",
+            "--data", spec)  # fmt: skip
     with pytest.raises(SystemExit, match="my_set: already exists"):
         run(monkeypatch, "prepare", "my_set", "--kind", kind, "--data_dir",
             str(tmp_path / "sets"), "--data", spec)  # fmt: skip

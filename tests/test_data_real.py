@@ -39,8 +39,8 @@ ROWS = {
 }
 FACTS = {
     "oasst_100_trees": "57 of 2, 117 of 3, 27 of 4, 3 of 5, 6 of 6, 1 of 8, 1 of 9; 754 pairs",
-    "e2e_human_ratings, quality": "1,634 of 5; 16,340 pairs, 31.7% ties; 89 labelers",
-    "e2e_human_ratings, naturalness": "2,119 of 5;",
+    "e2e_human_ratings, quality": "1,617 of 5; 16,170 pairs, 31.8% ties; 89 labelers",
+    "e2e_human_ratings, naturalness": "2,082 of 5;",
     "hh_harmless_base_test (offensive throughout)": "2,308 of 2;",
     "p3_t0_subset": "99.9% full",
 }

@@ -1,6 +1,7 @@
 """Measures of a reward model: pairs, intervals, calibration, the judge, baselines, folds."""
 
 import numpy as np
+import pytest
 
 from instructjax import data, miniature
 from instructjax.evaluation import baselines, folds, gold, ranking
@@ -145,3 +146,12 @@ def test_a_bag_of_words_learns_ranks_that_follow_one_word():
     }
     shares = {name: ranking.share(ranking.pairs_of(s, dataset.ranks)) for name, s in scores.items()}
     assert shares == {"bags": 1.0, "lengths": 0.5}
+
+
+def test_values_to_group_by():
+    record = data.Record("f:1", {"a": {"b": 1}, "text": '{"x": 1, "x": 2}'}, labeler="w")
+    assert [ranking.value_of(record, name) for name in ("labeler", "a.b")] == ["w", "1"]
+    with pytest.raises(ValueError, match=r"^f:1: no field 'gone' to group by"):
+        ranking.value_of(record, "gone")
+    with pytest.raises(ValueError, match=r"^f:1: 'text\.x': .* 'x' stands twice"):
+        ranking.value_of(record, "text.x")

@@ -2,12 +2,14 @@
 
     config.py     DataConfig: the flags of a data set
     errors.py     DataError, which locates a bad row; Report, which counts rows left out
+    json_text.py  JSON text -> values; keys that stand twice
     columns.py    --data.columns: which column a field is read from
     fields.py     the fields of a row, under their conventional names or others
     dialogue.py   messages, Anthropic's form and trees of replies -> messages
     conversation.py  a row in any layout -> the conversation before the replies, and the replies
     template.py   messages -> text; the tokens that end a response
     records.py    rows -> records of the four kinds
+    paths.py      a path or pattern -> files
     files.py      files -> rows, by suffix
     sources.py    SPEC -> rows
     tokens.py     texts -> token ids, cached

@@ -17,25 +17,37 @@ template `\n` and `\t` are line break and tab.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from instructjax.data.errors import check_unicode
+from instructjax.data.json_text import TWICE, loads
+
 # row -> value. Raises KeyError(path) if the row lacks it, TypeError(problem) if it has no such use.
 Column = Callable[[Mapping[str, Any]], Any]
+
+PAIR = ("chosen", "rejected")
+# Fields of which --data.columns may name one only: a row has its replies in one of two forms.
+EXCLUDES = {"responses": PAIR} | dict.fromkeys(PAIR, ("responses",))
 
 
 def lookup(row: Any, path: str) -> Any:
     """The value at `path`: `a`, `a.b`, `a.0.b`, or `a.*.b` for a list of every item's `b`.
 
-    A path goes on into a string that holds JSON. Raises KeyError(path) if the row lacks it.
+    A path goes on into a string that holds JSON.
+
+    Raises:
+      KeyError(path): the row lacks it.
+      TypeError(problem): a string of JSON on the path has a key twice in one object.
     """
     if isinstance(row, Mapping) and path in row:
         return row[path]
     value, keys = row, path.split(".")
     for i, key in enumerate(keys):
         if isinstance(value, str):
-            value = _json(value)
+            value = _json(value, path)
         if isinstance(value, Mapping) and key in value:
             value = value[key]
         elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
@@ -51,15 +63,24 @@ def lookup(row: Any, path: str) -> Any:
     return value
 
 
-def _json(text: str) -> Any:
+def _json(text: str, path: str) -> Any:
     try:
-        return json.loads(text)
+        value, repeated = loads(text)
     except (ValueError, RecursionError):
         return None
+    if repeated is not None:
+        raise TypeError(f"'{path}': in the JSON text on this path, '{repeated}' {TWICE}")
+    return value
 
 
 def _template(source: str) -> Column:
-    parts = re.split(r"\{([^{}]+)\}", source.replace("\\n", "\n").replace("\\t", "\t"))
+    parts = re.split(r"\{([^{}]*)\}", source.replace("\\n", "\n").replace("\\t", "\t"))
+    if any(brace in literal for literal in parts[::2] for brace in "{}"):
+        problem = "has a brace without its partner, or braces in braces"
+        raise ValueError(f"--data.columns: the template '{source}' {problem}")
+    if not all(name.removesuffix("?").strip() for name in parts[1::2]):
+        problem = "has braces without a column's name in them"
+        raise ValueError(f"--data.columns: the template '{source}' {problem}")
 
     def fill(row: Mapping[str, Any]) -> str:
         text = parts[0]
@@ -89,6 +110,8 @@ def _text(row: Mapping[str, Any], name: str) -> str | None:
         return None
     if not isinstance(value, str | int | float):
         raise TypeError(f"'{name}' is a {type(value).__name__}, not text")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"'{name}' is {value}, not text")
     return str(value)
 
 
@@ -104,6 +127,8 @@ def _ranks(path: str, rule: str) -> Column:
             value = int(value)
         if value is None:
             return None
+        if not isinstance(value, str | int | float):
+            raise TypeError(f"'{path}' is a {type(value).__name__}, not a value or a name")
         tied = str(value) not in names
         return [1 if tied or name == str(value) else 2 for name in names]
 
@@ -112,14 +137,16 @@ def _ranks(path: str, rule: str) -> Column:
         if value is None:
             return None
         try:
-            preference = float(value)
-        except (OverflowError, TypeError, ValueError) as error:
-            raise TypeError(f"'{path}' is {value!r:.40}, not a number") from error
+            preference = math.nan if isinstance(value, bool) else float(value)
+        except (OverflowError, TypeError, ValueError):
+            preference = math.nan
+        if math.isnan(preference):
+            raise TypeError(f"'{path}' is {value!r:.40}, not a number")
         return [1 + (preference > 0), 1 + (preference < 0)]
 
-    if rule == "signed":
+    if rule == "signed" and path:
         return signed
-    if len(set(names)) < max(2, len(names)) or not all(names):
+    if len(set(names)) < max(2, len(names)) or not all(names) or not path:
         problem = f"'{path}:{rule}' is neither {path}:signed nor of the form {path}:first|second"
         raise ValueError(f"--data.columns: {problem}")
     return named
@@ -130,8 +157,13 @@ def _column(field: str, source: str) -> Column:
         return _template(source)
     if field == "ranks" and ":" in source:
         return _ranks(*source.split(":", 1))
+    if "}" in source:
+        raise ValueError(f"--data.columns: '{source}' has a brace without its partner")
     if "+" in source:
-        return lambda row: [lookup(row, path) for path in source.split("+")]
+        paths = source.split("+")
+        if not all(paths):
+            raise ValueError(f"--data.columns: '{source}' has a + without a column on both sides")
+        return lambda row: [lookup(row, path) for path in paths]
     return lambda row: lookup(row, source)
 
 
@@ -142,10 +174,11 @@ def parse_columns(columns: str, fields: tuple[str, ...]) -> dict[str, Column]:
     others, or 1 for all if they are tied. It gives None where the column is null.
 
     Raises:
-      ValueError: an entry without `=`, a field that is not among `fields`, or a malformed rule for
-        `ranks`.
+      ValueError: an entry without `=`, a field that is not among `fields`, is given twice or
+        excludes another, a malformed template or rule for `ranks`, or half of a surrogate pair.
     """
-    parsed = {}
+    check_unicode("--data.columns", columns)
+    parsed: dict[str, Column] = {}
     for entry in re.split(r",(?=\s*\w+=)", columns) if columns else ():
         name, equals, source = entry.partition("=")
         name = name.strip()
@@ -153,5 +186,10 @@ def parse_columns(columns: str, fields: tuple[str, ...]) -> dict[str, Column]:
             raise ValueError(f"--data.columns: '{entry}' is not of the form field=column")
         if name not in fields:
             raise ValueError(f"--data.columns: unknown field '{name}'; use one of {list(fields)}")
+        for other in (name, *EXCLUDES.get(name, ())):
+            if other in parsed:
+                problem = f"'{other}' is given too: a row's replies are in one of the two"
+                problem = "is given twice" if other == name else problem
+                raise ValueError(f"--data.columns: field '{name}': {problem}")
         parsed[name] = _column(name, source)
     return parsed

@@ -14,9 +14,10 @@ class DataConfig:
 
     spec: Annotated[str, tyro.conf.arg(name="", metavar="SPEC")] = "miniature"
     """Where the rows come from: `miniature`, `jsonl:PATH`, `tfds:NAME[/CONFIG][:SPLIT]` or
-    `hf:NAME[/CONFIG][:SPLIT]`. PATH may hold wildcards. Each file is read by its suffix: .json,
-    .csv, .tsv, .txt or .parquet; any other suffix means JSON lines. All but .parquet may have .gz
-    or .zst after it. SPLIT is `train` by default and may be a slice such as `train[:1%]`."""
+    `hf:NAME[/CONFIG][:SPLIT]`. PATH may hold wildcards, unless a file has this name. Each file is
+    read by its suffix: .json, .csv, .tsv, .txt or .parquet; any other suffix means JSON lines. All
+    but .parquet may have .gz or .zst after it. SPLIT is `train` by default and may be a slice such
+    as `train[:1%]`."""
     columns: str = ""
     r"""Which column each field is read from: a name `prompt=question,completion=answer`, a path
     `completion=instances.0.output`, every item of a list `responses=answers.*.text`, a list of
@@ -53,4 +54,5 @@ class DataConfig:
     """What happens to a record over these limits: `drop` leaves it out; `truncate` keeps the end of
     the prompt and the start of the response, which then has no EOS."""
     cache: str | None = "~/.cache/instructjax"
-    """Folder that tokenised text is cached in; `None` caches nothing."""
+    """Folder that tokenised text is cached in; `None` caches nothing. A folder that takes no file
+    stops no run."""

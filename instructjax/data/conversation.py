@@ -88,13 +88,13 @@ def _sides(fields: Fields, report: Report | None) -> list[tuple[str, Side]]:
         return []
     if fields.kind == "prompts" and fields.has("prompt"):
         # A prompt needs its replies only if they hold a part of the conversation.
-        named = [(name, value) for name, value in named if _holds_messages(value)]
+        named = [(name, value) for name, value in named if _holds_messages(fields, name, value)]
     return [(name, _side(fields, name, value, "assistant", report)) for name, value in named]
 
 
 def _side(fields: Fields, name: str, value: object, role: str, report: Report | None) -> Side:
     """A text as it is; a message, messages, or messages as JSON text as a list of messages."""
-    if isinstance(value, str) and parse_json(value) is None:
+    if isinstance(value, str) and parse_json(value, fields.where, name) is None:
         text = check_text(value, fields.where, name)
         return _with_input(fields, text) if name == "prompt" else text
     if not isinstance(value, str | list | dict):
@@ -120,7 +120,7 @@ def _dialogue(
     """(prompt, sides) of a row with a column of messages."""
     value = fields.get("messages")
     if isinstance(value, str):
-        value = parse_json(value) or parse_anthropic(value)
+        value = parse_json(value, fields.where, "messages") or parse_anthropic(value)
         if value is None:
             raise fields.error("messages", "a string that holds no messages, as JSON text does")
     messages = read_messages(value, fields.where, "messages", "user", report)
@@ -224,8 +224,10 @@ def _pairs(fields: Fields) -> list[list[tuple[str, str]]]:
     return pairs
 
 
-def _holds_messages(value: object) -> bool:
-    return are_messages(value) or (isinstance(value, str) and parse_json(value) is not None)
+def _holds_messages(fields: Fields, name: str, value: object) -> bool:
+    if isinstance(value, str):
+        return parse_json(value, fields.where, name) is not None
+    return are_messages(value)
 
 
 def _as_messages(side: Side | None, role: str = "user") -> Messages:

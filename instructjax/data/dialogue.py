@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from instructjax.data.errors import DataError, Report, check_text, type_name
+from instructjax.data.json_text import TWICE, loads
 
 Message = dict[str, Any]
 Messages = list[Message]
@@ -40,7 +41,7 @@ def read_messages(
       DataError: the value is none of these, or a message lacks its role or content.
     """
     if isinstance(value, str):
-        parsed = parse_json(value)
+        parsed = parse_json(value, where, field)
         value = {"role": role, "content": value} if parsed is None else parsed
     if isinstance(value, dict):
         value = [value]
@@ -54,13 +55,12 @@ def _message(value: Any, where: str, field: str, report: Report | None) -> Messa
     if not isinstance(value, dict):
         problem = f"expected an object with role and content, got {type_name(value)}"
         raise DataError(where, field, problem)
-    role = value.get("role") if value.get("role") is not None else value.get("from")
-    role = check_text(role, where, f"{field}.role")
+    role = check_text(_either(value, "role", "from", where, field), where, f"{field}.role")
     role = ROLE_NAMES.get(role, role)
     if role not in ROLES:
         raise DataError(where, f"{field}.role", f"{role!r} is none of {', '.join(ROLES)}")
     extras = {key: value[key] for key in EXTRAS if value.get(key) not in (None, "", [])}
-    content = value.get("content") if value.get("content") is not None else value.get("value")
+    content = _either(value, "content", "value", where, field)
     content = _content(content, where, f"{field}.content")
     if "tool_calls" in extras and content in (None, ""):
         content = ""
@@ -76,6 +76,14 @@ def _message(value: Any, where: str, field: str, report: Report | None) -> Messa
             if key not in read and item not in (None, "", [], {})
         )
     return {"role": role, "content": content, **extras}
+
+
+def _either(value: dict, key: str, other: str, where: str, field: str) -> Any:
+    """The value of either of two keys, of which one name is OpenAI's and one ShareGPT's."""
+    first, second = value.get(key), value.get(other)
+    if first is not None and second is not None and first != second:
+        raise DataError(where, f"{field}.{other}", f"differs from '{key}' of the same message")
+    return second if first is None else first
 
 
 def _content(value: Any, where: str, field: str) -> Any:
@@ -96,28 +104,37 @@ def _tool_calls(calls: Any, where: str, field: str) -> Any:
         calls = json.loads(json.dumps(calls))  # a copy
     except (RecursionError, TypeError, ValueError) as error:
         raise DataError(where, field, f"not usable as JSON: {error}") from error
-    for call in calls if isinstance(calls, list) else ():
+    for i, call in enumerate(calls if isinstance(calls, list) else ()):
         function = call.get("function", call) if isinstance(call, dict) else {}
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             try:
-                function["arguments"] = json.loads(function["arguments"])
+                function["arguments"], repeated = loads(function["arguments"])
             except (RecursionError, ValueError):
                 continue
+            if repeated is not None:
+                raise DataError(where, f"{field}.{i}.arguments.{repeated}", TWICE)
     return calls
 
 
-def parse_json(text: str) -> Messages | None:
+def parse_json(text: str, where: str, field: str) -> Messages | None:
     """The list of messages that a text holds as JSON; None if it holds none.
 
     A single object is no conversation: replies that are JSON themselves often look like one.
+
+    Raises:
+      DataError: a key stands twice in a message.
     """
     if text.lstrip()[:1] != "[":
         return None
     try:
-        value = json.loads(text)
+        value, repeated = loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if are_messages(value) else None
+    if not are_messages(value):
+        return None
+    if repeated is not None:
+        raise DataError(where, f"{field}.{repeated}", TWICE)
+    return value
 
 
 def are_messages(value: Any) -> bool:
@@ -179,6 +196,16 @@ def is_tree(row: Any) -> bool:
     )
 
 
+def _check_ranked(reply: dict, where: str) -> None:
+    """Checks that a ranked reply to a prompter has a whole number as its rank, and is a reply."""
+    rank = reply["rank"]
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise DataError(where, "rank", f"expected a whole number, got {type_name(rank)}")
+    role = str(reply.get("role"))
+    if ROLE_NAMES.get(role, role) != "assistant":
+        raise DataError(where, "role", f"a ranked reply must be an assistant's, not of {role!r}")
+
+
 def expand_tree(row: dict, kind: str, where: str, report: Report) -> Iterator[dict]:
     """Yields rows of one kind from a tree {"prompt": {"text", "role", "replies": [...]}}.
 
@@ -203,7 +230,9 @@ def expand_tree(row: dict, kind: str, where: str, report: Report) -> Iterator[di
             raise DataError(where, "prompt.role", f"expected prompter or user, got {role!r:.40}")
         if role != "user":
             continue
-        ranked = [r for r in replies if isinstance(r.get("rank"), int)]
+        ranked = [r for r in replies if r.get("rank") is not None]
+        for reply in ranked:
+            _check_ranked(reply, where)
         if kind == "prompts":
             yield {**row, "prompt": path}
         elif kind == "demonstrations":

@@ -9,16 +9,17 @@ class DataError(ValueError):
     """A row that cannot be used: its place (file:line), the field, and the problem."""
 
     def __init__(self, where: str, field: str | None, problem: str):
-        self.where = where
-        self.reason = f"field '{field}': {problem}" if field else problem
-        super().__init__(f"{where}: {self.reason}")
+        self.where = printable(where)
+        problem = problem.encode(errors="backslashreplace").decode()
+        self.reason = f"field '{printable(field)}': {problem}" if field is not None else problem
+        super().__init__(f"{self.where}: {self.reason}")
 
 
 class Report:
     """Counts the rows read, and the records left out with the reasons; `print` logs them."""
 
     def __init__(self, name: str, on_error: Literal["raise", "skip"], log: Callable[[str], None]):
-        self.name, self.on_error, self.log = name, on_error, log
+        self.name, self.on_error, self.log = printable(name), on_error, log
         self.rows = 0
         self.counts: Counter[tuple[str, str]] = Counter()  # (verb, reason) -> records
         self.first: dict[tuple[str, str], str] = {}  # (verb, reason) -> its first place
@@ -31,10 +32,10 @@ class Report:
         self.count("skipped", error.reason, error.where)
 
     def count(self, verb: str, reason: str, where: str = "", times: int = 1) -> None:
-        """Counts `times` records that were skipped, dropped or cut (the verb) for a reason."""
+        """Counts `times` records or responses that were skipped, dropped, cut or tied: the verb."""
         if times:
             self.counts[verb, reason] += times
-            self.first.setdefault((verb, reason), where)
+            self.first.setdefault((verb, reason), printable(where))
 
     def note_unread(self, names: Iterable[str]) -> None:
         """Notes columns that have content and that nothing reads; `print` names them once."""
@@ -50,7 +51,7 @@ class Report:
         if others:
             lines.append(f"  {sum(n for _, n in others):,} more, for {len(others)} other reasons")
         if self.unread:
-            names = ", ".join(self.unread).encode(errors="backslashreplace").decode()
+            names = ", ".join(map(printable, self.unread))
             lines.append(f"  columns that nothing reads: {names}")
         return lines
 
@@ -67,9 +68,29 @@ class Report:
 
 
 def type_name(value: Any) -> str:
-    """JSON's name for the type of a value, for messages."""
+    """JSON's name for the type of a value, for messages; of other types, Python's."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), f"the number {value!r:.40}")
+    for kind, name in names.items():
+        if isinstance(value, kind):
+            return name
+    if isinstance(value, int | float):
+        return f"the number {value!r:.40}"
+    return "null" if value is None else f"a value of type {type(value).__name__}"
+
+
+def check_unicode(flag: str, value: str) -> None:
+    """Raises ValueError, which names the flag, if its value holds half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # such as a byte of the command line that is not UTF-8
+        raise ValueError(f"{flag} {printable(value)}: is not valid Unicode") from error
+
+
+def printable(text: str) -> str:
+    """The text on one line, without half surrogate pairs, which no terminal can print."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def check_text(value: Any, where: str, field: str) -> str:

@@ -1,6 +1,7 @@
 """The fields of a row: the columns that they are read from, under conventional names or others."""
 
-import math
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -33,6 +34,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("text", "content", "document"),
     "system": ("system", "system_prompt"),
 }
+# Numerals as JSON and CSV have them. Python also reads `1_000`, `inf` and the digits of any script.
+WHOLE = re.compile(r"\s*[+-]?[0-9]{1,400}\s*")
+NUMERAL = re.compile(r"\s*[+-]?([0-9]{1,400}\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*")
+LARGEST = sys.float_info.max
 INPUT = ("input", "context")  # the second part of Alpaca's and Dolly's prompts
 # A field that --data.columns names keeps these from being read under their conventional names.
 INSTEAD_OF = {
@@ -106,13 +111,18 @@ class Fields:
             raise self.error(name, f"expected a list, got {type_name(value)}")
         return value
 
-    def number(self, value: Any, name: str) -> float:
-        try:  # accepts numerals too: every value of a CSV file is a string
-            number = float(value) if isinstance(value, str | int | float) else math.nan
-        except (ValueError, OverflowError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise self.error(name, f"expected a number, got {value!r:.40}")
+    def number(self, value: Any, name: str) -> int | float:
+        """The finite number that a value or a numeral is; every value of a CSV file is a string.
+
+        Whole numbers stay whole, as floats would make large neighbours equal.
+        """
+        number: Any = value
+        if isinstance(value, str) and NUMERAL.fullmatch(value):
+            number = int(value) if WHOLE.fullmatch(value) else float(value)
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not abs(number) <= LARGEST:
+            got = repr(value) if isinstance(value, str) else type_name(value)
+            raise self.error(name, f"expected a number, got {got:.40}")
         return number
 
     def error(self, name: str, problem: str) -> DataError:

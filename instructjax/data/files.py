@@ -5,20 +5,25 @@ row and reads on where it can. The error says so where the rest of a file is not
 """
 
 import csv
-import glob
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from instructjax.data import paths
 from instructjax.data.errors import DataError
+from instructjax.data.json_text import TWICE, Decoder
 
 LocatedRows = Iterator[tuple[str, Any]]  # (where, row or DataError)
 
+# Bytes that are not UTF-8, and control characters that no text file has: all but those from \b to
+# \r, escape, and the end of a file under DOS.
+NOT_TEXT = re.compile("[\udc80-\udcff\0-\x07\x0e-\x19\x1c-\x1f\x7f]")
 LONGEST_CELL = 2**31 - 1  # characters of a CSV cell; Python's own limit is 131,072
 
 
@@ -26,16 +31,19 @@ def read_files(pattern: str, txt: str) -> LocatedRows:
     """Reads the files that match a pattern, in the order of their names, each by its suffix.
 
     Args:
-      pattern: a path; `*`, `?` and `**` are wildcards.
+      pattern: a path; `*`, `?` and `**` are wildcards, unless a file has just this path.
       txt: whether a document of a .txt file is the whole `file` or a `line`.
     Raises:
       DataError: no file matches, or a .parquet file is met without `pyarrow`.
     """
-    paths = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
-    paths = [path for path in paths if Path(path).is_file()]
-    if not paths:
-        raise DataError(f"jsonl:{pattern}", None, "no such file")
-    for path in paths:
+    names = paths.files(pattern)
+    if not names:
+        is_folder = os.path.isdir(paths.expand(pattern))
+        problem = (
+            "is a folder: name its files, as in FOLDER/*.jsonl" if is_folder else "no such file"
+        )
+        raise DataError(f"jsonl:{pattern}", None, problem)
+    for path in names:
         if path.endswith(".parquet"):
             yield from _parquet(path)
             continue
@@ -88,11 +96,17 @@ def _parquet(path: str) -> LocatedRows:
         raise DataError(path, None, problem) from error
     number = 0
     try:
-        for batch in ParquetFile(path).iter_batches(batch_size=1024):
+        file = ParquetFile(path)
+        names = file.schema_arrow.names
+        if repeated := next((n for i, n in enumerate(names) if n in names[:i]), None):
+            problem = "two columns have this name; no row of this file is read"
+            yield path, DataError(path, repeated, problem)
+            return
+        for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 yield f"{path}: row {number}", plain(row)
                 number += 1
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         problem = f"cannot be read from row {number} on: {error}"
         yield path, DataError(path, None, problem)
 
@@ -134,10 +148,11 @@ def _json_value(line: bytes) -> Any:
 
 
 def _json_lines(data: bytes, path: str) -> LocatedRows:
+    decoder = Decoder()
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
         where = f"{path}:{number}"
         try:
-            yield where, json.loads(line.decode())
+            yield where, _unrepeated(decoder, decoder.loads(line.decode()), where)
         except UnicodeDecodeError as error:
             yield where, DataError(where, None, _bad_byte(line, error))
         except json.JSONDecodeError as error:
@@ -149,10 +164,17 @@ def _json_lines(data: bytes, path: str) -> LocatedRows:
             yield where, DataError(where, None, f"not usable as JSON: {error}")
 
 
+def _unrepeated(decoder: Decoder, value: Any, where: str, then: str = "") -> Any:
+    """The value, or the error of a key that stands twice in one of its objects."""
+    repeated = decoder.repeated(value)
+    return value if repeated is None else DataError(where, repeated, TWICE + then)
+
+
 def _json_document(data: bytes, path: str) -> LocatedRows:
     """Reads an array of rows, an object that wraps one, or objects one after another."""
+    decoder = Decoder()
     try:
-        values = list(_json_values(data.decode()))
+        values = list(decoder.values(data.decode()))
     except UnicodeDecodeError as error:
         yield path, _not_utf8(data, path, error)
         return
@@ -160,11 +182,17 @@ def _json_document(data: bytes, path: str) -> LocatedRows:
         yield path, DataError(path, None, f"not JSON: {error}; no row of this file is read")
         return
     if len(values) > 1:
-        yield from ((f"{path}:{line}", value) for line, value in values)
+        for line, value in values:
+            where = f"{path}:{line}"
+            yield where, _unrepeated(decoder, value, where)
         return
     value, prefix = values[0][1], f"{path}:"
     if isinstance(value, dict):
         lists = [key for key, items in value.items() if _is_rows(items)]
+        if len(lists) == 1 and decoder.repeated(value) in value:  # of the object itself
+            then = "; no row of this file is read"
+            yield path, _unrepeated(decoder, value, path, then)
+            return
         if len(lists) == 1:
             value, prefix = value[lists[0]], f"{path}: '{lists[0]}'"
         elif len(lists) == len(value) > 1:
@@ -172,20 +200,11 @@ def _json_document(data: bytes, path: str) -> LocatedRows:
             yield path, DataError(path, None, problem)
             return
     if not isinstance(value, list):
-        yield path, value
+        yield path, _unrepeated(decoder, value, path)
         return
     for number, item in enumerate(value, start=1):
-        yield f"{prefix} item {number}", item
-
-
-def _json_values(text: str) -> Iterator[tuple[int, Any]]:
-    """(line, value) of JSON values one after another."""
-    decoder, start_of_value, end, line = json.JSONDecoder(), re.compile(r"\S"), 0, 1
-    while match := start_of_value.search(text, end):
-        line += text.count("\n", end, match.start())
-        value, end = decoder.raw_decode(text, match.start())
-        yield line, value
-        line += text.count("\n", match.start(), end)
+        where = f"{prefix} item {number}"
+        yield where, _unrepeated(decoder, item, where)
 
 
 def _is_rows(value: Any) -> bool:
@@ -204,28 +223,36 @@ def _is_rows(value: Any) -> bool:
 def _csv(data: bytes, path: str, delimiter: str) -> LocatedRows:
     header: list[str] | None = None
     for line, cells in _csv_rows(data.decode(errors="surrogateescape"), delimiter):
-        where = f"{path}:{line}"
+        where, field = f"{path}:{line}", None
         if isinstance(cells, csv.Error):  # such as an open quote
             problem = f"not CSV: {cells}"
-        elif byte := re.search("[\udc80-\udcff]", "".join(cells)):
-            problem = f"not UTF-8: byte {ord(byte[0]) - 0xDC00:#04x}"
+        elif not cells:
+            problem = "is blank"
+        elif NOT_TEXT.search("".join(cells)):
+            column = next(i for i, cell in enumerate(cells) if NOT_TEXT.search(cell))
+            field = header[column] if header and column < len(header) else None
+            problem = _binary(cells[column])
         elif header is None and len(set(cells)) < len(cells):
-            where, problem = path, f"two columns have the same name: {cells}"
+            field = next(name for i, name in enumerate(cells) if name in cells[:i])
+            problem = f"two columns have the same name: {cells}"
         elif header is None:
             header = cells
             continue
         elif len(cells) != len(header):
             problem = f"does not have the {len(header)} columns of the header"
+            if len(cells) < len(header):
+                field, problem = header[len(cells)], f"is missing: the row {problem}"
         else:
             yield where, dict(zip(header, cells, strict=True))
             continue
-        yield where, DataError(where, None, problem)
         if header is None:  # rows mean nothing without it
+            yield where, DataError(where, field, f"{problem}; no row of this file is read")
             return
+        yield where, DataError(where, field, problem)
 
 
 def _csv_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """(line, cells) of each row that is not blank; goes on at the next line after an error."""
+    """(line, cells) of each row, none if it is blank; goes on at the next line after an error."""
     lines = list(io.StringIO(text, newline=""))
     start = end = 0  # lines before the reader's first row, and before its next row
     while start < len(lines):
@@ -234,8 +261,7 @@ def _csv_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | csv.
         )
         try:
             while (cells := _next_row(reader)) is not None:
-                if cells:
-                    yield end + 1, cells
+                yield end + 1, cells
                 end = start + reader.line_num
             return
         except csv.Error as error:
@@ -256,22 +282,33 @@ def _next_row(reader: Any) -> list[str] | None:
 
 
 def _txt_file(data: bytes, path: str) -> LocatedRows:
-    try:
-        yield path, {"text": data.decode().replace("\r\n", "\n")}
-    except UnicodeDecodeError as error:
-        yield path, _not_utf8(data, path, error)
+    text = data.decode(errors="surrogateescape")
+    if sign := NOT_TEXT.search(text):
+        where = f"{path}:{text.count(chr(10), 0, sign.start()) + 1}"
+        problem = f"{_binary(text)}; no row of this file is read"
+        yield where, DataError(where, "text", problem)
+    else:
+        yield path, {"text": text.replace("\r\n", "\n")}
 
 
 def _txt_lines(data: bytes, path: str) -> LocatedRows:
     for number, line in enumerate(data.split(b"\n"), start=1):
         where = f"{path}:{number}"
-        try:
-            text = line.removesuffix(b"\r").decode()
-        except UnicodeDecodeError as error:
-            yield where, DataError(where, None, _bad_byte(line, error))
-            continue
-        if text.strip():
+        text = line.removesuffix(b"\r").decode(errors="surrogateescape")
+        if sign := NOT_TEXT.search(text):
+            problem = f"{_binary(text)} at column {sign.start() + 1}"
+            yield where, DataError(where, "text", problem)
+        elif text.strip():
             yield where, {"text": text}
+
+
+def _binary(text: str) -> str:
+    """The problem of a text that has a sign of `NOT_TEXT`."""
+    sign = NOT_TEXT.search(text)
+    assert sign
+    if sign[0] >= "\udc80":
+        return f"not UTF-8: byte {ord(sign[0]) - 0xDC00:#04x}"
+    return f"not text: the control character {ord(sign[0]):#04x}"
 
 
 def _bad_byte(line: bytes, error: UnicodeDecodeError) -> str:

@@ -11,7 +11,7 @@ from instructjax.data import template as templates
 from instructjax.data.columns import lookup, parse_columns
 from instructjax.data.config import DataConfig
 from instructjax.data.dialogue import Messages, expand_tree, is_tree, parse_anthropic
-from instructjax.data.errors import DataError, Report
+from instructjax.data.errors import DataError, Report, check_unicode
 from instructjax.data.fields import NAMES, Kind
 from instructjax.data.records import Record, parse
 from instructjax.data.sources import rows
@@ -128,6 +128,7 @@ def encode(
     if not end_ids:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise DataError(f"tokenizer {name}", None, "has no EOS token to end a response with")
+    log = _once(log)  # a folder that takes no file is named once, not for prompts and responses
     texts = [response for record in records for response in record.responses]
     eos_id = end_ids[0] if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
     ending: dict[str, Any] = {"bos": True, "eos_id": eos_id}
@@ -181,6 +182,9 @@ def _read(
     report: Report,
 ) -> list[Record]:
     columns = parse_columns(config.columns, NAMES[kind])
+    check_unicode("--data.split_by", config.split_by)
+    if not config.split_by:
+        raise ValueError("--data.split_by is empty: name a field")
     spec, validation_spec = config.spec, config.validation
     own_validation = isinstance(validation_spec, str)
     if own_validation and split == "validation":
@@ -228,8 +232,12 @@ def _split(records: list[Record], config: DataConfig, split: Split, report: Repo
         else:
             try:
                 value = lookup(record.row, name)
+                problem = "is missing, and --data.split_by names it" if value is None else ""
             except KeyError:
-                problem = "is missing, and --data.split_by names it"
+                value, problem = None, "is missing, and --data.split_by names it"
+            except TypeError as error:
+                value, problem = None, str(error)
+            if problem:
                 report.bad(DataError(record.where, name, problem))
                 continue
         digest = hashlib.sha256(str(value).encode(errors="surrogatepass")).digest()
@@ -292,6 +300,8 @@ def _limit(
     if dataset.kind == "text":
         return dataset.take(keep)
 
+    same = _same_tokens(dataset.response, dataset.ranks)
+    refuse(same, "responses", lambda i: "two of different ranks have the same tokens")
     refuse(dataset.prompt.lengths == 0, "prompt", lambda i: "has no tokens")
     prompt = dataset.prompt
     limits: list[tuple[int, Any, str]] = []  # (longest, what a longer prompt is cut to, reason)
@@ -320,10 +330,33 @@ def _limit(
         stop = np.where(too_long, dataset.response.start + room[:, None], stop)
         reason = "responses too long: they lose their end and EOS"
         report.count("cut", reason, times=int(too_long[keep].sum()))
+        cut = Spans(dataset.response.ids, dataset.response.start, stop)
+        drop(_same_tokens(cut, dataset.ranks), "responses of different ranks have the same start")
     else:
         drop(too_long.any(1), "response too long (--data.max_response, or the context)")
     response_spans = Spans(dataset.response.ids, dataset.response.start, stop)
     return replace(dataset, prompt=prompt, response=response_spans).take(keep)
+
+
+def _once(log: Callable[[str], None]) -> Callable[[str], None]:
+    """A log that leaves out lines that it has had."""
+    lines: set[str] = set()
+
+    def log_new(line: str) -> None:
+        if line not in lines:
+            lines.add(line)
+            log(line)
+
+    return log_new
+
+
+def _same_tokens(response: Spans, ranks: np.ndarray) -> np.ndarray:
+    """Whether [n] two responses of a record have the same tokens, and different ranks."""
+    same, lengths = np.zeros(len(ranks), bool), response.lengths  # [n], [n, K]
+    better = (ranks[:, :, None] < ranks[:, None]) & (ranks[:, :, None] > 0)
+    for i, a, b in np.argwhere(better & (lengths[:, :, None] == lengths[:, None])):
+        same[i] |= np.array_equal(response[i, a], response[i, b])
+    return same
 
 
 def _keep_end(prompt: Spans, lengths: np.ndarray, bos_id: int | None) -> Spans:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from instructjax.data import paths
 from instructjax.data.errors import DataError
 from instructjax.data.fields import Kind
 from instructjax.data.records import Record
@@ -32,11 +33,13 @@ def write_tfds(
     Returns:
       The folder `data_dir/name`.
     Raises:
-      DataError: the folder exists.
+      DataError: the folder exists, or `data_dir` begins with `~` and names no user.
     """
     import tensorflow_datasets as tfds
 
-    folder = Path(data_dir).expanduser() / name
+    folder = Path(paths.expand(data_dir)) / name
+    if str(folder).startswith("~"):
+        raise DataError(f"--data_dir {data_dir}", None, "no such user")
     if folder.exists():
         raise DataError(str(folder), None, "already exists; remove it or choose another name")
     text, sequence = tfds.features.Text(), tfds.features.Sequence

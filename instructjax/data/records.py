@@ -11,6 +11,7 @@ One class serves all kinds, as later code sees each record as a prompt and K res
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from instructjax.data import conversation
@@ -19,7 +20,10 @@ from instructjax.data.conversation import Conversation
 from instructjax.data.dialogue import Message
 from instructjax.data.errors import DataError, Report, check_text, type_name
 from instructjax.data.fields import NAMES, Fields, Kind
+from instructjax.data.json_text import TWICE, loads
 from instructjax.data.template import Template
+
+LARGEST_MARGIN = 3e38  # of float32, which batches have
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +87,10 @@ def parse(
         names = [name for name, _ in dialogue.replies]
         more: dict[str, Any] = {}
         if kind == "comparisons":
-            pair = names == ["chosen", "rejected"]
-            more = {"ranks": (1, 2) if pair else _ranks(fields, len(names))} | _remarks(fields)
+            more = {"ranks": _ranks(fields, names)} | _remarks(fields)
         record = _rendered(fields, dialogue, template, report, more)
-        if kind == "comparisons" and len(set(record.responses)) == 1:
-            raise fields.error(names[-1], f"equals '{names[0]}'")
+        if kind == "comparisons":
+            _check_repeats(fields, record, names, report)
     if report is not None:
         report.note_unread(fields.unread())
     return record
@@ -98,19 +101,58 @@ def rank(scores: Sequence[float]) -> tuple[int, ...]:
     return tuple(1 + sum(other > score for other in scores) for score in scores)
 
 
-def _ranks(fields: Fields, count: int) -> tuple[int, ...]:
-    name = "scores" if fields.has("scores") and not fields.has("ranks") else "ranks"
+def _ranks(fields: Fields, names: list[str]) -> tuple[int, ...]:
+    """The ranks of the responses with these names: 1 for the best."""
+    count, pair = len(names), names == ["chosen", "rejected"]
+    orders: dict[str, tuple[int, ...]] = {}
+    for name in ("ranks", "scores"):
+        # Beside a pair, other libraries' data have these columns about other texts.
+        if fields.has(name) and (not pair or name in fields.columns):
+            orders[name] = _order(fields, name, count)
+    if pair:
+        orders = {"chosen": (1, 2), **orders}
+    if not orders:
+        fields.get("ranks")  # raises
+    first, *others = orders
+    for name in others:
+        check = zip(orders[first], orders[name], names, strict=True)
+        for (rank_a, other_a, _), (rank_b, other_b, response) in combinations(check, 2):
+            if (rank_a - rank_b) * (other_a - other_b) < 0:
+                raise fields.error(name, f"contradicts '{first}' about '{response}'")
+    if len(set(orders[first])) == 1:
+        raise fields.error(first, "all responses are tied")
+    return orders[first]
+
+
+def _order(fields: Fields, name: str, count: int) -> tuple[int, ...]:
+    """The ranks that the `ranks` or `scores` of `count` responses say."""
     values = fields.array(name)
     if len(values) != count:
         raise fields.error(name, f"{len(values)} {name} for {count} responses")
+    if name == "scores" and name in fields.columns and all(isinstance(v, bool) for v in values):
+        values = [int(value) for value in values]  # a column such as `is_correct`, chosen by name
     numbers = [fields.number(value, f"{name}.{i}") for i, value in enumerate(values)]
-    if len(set(numbers)) == 1:
-        raise fields.error(name, "all responses are tied")
     if name == "scores":
         return rank(numbers)
-    if any(n != int(n) for n in numbers) or min(numbers) != 1 or max(numbers) > count:
-        raise fields.error(name, f"ranks run from 1 (best) to at most {count}, not {values}")
-    return tuple(int(n) for n in numbers)
+    for i, number in enumerate(numbers):
+        if number != int(number) or not 1 <= number <= count:
+            problem = f"ranks run from 1 (best) to at most {count}, not {values!r:.60}"
+            raise fields.error(f"{name}.{i}", problem)
+    if min(numbers) != 1:
+        raise fields.error(name, f"no response has rank 1, the best: {values!r:.60}")
+    return tuple(int(number) for number in numbers)
+
+
+def _check_repeats(fields: Fields, record: Record, names: list[str], report: Report | None) -> None:
+    """Refuses responses of one text with several ranks; a tie of equal texts counts nowhere."""
+    texts, ranks = record.responses, record.ranks
+    if len(set(texts)) == 1:
+        raise fields.error(names[-1], f"equals '{names[0]}'")
+    if len(set(zip(texts, ranks, strict=True))) > len(set(texts)):
+        raise fields.error("responses", "has one text twice, with different ranks")
+    if report is not None:
+        reason = "responses that repeat another of their comparison"
+        report.count("tied", reason, fields.where, len(texts) - len(set(texts)))
 
 
 def _remarks(fields: Fields) -> dict[str, Any]:
@@ -118,8 +160,13 @@ def _remarks(fields: Fields) -> dict[str, Any]:
     labeler = fields.get("labeler") if fields.has("labeler") else None
     if isinstance(labeler, bool) or not isinstance(labeler, str | int | None):
         raise fields.error("labeler", f"expected a name, got {type_name(labeler)}")
+    if isinstance(labeler, str):
+        labeler = check_text(labeler, fields.where, "labeler")
     margin = fields.number(fields.get("margin"), "margin") if fields.has("margin") else 0.0
-    return {"labeler": None if labeler is None else str(labeler), "margin": margin}
+    if not 0 <= margin <= LARGEST_MARGIN:
+        problem = f"by how much the best is better: from 0 to {LARGEST_MARGIN:.2g}, not {margin}"
+        raise fields.error("margin", problem)
+    return {"labeler": None if labeler is None else str(labeler), "margin": float(margin)}
 
 
 def _rendered(
@@ -189,9 +236,11 @@ def _tools(fields: Fields) -> Any:
     tools = fields.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools, repeated = loads(tools)
         except (RecursionError, ValueError) as error:
             raise fields.error("tools", f"not JSON: {error}") from error
+        if repeated is not None:
+            raise fields.error(f"tools.{repeated}", TWICE)
     if not isinstance(tools, list):
         raise fields.error("tools", f"expected a list, got {type_name(tools)}")
     return tools

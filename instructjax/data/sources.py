@@ -10,12 +10,15 @@ A reader yields `(where, row)`. For a row that cannot be read it yields a DataEr
 row, and the caller decides whether to stop.
 """
 
+import os
 import re
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from instructjax.data import paths
 from instructjax.data.errors import DataError
 from instructjax.data.files import LocatedRows, plain, read_files
 
@@ -36,16 +39,17 @@ def rows(spec: str, kind: str, split: str = "all", txt: str = "file") -> Located
       DataError: the SPEC has another form, or names nothing that exists.
     """
     scheme, _, name = spec.partition(":")
+    is_set = bool(name.partition(":")[0])
     if spec == "miniature":
         return _miniature(kind, split)
     if scheme == "jsonl" and name:
         reader = read_files(name, txt)
-    elif scheme == "tfds" and name:
+    elif scheme == "tfds" and is_set:
         reader = _tfds(spec, *_name_and_split(name))
-    elif scheme == "hf" and name:
+    elif scheme == "hf" and is_set:
         reader = _hf(spec, *_name_and_split(name))
     else:
-        hint = f"; for a file write jsonl:{spec}" if Path(spec).exists() else ""
+        hint = f"; for a file write jsonl:{spec}" if os.path.exists(spec) else ""
         raise DataError(f"--data {spec}", None, f"is not {FORMS}{hint}")
     return reader if kind == "text" else _trees(reader)
 
@@ -72,16 +76,34 @@ def _trees(rows: LocatedRows) -> LocatedRows:
             yield where, DataError(where, "message_id", "is the id of an earlier row")
         else:
             messages[str(row["message_id"])] = (where, {**row, "replies": []})
+    problems = _parents(messages)
     roots = []
-    for where, message in messages.values():
+    for name, (where, message) in messages.items():
         parent = message["parent_id"]
-        if parent in (None, ""):
+        if problems[name]:
+            yield where, DataError(where, "parent_id", problems[name])
+        elif parent in (None, ""):
             roots.append((where, {"prompt": message}))
-        elif str(parent) in messages:
-            messages[str(parent)][1]["replies"].append(message)
         else:
-            yield where, DataError(where, "parent_id", f"no row has the id {str(parent)!r}")
+            messages[str(parent)][1]["replies"].append(message)
     yield from roots
+
+
+def _parents(messages: dict[str, tuple[str, dict]]) -> dict[str, str]:
+    """id -> why the chain of parents of that message leads to no root; "" if it does."""
+    problems: dict[str, str] = {}
+    for start in messages:
+        chain, name = dict[str, None](), start
+        while name in messages and name not in problems and name not in chain:
+            chain[name] = None
+            parent = messages[name][1]["parent_id"]
+            name = "" if parent is None else str(parent)
+        if name in chain:
+            problem = "its chain of parents is a loop"
+        else:
+            problem = problems.get(name, f"no row has the id {name!r}" if name else "")
+        problems |= dict.fromkeys(chain, problem)
+    return problems
 
 
 # --- libraries ---
@@ -90,27 +112,46 @@ def _trees(rows: LocatedRows) -> LocatedRows:
 def _tfds(spec: str, name: str, split: str | None) -> LocatedRows:
     import tensorflow_datasets as tfds
 
-    folder = Path(name).expanduser()
-    data_dir = folder.parent if folder.is_dir() else None
+    folder = Path(paths.expand(name))
+    data_dir = folder.parent if os.path.isdir(folder) else None
     try:
         source: Any = tfds.data_source(
             folder.name if data_dir else name, split=split or "train", data_dir=data_dir
         )
-    except (tfds.core.DatasetNotFoundError, NotImplementedError, ValueError) as error:
+    except Exception as error:  # builders of many sets: they may raise anything
         problem = "prepare the set as ArrayRecord; name its folder or set $TFDS_DATA_DIR"
-        raise DataError(spec, None, f"{str(error).splitlines()[0]} ({problem})") from error
-    for i in range(len(source)):
-        yield f"{spec} row {i}", plain(source[i])
+        reason = str(error).partition("\n")[0] or type(error).__name__  # then lists all sets
+        raise DataError(spec, None, f"{reason} ({problem})") from error
+    yield from _rows_of((source[i] for i in range(len(source))), spec)
+
+
+def _rows_of(source: Iterable[Any], spec: str) -> LocatedRows:
+    """The rows of a library's data set, up to the first that the library cannot read."""
+    rows, number = iter(source), 0
+    while True:
+        try:
+            row = plain(next(rows))
+        except StopIteration:
+            return
+        except Exception as error:  # a damaged file: libraries may raise anything
+            problem = f"cannot be read from row {number} on: {_one_line(error)}"
+            yield spec, DataError(spec, None, problem)
+            return
+        yield f"{spec} row {number}", row
+        number += 1
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _hf(spec: str, name: str, split: str | None) -> LocatedRows:
     try:
         import datasets
-        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise DataError(spec, None, "needs `pip install instructjax[hf]`") from error
-    folder = Path(name).expanduser()
-    if folder.is_file():
+    folder = Path(paths.expand(name))
+    if os.path.isfile(folder):
         raise DataError(spec, None, f"is a file: write jsonl:{name}")
     try:
         if (folder / "dataset_dict.json").exists() or (folder / "dataset_info.json").exists():
@@ -126,10 +167,9 @@ def _hf(spec: str, name: str, split: str | None) -> LocatedRows:
             source = _hf_load(spec, "/".join(owner_and_name), config or None, split or "train")
     except DataError:
         raise
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise DataError(spec, None, f"{type(error).__name__}: {error}") from error
-    for i, row in enumerate(source):
-        yield f"{spec} row {i}", row
+    except Exception as error:  # the readers of many formats: they may raise anything
+        raise DataError(spec, None, _one_line(error)) from error
+    yield from _rows_of(source, spec)
 
 
 def _hf_load(spec: str, name: str, config: str | None, split: str) -> Any:

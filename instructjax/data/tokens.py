@@ -6,10 +6,10 @@ text.
 """
 
 import copy
+import errno
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from instructjax.data import paths
+from instructjax.data.errors import printable
+
+CHECKSUM = hashlib.sha256().digest_size  # bytes at the start of a cache file
 CHUNK = 4_000_000  # characters tokenised at once: occupies all cores, and bounds the memory
 
 
@@ -64,7 +68,7 @@ def tokenise(
     if cache is not None and texts:
         settings = json.dumps([begin, tokenizer.bos_token, eos_id, sorted(end_ids), response])
         digest = _digest(texts, _fingerprint(tokenizer), settings)
-        file = Path(cache).expanduser() / "tokens" / f"{digest}.npz"
+        file = Path(paths.expand(cache)) / "tokens" / f"{digest}.tokens"
         if (spans := _load(file, len(texts), log)) is not None:
             return spans
     if begin:
@@ -83,11 +87,14 @@ def tokenise(
         return [*begin, *ids] if eos_id is None else [*begin, *ids, eos_id]
 
     ids, lengths = _encode(texts, encode, finish)
-    stop = np.cumsum(lengths)
-    spans = Spans(ids, stop - lengths, stop)
     if file is not None:
-        _save(file, ids, lengths)
-    return spans
+        _save(file, ids, lengths, log)
+    return _spans(ids, lengths)
+
+
+def _spans(ids: np.ndarray, lengths: np.ndarray) -> Spans:
+    stop = np.cumsum(lengths)
+    return Spans(ids, stop - lengths, stop)
 
 
 Encode = Callable[[list[str]], list[list[int]]]  # texts -> ids
@@ -177,28 +184,43 @@ def _digest(texts: Sequence[str], *parts: str) -> str:
 
 
 def _load(file: Path, count: int, log: Callable[[str], None]) -> Spans | None:
-    """The cached spans, or None if the file is missing or damaged (its arrays carry CRCs)."""
-    if not file.exists():
+    """The cached spans, or None if there is no such file, or a damaged one."""
+    if not os.path.isfile(file):
         return None
     try:
-        with file.open("rb") as source, np.load(source) as arrays:
-            ids, lengths = arrays["ids"], arrays["lengths"]
-        if len(lengths) != count or lengths.sum() != len(ids):
-            raise ValueError("lengths that don't add up")
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
-        log(f"{file} is damaged ({error}): tokenising again")
+        data = file.read_bytes()
+    except OSError as error:
+        log(printable(f"{file} cannot be read ({error.strerror}): tokenising again"))
         return None
-    stop = np.cumsum(lengths)
-    return Spans(ids, stop - lengths, stop)
+    content = data[CHECKSUM:]
+    if data[:CHECKSUM] != _checksum(file, content):
+        log(printable(f"{file} is damaged: tokenising again"))
+        return None
+    lengths, ids = content[: 8 * count], content[8 * count :]
+    return _spans(np.frombuffer(ids, np.int32), np.frombuffer(lengths, np.int64))
 
 
-def _save(file: Path, ids: np.ndarray, lengths: np.ndarray) -> None:
-    """Writes another file and renames it, so that no reader on any host sees half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+def _save(file: Path, ids: np.ndarray, lengths: np.ndarray, log: Callable[[str], None]) -> None:
+    """Writes the checksum, the lengths and the ids. A folder that takes no file stops nothing.
+
+    Writes another file and renames it, so that no reader on any host sees half a file.
+    """
+    content = lengths.astype(np.int64).tobytes() + ids.astype(np.int32).tobytes()
     part = file.with_suffix(f".{os.uname().nodename}.{os.getpid()}.part")
     try:
-        with part.open("wb") as out:
-            np.savez(out, ids=ids, lengths=lengths)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+        if str(file).startswith("~"):
+            raise FileNotFoundError(errno.ENOENT, "no such user")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(_checksum(file, content) + content)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        reason = getattr(error, "strerror", None) or error
+        log(printable(f"--data.cache {file.parent.parent}: tokens are not cached: {reason}"))
+
+
+def _checksum(file: Path, content: bytes) -> bytes:
+    """The checksum of a cache file, which is that of its name too: a renamed file is no cache."""
+    return hashlib.sha256(file.stem.encode() + content).digest()

@@ -139,6 +139,8 @@ def value_of(record: Record, name: str) -> str:
         return str(lookup(record.row, name))
     except KeyError:
         raise ValueError(f"{record.where}: no field '{name}' to group by") from None
+    except TypeError as error:
+        raise ValueError(f"{record.where}: {error}") from None
 
 
 def accuracies(
