@@ -2,9 +2,9 @@
 
     python benchmarks/faults_checkpoints.py
 
-A run of run_pretrain.py has checkpoints 2, 4 and 6. Each trial copies it, damages one file of the
-newest checkpoint or of the run directory, and resumes it to step 7. The result is compared with a
-run that nothing happened to: parameters, optimizer, metrics.jsonl and samples.jsonl.
+A run of run_pretrain.py has ended with checkpoints 2, 4 and 5. Each trial copies it, damages one
+file of the newest checkpoint or of the run directory, and resumes it. The result is compared with
+the run that nothing happened to: parameters, optimizer, metrics.jsonl and samples.jsonl.
 
 Hardware: two CPU cores; about ten minutes.
 Result: a Markdown table, a row for each file, with the number of ways that it was damaged and what
@@ -30,7 +30,7 @@ import run_pretrain
 
 from instructjax.run import run
 
-STEPS, MORE = 6, 7
+STEPS, BEFORE = 5, 4
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Config:
     """Directory of the runs; it is deleted first."""
 
 
-def train(out: Path, steps: int, *flags: str) -> tuple[bool, str]:
+def train(out: Path, *flags: str) -> tuple[bool, str]:
     """Runs run_pretrain.py in this process; returns whether it finished, and what it printed."""
-    words = ["--out", str(out), "--steps", str(steps), "--save_every", "2", "--keep_last", "9"]
+    words = ["--out", str(out), "--steps", str(STEPS), "--save_every", "2", "--keep_last", "9"]
     words += ["--batch_size", "2", "--eval_batches", "1", *flags]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -76,12 +76,12 @@ def damages(content: bytes, other: bytes) -> Iterator[tuple[str, bytes | None]]:
 
 def outcome(whole: Path, damaged: Path) -> str:
     """What happened when a damaged run was resumed."""
-    finished, printed = train(damaged, MORE, "--resume")
+    finished, printed = train(damaged, "--resume")
     lines = printed.splitlines()
     if not finished:
         last = next((line for line in lines if line.startswith("error: ")), lines[-1])
         return "refused by name" if last.startswith("error: ") else last[:80]
-    same = same_parameters(whole, damaged, MORE)
+    same = same_parameters(whole, damaged, STEPS)
     for name in ("metrics.jsonl", "samples.jsonl"):
         same = same and same_lines(whole / name, damaged / name)
     start = next((line for line in lines if "resumed after step" in line), "step 0").split()[-1]
@@ -92,20 +92,15 @@ def outcome(whole: Path, damaged: Path) -> str:
 
 def main(c: Config) -> None:
     shutil.rmtree(c.out, ignore_errors=True)
-    start, whole, trial = (c.out / name for name in ("start", "whole", "trial"))
-    finished, printed = train(start, STEPS)
+    whole, trial = c.out / "whole", c.out / "trial"
+    finished, printed = train(whole)
     if not finished:
         sys.exit(printed)
-    shutil.copytree(start, whole)
-    finished, printed = train(whole, MORE, "--resume")
-    if not finished:
-        sys.exit(printed)
-
-    newest, older = (start / "checkpoints" / str(step) for step in (STEPS, STEPS - 2))
+    newest, older = (whole / "checkpoints" / str(step) for step in (STEPS, BEFORE))
     files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
     pairs = {path: older / path.relative_to(newest) for path in files}
     logs = ("config.json", "checkpoint.json", "metrics.jsonl", "samples.jsonl")
-    pairs |= {start / name: start / name for name in (*logs, "checkpoints/.holder")}
+    pairs |= {whole / name: whole / name for name in (*logs, "checkpoints/.holder")}
     table: dict[str, Counter[str]] = defaultdict(Counter)
     progress = Console(stderr=True)
     for path, old in track(list(pairs.items()), "files", console=progress):
@@ -114,12 +109,12 @@ def main(c: Config) -> None:
             continue
         for _, changed in damages(content, old.read_bytes() if old.exists() else content):
             shutil.rmtree(trial, ignore_errors=True)
-            shutil.copytree(start, trial)
-            file = trial / path.relative_to(start)
+            shutil.copytree(whole, trial)
+            file = trial / path.relative_to(whole)
             file.unlink()
             if changed is not None:
                 file.write_bytes(changed)
-            name = "/".join(path.relative_to(start).parts)
+            name = "/".join(path.relative_to(whole).parts)
             # The names of data files are hashes.
             kind = name.rsplit("/d/", 1)[0] + "/d/..." if "/d/" in name else name
             table[kind][outcome(whole, trial)] += 1
@@ -134,7 +129,7 @@ def main(c: Config) -> None:
         what
         for counts in table.values()
         for what in counts
-        if what.startswith(("continued from step 6, OTHER", "traceback"))
+        if what.startswith((f"continued from step {STEPS}, OTHER", "traceback"))
     ]
     sys.exit(1 if silent else 0)
 

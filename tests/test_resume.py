@@ -151,6 +151,16 @@ def test_missing_lines_are_named(copy, capsys, left, message):
     assert "missing" not in capsys.readouterr().out
 
 
+def test_a_changed_line_is_named(copy, capsys):
+    file = copy / "run" / "metrics.jsonl"
+    text = file.read_text()
+    at = text.index('"loss": ') + 8 + 4
+    file.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+    assert run_main(resumed(steps=13)) == FINISHED
+    says = "warning: run: metrics.jsonl: the lines up to step 12 are not those that were written"
+    assert says in capsys.readouterr().out
+
+
 def test_damaged_records_are_named(copy, capsys):
     before = logs(copy)
     for name in ("config.json", "checkpoint.json"):

@@ -8,6 +8,7 @@ shared.py       a directory that all hosts see and one run holds
 checkpoint.py   atomic, asynchronous checkpoints
 resume.py       which checkpoint a run goes on from
 card.py         the run's part of an export's model card
+log.py          metrics.jsonl and samples.jsonl as files that a resumed run continues
 metrics.py      metrics.jsonl, samples.jsonl, the progress line
 process.py      signals, memory and the lock on the run directory
 run.py          Run: restore, steps, log, save, finish; main: exit codes

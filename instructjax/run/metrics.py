@@ -1,8 +1,6 @@
 """Writes a run's numbers to metrics.jsonl, samples.jsonl, trackers and the terminal."""
 
 import importlib
-import json
-import os
 import threading
 import time
 import uuid
@@ -12,7 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -21,6 +19,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.spinner import Spinner
 from rich.text import Text
+
+from instructjax.run.log import Log
 
 
 class MetricsWriter:
@@ -48,9 +48,7 @@ class MetricsWriter:
         tensorboard: bool = False,
         wandb: str | None = None,
     ):
-        self._files: dict[str, TextIO] = {}
-        self.lines: dict[str, int] = {}  # of each file
-        self._resumed: dict[str, list[int]] = {}  # the step of each line that was there
+        self._logs: dict[str, Log] = {}
         self._tensorboard = self._wandb = None
         if jax.process_index() != 0:
             return
@@ -60,16 +58,13 @@ class MetricsWriter:
         if wandb is not None:
             self._wandb = _wandb(wandb, directory, resume_step)
         for name in ("metrics", "samples"):
-            file = directory / f"{name}.jsonl"
-            self._resumed[file.name] = _cut_back(file, resume_step)
-            self.lines[file.name] = len(self._resumed[file.name])
-            self._files[name] = file.open("a", encoding="utf-8")
+            self._logs[name] = Log(directory / f"{name}.jsonl", resume_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a line `{"step": step, ...}` to metrics.jsonl, in which floats keep every bit."""
-        if not self._files:
+        if not self._logs:
             return
-        self._append("metrics", {"step": step, **metrics})
+        self._logs["metrics"].append({"step": step, **metrics})
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -81,91 +76,40 @@ class MetricsWriter:
 
         Call this before the step's checkpoint is saved: a kill between the two would lose the line.
         """
-        if self._files:
-            self._append("samples", {"step": step, **sample})
+        if self._logs:
+            self._logs["samples"].append({"step": step, **sample})
 
-    def missing(self, lines: Mapping[str, int], step: int, log_every: int) -> Iterator[str]:
-        """Says which lines of a resumed run are not in its files any more.
+    def marks(self) -> dict[str, list[int]]:
+        """The state of each file, which a checkpoint stores for `problems`."""
+        return {name: log.mark for name, log in self._logs.items()}
+
+    def problems(
+        self, marks: Mapping[str, Sequence[int]], step: int, log_every: int
+    ) -> Iterator[str]:
+        """Says how the files of a resumed run differ from those that it left.
 
         Args:
-          lines: number of lines of each file when the checkpoint was saved; from `lines`.
+          marks: from `marks` when the checkpoint was saved.
           step: of the checkpoint.
           log_every: steps from one line of metrics.jsonl to the next.
         """
-        for name, expected in lines.items():
-            steps = self._resumed.get(name)
-            if steps is None or len(steps) >= expected:
-                continue
-            absent = expected - len(steps)
-            unlogged = sorted(set(range(log_every, step + 1, log_every)) - set(steps))
-            # Lines of evaluations may lie between. Then the steps are not known.
-            known = name == "metrics.jsonl" and len(unlogged) == absent
-            of_steps = f", of steps {_ranges(unlogged, log_every)}" if known else ""
-            yield f"{name}: {absent:,} of {expected:,} lines are missing{of_steps}"
+        for name, log in self._logs.items():
+            every = log_every if name == "metrics" else None
+            if name in marks and (problem := log.problem(marks[name], step, every)):
+                yield problem
 
     def sync(self) -> None:
         """Forces both files onto the disk, because a checkpoint relies on their lines."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
-
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        file = self._files[name]
-        try:
-            text = json.dumps(line, allow_nan=False, ensure_ascii=False)
-        except ValueError as error:
-            raise ValueError(f"{file.name}: step {line['step']}: {error}") from error
-        file.write(text + "\n")
-        file.flush()
-        self.lines[f"{name}.jsonl"] += 1
+        for log in self._logs.values():
+            log.sync()
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        for log in self._logs.values():
+            log.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _cut_back(file: Path, step: int | None) -> list[int]:
-    """Moves the lines after `step` to *.cut.jsonl. Steps ascend within a file.
-
-    Returns:
-      The step of each line that is left.
-    """
-    end, left = 0, []
-    if step is not None and file.exists():
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):  # torn by a kill
-                    break
-                try:
-                    left.append(int(json.loads(line)["step"]))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{file}:{number}: not a JSON object with a step") from error
-                if left[-1] > step:
-                    left.pop()
-                    break
-                end += len(line)
-    file.touch()
-    with file.open("rb") as lines:
-        lines.seek(end)
-        if rest := lines.read():
-            with file.with_suffix(".cut.jsonl").open("ab") as cut:
-                cut.write(rest if rest.endswith(b"\n") else rest + b"\n")
-    os.truncate(file, end)
-    return left
-
-
-def _ranges(steps: Sequence[int], apart: int) -> str:
-    """[1, 2, 3, 7] -> `1 to 3, 7`, where neighbours are `apart`."""
-    runs: list[list[int]] = []
-    for step in steps:
-        if runs and step == runs[-1][-1] + apart:
-            runs[-1].append(step)
-        else:
-            runs.append([step])
-    return ", ".join(f"{r[0]}" if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs)
 
 
 def import_tracker(extra: Literal["tensorboard", "wandb"]) -> Any:

@@ -219,8 +219,8 @@ class Run:
                 leaf.delete()
         state, meta = self.checkpoints.restore(self._latest, target)
         self._say(f"{self.out}: resumed after step {self._latest:,}")
-        lines, log_every = meta.get("lines", {}), self.config.log_every
-        for problem in self.metrics.missing(lines, self._latest, log_every):
+        marks, log_every = meta.get("logs", {}), self.config.log_every
+        for problem in self.metrics.problems(marks, self._latest, log_every):
             self._say(f"warning: {self.out}: {problem}")
         return state, self._latest, meta
 
@@ -328,7 +328,7 @@ class Run:
         """
         self._flush()
         self.metrics.sync()
-        meta = {**(meta or {}), "step": step, "score": score, "lines": self.metrics.lines}
+        meta = {**(meta or {}), "step": step, "score": score, "logs": self.metrics.marks()}
         with self.phase("saving a checkpoint"):
             self.checkpoints.save(step, state, meta)
         self._saved = step
