@@ -214,6 +214,11 @@ class Config(SamplingConfig):
                         f"--ppo.{flag} {getattr(ppo, flag)}: needs --ppo.beta above 0; without a KL"
                         " penalty there is no reference model, and no KL"
                     )
+        if ppo.missing_eos == "none" and ppo.missing_eos_value is not None:
+            raise ValueError(
+                f"--ppo.missing_eos_value {ppo.missing_eos_value}: has no effect with"
+                " --ppo.missing_eos none; give penalty or fixed"
+            )
         if ppo.value == "shared" and self.value_model is not None:
             raise ValueError(
                 f"--value_model {self.value_model}: there is no value net with --ppo.value shared"

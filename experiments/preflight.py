@@ -25,14 +25,14 @@ import ppo_config
 import run_rm
 import run_sft
 import tyro
-from jax.sharding import Mesh
-from preflight_programs import ppo_programs, rm_step, sft_step
+from jax.sharding import AbstractMesh, Mesh
+from preflight_programs import check_rows, ppo_programs, rm_step, sft_step
 from rich.console import Console
 
-from instructjax import preflight, ranges, sharding
+from instructjax import preflight, ranges, sharding, usage
 from instructjax.models import ModelConfig
 from instructjax.ranges import Count
-from instructjax.run import main, pretrained
+from instructjax.run import RunConfig, main, pretrained
 from instructjax.run.flags import refuse_bucket
 
 # The models that the paper's presets train; other presets need --model.
@@ -82,6 +82,9 @@ class Config:
         ranges.check(self)
         if self.out is not None:
             refuse_bucket("--out", self.out, "a file on a disk")
+        sharding.parse_mesh(self.mesh)
+        if not self.stages:
+            raise ValueError("--stages: give at least one of sft, rm, ppo")
 
 
 def run_preflight(config: Config) -> None:
@@ -102,7 +105,6 @@ def search(config: Config) -> list[preflight.Program]:
     fewer prompts are sampled at a time. Both stop when the batch no longer divides, and neither
     changes a flag that was given.
     """
-    check(config)
     for single in preflight.slices(config.topology):
         topology = dataclasses.replace(single, num_slices=config.num_slices)
         meshes = [config.mesh] if config.mesh else meshes_of(topology.devices)
@@ -161,12 +163,21 @@ def flags(config: Config, topology: preflight.Topology, mesh: str) -> str:
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for flags that are wrong on every slice."""
-    for stage, presets in (("sft", run_sft.PRESETS), ("ppo", ppo_config.PRESETS)):
-        if stage in config.stages:
-            preset(config, presets)
+    """Raises ValueError or OSError for flags that cannot work, before anything is compiled."""
+    if config.out is not None and not config.out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {config.out}: no directory {config.out.parent}")
+    if config.out is not None and config.out.is_dir():
+        raise IsADirectoryError(f"--out {config.out}: is a directory; give a file in it")
+    scripts = [script_config(stage, config) for stage in config.stages]
     describe(config)
     describe_reward_model(config)
+    if config.search:
+        next(preflight.slices(config.topology))
+        return
+    topology = preflight.parse_topology(config.topology, config.num_slices)
+    sizes = sharding.axis_sizes(topology.devices, **sharding.parse_mesh(config.mesh))
+    for script in scripts:
+        check_rows(script, AbstractMesh(sizes, sharding.AXES))
 
 
 def meshes_of(devices: int) -> list[str]:
@@ -235,17 +246,24 @@ def programs_of(stage: Stage, config: Config, mesh: Mesh) -> Iterator[preflight.
     Raises:
       ValueError: there is no such preset or model, or a batch does not divide over the mesh.
     """
+    script: Any = script_config(stage, config)
+    check_rows(script, mesh)
     if stage == "sft":
-        yield sft_step(preset(config, run_sft.PRESETS), describe(config), mesh)
+        yield sft_step(script, describe(config), mesh)
     elif stage == "rm":
-        rm_config = dataclasses.replace(config, preset="instructgpt-6b")
-        yield rm_step(preset(rm_config, run_rm.PRESETS), describe_reward_model(config), mesh)
+        yield rm_step(script, describe_reward_model(config), mesh)
     else:
-        ppo = preset(config, ppo_config.PRESETS)
-        yield from ppo_programs(ppo, describe(config), describe_reward_model(config), mesh)
+        yield from ppo_programs(script, describe(config), describe_reward_model(config), mesh)
 
 
 # ------------------------------------------------------------------------------------- helpers
+
+
+def script_config(stage: Stage, config: Config) -> RunConfig:
+    """The config of a stage's script: its preset, changed by the flags that were given."""
+    if stage == "rm":
+        return preset(dataclasses.replace(config, preset="instructgpt-6b"), run_rm.PRESETS)
+    return preset(config, run_sft.PRESETS if stage == "sft" else ppo_config.PRESETS)
 
 
 def preset(config: Config, presets: dict[str, Any]) -> Any:
@@ -292,7 +310,8 @@ def describe(config: Config) -> ModelConfig:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    run_preflight(tyro.cli(Config, args=argv, description=__doc__, use_underscores=True))
+    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
+    run_preflight(usage.read(lambda: tyro.cli(Config, **keywords), check))
 
 
 if __name__ == "__main__":

@@ -11,28 +11,36 @@ import numpy as np
 import ppo_config
 import run_rm
 import run_sft
-from jax.sharding import Mesh, Sharding
+from jax.sharding import AbstractMesh, Mesh, Sharding
 from run_ppo import Programs
 
 from instructjax import models, offload, preflight, sampler, scoring, sharding, state
 from instructjax.models import ModelConfig, Params
 from instructjax.preflight import Compilable
+from instructjax.run import RunConfig, checks
 from instructjax.sampler.decode import PaddedPrompts, Settings
 from instructjax.sampler.draw import Distribution
 
 SHAPE = jax.ShapeDtypeStruct
 
 
+def check_rows(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ValueError unless every batch of a script divides over the mesh."""
+    if isinstance(config, ppo_config.Config):
+        flags, text = config.ppo, config.ptx
+        checks.check_rows("--ppo.minibatch", flags.minibatch, flags.microbatches, mesh)
+        if text.coef:
+            name, rows = "--ppo.minibatch x --ptx.ratio", flags.minibatch * text.ratio
+            checks.check_rows(name, rows, text.microbatches, mesh)
+    elif isinstance(config, run_sft.Config | run_rm.Config):
+        checks.check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
+
+
 # ------------------------------------------------------------------------------------ SFT and RM
 
 
 def sft_step(config: run_sft.Config, model: ModelConfig, mesh: Mesh) -> Compilable:
-    """As run_sft.py makes it.
-
-    Raises:
-      ValueError: the batch does not divide over the mesh.
-    """
-    check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
+    """As run_sft.py makes it."""
     model = computed(model, config)
     params = abstract_params(model, mesh)
     tx, _, step = run_sft.make_step(config, model, params, mesh, 1000)
@@ -44,11 +52,7 @@ def sft_step(config: run_sft.Config, model: ModelConfig, mesh: Mesh) -> Compilab
 def rm_step(config: run_rm.Config, model: ModelConfig, mesh: Mesh) -> Compilable:
     """As run_rm.py makes it. Without --length a row holds a prompt with 9 responses, all of the
     greatest length.
-
-    Raises:
-      ValueError: as `sft_step`.
     """
-    check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
     model = computed(dataclasses.replace(model, scalar_head=True), config)
     params = abstract_params(model, mesh)
     tx, step = run_rm.make_step(config, model, params, mesh, 1000)
@@ -73,15 +77,8 @@ def ppo_programs(
 
     Args:
       reward_model: of the reward model and of the value net.
-
-    Raises:
-      ValueError: a batch does not divide over the mesh.
     """
     flags, text = config.ppo, config.ptx
-    check_rows("--ppo.minibatch", flags.minibatch, flags.microbatches, mesh)
-    if text.coef:
-        name = "--ppo.minibatch x --ptx.ratio"
-        check_rows(name, flags.minibatch * text.ratio, text.microbatches, mesh)
     model = computed(model, config)
     value_model = computed(dataclasses.replace(reward_model, scalar_head=True), config)
     policy, value = abstract_params(model, mesh), abstract_params(value_model, mesh)
@@ -184,19 +181,6 @@ def rollout(
 
 
 # ------------------------------------------------------------------------------------ arguments
-
-
-def check_rows(name: str, rows: int, microbatches: int, mesh: Mesh) -> None:
-    """Raises ValueError, with a mesh that would do, unless a batch divides over this one."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % (shards * microbatches) == 0:
-        return
-    said = f"{name} {rows}: does not divide over {shards} shards of the batch, in {microbatches}"
-    said += " microbatches"
-    divide = [n for n in range(1, mesh.size) if mesh.size % n + rows % (n * microbatches) == 0]
-    if divide:
-        said += f"; more tensor in --mesh, as fsdp={divide[-1]},tensor={mesh.size // divide[-1]}"
-    raise ValueError(said)
 
 
 def computed(model: ModelConfig, config: Any) -> ModelConfig:

@@ -54,6 +54,7 @@ from ppo_config import PRESETS, Config
 
 from instructjax import (
     advantages,
+    data,
     hf,
     losses,
     ppo,
@@ -65,11 +66,12 @@ from instructjax import (
     state,
     train,
 )
-from instructjax.data import Dataset, PackedRows, PromptRows, Record, Stream
+from instructjax.data import DataConfig, Dataset, PackedRows, PromptRows, Record, Stream
 from instructjax.evaluation import gold, policies
+from instructjax.models import PRESETS as MODELS
 from instructjax.models import ModelConfig, Params
 from instructjax.offload import Offloaded, freeze, to_host
-from instructjax.run import RESUMABLE, Run, main, parse, pretrained
+from instructjax.run import RESUMABLE, Run, checks, main, parse, pretrained
 from instructjax.run.process import return_memory
 from instructjax.train import Batch, Metrics
 
@@ -89,12 +91,10 @@ def run_ppo(config: Config) -> dict[str, Any]:
     """Trains and evaluates; returns what results.json holds."""
     began = time.perf_counter()
     print(config.headline)
-    if config.data.spec == "miniature":
-        ensure_sft_and_rm(config)
+    ensure_sft_and_rm(config)
     with Run(config, stage="ppo") as run:
         flags = config.ppo
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
-        check_rows(config, mesh)
 
         # The four models: policy, reference, reward model, value net.
         model, params, tokenizer = load_policy(config, mesh)
@@ -575,37 +575,54 @@ class Evaluation:
 # ------------------------------------------------------------------------------- models and data
 
 
-def ensure_sft_and_rm(config: Config) -> None:
-    """Runs the miniature's earlier steps with their defaults, or finishes them, where needed."""
+def earlier_steps(config: Config) -> list[tuple[str, Any, Callable[..., Any]]]:
+    """(run directory, script, its function) of the miniature's steps that the flags rely on."""
     steps: list[Any] = [(config.model, run_sft, run_sft.run_sft)]
     steps += [(spec, run_rm, run_rm.run_rm) for spec in config.reward.spec]
-    for spec, script, run_script in steps:
-        out = script.Config().out
-        if Path(spec) != out:
-            continue
-        if pretrained.finished(out):
+    if config.data.spec != "miniature":
+        return []
+    return [step for step in steps if Path(step[0]) == step[1].Config().out]
+
+
+def check(config: Config) -> None:
+    """Raises ValueError or OSError for flags that cannot work, before anything is loaded or run."""
+    coming = [out for out, _, _ in earlier_steps(config) if not pretrained.finished(Path(out))]
+    mesh = checks.check_run(config, "ppo", [Path(out) for out in coming])
+    checks.check_rows("--ppo.minibatch", config.ppo.minibatch, config.ppo.microbatches, mesh)
+    text = text_source(config)
+    if text.spec:
+        rows = config.ppo.minibatch * config.ptx.ratio
+        flag = "--ppo.minibatch x --ptx.ratio"
+        checks.check_rows(flag, rows, config.ptx.microbatches, mesh)
+        data.check(text, "text", "--pretrain")
+    model = MODELS["miniature"]
+    if config.model not in coming:
+        model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
+    R = config.max_new_tokens
+    lengths = [("--max_new_tokens", R, 1), *checks.data_tokens("--data", config.data, R)]
+    if text.spec:
+        lengths.append(("--ptx.length", config.ptx.length, 0))
+    checks.check_tokens(model, lengths)
+    scoring.check(config.reward, mesh, "--reward", coming)
+    if config.value_model is not None and config.value_model not in coming:
+        pretrained.check(config.value_model, mesh, flag="--value_model", scalar_head=True)
+    if config.gold:
+        scoring.check(scoring.RewardConfig(config.gold), mesh, "--gold", coming)
+    if config.loss is not None:
+        scoring.load_function(config.loss, "--loss")
+    data.check(config.data, "prompts")
+
+
+def ensure_sft_and_rm(config: Config) -> None:
+    """Runs the miniature's earlier steps with their defaults, or finishes them, where needed."""
+    for out, script, run_script in earlier_steps(config):
+        if pretrained.finished(Path(out)):
             print(f"{out} is there: {script.__name__}.py is not run again")
             continue
         print(f"{out} is not there yet: running {script.__name__}.py first")
         run_script(
             dataclasses.replace(script.PRESETS["miniature"], preset="miniature", resume=True)
         )
-
-
-def check_rows(config: Config, mesh: Mesh) -> None:
-    """Raises ValueError unless every batch divides over the devices that share it."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = {
-        "--ppo.minibatch over --ppo.microbatches": config.ppo.minibatch // config.ppo.microbatches,
-        "--ppo.minibatch x --ptx.ratio over --ptx.microbatches": (
-            config.ppo.minibatch * config.ptx.ratio // config.ptx.microbatches
-        ),
-    }
-    for name, count in rows.items():
-        if count % parts:
-            raise ValueError(
-                f"{name} is {count} rows, which do not divide over data x fsdp of {parts} devices"
-            )
 
 
 def load_policy(config: Config, mesh: Mesh) -> tuple[ModelConfig, Params, Any]:
@@ -616,9 +633,8 @@ def load_policy(config: Config, mesh: Mesh) -> tuple[ModelConfig, Params, Any]:
         tokenizer=config.tokenizer,
         template=config.data.template,
         seed=config.seed,
+        scalar_head=False,
     )
-    if model.scalar_head:
-        raise ValueError(f"--model {config.model}: a reward model, not a language model")
     return config.compute(model), params, tokenizer
 
 
@@ -642,6 +658,13 @@ def load_value_net(
     return params, config.compute(value_model), value
 
 
+def text_source(config: Config) -> DataConfig:
+    """--pretrain, or the miniature's text with its prompts; an empty SPEC: there is none."""
+    if config.data.spec == "miniature" and not config.pretrain.spec:
+        return dataclasses.replace(config.pretrain, spec="miniature")
+    return config.pretrain
+
+
 def load_text(
     config: Config, read: Callable[..., Dataset], mesh: Mesh
 ) -> tuple[Stream | None, Stream | None]:
@@ -650,9 +673,7 @@ def load_text(
     Args:
       read: from `pretrained.reader`.
     """
-    source = config.pretrain
-    if config.data.spec == "miniature" and not source.spec:
-        source = dataclasses.replace(source, spec="miniature")
+    source = text_source(config)
     if not source.spec:
         return None, None
     size = config.ptx.ratio * config.ppo.minibatch
@@ -669,7 +690,7 @@ def load_text(
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    run_ppo(parse(Config, PRESETS, __doc__, argv))
+    run_ppo(parse(Config, PRESETS, __doc__, argv, check))
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from instructjax import hf, sampler, sft, sharding, state, train
+from instructjax import data, hf, sampler, sft, sharding, state, train
 from instructjax.data import DataConfig, PackedRows, Stream
 from instructjax.evaluation.figures import plot_curves
 from instructjax.ranges import Count, CountFrom2, NotNegative, Positive
-from instructjax.run import Run, main, pretrained
+from instructjax.run import Run, checks, main, pretrained
 from instructjax.run.flags import Adam, RunConfig, parse
 
 # ------------------------------------------------------------------------------------- config
@@ -76,6 +76,15 @@ PRESETS = {
 }
 
 
+def check(config: Config) -> None:
+    """Raises ValueError or OSError for flags that cannot work, before anything is loaded."""
+    mesh = checks.check_run(config, "pretrain")
+    checks.check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
+    model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
+    checks.check_tokens(model, [("--length", config.length, 0)])
+    data.check(config.data, "text")
+
+
 def run_pretrain(config: Config) -> None:
     began = time.perf_counter()
     print(config.headline)
@@ -84,11 +93,9 @@ def run_pretrain(config: Config) -> None:
 
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
         model, params, tokenizer = pretrained.load(
-            config.model, mesh, tokenizer=config.tokenizer, seed=config.seed
+            config.model, mesh, tokenizer=config.tokenizer, seed=config.seed, scalar_head=False
         )
         length = config.length or min(512, model.max_length)
-        if length > model.max_length:
-            raise ValueError(f"--length {length}: the model's context is {model.max_length}")
         model = config.compute(model)
 
         read = pretrained.reader(model, tokenizer)
@@ -181,7 +188,7 @@ def run_pretrain(config: Config) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    run_pretrain(parse(Config, PRESETS, __doc__, argv))
+    run_pretrain(parse(Config, PRESETS, __doc__, argv, check))
 
 
 if __name__ == "__main__":

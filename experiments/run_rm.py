@@ -37,7 +37,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from instructjax import hf, hosts, models, reward, sharding, state, train
+from instructjax import data, hf, hosts, models, reward, sharding, state, train
 from instructjax.data import (
     DataConfig,
     Dataset,
@@ -48,7 +48,7 @@ from instructjax.data.batches import fitting, row_length
 from instructjax.evaluation import baselines, figures, folds, gold, ranking
 from instructjax.evaluation.figures import plot_curves
 from instructjax.ranges import Count, CountFrom2, NotNegative, Positive, ShareBelow1
-from instructjax.run import Run, main, pretrained
+from instructjax.run import Run, checks, main, pretrained
 from instructjax.run.flags import Adam, RunConfig, parse
 
 # ------------------------------------------------------------------------------------- config
@@ -108,6 +108,12 @@ class Config(RunConfig):
         super().__post_init__()
         if self.folds is not None and self.ensemble > 1:
             raise ValueError(f"--folds {self.folds}: not with --ensemble {self.ensemble}")
+        if self.folds is not None and self.checkpoints is not None:
+            raise ValueError(
+                f"--checkpoints {self.checkpoints}: not with --folds, each of which keeps its own"
+            )
+        if not self.by:
+            raise ValueError("--by: needs a field of the records, such as labeler")
 
 
 PAPER = Config(
@@ -138,6 +144,22 @@ PRESETS = {
 }
 LONGEST = 4096  # tokens of a row without --length, at most
 TEST = 1200  # comparisons on the miniature's test prompts, half of them by held-out labelers
+
+
+def check(config: Config) -> None:
+    """Raises ValueError or OSError for flags that cannot work, before anything is loaded or run."""
+    model, first = models.PRESETS["miniature"], []
+    if config.data.spec == "miniature" and sft_is_missing(config.model):
+        first = [Path(config.model)]
+    runs = [dataclasses.replace(config, out=out) for out in outs_of(config)]
+    mesh, *_ = [checks.check_run(each, "rm", first) for each in runs]
+    checks.check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
+    if not first:
+        model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer)
+    checks.check_tokens(model, checks.data_tokens("--data", config.data))
+    data.check(config.data, "comparisons")
+    if config.demonstrations.spec:
+        data.check(config.demonstrations, "demonstrations", "--demonstrations")
 
 
 def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
@@ -407,8 +429,7 @@ def run_folds(config: Config) -> None:
 
     Accuracy is reported apart for values of --by that a run trained on, and for those left out.
     """
-    assert config.folds is not None
-    outs = [config.out / f"fold-{fold}" for fold in range(config.folds)]
+    outs = outs_of(config)
     for fold, out in enumerate(outs):
         print(f"--- fold {fold + 1} of {config.folds}: {out}")
         if not (config.resume and hosts.agree((out / "results.json").exists())):
@@ -425,17 +446,29 @@ def run_folds(config: Config) -> None:
     print(f"wrote {config.out / 'results.json'}")
 
 
-def ensure_sft(model: str) -> None:
-    """If `model` is run_sft.py's export and is missing, runs or resumes run_sft.py."""
+def outs_of(config: Config) -> list[Path]:
+    """The run directory of each fold, with --folds, or of the only run."""
+    if config.folds is None:
+        return [config.out]
+    return [config.out / f"fold-{fold}" for fold in range(config.folds)]
+
+
+def sft_is_missing(model: str) -> bool:
+    """Whether `model` is run_sft.py's export, and is not there."""
     out = run_sft.Config().out
-    if Path(model) == out and not pretrained.finished(out):
-        print(f"{out} is not there yet: running run_sft.py first")
+    return Path(model) == out and not pretrained.finished(out)
+
+
+def ensure_sft(model: str) -> None:
+    """Runs or resumes run_sft.py if `sft_is_missing`."""
+    if sft_is_missing(model):
+        print(f"{model} is not there yet: running run_sft.py first")
         preset = dataclasses.replace(run_sft.PRESETS["miniature"], preset="miniature")
         run_sft.run_sft(dataclasses.replace(preset, resume=True))
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    config = parse(Config, PRESETS, __doc__, argv)
+    config = parse(Config, PRESETS, __doc__, argv, check)
     if config.folds is None:
         run_rm(config)
     else:

@@ -31,13 +31,13 @@ import optax
 import run_pretrain
 import tyro
 
-from instructjax import hf, models, rollout, scoring, sft, sharding, state, train
+from instructjax import data, hf, models, rollout, scoring, sft, sharding, state, train
 from instructjax.data import DataConfig, Dataset, PackedRows, Stream
 from instructjax.data.batches import row_length
 from instructjax.evaluation import policies
 from instructjax.evaluation.figures import plot_curves
 from instructjax.ranges import Count, CountFrom2, NotNegative, Positive, ShareBelow1
-from instructjax.run import Run, main, pretrained
+from instructjax.run import Run, checks, main, pretrained
 from instructjax.run.checkpoint import abstract
 from instructjax.run.flags import Adam, RunConfig, parse
 
@@ -156,11 +156,34 @@ LONGEST = 2048  # tokens of a row without --length, at most [App. C]
 SHOWN = 4  # responses of an evaluation that go to samples.jsonl
 
 
-def ensure_base(model: str) -> None:
-    """If `model` is run_pretrain.py's export and is missing, runs or resumes run_pretrain.py."""
+def base_is_missing(model: str) -> bool:
+    """Whether `model` is run_pretrain.py's export, and is not there."""
     out = run_pretrain.Config().out
-    if Path(model) == out and not pretrained.finished(out):
-        print(f"{out} is not there yet: running run_pretrain.py first")
+    return Path(model) == out and not pretrained.finished(out)
+
+
+def check(config: Config) -> None:
+    """Raises ValueError or OSError for flags that cannot work, before anything is loaded or run."""
+    model, first = models.PRESETS["miniature"], []
+    if config.data.spec == "miniature" and base_is_missing(config.model):
+        first = [Path(config.model)]
+    mesh = checks.check_run(config, "sft", first)
+    checks.check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
+    if not first:
+        model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
+    lengths = [("--length", config.length, 0), ("--max_new_tokens", config.max_new_tokens, 1)]
+    checks.check_tokens(model, [*lengths, *checks.data_tokens("--data", config.data)])
+    if config.reward_model is not None:
+        pretrained.check(config.reward_model, mesh, flag="--reward_model", scalar_head=True)
+    data.check(config.data, "demonstrations")
+    if config.pretrain_share:
+        data.check(config.pretrain, "text", "--pretrain", held_out=False)
+
+
+def ensure_base(model: str) -> None:
+    """Runs or resumes run_pretrain.py if `base_is_missing`."""
+    if base_is_missing(model):
+        print(f"{model} is not there yet: running run_pretrain.py first")
         preset = dataclasses.replace(run_pretrain.PRESETS["miniature"], preset="miniature")
         run_pretrain.run_pretrain(dataclasses.replace(preset, resume=True))
 
@@ -183,11 +206,8 @@ def run_sft(config: Config) -> None:
             tokenizer=config.tokenizer,
             template=config.data.template,
             seed=config.seed,
+            scalar_head=False,
         )
-        if model.scalar_head:
-            raise ValueError(f"--model {config.model}: a reward model, not a language model")
-        if (config.length or 0) > model.max_length:
-            raise ValueError(f"--length {config.length}: the model's context is {model.max_length}")
         model = config.compute(model)
 
         share = config.pretrain_share
@@ -377,7 +397,7 @@ def with_interval(values: np.ndarray) -> str:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    run_sft(parse(Config, PRESETS, __doc__, argv))
+    run_sft(parse(Config, PRESETS, __doc__, argv, check))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ import jax
 import tyro
 from rich.console import Console
 
-from instructjax import ranges, sampler, sharding
+from instructjax import ranges, sampler, sharding, usage
 from instructjax.data import prompt_ids, template
 from instructjax.data.dialogue import Messages
 from instructjax.ranges import Count, CountOrZero, NotNegative, Seed, ShareAbove0
-from instructjax.run import main, pretrained
+from instructjax.run import checks, main, pretrained
 from instructjax.run.metrics import ProgressLine
 from instructjax.run.process import cache_compilations
 
@@ -73,6 +73,16 @@ class Config:
             )
         if self.prompt == "":
             raise ValueError("--prompt is empty")
+        if self.system and self.dialogue is False:
+            raise ValueError("--system: each line is a prompt of its own; give --dialogue True")
+        sharding.parse_mesh(self.mesh)
+
+
+def check(config: Config) -> None:
+    """Raises ValueError or OSError for flags that cannot work, before the model is loaded."""
+    mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
+    model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
+    checks.check_tokens(model, [("--max_new_tokens", config.max_new_tokens, 1)])
 
 
 def sample(config: Config) -> None:
@@ -80,10 +90,8 @@ def sample(config: Config) -> None:
     mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
     with phase("loading the model"):
         model, params, tokenizer = pretrained.load(
-            config.model, mesh, tokenizer=config.tokenizer, seed=config.seed
+            config.model, mesh, tokenizer=config.tokenizer, seed=config.seed, scalar_head=False
         )
-        if model.scalar_head:
-            raise ValueError(f"--model {config.model}: a reward or value model, no language model")
         session = sampler.Session(params, model, context=config.context, mesh=mesh)
         del params
     renderer = template.of(tokenizer)
@@ -226,7 +234,8 @@ def interrupts() -> Iterator[list[int]]:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    sample(tyro.cli(Config, args=argv, description=__doc__, use_underscores=True))
+    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
+    sample(usage.read(lambda: tyro.cli(Config, **keywords), check))
 
 
 if __name__ == "__main__":

@@ -23,14 +23,14 @@ import numpy as np
 import tyro
 from ppo_config import SamplingConfig
 
-from instructjax import hf, losses, rollout, scoring, sharding, state, train
+from instructjax import data, hf, losses, rollout, scoring, sharding, state, train
 from instructjax.advantages import kl_estimate
 from instructjax.data import ComparisonRows, DataConfig, Dataset, PromptRows, Stream
 from instructjax.evaluation import gold, policies
 from instructjax.masked import masked_mean, masked_sum
 from instructjax.models import ModelConfig, Params
 from instructjax.ranges import Count, CountFrom2, CountOrZero, NotNegative
-from instructjax.run import Run, main, pretrained
+from instructjax.run import Run, checks, main, pretrained
 from instructjax.run.flags import parse
 from instructjax.scoring import RewardConfig
 from instructjax.train import Batch, Metrics
@@ -320,26 +320,34 @@ def rloo(config: RLOO, start: Start) -> Algorithm:
 # ------------------------------------------------------------------------------------ the loop
 
 
+def check(config: Config) -> None:
+    """Raises ValueError or OSError for flags that cannot work, before anything is loaded."""
+    mesh = checks.check_run(config, type(config).__name__.lower())
+    checks.check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
+    model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
+    R, of_pairs = config.max_new_tokens, isinstance(config, DPO)
+    room = checks.data_tokens("--data", config.data, 1 if of_pairs else R)
+    checks.check_tokens(model, [("--max_new_tokens", R, 1), *room])
+    if isinstance(config, Online):
+        scoring.check(config.reward, mesh)
+    if config.gold:
+        scoring.check(RewardConfig(config.gold), mesh, "--gold")
+    data.check(config.data, "comparisons" if of_pairs else "prompts")
+
+
 def swap_loss(config: Config) -> None:
     """Trains by the algorithm that the config's class belongs to."""
     began, name = time.perf_counter(), type(config).__name__.lower()
     with Run(config, stage=name) as run:
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
-        parts = mesh.shape["data"] * mesh.shape["fsdp"]
-        if config.batch_size % (parts * config.microbatches):
-            raise ValueError(
-                f"--batch_size {config.batch_size}: not a multiple of {parts} devices, times"
-                f" --microbatches {config.microbatches}"
-            )
         model, params, tokenizer = pretrained.load(
             config.model,
             mesh,
             tokenizer=config.tokenizer,
             template=config.data.template,
             seed=config.seed,
+            scalar_head=False,
         )
-        if model.scalar_head:
-            raise ValueError(f"--model {config.model}: a reward model, not a language model")
         start = Start(mesh, config.compute(model), params, tokenizer)
         make_algorithm: Any = {DPO: dpo, GRPO: grpo, RLOO: rloo}[type(config)]
         algorithm: Algorithm = make_algorithm(config, start)
@@ -432,7 +440,7 @@ def compare(
 
 def cli(argv: Sequence[str] | None = None) -> None:
     algorithms: Any = DPO | GRPO | RLOO
-    swap_loss(parse(algorithms, {}, __doc__, argv))
+    swap_loss(parse(algorithms, {}, __doc__, argv, check))
 
 
 if __name__ == "__main__":

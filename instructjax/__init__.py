@@ -3,6 +3,7 @@
 Read the files in this order. A module imports only those above it.
 
     ranges.py      numbers with a range, as types of flags and of config.json
+    usage.py       command lines: a wrong flag is one line on stderr and exit code 2
     masked.py      sums and means under a mask: the only reductions
     losses.py      losses as functions of arrays
     advantages.py  KL estimates, token rewards, GAE, whitening

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Range:
     """What a number must fulfil. No range holds NaN."""
 
     holds: Callable[[float], bool]
     says: str  # the end of an error
+
+    def __repr__(self) -> str:  # tyro's errors show it
+        return self.says
 
 
 Count = Annotated[int, Range(lambda x: 1 <= x < 2**31, "must be at least 1, and below 2^31")]

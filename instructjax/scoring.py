@@ -7,10 +7,11 @@ my_file.py:my_function     a function (prompts, responses, records) -> scores, o
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -124,25 +125,53 @@ def load(
         vocabulary differs from the policy's, or the number of weights is wrong.
       FileNotFoundError: there is no such model or file.
     """
+    functions = [(name, load_function(name, flag)) for name in filter(is_function, config.spec)]
+    weights = _weights(config, flag)
     models = []
-    functions: list[tuple[str, RewardFn]] = []
+    for spec in config.spec:
+        for path in () if is_function(spec) else _ensemble(spec):
+            model, params = load_model(path, mesh, tokenizer, dtype, flag)
+            models.append((scorer(model, mesh), to_host(params, offload)))
+    return Rewards(models, functions, weights, config.combine, config.spread, flag)
+
+
+def check(
+    config: RewardConfig, mesh: Mesh, flag: str = "--reward", coming: Collection[str] = ()
+) -> None:
+    """Finds what would keep `load` from loading the terms, without reading weights.
+
+    Errors are those of `load`, but for vocabularies that differ.
+
+    Args:
+      coming: reward models that an earlier step is going to make.
+    """
+    _weights(config, flag)
     for spec in config.spec:
         if is_function(spec):
-            functions.append((spec, load_function(spec, flag)))
-        else:
+            load_function(spec, flag)
+        elif spec not in coming:
             for path in _ensemble(spec):
-                model, params = load_model(path, mesh, tokenizer, dtype, flag)
-                models.append((scorer(model, mesh), to_host(params, offload)))
-    terms = ["the reward models"] * bool(models) + [name for name, _ in functions]
+                pretrained.check(path, mesh, flag=flag, scalar_head=True)
+
+
+def _weights(config: RewardConfig, flag: str) -> tuple[float, ...]:
+    """The factor of each term.
+
+    Raises:
+      ValueError: there are no terms, two of one name, or another number of weights.
+    """
+    names = [spec.rpartition(":")[2] for spec in config.spec if is_function(spec)]
+    terms = ["the reward models"] * (len(names) < len(config.spec))
+    terms += [spec for spec in config.spec if is_function(spec)]
     if not terms:
         raise ValueError(f"{flag}: give at least one reward model or function")
-    if len({"model", *(name.rpartition(":")[2] for name, _ in functions)}) <= len(functions):
+    if len({"model", *names}) <= len(names):
         raise ValueError(f"{flag}: two functions of one name, or one named `model`")
     weights = config.weights or (1.0,) * len(terms)
     if len(weights) != len(terms):
         given = " ".join(map(str, weights))
         raise ValueError(f"{flag}.weights {given}: {len(terms)} are needed: {', '.join(terms)}")
-    return Rewards(models, functions, weights, config.combine, config.spread, flag)
+    return weights
 
 
 def load_model(
@@ -158,9 +187,7 @@ def load_model(
       ValueError: it is a language model, or its tokens have other ids.
       FileNotFoundError: there is no such model.
     """
-    config, params, model_tokenizer = pretrained.load(path, mesh, flag=flag)
-    if not config.scalar_head:
-        raise ValueError(f"{flag} {path} is a language model, not a reward model")
+    config, params, model_tokenizer = pretrained.load(path, mesh, flag=flag, scalar_head=True)
     learned, form = template.recorded(model_tokenizer), template.recorded(tokenizer)
     if None not in (learned, form) and learned != form and jax.process_index() == 0:
         print(f"warning: {flag} {path} was trained on {learned} prompts: these are {form} prompts")
@@ -203,25 +230,33 @@ def is_function(spec: str) -> bool:
 def load_function(spec: str, flag: str) -> Callable[..., Any]:
     """`my_file.py:my_function` -> the function.
 
+    As in an import, a file is run once in a process, so that a check costs a run nothing. A file
+    that was edited since is run again.
+
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it cannot be run, or has no such function; names flag, file and reason.
     """
     path, _, name = spec.rpartition(":")
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not path.endswith(".py") or not name:
         raise ValueError(f"{flag} {spec}: expected my_file.py:my_function")
     if not file.is_file():
         raise FileNotFoundError(f"{flag} {spec}: there is no file {file}")
-    module_spec: Any = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, str(file.parent.resolve()))  # the file may import its neighbours
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{flag} {spec}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
+    # A name that shadows no other module.
+    key = f"{file.resolve()}:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    if key not in sys.modules:
+        module_spec: Any = importlib.util.spec_from_file_location(key, file)
+        module = sys.modules[key] = importlib.util.module_from_spec(module_spec)
+        sys.path.insert(0, str(file.parent.resolve()))  # the file may import its neighbours
+        try:
+            module_spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[key]
+            raise ValueError(f"{flag} {spec}: {type(error).__name__}: {error}") from error
+        finally:
+            sys.path.pop(0)
+    module = sys.modules[key]
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{flag} {spec}: {file} has no function {name!r}")

@@ -65,6 +65,28 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def axis_sizes(
+    devices: int, data: int = 1, fsdp: int | None = None, tensor: int = 1
+) -> tuple[int, ...]:
+    """The sizes of `data`, `fsdp` and `tensor` on so many devices; arguments as of `make_mesh`.
+
+    Raises:
+      ValueError: their product is not the number of devices.
+    """
+    if fsdp is None:
+        fsdp = 1 if -1 in (data, tensor) else -1
+    given = data, fsdp, tensor
+    known = math.prod(size for size in given if size != -1)
+    sizes = tuple(devices // known if size == -1 else size for size in given)
+    if math.prod(sizes) != devices:
+        flag = ",".join(f"{name}={size}" for name, size in zip(AXES, given, strict=True))
+        raise ValueError(
+            f"--mesh {flag} does not divide {devices} devices: give sizes whose product is"
+            f" {devices}, or -1 for one of them"
+        )
+    return sizes
+
+
 def make_mesh(
     data: int = 1,
     fsdp: int | None = None,
@@ -85,14 +107,7 @@ def make_mesh(
         is a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    if fsdp is None:
-        fsdp = 1 if -1 in (data, tensor) else -1
-    given = [data, fsdp, tensor]
-    known = math.prod(size for size in given if size != -1)
-    sizes = [len(devices) // known if size == -1 else size for size in given]
-    flag = "--mesh " + ",".join(f"{name}={size}" for name, size in zip(AXES, given, strict=True))
-    if math.prod(sizes) != len(devices):
-        raise ValueError(f"{flag} does not divide {len(devices)} devices")
+    sizes = axis_sizes(len(devices), data, fsdp, tensor)
     # Auto lets the compiler shard the arrays between constraints. jax's default, Explicit, rejects
     # about half of ordinary RLHF operations.
     types = (AxisType.Auto,) * len(AXES)
@@ -100,7 +115,8 @@ def make_mesh(
     if slices > 1:
         split = next((axis for axis in (0, 1) if sizes[axis] % slices == 0), None)
         if split is None:
-            raise ValueError(f"{flag}: neither data nor fsdp divides over {slices} slices")
+            flag = ",".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+            raise ValueError(f"--mesh {flag}: neither data nor fsdp divides over {slices} slices")
         across = [slices if axis == split else 1 for axis in range(3)]
         within = [size // parts for size, parts in zip(sizes, across, strict=True)]
         grid = create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)

@@ -1032,24 +1032,32 @@ def test_the_script_searches(tmp_path, capsys):
     assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=1e-3)
 
 
+SFT = ["--stages", "sft"]
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         (["--preset", "nothing"], "--preset nothing: not one of"),
         (["--model", "runs/nothing"], "--model runs/nothing: no such directory"),
         (["--preset", "miniature"], "implies no model: give --model"),
-        (["--batch_size", "6"], "6: does not divide over 4 shards .*, as fsdp=2,tensor=2"),
-        (["--batch_size", "4", "--microbatches", "2"], "2 microbatches; .* as fsdp=2,tensor=2"),
+        ([*SFT, "--batch_size", "6"], "6: does not divide over 4 shards .*, as fsdp=2,tensor=2"),
         (
-            ["--batch_size", "4", "--microbatches", "3"],
+            [*SFT, "--batch_size", "4", "--microbatches", "2"],
+            "2 microbatches; .* as fsdp=2,tensor=2",
+        ),
+        (["--batch_size", "6"], "--batch_size 6: not a multiple of --ppo.minibatch 64"),
+        (
+            [*SFT, "--batch_size", "4", "--microbatches", "3"],
             "--batch_size 4: not a multiple of --microbatches 3",
         ),
     ],
 )
 @needs_libtpu
-def test_what_the_script_refuses(flags, says):
-    with pytest.raises((ValueError, FileNotFoundError), match=says):
+def test_what_the_script_refuses(flags, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
         script.cli(["--topology", "v5e:2x2", *flags])
+    assert re.search(says, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -1121,9 +1129,11 @@ def test_a_search_in_vain(capsys):
     lines = capsys.readouterr().out.splitlines()
     tried = [line.split(": ")[0] for line in lines]
     assert tried == [f"v5e:{x} fsdp=4" for x in chips.CHIPS["v5e"].slices]
-    with pytest.raises(ValueError, match="--preset nothing: not one of"):
+    with pytest.raises(SystemExit, match="2"):
         script.cli([*call, "--preset", "nothing"])
-    assert capsys.readouterr().out == ""
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: --preset nothing: not one of")
 
 
 def test_without_libtpu(monkeypatch):

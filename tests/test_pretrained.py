@@ -1,11 +1,13 @@
 """What a model's name stands for: a preset, a run, a directory, or a model of the hub."""
 
+import shutil
 from pathlib import Path
 
 import jax
 import preflight
 import pytest
 import sample
+from huggingface_hub import errors as hub_errors
 
 from instructjax import hf, miniature, models, scoring, sharding
 from instructjax.models import PRESETS, ModelConfig
@@ -103,7 +105,7 @@ def test_every_flag_takes_a_run(name, requests, exported):
     assert requests == []
 
 
-def test_a_missing_run_says_which_script_makes_it(requests):
+def test_a_missing_run_says_which_script_makes_it(requests, capsys):
     for done in ("sft", "pretrain"):
         Path(f"runs/{done}/export").mkdir(parents=True)
         Path(f"runs/{done}/export/config.json").touch()
@@ -121,8 +123,9 @@ def test_a_missing_run_says_which_script_makes_it(requests):
     assert str(caught.value) == (
         "--tokenizer runs/mine: no such directory; finished runs in runs/: pretrain, sft"
     )
-    with pytest.raises(FileNotFoundError, match="runs/rm: no such directory; python experiments"):
+    with pytest.raises(SystemExit, match="2"):
         sample.cli(["--model", "runs/rm"])
+    assert "--model runs/rm: no such directory; python experiments" in capsys.readouterr().err
 
 
 def test_other_missing_models_say_where_was_looked(requests, monkeypatch):
@@ -159,3 +162,36 @@ def test_a_run_without_an_export(requests):
 
 def test_a_preset_is_described_without_its_weights():
     assert pretrained.describe("gpt3-175b") == PRESETS["gpt3-175b"]
+
+
+def test_a_check_finds_what_is_missing_without_reading_weights(requests, exported, monkeypatch):
+    """And it says nothing of a hub that cannot be reached, for which no flag is to blame."""
+    monkeypatch.setattr(hf, "load", None)
+    whole = pretrained.check(str(exported), mesh())
+    assert whole == pretrained.describe(str(exported))
+    for missing, message in (
+        ("model.safetensors", "--model here: no model.safetensors"),
+        ("tokenizer*", "--model here has no tokenizer: give --tokenizer DIR"),
+        ("config.json", "--model here: no config.json"),
+    ):
+        shutil.copytree(exported, "here")
+        for file in Path("here").glob(missing):
+            file.unlink()
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            pretrained.check("here", mesh())
+        if missing == "tokenizer*":
+            assert pretrained.check("here", mesh(), tokenizer=str(exported)) == whole
+        shutil.rmtree("here")
+
+    def fail_with(error):
+        def fetch(name, **patterns):
+            raise error
+
+        monkeypatch.setattr(hf.directory.huggingface_hub, "snapshot_download", fetch)
+
+    fail_with(hub_errors.LocalEntryNotFoundError("no connection"))
+    assert pretrained.check("org/name", mesh()) is None
+    for error in (hub_errors.OfflineModeIsEnabled("offline"), ValueError("no name of the hub")):
+        fail_with(error)
+        with pytest.raises(FileNotFoundError, match="--model org/name: not a preset"):
+            pretrained.check("org/name", mesh())

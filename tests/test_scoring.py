@@ -132,6 +132,18 @@ def test_a_file_is_read_as_it_is_now(tmp_path):
         np.testing.assert_array_equal(total, [worth] * 3)
 
 
+def test_a_file_runs_once_in_a_process(tmp_path):
+    """Though a start checks all functions before it loads them: a file may load models."""
+    file = file_with(
+        tmp_path,
+        f"with open({str(tmp_path / 'log')!r}, 'a') as log: log.write('ran ')\n"
+        "def f(prompts, responses, records): return [1.0] * len(responses)\n",
+    )
+    scoring.check(RewardConfig((f"{file}:f",)), mesh())
+    load(f"{file}:f")
+    assert (tmp_path / "log").read_text() == "ran "
+
+
 @pytest.mark.parametrize(
     ("body", "name", "message"),
     [
@@ -254,7 +266,7 @@ def test_a_model_and_a_function(runs, tmp_path):
 
 
 def test_what_is_no_reward_model_of_these_tokens(runs):
-    with pytest.raises(ValueError, match=r"--reward \S*lm is a language model, not a reward"):
+    with pytest.raises(ValueError, match=r"--reward \S*lm: a language model, not a reward"):
         load(runs / "lm")
     message = r"--reward .*other: the vocabulary is .* 1 of its 20 tokens .* such as '<unk>'"
     with pytest.raises(ValueError, match=message):

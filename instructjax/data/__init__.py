@@ -13,6 +13,7 @@
     files.py      files -> rows, by suffix
     sources.py    SPEC -> rows
     tokens.py     texts -> token ids, cached
+    check.py      whether the set that a DataConfig names is there
     load.py       all of the above: DataConfig -> Dataset
     packing.py    best-fit packing into rows of fixed length
     batches.py    Dataset -> rows -> batches; batch n is a function of (seed, n)
@@ -33,6 +34,7 @@ from instructjax.data.batches import (
     PromptRows,
     Stream,
 )
+from instructjax.data.check import check
 from instructjax.data.config import DataConfig
 from instructjax.data.errors import DataError
 from instructjax.data.load import Dataset, encode, load, prompt_ids, read
@@ -48,6 +50,7 @@ __all__ = [
     "PromptRows",
     "Record",
     "Stream",
+    "check",
     "encode",
     "load",
     "prompt_ids",

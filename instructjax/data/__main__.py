@@ -1,21 +1,30 @@
 """Shows a data set, prepares a TFDS set or makes a tokenizer: `python -m instructjax.data`."""
 
+import functools
+import operator
+import os
+import re
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
-from instructjax import hf, ranges
+from instructjax import hf, ranges, usage
 from instructjax.data.batches import ComparisonRows, PackedRows, PromptRows, Stream
+from instructjax.data.check import check
 from instructjax.data.config import DataConfig
 from instructjax.data.errors import DataError
 from instructjax.data.fields import Kind
 from instructjax.data.load import Dataset, Split, load, read
 from instructjax.data.prepare import gpt2_tokenizer, train_tokenizer, write_tfds
 from instructjax.ranges import Count
+
+_NEEDS_TOKENIZER = "give a folder or a hub name (only the miniature has its own)"
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,14 @@ class Show:
 
     def __post_init__(self) -> None:
         ranges.check(self)
+
+    def check(self) -> None:
+        """Raises ValueError or OSError for flags that cannot work, before a row is read."""
+        if self.tokenizer is not None:
+            _check_tokenizer(self.tokenizer)
+        elif self.data.spec != "miniature":
+            raise ValueError(f"--tokenizer: {_NEEDS_TOKENIZER}")
+        check(self.data, self.kind, held_out=self.split == "validation")
 
     def run(self) -> None:
         tokenizer = _tokenizer(self.tokenizer, self.data.spec)
@@ -90,6 +107,23 @@ class Prepare:
     split: bool = False
     """Write the splits `train` and `validation`, divided by --data.split_by; else only `train`."""
 
+    def __post_init__(self) -> None:
+        ranges.check(self)
+
+    def check(self) -> None:
+        """Raises ValueError or OSError for flags that cannot work, before a row is read."""
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise ValueError(f"NAME {self.name}: must be in snake_case")
+        data_dir = Path(os.path.expanduser(self.data_dir))
+        if (data_dir / self.name).exists():
+            raise FileExistsError(
+                f"--data_dir {self.data_dir}: {self.name} already exists there; remove it or choose"
+                " another name"
+            )
+        if data_dir.exists() and not data_dir.is_dir():
+            raise NotADirectoryError(f"--data_dir {self.data_dir}: is not a directory")
+        check(self.data, self.kind, held_out=self.split)
+
     def run(self) -> None:
         splits: dict[str, Split] = {"train": "train" if self.split else "all"}
         if self.split:
@@ -119,6 +153,15 @@ class Tokenizer:
     def __post_init__(self) -> None:
         ranges.check(self)
 
+    def check(self) -> None:
+        """Raises ValueError or OSError for flags that cannot work, before a row is read."""
+        if Path(self.out).exists() and not Path(self.out).is_dir():
+            raise NotADirectoryError(f"OUT {self.out}: is not a directory")
+        if self.gpt2 is None:
+            check(self.data, "text", held_out=False)
+        elif not Path(self.gpt2).is_dir():
+            raise FileNotFoundError(f"--gpt2 {self.gpt2}: no such directory")
+
     def run(self) -> None:
         if self.gpt2 is not None:
             print(f"written to {gpt2_tokenizer(self.gpt2, self.out)}")
@@ -127,15 +170,20 @@ class Tokenizer:
         print(f"written to {train_tokenizer(texts, self.vocab_size, self.out)}")
 
 
+def _check_tokenizer(name: str) -> None:
+    try:
+        hf.check_tokenizer(name)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"--tokenizer {error}") from error
+
+
 def _tokenizer(name: str | None, spec: str) -> Any:
     if name is None and spec == "miniature":
         from instructjax import miniature
 
         return miniature.tokenizer()
     if name is None:
-        raise DataError(
-            "--tokenizer", None, "give a folder or a hub name (only the miniature has its own)"
-        )
+        raise DataError("--tokenizer", None, _NEEDS_TOKENIZER)
     try:
         return hf.load_tokenizer(name)
     except (OSError, ValueError) as error:
@@ -183,14 +231,14 @@ def _example(dataset: Dataset, tokenizer: Any) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def cli(argv: Sequence[str] | None = None) -> None:
     """Runs a command. Exits with 2 on wrong usage, with 1 on data that cannot be used."""
-    commands = {"show": Show, "prepare": Prepare, "tokenizer": Tokenizer}
-    command = tyro.extras.subcommand_cli_from_dict(
-        commands,
-        description=__doc__,
-        prog="python -m instructjax.data",
+    commands: Any = {"show": Show, "prepare": Prepare, "tokenizer": Tokenizer}
+    keywords: Any = {"description": __doc__, "prog": "python -m instructjax.data", "args": argv}
+    parse: Callable[[], Any] = functools.partial(
+        tyro.extras.subcommand_cli_from_dict, commands, **keywords
     )
+    command = usage.read(parse, operator.methodcaller("check"))
     try:
         command.run()
     except (DataError, ValueError) as error:
@@ -198,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli()

@@ -10,10 +10,11 @@ checkpoint.py   loads and saves a directory
 """
 
 from instructjax.hf.checkpoint import load, load_config, load_tokenizer, save
-from instructjax.hf.directory import hub_name, read_json
+from instructjax.hf.directory import check_tokenizer, hub_name, read_json, weight_files
 from instructjax.hf.vocabulary import grow, in_use, new_tokens
 
 __all__ = [
+    "check_tokenizer",
     "grow",
     "hub_name",
     "in_use",
@@ -23,4 +24,5 @@ __all__ = [
     "new_tokens",
     "read_json",
     "save",
+    "weight_files",
 ]

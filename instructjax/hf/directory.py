@@ -9,6 +9,7 @@ import huggingface_hub
 
 TEXTS = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = ["model*.safetensors"]
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model")
 _SCRIPTS = {name: f"run_{name}.py" for name in ("pretrain", "sft", "rm", "ppo")}  # of runs/NAME
 _SCRIPTS |= {name: f"swap_loss.py {name}" for name in ("dpo", "grpo", "rloo")}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -107,6 +108,17 @@ def weight_files(directory: Path, where: str) -> list[Path]:
         return [directory / name for name in files]
     _refuse_pickles([file.name for file in directory.iterdir()], where)
     raise FileNotFoundError(f"{where}: no model.safetensors and no model.safetensors.index.json")
+
+
+def check_tokenizer(path: str | os.PathLike) -> None:
+    """Looks for a tokenizer's files, which `load_tokenizer` reads.
+
+    Raises:
+      FileNotFoundError, ValueError: as `resolve`; ValueError also if there are none.
+    """
+    directory = resolve(path, TEXTS)
+    if not any(any(directory.glob(pattern)) for pattern in _TOKENIZERS):
+        raise ValueError(f"{path} has no tokenizer: give --tokenizer DIR")
 
 
 def _check_regular(file: Path) -> None:

@@ -1,6 +1,7 @@
 """One run in one directory: its flags, files, checkpoints, signals and exit code.
 
 flags.py        RunConfig, the flags of all training scripts; parse; config.json
+checks.py       checks of the flags, before anything is loaded
 pretrained.py   loads the model that --model names
 bucket.py       what a directory in Cloud Storage needs
 manifest.py     checksums of a checkpoint's files
@@ -15,6 +16,7 @@ run.py          Run: restore, steps, log, save, finish; main: exit codes
 """
 
 from instructjax.run.flags import RunConfig, parse
-from instructjax.run.run import FAILED, FINISHED, RESUMABLE, USAGE, Run, main
+from instructjax.run.run import FAILED, FINISHED, RESUMABLE, Run, main
+from instructjax.usage import USAGE
 
 __all__ = ["FAILED", "FINISHED", "RESUMABLE", "USAGE", "Run", "RunConfig", "main", "parse"]

@@ -21,7 +21,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,7 @@ import tyro
 from etils import epath
 from jax.sharding import Mesh
 
-from instructjax import ranges, sharding
+from instructjax import ranges, sharding, usage
 from instructjax.models import ModelConfig
 from instructjax.ranges import Count, CountOrZero, NotNegative, PositiveOrInf, Seed, ShareBelow1
 from instructjax.run import bucket
@@ -151,7 +151,8 @@ class RunConfig:
                     f"--checkpoints {self.checkpoints} needs: pip install 'instructjax[gcs]'"
                 )
         sharding.parse_mesh(self.mesh)
-        _ = self.profile_window
+        if self.profile_window and self.steps is not None and self.profile_window[0] > self.steps:
+            raise ValueError(f"--profile {self.profile}: the run has {self.steps} steps")
 
     @property
     def headline(self) -> str:
@@ -205,6 +206,7 @@ def parse(
     presets: Mapping[str, ConfigT],
     description: str | None,
     argv: Sequence[str] | None = None,
+    check: Callable[[ConfigT], object] = lambda config: None,
 ) -> ConfigT:
     """Reads a command line. Wrong usage ends the program with exit code 2, `--help` with 0.
 
@@ -214,6 +216,7 @@ def parse(
         --preset the first is taken, or `small`, if there is one and --data is not the miniature.
       description: what `--help` says first, a script's `__doc__`.
       argv: the words of the command line; None is sys.argv[1:].
+      check: checks what the flags name, see `usage.read`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     keywords: dict[str, Any] = {}
@@ -228,12 +231,13 @@ def parse(
             name = SMALL
         if name not in presets:
             print(f"error: --preset {name}: not one of {', '.join(presets)}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(usage.USAGE)
         keywords["default"] = dataclasses.replace(presets[name], preset=name)
         about += f"\n\nPresets: {', '.join(presets)}; the values below are those of {name}."
         if SMALL in presets:
             about += f" Without --preset, data other than the miniature's get {SMALL}."
-    return tyro.cli(cls, args=argv, description=about, use_underscores=True, **keywords)
+    keywords |= {"args": argv, "description": about, "use_underscores": True}
+    return usage.read(lambda: tyro.cli(cls, **keywords), check)
 
 
 def compare(config: RunConfig, stage: str, directory: epath.Path) -> list[str]:

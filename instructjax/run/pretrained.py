@@ -17,11 +17,14 @@ from typing import Any, Literal
 
 import huggingface_hub
 import jax
+from huggingface_hub import errors as hub_errors
 from jax.sharding import Mesh
 
 from instructjax import data, hf, hosts, models, sharding
 from instructjax.data import template as templates
 from instructjax.models import PRESETS, ModelConfig, Params
+
+_NO_TOKENIZER = "a preset has no tokenizer: give --tokenizer DIR"
 
 
 def load(
@@ -32,6 +35,7 @@ def load(
     template: Literal["auto", "chat", "plain"] | None = None,
     seed: int = 0,
     flag: str = "--model",
+    scalar_head: bool | None = None,
 ) -> tuple[ModelConfig, Params, Any]:
     """Loads a model onto a mesh, with its tokenizer.
 
@@ -46,14 +50,15 @@ def load(
         recorded in the tokenizer; a model that was trained with another form is warned of.
       seed: seed of a preset's random values.
       flag: the flag that named the model, for error messages.
+      scalar_head: whether it must be a reward model or a language model; None: it may be either.
 
     Returns:
       (config, float32 params, a transformers tokenizer)
 
     Raises:
       FileNotFoundError: there is no such model; the message lists the places that were tried.
-      ValueError: a preset without a tokenizer, or a tokenizer whose basic vocabulary is larger than
-        the model's.
+      ValueError: a preset without a tokenizer, a tokenizer whose basic vocabulary is larger than
+        the model's, or a model with the other head.
     """
     if model in PRESETS:
         config, params, loaded = _random(model, mesh, tokenizer, seed, flag)
@@ -61,6 +66,7 @@ def load(
         where = _export(model, flag)
         with _naming(model, flag):
             config, params = hf.load(where, mesh)
+        _check_head(config, scalar_head, f"{flag} {model}")
         loaded = _tokenizer(tokenizer or where)
         fit = _fit_vocabulary
         config, params = fit(config, params, loaded, mesh, tokenizer is not None, f"{flag} {model}")
@@ -119,8 +125,79 @@ def describe(model: str, flag: str = "--model") -> ModelConfig:
     """The config of a model, without its weights. Arguments and errors: as for `load`."""
     if model in PRESETS:
         return PRESETS[model]
+    where = _export(model, flag)
     with _naming(model, flag):
-        return hf.load_config(_export(model, flag))
+        return hf.load_config(where)
+
+
+def check(
+    model: str,
+    mesh: Mesh,
+    *,
+    tokenizer: str | None = None,
+    flag: str = "--model",
+    scalar_head: bool | None = None,
+) -> ModelConfig | None:
+    """Finds what would keep `load` from loading a model, without reading weights.
+
+    Arguments and errors: as for `load`; also ValueError if the mesh does not divide the model.
+
+    Returns:
+      the config, or None for a model of a hub that cannot be reached. It may be in reach later.
+    """
+    try:
+        if tokenizer is not None:
+            _check_tokenizer(_export(tokenizer, "--tokenizer"))
+        config = describe(model, flag)
+        if model in PRESETS and model != "miniature" and tokenizer is None:
+            raise ValueError(f"{flag} {model}: {_NO_TOKENIZER}")
+        if model not in PRESETS:
+            where = _export(model, flag)
+            with _naming(model, flag):
+                if tokenizer is None:
+                    hf.check_tokenizer(where)
+                if hf.hub_name(where) is None:
+                    hf.weight_files(Path(os.path.expanduser(where)), where)
+    except FileNotFoundError as error:
+        if _unreachable(error):
+            return None
+        raise
+    _check_head(config, scalar_head, f"{flag} {model}")
+    if mesh.shape["tensor"] > 1 or config.width % mesh.shape["fsdp"]:
+        shapes = jax.eval_shape(functools.partial(models.init, config), jax.random.key(0))
+        try:
+            sharding.shardings(models.logical_axes(config), shapes, mesh)
+        except ValueError as error:
+            sizes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+            raise ValueError(f"--mesh {sizes}: {flag} {model}: {error}") from error
+    return config
+
+
+def _check_tokenizer(where: str) -> None:
+    try:
+        hf.check_tokenizer(where)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--tokenizer {error}") from error
+    except ValueError as error:
+        raise ValueError(f"--tokenizer {error}") from error
+
+
+def _unreachable(error: BaseException) -> bool:
+    """Whether the hub gave no answer, for which neither the flag nor a file is to blame."""
+    causes: list[BaseException] = []
+    while error.__cause__ is not None:
+        causes.append(error := error.__cause__)
+    asked = (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError)
+    answered = (hub_errors.RepositoryNotFoundError, hub_errors.OfflineModeIsEnabled)
+    return any(isinstance(x, asked) for x in causes) and not any(
+        isinstance(x, answered) for x in causes
+    )
+
+
+def _check_head(config: ModelConfig, scalar_head: bool | None, where: str) -> None:
+    if scalar_head is not None and config.scalar_head != scalar_head:
+        kinds = ("a language model", "a reward model")
+        raise ValueError(f"{where}: {kinds[config.scalar_head]}, not {kinds[scalar_head]}")
 
 
 def hub_base(model: str) -> str | None:
@@ -158,9 +235,11 @@ def _export(model: str, flag: str) -> str:
 
 @contextlib.contextmanager
 def _naming(model: str, flag: str) -> Iterator[None]:
-    """Adds the flag and the places that were tried to the error of a missing model."""
+    """Adds the flag to an error, and the places that were tried to that of a missing model."""
     try:
         yield
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from error
     except FileNotFoundError as error:
         if hf.hub_name(model) is None:
             raise FileNotFoundError(f"{flag} {error}") from error
@@ -180,7 +259,7 @@ def _random(
 
         loaded = miniature.tokenizer()
     else:
-        raise ValueError(f"{flag} {preset}: a preset has no tokenizer: give --tokenizer DIR")
+        raise ValueError(f"{flag} {preset}: {_NO_TOKENIZER}")
     config = dataclasses.replace(
         PRESETS[preset],
         vocab_size=len(loaded),

@@ -42,13 +42,14 @@ from instructjax.run.flags import RunConfig
 from instructjax.run.metrics import MetricsWriter, ProgressLine, import_tracker, to_numbers
 from instructjax.run.process import Signals, cache_compilations, claim, keep_memory
 
-FINISHED, FAILED, USAGE, RESUMABLE = 0, 1, 2, 75  # exit codes; 75 is sysexits' "try again later"
+FINISHED, FAILED, RESUMABLE = 0, 1, 75  # exit codes; 75 is sysexits' "try again later"
 
 
 def main(fn: Callable[[], None]) -> NoReturn:
     """Runs a script and ends the process with its exit code.
 
-    An error of input, files or training prints one line on stderr and ends with FAILED. With
+    An error of input, files or training prints one line on stderr and ends with FAILED; one of the
+    command line has ended with USAGE already, before anything was loaded (`usage.read`). With
     INSTRUCTJAX_TRACEBACK=1 it shows its traceback, as any other exception does, which is a bug.
     Where several hosts run the script, an error on one of them ends all.
     """
