@@ -9,6 +9,8 @@ Read the files in this order. A module imports only those above it.
     advantages.py  KL estimates, token rewards, GAE, whitening
     models/        one decoder with family switches; KV cache; log-probabilities without logits
     sharding.py    the mesh; logical axes -> mesh axes
+    rendezvous.py  who is missing while the processes of a run find one another
+    heartbeat.py   which process has fallen silent
     hosts.py       several processes as one run
     state.py       TrainState
     train.py       make_train_step(loss_fn, tx, microbatches)

@@ -3,10 +3,12 @@
 An event on one host alone could leave the others waiting in a collective for ever. An error is
 written to jax's coordination service, which every process reads once a second. A signal goes
 through jax's notifier, which picks a step that no process has started yet. Where a decision depends
-on a file that only some hosts see, all hosts use host 0's value. A killed process writes nothing;
-jax misses its heartbeats and ends the others. With one process, nothing here has a cost.
+on a file that only some hosts see, all hosts use host 0's value. A killed process writes nothing:
+the others name it (heartbeat.py), and jax, which misses its heartbeats, ends them. With one
+process, nothing here has a cost.
 """
 
+import faulthandler
 import importlib.util
 import json
 import os
@@ -27,9 +29,13 @@ from jax._src.distributed import global_state  # its client has no public name
 from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 
+from instructjax import rendezvous
+from instructjax.heartbeat import Heartbeat
+
 HEARTBEAT = 20  # seconds without a heartbeat after which a process counts as dead
 ERROR, HEARD = "instructjax/error", "instructjax/heard"  # keys in the coordination service
-AGREED = (0, 75)  # exit codes that all processes end with after the same step
+RESUMABLE = 75  # exit code of a run that a supervisor may start again; sysexits' "try again later"
+AGREED = (0, RESUMABLE)  # exit codes that all processes end with after the same step
 DAY = 24 * 3600
 
 
@@ -83,6 +89,9 @@ def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
 def joined() -> Iterator[None]:
     """Joins the other processes, if there are any; exits when all of them are done.
 
+    While some are missing, host 0 prints their numbers once a minute. After five minutes all exit
+    with RESUMABLE.
+
     On several hosts, an exception in the body of one ends all of them, except SystemExit with code
     0 or 75: each host prints that host's message and exits with its code. It is not raised.
 
@@ -91,19 +100,35 @@ def joined() -> Iterator[None]:
     """
     join = arguments(os.environ)
     if join is not None:
-        jax.distributed.initialize(**join, heartbeat_timeout_seconds=HEARTBEAT)
+        names = join.get("num_processes"), join.get("process_id")
+        address, count, host = rendezvous.place(*names, os.environ)
+        if count > 1 and not rendezvous.wait(address, count, host):
+            sys.exit(RESUMABLE)
+        jax.distributed.initialize(address, count, host, heartbeat_timeout_seconds=HEARTBEAT)
     if global_state.num_processes == 1:
         yield
         return
     watch = _Watch()
-    try:
-        yield
-        watch.leave()
-    except BaseException as error:
-        if isinstance(error, SystemExit) and (error.code or 0) in AGREED:
+    with Heartbeat(global_state.client, global_state.process_id, global_state.num_processes):
+        try:
+            yield
             watch.leave()
-            raise
-        watch.fail(error)
+        except BaseException as error:
+            if isinstance(error, SystemExit) and (error.code or 0) in AGREED:
+                watch.leave()
+                raise
+            watch.fail(error)
+
+
+def end(code: int, message: str) -> NoReturn:
+    """Ends this process and all others with an exit code, from any thread.
+
+    The others print the message, and those that exit with RESUMABLE the stacks of their threads.
+    """
+    if global_state.num_processes > 1:
+        _report(code, message)
+        _let_others_go_first()
+    _exit(code)
 
 
 class _Watch:
@@ -111,7 +136,7 @@ class _Watch:
 
     def __init__(self):
         self._client: Any = global_state.client
-        self._host, self._count = global_state.process_id, global_state.num_processes
+        self._host = global_state.process_id
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -139,11 +164,10 @@ class _Watch:
             print("the connection to another host failed: waiting for its error", file=sys.stderr)
             sys.stderr.flush()
             time.sleep(1.5 * HEARTBEAT)  # until the thread reads the error or jax ends the process
-        with suppress(JaxRuntimeError):  # another host was faster, or the service is gone
-            message = json.dumps([self._host, code, str(reason)[:2000]])
-            self._client.key_value_set(ERROR, message)
+        _report(code, str(reason))
         self._exit_on_error()
-        self._end(code)
+        _let_others_go_first()
+        _exit(code)
 
     def _listen(self) -> None:
         while not self._done.wait(1):
@@ -157,21 +181,37 @@ class _Watch:
             return
         if host != self._host:
             print(f"error on host {host}: {message}", file=sys.stderr)
-            self._end(code)
+            if code == RESUMABLE:  # the run stood still: this host may be the one that hangs
+                faulthandler.dump_traceback(all_threads=True)
+            _let_others_go_first()
+            _exit(code)
 
-    def _end(self, code: int) -> NoReturn:
-        """Exits at once, without jax's shutdown, which waits for the others. Host 0 exits last."""
-        with suppress(JaxRuntimeError):
-            self._client.key_value_set(f"{HEARD}/{self._host}", "", allow_overwrite=True)
-            deadline = time.monotonic() + HEARTBEAT / 2
-            while self._host == 0 and time.monotonic() < deadline:  # it holds the service
-                if len(self._client.key_value_dir_get(HEARD)) == self._count:
-                    time.sleep(0.5)  # all others are exiting
-                    break
-                time.sleep(0.1)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+def _report(code: int, message: str) -> None:
+    """Leaves a message and an exit code for the others, unless one of them was faster."""
+    client: Any = global_state.client
+    with suppress(JaxRuntimeError):  # another host was faster, or the service is gone
+        client.key_value_set(ERROR, json.dumps([global_state.process_id, code, message[:2000]]))
+
+
+def _let_others_go_first() -> None:
+    """Says that this host exits. Host 0, which holds the service, waits until all have said so."""
+    client: Any = global_state.client
+    with suppress(JaxRuntimeError):
+        client.key_value_set(f"{HEARD}/{global_state.process_id}", "", allow_overwrite=True)
+        deadline = time.monotonic() + HEARTBEAT / 2
+        while global_state.process_id == 0 and time.monotonic() < deadline:
+            if len(client.key_value_dir_get(HEARD)) == global_state.num_processes:
+                time.sleep(0.5)  # all others are exiting
+                break
+            time.sleep(0.1)
+
+
+def _exit(code: int) -> NoReturn:
+    """Exits at once, without jax's shutdown, which waits for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _may_be_remote(error: BaseException | None) -> bool:
@@ -179,6 +219,8 @@ def _may_be_remote(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, JaxRuntimeError):
             return "RESOURCE_EXHAUSTED" not in str(error)
+        if isinstance(error, ValueError) and "Gloo" in str(error):  # of collectives on CPU
+            return True
         error = error.__cause__ or error.__context__
     return False
 
@@ -236,3 +278,33 @@ def wait_for_all(name: str) -> None:
     """Returns when all hosts have called it; `name` describes the place in the program."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def require_equal(name: str, values: Mapping[str, Any]) -> None:
+    """Returns when all hosts have called it with the same values. It needs no device.
+
+    Args:
+      name: what the values are, such as `flags`.
+      values: JSON by name, in which the names of flags are those of the command line.
+
+    Raises:
+      ValueError: a value is not host 0's; the message names each such flag.
+    """
+    if global_state.num_processes == 1:
+        return
+    client: Any = global_state.client
+    key, host = f"instructjax/{name}", global_state.process_id
+    if host == 0:
+        client.key_value_set(key, json.dumps(values), allow_overwrite=True)
+    client.wait_at_barrier(f"{key} are known", DAY * 1000)
+    first, here = json.loads(client.key_value_try_get(key)), json.loads(json.dumps(values))
+    differing = [
+        f"--{each} is {here.get(each)!r} here and {first.get(each)!r} on host 0"
+        for each in here | first
+        if here.get(each) != first.get(each)
+    ]
+    if differing:
+        raise ValueError(
+            f"host {host}: {'; '.join(differing)}: start all hosts with the same flags"
+        )
+    client.wait_at_barrier(f"{key} are equal", DAY * 1000)

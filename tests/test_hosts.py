@@ -3,6 +3,7 @@
 This file is also the program that the processes run: `python tests/test_hosts.py TASKS`.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ import test_run
 from instructjax import hf, hosts, miniature, models, run, sharding
 from instructjax.data import Stream, sources
 from instructjax.models import ModelConfig
-from instructjax.run.flags import parse
+from instructjax.run.flags import of_all_hosts, parse
 from instructjax.sampler import decode
 
 SMALL = {"demonstrations": 80, "comparisons": 60, "prompts": 40, "text": 200}
@@ -111,9 +113,12 @@ if __name__ == "__main__":
 
 
 class Pair:
-    """Two processes of the program: one list of tasks for both, or a list for each."""
+    """Two processes of the program, with one list of tasks for both, or a list for each.
 
-    def __init__(self, cache: Path, *tasks: list[list[str]]):
+    `folders` are their working directories, if they are not this one's.
+    """
+
+    def __init__(self, cache: Path, *tasks: list[list[str]], folders: tuple[Path, ...] = ()):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
@@ -123,7 +128,10 @@ class Pair:
             "JAX_NUM_CPU_DEVICES": "4",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": str(Path(run_ppo.__file__).parent),
+            "PYTHONPATH": os.pathsep.join(
+                str(path)
+                for path in (Path(run_ppo.__file__).parent, Path(hosts.__file__).parents[1])
+            ),
             "PYTHONUNBUFFERED": "1",
         }
         self.logs = [cache / f"{port}-{host}.log" for host in range(2)]
@@ -132,7 +140,13 @@ class Pair:
             command = [sys.executable, __file__, json.dumps(tasks[host % len(tasks)])]
             env = {**os.environ, **shared, "JAX_PROCESS_ID": str(host)}
             with log.open("w") as file:
-                process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
+                process = subprocess.Popen(
+                    command,
+                    env=env,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    cwd=folders[host] if folders else None,
+                )
             self.processes.append(process)
 
     def __enter__(self) -> "Pair":
@@ -287,19 +301,24 @@ def test_an_error_on_one_ends_both_with_its_message(start, cache, tmp_path):
     """Host 1 reads a broken file; host 0 reads a good one and would wait in a collective."""
     row = {"prompt": "who is Olmo?", "completion": "Olmo is here."}
     lines = [json.dumps({**row, "prompt": row["prompt"] + i * " please"}) for i in range(40)]
-    (tmp_path / "0.jsonl").write_text("\n".join(lines))
-    (tmp_path / "1.jsonl").write_text("\n".join([*lines[:3], '{"prompt": 1}', *lines[3:]]))
+    folders = tmp_path / "0", tmp_path / "1"
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "rows.jsonl").write_text("\n".join(lines))
+    (folders[1] / "rows.jsonl").write_text("\n".join([*lines[:3], '{"prompt": 1}', *lines[3:]]))
     (sft,) = [command for command in commands(start, tmp_path) if command[0] == "sft"]
-    with Pair(cache, *([[*sft, "--data", f"jsonl:{tmp_path}/{i}.jsonl"]] for i in "01")) as pair:
+    with Pair(cache, [[*sft, "--data", "jsonl:rows.jsonl"]], folders=folders) as pair:
         output = pair.end(1, 1)
-    assert f"\nerror on host 1: {tmp_path}/1.jsonl:4" in "\n" + output[0]
-    assert f"\nerror: {tmp_path}/1.jsonl:4" in "\n" + output[1]
+    assert "\nerror on host 1: rows.jsonl:4" in "\n" + output[0]
+    assert "\nerror: rows.jsonl:4" in "\n" + output[1]
     assert "Traceback" not in output[0] + output[1]
 
 
 def test_a_killed_process_ends_the_other(killed):
     assert killed.processes[0].wait(60) != 0
-    assert "stopped sending heartbeats" in killed.output()[0]
+    named, _, end = killed.output()[0].partition("has been silent for 10 s")
+    assert named.endswith(f"\nhost 0: host 1 ({socket.gethostname()}) ")
+    assert "stopped sending heartbeats" in end
 
 
 def test_an_interrupt_is_passed_on_and_a_second_one_ends_the_process():
@@ -361,6 +380,42 @@ def test_whether_there_are_others_on_a_tpu(monkeypatch, environment, expected):
 def test_a_process_that_is_no_number_is_named():
     with pytest.raises(ValueError, match="JAX_PROCESS_ID=one: expected a number"):
         hosts.arguments({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "one"})
+
+
+@pytest.mark.parametrize("host", [0, 1])
+def test_flags_that_differ_are_named_with_their_hosts(monkeypatch, host):
+    """On the host that differs, before it and host 0 go on. No device is asked."""
+    passed, left = [], {}
+    client = SimpleNamespace(
+        key_value_set=lambda key, text, allow_overwrite: left.update({key: text}),
+        key_value_try_get=left.get,
+        wait_at_barrier=lambda name, _: passed.append(name),
+    )
+    config = test_run.Toy(out=Path("a"), mesh="data=2", save_every=7)
+    other = dataclasses.replace(config, out=Path("b"), mesh="", save_every=8)
+
+    def compare(config: test_run.Toy, number: int, stage: str = "toy") -> None:
+        state = SimpleNamespace(num_processes=2, process_id=number, client=client)
+        monkeypatch.setattr(hosts, "global_state", state)
+        hosts.require_equal("flags", of_all_hosts(config, stage))
+
+    compare(config, 0)
+    if host == 0:  # as host 1 with another --out does
+        compare(dataclasses.replace(config, out=Path("b")), 1)
+        assert len(passed) == 4
+        return
+    del passed[:]
+    both = (
+        "host 1: --mesh is '' here and 'data=2' on host 0; --save_every is 8 here and 7 on host 0"
+    )
+    with pytest.raises(ValueError, match=both):
+        compare(other, 1)
+    for change in ({"resume": True}, {"checkpoints": "c"}, {"learning_rate": 0.1}):
+        with pytest.raises(ValueError, match=f"host 1: --{next(iter(change))} is "):
+            compare(dataclasses.replace(config, **change), 1)
+    with pytest.raises(ValueError, match="--stage is 'other' here and 'toy' on host 0"):
+        compare(config, 1, stage="other")
+    assert passed == ["instructjax/flags are known"] * 5
 
 
 def test_without_a_tpu_libtpu_says_nothing():

@@ -11,6 +11,8 @@ resume.py       which checkpoint a run goes on from
 card.py         the run's part of an export's model card
 log.py          metrics.jsonl and samples.jsonl as files that a resumed run continues
 metrics.py      metrics.jsonl, samples.jsonl, the progress line
+watchdog.py     says where a run stands that does not move, and ends it
+memory.py       the peak of memory by phase; what helps if it runs out
 process.py      signals, memory and the lock on the run directory
 run.py          Run: restore, steps, log, save, finish; main: exit codes
 """

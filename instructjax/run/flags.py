@@ -39,8 +39,8 @@ from instructjax.run import bucket
 
 PACKAGES = ("instructjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # None of these changes a run, so `--resume` neither refuses nor prints a difference in them.
-UNCOMPARED = ("command", "out", "checkpoints", "resume", "resume_step")
-UNCOMPARED += ("data.cache", "pretrain.cache", "demonstrations.cache")
+CACHES = ("data.cache", "pretrain.cache", "demonstrations.cache")
+UNCOMPARED = ("command", "out", "checkpoints", "resume", "resume_step", *CACHES)
 SMALL = "small"  # the default preset for data other than the miniature's
 
 ConfigT = TypeVar("ConfigT", bound="RunConfig")
@@ -125,6 +125,9 @@ class RunConfig:
     """Steps from one checkpoint to the next."""
     keep_last: Count = 2
     """Number of latest checkpoints to keep. The checkpoint with the best score is kept besides."""
+    stall: PositiveOrInf = 30.0
+    """Minutes without progress on any host after which the run prints all stacks and ends with 75.
+    Progress is a finished step, a new phase or work in Python; `inf` turns this off."""
     log_every: Count = 1
     """Steps from one line of metrics.jsonl to the next. Every step is checked for NaN."""
     profile: str | None = None
@@ -319,6 +322,12 @@ def refuse_bucket(flag: str, path: Path | str, expected: str) -> None:
     scheme, colon, name = str(path).partition(":/")
     if colon and "/" not in scheme:
         raise ValueError(f"{flag} {scheme}://{name.lstrip('/')}: expected {expected}")
+
+
+def of_all_hosts(config: RunConfig, stage: str) -> dict[str, Any]:
+    """The stage and the flags that must be the same on all hosts, dotted where they are nested."""
+    flags = flat(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+    return {"stage": stage} | {k: v for k, v in flags.items() if k not in ("out", *CACHES)}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

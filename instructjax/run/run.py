@@ -39,10 +39,12 @@ from instructjax import hosts
 from instructjax.run import card, flags, resume
 from instructjax.run.checkpoint import Checkpoints, abstract
 from instructjax.run.flags import RunConfig
+from instructjax.run.memory import Memory, ran_out
 from instructjax.run.metrics import MetricsWriter, ProgressLine, import_tracker, to_numbers
 from instructjax.run.process import Signals, cache_compilations, claim, keep_memory
+from instructjax.run.watchdog import Watchdog
 
-FINISHED, FAILED, RESUMABLE = 0, 1, 75  # exit codes; 75 is sysexits' "try again later"
+FINISHED, FAILED, RESUMABLE = 0, 1, hosts.RESUMABLE  # exit codes
 
 
 def main(fn: Callable[[], None]) -> NoReturn:
@@ -59,7 +61,7 @@ def main(fn: Callable[[], None]) -> NoReturn:
         try:
             stack.enter_context(hosts.joined())
             fn()
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (ValueError, OSError, FloatingPointError, MemoryError) as error:
             if os.environ.get("INSTRUCTJAX_TRACEBACK") == "1":
                 raise
             print(f"error: {error}", file=sys.stderr)
@@ -81,8 +83,12 @@ class Run:
       best_metric: the metric that the `score` of `save` is. If given, the best checkpoint is kept.
       best_mode: whether the least or the greatest score is the best.
 
+    If nothing moves for --stall minutes, the program ends with RESUMABLE too. If memory runs out,
+    the error that the context raises says where, and which flags help.
+
     Raises:
-      ValueError: --resume with a config that makes another run.
+      ValueError: --resume with a config that makes another run, or a flag that differs over hosts.
+      MemoryError: a device or the machine has run out of memory.
       OSError: the directory holds a run and --resume was not given, another process trains in it,
         or it cannot be written.
     """
@@ -104,9 +110,13 @@ class Run:
         self._first = self._total = self._saved = self._written = -1
         self._clock = time.perf_counter()
         self._training = self._tracing = False
+        self._watchdog, self._memory = Watchdog(config.stall), Memory()
 
     def __enter__(self) -> "Run":
         with ExitStack() as stack:  # undoes the first lines if a later one fails
+            stack.enter_context(self._watchdog)
+            self._outer_phase.enter_context(self._watchdog.phase("starting"))
+            hosts.require_equal("flags", flags.of_all_hosts(self.config, self.stage))
             cache_compilations()
             if jax.process_index() == 0:
                 # A program that ends just after orbax has begun to clean up prints a traceback.
@@ -156,6 +166,15 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        why = None
+        if ran_out(error):
+            last = self.checkpoints.latest()
+            why = self._memory.explain(error, self.config, self._written, last)
+        self._close(kind, error)
+        if why is not None:
+            raise MemoryError(why) from error
+
+    def _close(self, kind: Any, error: Any) -> None:
         stopped = kind is SystemExit and error.code == RESUMABLE
         if kind is not None and not stopped and jax.process_count() > 1:
             self._line.stop()
@@ -185,7 +204,7 @@ class Run:
           timed: if given, the seconds are logged as `time/TIMED` with the step's metrics.
         """
         began = time.perf_counter()
-        with self._line.phase(doing):
+        with self._watchdog.phase(doing), self._memory.phase(doing), self._line.phase(doing):
             yield
         if timed is not None:
             self._seconds[f"time/{timed}"] = time.perf_counter() - began
@@ -246,6 +265,7 @@ class Run:
             flags.write(self.config, self.stage)
         self._first, self._total, self._saved, self._training = start + 1, total, start, True
         self._line.begin(start, total)
+        self._watchdog.finished(start)
         self._set_outer_phase("compiling and running the first step")
         self._clock = time.perf_counter()
         try:
@@ -358,6 +378,7 @@ class Run:
             self.console.print(results)
         self._say(f"{self.stage} finished in {self.out}")
         self.console.print(table)
+        self._report_memory("whole run")
         for path in wrote:
             if (Path(path) / "README.md").is_file():
                 card.extend(Path(path), self.config, self.stage, [*tables, table])
@@ -387,11 +408,14 @@ class Run:
             good = "no checkpoint was saved" if last is None else f"last good checkpoint: {where}"
             raise FloatingPointError(f"step {step}: {', '.join(bad)}; {good}")
         self._written = step
+        self._watchdog.finished(step)
         if always or step % self.config.log_every == 0:
             self.metrics.write(step, values)
         if self._training and step >= self._first:
             self._outer_phase.close()  # the first step is done
             self._line.update(step, values)
+            if step == self._first:
+                self._report_memory("first step")
 
     def _on_signal(self, *_: Any) -> None:
         """Ends the program at once, unless there is a step to finish."""
@@ -409,6 +433,10 @@ class Run:
     def _say(self, text: str) -> None:
         """Prints a line without wrapping or colours, so that it can be copied."""
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def _report_memory(self, when: str) -> None:
+        for line in self._memory.report(when):
+            self._say(line)
 
     def _set_outer_phase(self, doing: str) -> None:
         self._outer_phase.close()
