@@ -1,6 +1,6 @@
 """Runs wrong command lines of all scripts, and says how and how soon each is refused.
 
-    python benchmarks/faults_flags.py
+    PYTHONPATH=experiments python benchmarks/faults_flags.py
 
 Each runs as a process of its own on eight emulated devices, in a directory with the files of
 `make_world`. It must end with exit code 2 and name the flag on stderr, and write nothing.
@@ -64,7 +64,7 @@ WRONG = [
         ("--data text.txt", "--data text.txt"),
         ("--data jsonl:nothing.jsonl", "--data jsonl:nothing.jsonl"),
         ("--data 'jsonl:nothing/*.txt'", "--data jsonl:nothing/*.txt"),
-        ("--data jsonl:~nobody/text.txt", "--data jsonl:~nobody/text.txt"),
+        ("--data jsonl:~no-such-user/text.txt", "--data jsonl:~no-such-user/text.txt"),
         ("--data jsonl:text.txt --data.validation nothing", "--data.validation nothing"),
         ("--batch_size 8 --microbatches 2", "--batch_size 8"),
         ("--mesh fsdp=3", "--mesh"),

@@ -28,6 +28,10 @@ LOADERS = [
 ]
 
 
+# What tyro refuses by itself gets its box: words that are no flag, and values of another type.
+OF_TYRO = ("--batchsize", "--steps", "--remat", "ppo", "--topology")
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     directory = tmp_path_factory.mktemp("world")
@@ -54,7 +58,11 @@ def test_a_wrong_flag_is_refused_at_once(line, world, monkeypatch, capsys):
     assert end.value.code == 2
     said = capsys.readouterr()
     assert line.named in said.err
-    assert "Traceback" not in said.err
+    if line.named in OF_TYRO:
+        assert "Traceback" not in said.err
+    else:
+        assert said.err.startswith("error: ")
+        assert said.err.count("\n") == 1
     assert said.out == ""
     assert faults_flags.contents(world) == before
 
