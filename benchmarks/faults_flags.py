@@ -257,7 +257,8 @@ def run(chosen: list[Line], directory: Path) -> Iterator[tuple[Line, int, float,
             check=False,
         )
         took = time.perf_counter() - began
-        yield line, ended.returncode, took, processor_seconds() - used, ended.stderr
+        said = ended.stderr.replace(f"{directory.absolute()}/", "")
+        yield line, ended.returncode, took, processor_seconds() - used, said
 
 
 def processor_seconds() -> float:

@@ -6,6 +6,7 @@ This file is also the program that the processes run: `python tests/test_hosts.p
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -273,13 +274,20 @@ def test_a_signal_to_one_stops_both_and_any_number_resumes(start, runs, cache, t
         patch.setattr(run.Run, "steps", steps)
         with pytest.raises(StopError):
             tasks(rm)
+    checkpoints = tmp_path / "rm" / "checkpoints"
+    shutil.copytree(checkpoints / "2", checkpoints / "3")
+    damaged = next((checkpoints / "3/state/ocdbt.process_0/d").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-1])
     with Pair(cache, [[*rm, "--resume", "--save_every", "100"]]) as pair:
         pair.wait_for("miniature (train)")  # before the first step
         pair.processes[1].send_signal(signal.SIGTERM)
         output = pair.end(75, 75)
     step = metrics_of(tmp_path / "rm")[-1]["step"]
     assert step in (3, 4)  # the notice takes a moment
-    assert {path.name for path in (tmp_path / "rm/checkpoints").glob("[!.]*")} == {"2", f"{step}"}
+    assert f"{checkpoints}/3 is damaged (state/ocdbt.process_0/d/" in output[0]
+    assert {path.name for path in checkpoints.glob("[!.]*")} == {"2", f"{step}", "set_aside"}
+    sums = {path.name for path in (checkpoints / f"{step}" / "state").glob("checksums.*")}
+    assert sums == {"checksums.0.json", "checksums.1.json"}
     assert f"stopped after step {step}; continue with" in output[0]
     assert "continue with" not in output[1]
     tasks([*rm, "--resume"])
