@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from instructjax import ranges
 from instructjax.data import DataConfig, DataError, load, read, tokens
-from instructjax.data.__main__ import main
+from instructjax.data.__main__ import cli
 from instructjax.data.tokens import tokenise
 
 EOS = 256
@@ -586,7 +586,7 @@ def test_names_at_the_hub(monkeypatch):
 
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["data", *arguments])
-    main()
+    cli()
 
 
 def test_show(tmp_path, monkeypatch, capsys, tokenizer):

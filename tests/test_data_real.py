@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from instructjax.data.__main__ import main
+from instructjax.data.__main__ import cli
 from instructjax.data.prepare import gpt2_tokenizer
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "data.md"
@@ -67,7 +67,7 @@ def test_command(name, counts, line, shared_data, gpt2, monkeypatch, capsys):
     line = line.replace("$DATA", str(shared_data)).replace("$GPT2", str(gpt2))
     options = ["--no-example", "--data.cache", "None"]
     monkeypatch.setattr(sys, "argv", ["data", *shlex.split(line), *options])
-    main()
+    cli()
     printed = capsys.readouterr().out
     for fact in counts.split(", "):
         assert re.search(rf"(^|[: ]){re.escape(fact)}(:|$)", printed, re.M), fact

@@ -142,7 +142,7 @@ def test_another_mesh_goes_on_with_the_same_losses(runs, tmp_path):
     few += ["--steps", "7", "--keep_last", "9", "--dropout", "0.1"]
     run_rm.cli([*few, "--out", f"{tmp_path}/whole", "--mesh", "data=8"])
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    for checkpoint in (tmp_path / "resumed" / "checkpoints").iterdir():
+    for checkpoint in (tmp_path / "resumed" / "checkpoints").glob("[!.]*"):
         if checkpoint.name != "2":
             shutil.rmtree(checkpoint)
     mesh = ["--mesh", "data=2,fsdp=2,tensor=2"]

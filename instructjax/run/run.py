@@ -261,8 +261,7 @@ class Run:
                 f"the data give {total} steps on this host, and {total_on_host_0} on host 0:"
                 " all hosts must read the same data"
             )
-        if jax.process_index() == 0:
-            flags.write(self.config, self.stage)
+        self._write_config()
         self._first, self._total, self._saved, self._training = start + 1, total, start, True
         self._line.begin(start, total)
         self._watchdog.finished(start)
@@ -371,6 +370,7 @@ class Run:
           tables: more results, printed before the summary.
         """
         self.checkpoints.wait()
+        self._write_config()
         table = Table(show_header=False)
         for name, value in summary.items():
             table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value}")
@@ -387,6 +387,11 @@ class Run:
             self._say(f"next: {next_command}")
 
     # ---- inside ----
+
+    def _write_config(self) -> None:
+        """Writes config.json once the run has started: a start that failed leaves none behind."""
+        if jax.process_index() == 0:
+            flags.write(self.config, self.stage)
 
     def _remember(self, step: int | None, went_back_to: int | None = None) -> None:
         """Records in OUT/checkpoint.json that the checkpoint of this step is written."""
