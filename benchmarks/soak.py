@@ -247,14 +247,14 @@ def watch_memory(c: Config) -> tuple[float, float]:
 def main(c: Config) -> None:
     shutil.rmtree(c.out, ignore_errors=True)
     c.out.mkdir(parents=True)
-    chance, end = random.Random(c.seed), time.monotonic() + 3600 * c.hours
-    counts, wrong, rounds = Counter[str](), 0, 0
+    chance, counts, wrong, rounds = random.Random(c.seed), Counter[str](), 0, 0
     faults: dict[str, Any] = {"kill": kill, "stop": stop, "term": term, "flip": flip}
     faults |= {"cache": cache}
     if c.hours:
         alone = Supervised(c, c.out / "alone")
         if alone.start().wait():
             sys.exit(f"error: the undisturbed run failed; see {alone.log}")
+    end = time.monotonic() + 3600 * c.hours
     while time.monotonic() < end:
         rounds += 1
         with small_file_system(c.out / f"round-{rounds}") as mounted:
