@@ -51,7 +51,7 @@ def lines(script: str, *rows: tuple[str, str]) -> list[Line]:
     return [Line(script, *row) for row in rows]
 
 
-LM = "--microbatches 1 --max_new_tokens 32 --model lm"
+LM = "--max_new_tokens 32 --model lm"
 GRPO = "grpo --model lm --reward rm"
 WRONG = [
     *lines(
@@ -66,7 +66,7 @@ WRONG = [
         ("--data 'jsonl:nothing/*.txt'", "--data jsonl:nothing/*.txt"),
         ("--data jsonl:~no-such-user/text.txt", "--data jsonl:~no-such-user/text.txt"),
         ("--data jsonl:text.txt --data.validation nothing", "--data.validation nothing"),
-        ("--batch_size 8 --microbatches 2", "--batch_size 8"),
+        ("--batch_size 8 --microbatches 3", "--batch_size 8"),
         ("--mesh fsdp=3", "--mesh"),
         ("--mesh model=2", "--mesh model=2"),
         ("--mesh data=1,tensor=8", "--mesh data=1,fsdp=1,tensor=8"),

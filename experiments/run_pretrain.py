@@ -62,7 +62,8 @@ class Config(RunConfig):
     eval_batches: Count = 16
     """Number of validation batches, taken from the start of the validation data."""
     microbatches: Count = 1
-    """Parts of a batch for gradient accumulation. More parts take less memory."""
+    """Parts of a batch for gradient accumulation. More parts take less memory.
+    They are fewer where a device would have no row."""
 
 
 PRESETS = {
@@ -79,7 +80,7 @@ PRESETS = {
 def check(config: Config) -> None:
     """Raises ValueError or OSError for flags that cannot work, before anything is loaded."""
     mesh = checks.check_run(config, "pretrain")
-    checks.check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
+    checks.check_rows("--batch_size", config.batch_size, 1, mesh)
     model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
     checks.check_tokens(model, [("--length", config.length, 0)])
     data.check(config.data, "text")
@@ -92,6 +93,7 @@ def run_pretrain(config: Config) -> None:
         # -------------------------------------------------------------------------- model, data
 
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
+        config = checks.fit_microbatches(config, mesh)
         model, params, tokenizer = pretrained.load(
             config.model, mesh, tokenizer=config.tokenizer, seed=config.seed, scalar_head=False
         )

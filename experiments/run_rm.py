@@ -102,7 +102,8 @@ class Config(RunConfig):
     eval_every: Count | None = None
     """Steps from one validation to the next. The last step always has one, by default no other."""
     microbatches: Count = 1
-    """Parts of a batch for gradient accumulation. More parts take less memory."""
+    """Parts of a batch for gradient accumulation. More parts take less memory.
+    They are fewer where a device would have no row."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,7 +154,7 @@ def check(config: Config) -> None:
         first = [Path(config.model)]
     runs = [dataclasses.replace(config, out=out) for out in outs_of(config)]
     mesh, *_ = [checks.check_run(each, "rm", first) for each in runs]
-    checks.check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
+    checks.check_rows("--batch_size", config.batch_size, 1, mesh)
     if not first:
         model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer)
     checks.check_tokens(model, checks.data_tokens("--data", config.data))
@@ -180,6 +181,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         # -------------------------------------------------------------------------- model, data
 
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
+        config = checks.fit_microbatches(config, mesh)
         shard = sharding.constrainer(mesh)
         base, base_params, tokenizer = pretrained.load(
             config.model,

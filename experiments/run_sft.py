@@ -98,7 +98,8 @@ class Config(RunConfig):
     max_new_tokens: Count = 128
     """Longest sampled response, in tokens. [App. C: 1k]"""
     microbatches: Count = 1
-    """Parts of a batch for gradient accumulation. More parts take less memory."""
+    """Parts of a batch for gradient accumulation. More parts take less memory.
+    They are fewer where a device would have no row."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,7 +169,7 @@ def check(config: Config) -> None:
     if config.data.spec == "miniature" and base_is_missing(config.model):
         first = [Path(config.model)]
     mesh = checks.check_run(config, "sft", first)
-    checks.check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
+    checks.check_rows("--batch_size", config.batch_size, 1, mesh)
     if not first:
         model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
     lengths = [("--length", config.length, 0), ("--max_new_tokens", config.max_new_tokens, 1)]
@@ -200,6 +201,7 @@ def run_sft(config: Config) -> None:
         # -------------------------------------------------------------------------- model, data
 
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
+        config = checks.fit_microbatches(config, mesh)
         model, params, tokenizer = pretrained.load(
             config.model,
             mesh,

@@ -323,7 +323,7 @@ def rloo(config: RLOO, start: Start) -> Algorithm:
 def check(config: Config) -> None:
     """Raises ValueError or OSError for flags that cannot work, before anything is loaded."""
     mesh = checks.check_run(config, type(config).__name__.lower())
-    checks.check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
+    checks.check_rows("--batch_size", config.batch_size, 1, mesh)
     model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
     R, of_pairs = config.max_new_tokens, isinstance(config, DPO)
     room = checks.data_tokens("--data", config.data, 1 if of_pairs else R)
@@ -340,6 +340,7 @@ def swap_loss(config: Config) -> None:
     began, name = time.perf_counter(), type(config).__name__.lower()
     with Run(config, stage=name) as run:
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
+        config = checks.fit_microbatches(config, mesh)
         model, params, tokenizer = pretrained.load(
             config.model,
             mesh,

@@ -19,11 +19,12 @@ import run_rm
 import run_sft
 import sample
 import swap_loss
+from jax.sharding import AbstractMesh
 
 from instructjax import models, ranges, sharding
 from instructjax.data import __main__ as data_commands
 from instructjax.data.config import DataConfig
-from instructjax.run import flags
+from instructjax.run import checks, flags
 from instructjax.run.flags import RunConfig, parse
 
 
@@ -292,3 +293,25 @@ def test_resume_compares_with_the_config_of_the_run(tmp_path):
     elsewhere = dataclasses.replace(config.data, cache=None)
     free = dataclasses.replace(config, steps=9, mesh="data=8", keep_last=3, data=elsewhere)
     assert compare(free) == ["keep_last: 2 -> 3", "mesh: '' -> 'data=8'", "steps: None -> 9"]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "given", "fitting"),
+    [
+        ({"data": 8}, 2, 2),
+        ({"data": 8}, 4, 2),
+        ({"fsdp": 4, "tensor": 2}, 3, 2),
+        ({"data": 1}, 3, 2),
+        ({"data": 2, "fsdp": 8}, 16, 1),
+    ],
+)
+def test_each_device_has_a_row_of_each_microbatch(mesh, given, fitting, capsys):
+    @dataclasses.dataclass
+    class Rows:
+        batch_size: int = 16
+        microbatches: int = given
+
+    sizes = tuple(mesh.get(axis, 1) for axis in sharding.AXES)
+    fitted = checks.fit_microbatches(Rows(), AbstractMesh(sizes, sharding.AXES))
+    assert fitted == Rows(microbatches=fitting)
+    assert bool(capsys.readouterr().out) == (fitting != given)

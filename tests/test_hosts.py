@@ -315,7 +315,7 @@ def test_an_error_on_one_ends_both_with_its_message(start, cache, tmp_path):
     (folders[0] / "rows.jsonl").write_text("\n".join(lines))
     (folders[1] / "rows.jsonl").write_text("\n".join([*lines[:3], '{"prompt": 1}', *lines[3:]]))
     (sft,) = [command for command in commands(start, tmp_path) if command[0] == "sft"]
-    sft += ["--data", "jsonl:rows.jsonl", "--microbatches", "1"]
+    sft += ["--data", "jsonl:rows.jsonl"]
     with Pair(cache, [sft], folders=folders) as pair:
         output = pair.end(1, 1)
     assert "\nerror on host 1: rows.jsonl:4" in "\n" + output[0]

@@ -262,7 +262,7 @@ def test_own_data_get_the_small_preset(runs, own_data, tmp_path, capsys):
         return sample(params, model, prompts, *args, **keywords)
 
     few = [*FEW, "--model", f"{runs}/pretrain", "--data", f"jsonl:{own_data}/demos.jsonl"]
-    few += ["--steps", "3", "--eval_every", "1", "--max_new_tokens", "4", "--microbatches", "1"]
+    few += ["--steps", "3", "--eval_every", "1", "--max_new_tokens", "4"]
     few += ["--learning_rate", "0.1", "--adam.weight_decay", "0.1", "--keep_last", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_sft.rollout, "sample", counted)
@@ -287,7 +287,7 @@ def test_own_data_get_the_small_preset(runs, own_data, tmp_path, capsys):
 
 def test_own_comparisons_are_packed_and_long_ones_are_dropped(runs, own_data, tmp_path, capsys):
     few = [*FEW, "--model", f"{runs}/sft", "--data", f"jsonl:{own_data}/ranked.jsonl"]
-    few += ["--steps", "1", "--length", "128", "--microbatches", "1"]
+    few += ["--steps", "1", "--length", "128"]
     run_rm.cli([*few, "--out", f"{tmp_path}/rm"])
     said = capsys.readouterr().out
     assert "dropped: over 128 tokens, the row's (--length)" in said

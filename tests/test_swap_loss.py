@@ -527,10 +527,6 @@ def test_wrong_usage(start, tmp_path, capsys):
         (["dpo", "--microbatches", "0"], "--microbatches 0: must be at least 1"),
         (["dpo", "--eval_prompts", "0"], "--eval_prompts 0: must be at least 1"),
         ([*few, "--batch_size", "12"], "--batch_size 12: does not divide over 8 shards"),
-        (
-            [*few, "--microbatches", "2"],
-            "8 shards of the batch, in 2 microbatches; give a multiple",
-        ),
         ([*few, "--model", f"{start}/rm"], "rm: a reward model, not a language model"),
     ):
         with pytest.raises(SystemExit) as stop:

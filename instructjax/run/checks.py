@@ -4,9 +4,11 @@ Each script has a `check(config)`, which calls these, `pretrained.check`, `data.
 `scoring.check`. So a wrong flag is found in the first seconds, and not after an earlier step.
 """
 
+import dataclasses
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -81,6 +83,24 @@ def check_rows(flag: str, rows: int, microbatches: int, mesh: Mesh | AbstractMes
     if divide:
         said += f", or more tensor in --mesh, as fsdp={divide[-1]},tensor={mesh.size // divide[-1]}"
     raise ValueError(said)
+
+
+def fit_microbatches(config: Any, mesh: Mesh) -> Any:
+    """A script's config with fewer --microbatches, if with those given a device would have no row.
+
+    That changes no result. A device then has at least one row of a microbatch at a time.
+
+    Args:
+      config: has `batch_size`, a multiple of the devices that share it, and `microbatches`.
+    """
+    rows = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])  # of a device
+    fitting = next(n for n in range(config.microbatches, 0, -1) if rows % n == 0)
+    if fitting == config.microbatches:
+        return config
+    if jax.process_index() == 0:
+        given = config.microbatches
+        print(f"{fitting} microbatches instead of {given}, because each device has {rows} rows")
+    return dataclasses.replace(config, microbatches=fitting)
 
 
 def check_tokens(model: ModelConfig | None, counts: Sequence[tuple[str, int | None, int]]) -> None:
