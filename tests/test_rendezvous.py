@@ -39,23 +39,25 @@ def address() -> str:
 
 
 def test_the_hosts_that_have_not_joined_are_named(address, printed):
-    """Host 2 comes first, and strangers; host 1 begins, ends and comes back."""
+    """Host 2 comes first, and strangers; host 1 comes, ends and comes back; host 3 comes last."""
     where = address.split(":")
-    with ThreadPoolExecutor(3) as pool:
-        hosts = [pool.submit(rendezvous.wait, address, 3, 2, 60, 0.2)]
+    with ThreadPoolExecutor(4) as pool:
+        hosts = [pool.submit(rendezvous.wait, address, 4, 2, 60, 0.2)]
         printed.wait_for(f" s: no answer from host 0 at {address}\n")
-        hosts.append(pool.submit(rendezvous.wait, address, 3, 0, 60, 0.2))
-        printed.wait_for("host 0 of 3, after ")
-        printed.wait_for(" s: host 1 has not joined yet\n")
+        hosts.append(pool.submit(rendezvous.wait, address, 4, 0, 60, 0.2))
+        printed.wait_for("host 0 of 4, after ")
         for greeting in (b"GET / HTTP/1.1\r\n\r\n", b"\xff", b"instructjax one"):
             with socket.create_connection(where) as stranger:
                 stranger.sendall(greeting)
+        printed.text = ""
+        printed.wait_for(" s: 2 hosts (1, 3) have not joined yet\n")
         with socket.create_connection(where) as host_1:
             host_1.sendall(b"instructjax 1")
+            printed.wait_for(" s: host 3 has not joined yet\n")
         printed.text = ""
-        printed.wait_for("host 1 has not joined yet\n")
-        hosts.append(pool.submit(rendezvous.wait, address, 3, 1, 60, 0.2))
-        assert [host.result() for host in hosts] == [True, True, True]
+        printed.wait_for(" s: 2 hosts (1, 3) have not joined yet\n")
+        hosts += [pool.submit(rendezvous.wait, address, 4, host, 60, 0.2) for host in (1, 3)]
+        assert [host.result() for host in hosts] == [True] * 4
     with socket.create_server(("localhost", int(where[1]))):  # the port is free for jax
         pass
 
