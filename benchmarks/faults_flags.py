@@ -262,7 +262,7 @@ def run(chosen: list[Line], directory: Path) -> Iterator[tuple[Line, int, float,
 
 
 def processor_seconds() -> float:
-    """Of all processes that have ended, which the load of the machine changes little."""
+    """Processor seconds of all processes that have ended. Other load changes them little."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -75,7 +75,7 @@ def test_resident_memory_stands_in_where_devices_report_none():
 
 @pytest.mark.parametrize("real", [True, False])
 def test_a_run_without_memory_names_the_place_and_the_flags(tmp_path, capsys, monkeypatch, real):
-    """Of a real allocation, and of the error that a compilation for a TPU ends with."""
+    """A real allocation fails, or a step raises the error of a compilation for a TPU."""
 
     def fail(self, step, metrics, tokens=0, log=run.Run.log):
         log(self, step, metrics, tokens)
