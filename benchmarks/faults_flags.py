@@ -101,7 +101,7 @@ WRONG = [
         (f"{LM} --data jsonl:demos.jsonl --data.validation 0", "--data.validation 0"),
         ("--data.columns prompt", "--data.columns"),
         (f"{LM} --data hf:./nothing/set", "--data hf:./nothing/set"),
-        ("--model lm --data jsonl:demos.jsonl", "--batch_size 8"),
+        (f"{LM} --data jsonl:demos.jsonl --batch_size 12", "--batch_size 12"),
         ("--pretrain_share 0.1 --pretrain jsonl:nothing", "--pretrain jsonl:nothing"),
     ),
     *lines(
