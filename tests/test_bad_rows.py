@@ -155,7 +155,7 @@ def test_responses_of_the_same_tokens(tmp_path):
     assert len(loaded(good, alike, max_response=6)) == 2
 
 
-@pytest.mark.parametrize("rank", [True, False, 0.0, "0", [0]])
+@pytest.mark.parametrize("rank", [True, False, 0.5, math.nan, "0", [0]])
 def test_ranks_of_trees(tmp_path, rank):
     """A reply without a rank is left out; one whose rank is no whole number is refused."""
     replies = [{"text": t, "role": "assistant", "rank": r} for t, r in (("a", 1), ("b", rank))]

@@ -7,6 +7,8 @@ import json
 
 import pytest
 
+from instructjax import data
+from instructjax.data import DataConfig
 from instructjax.data.errors import DataError
 from instructjax.data.sources import rows
 
@@ -237,3 +239,25 @@ def test_tables_of_messages_become_trees(tmp_path):
         ("a.jsonl:3", {"prompt": table[2] | {"replies": []}}),
     ]
     assert [row for _, row in read(path, "text")] == table  # each message is a text
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_tables_of_messages_as_pandas_writes_them(tmp_path, suffix):
+    """A column of ranks that has a null is of floats, and in CSV a null is an empty cell."""
+    pandas = pytest.importorskip("pandas")
+    table = [
+        message("r", None, "prompter"),
+        *(message(name, "r", rank=rank) for name, rank in (("c", 1), ("d", 0), ("e", None))),
+    ]
+    frame, path = pandas.DataFrame(table), tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        frame.to_csv(path)
+    elif suffix == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        pytest.importorskip("pyarrow")
+        frame.to_parquet(path)
+    (record,) = data.read(DataConfig(f"jsonl:{path}"), "comparisons", log=str)
+    assert (record.responses, record.ranks) == ((" text c", " text d"), (2, 1))
+    (record,) = data.read(DataConfig(f"jsonl:{path}"), "demonstrations", log=str)
+    assert record.responses == (" text d",)

@@ -198,8 +198,9 @@ def is_tree(row: Any) -> bool:
 
 def _check_ranked(reply: dict, where: str) -> None:
     """Checks that a ranked reply to a prompter has a whole number as its rank, and is a reply."""
-    rank = reply["rank"]
-    if isinstance(rank, bool) or not isinstance(rank, int):
+    rank = reply["rank"]  # a float where a column of whole numbers has nulls
+    whole = rank.is_integer() if isinstance(rank, float) else isinstance(rank, int)
+    if not whole or isinstance(rank, bool):
         raise DataError(where, "rank", f"expected a whole number, got {type_name(rank)}")
     role = str(reply.get("role"))
     if ROLE_NAMES.get(role, role) != "assistant":

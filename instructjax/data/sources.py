@@ -20,6 +20,7 @@ from typing import Any
 
 from instructjax.data import paths
 from instructjax.data.errors import DataError
+from instructjax.data.fields import NUMERAL, is_blank
 from instructjax.data.files import LocatedRows, plain, read_files
 
 FORMS = "miniature, jsonl:PATH, tfds:NAME[/CONFIG][:SPLIT] or hf:NAME[/CONFIG][:SPLIT]"
@@ -75,7 +76,8 @@ def _trees(rows: LocatedRows) -> LocatedRows:
         elif str(row["message_id"]) in messages:
             yield where, DataError(where, "message_id", "is the id of an earlier row")
         else:
-            messages[str(row["message_id"])] = (where, {**row, "replies": []})
+            rank = {"rank": _rank(row["rank"])} if "rank" in row else {}
+            messages[str(row["message_id"])] = (where, {**row, **rank, "replies": []})
     problems = _parents(messages)
     roots = []
     for name, (where, message) in messages.items():
@@ -87,6 +89,15 @@ def _trees(rows: LocatedRows) -> LocatedRows:
         else:
             messages[str(parent)][1]["replies"].append(message)
     yield from roots
+
+
+def _rank(cell: Any) -> Any:
+    """The rank in a cell: each cell of a CSV file is a string, and a blank one is a null."""
+    if not isinstance(cell, str):
+        return cell
+    if is_blank(cell):
+        return None
+    return float(cell) if NUMERAL.fullmatch(cell) else cell
 
 
 def _parents(messages: dict[str, tuple[str, dict]]) -> dict[str, str]:
