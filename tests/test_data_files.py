@@ -152,12 +152,40 @@ def test_csv_reads_on_after_a_torn_row(tmp_path, torn, problem):
     ]
 
 
-@pytest.mark.parametrize("header", [b'"p,q', b"p,\xff", b"p,p", b"", b"p,\0"])
+@pytest.mark.parametrize("header", [b'"p,q', b"p,\xff", b"p,p", b"", b",,", b"p,\0"])
 def test_csv_needs_its_header(tmp_path, header):
     (tmp_path / "a.csv").write_bytes(header + b"\ny,3\nz,4\n")
     ((_, error),) = read(tmp_path / "a.csv")
     assert error.startswith("a.csv:1: ")
     assert error.endswith("; no row of this file is read")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("blank", ["", "\n", "  \n\n", "{end} \t{end}"])
+def test_blank_lines_at_the_end(tmp_path, end, blank):
+    """pandas and datasets read no row from them."""
+    blank = blank.format(end=end)
+    lines = [json.dumps(ONE), json.dumps(TWO), ""]
+    (tmp_path / "a.jsonl").write_text(end.join(lines) + blank, newline="")
+    assert read(tmp_path / "a.jsonl") == [("a.jsonl:1", ONE), ("a.jsonl:2", TWO)]
+    for commas in ("", f",{end}", f" ,{end},{end}"):
+        text = end.join(["p,q", "x,1", "y,2", ""]) + commas + blank
+        (tmp_path / "a.csv").write_text(text, newline="")
+        assert read(tmp_path / "a.csv") == [
+            ("a.csv:2", {"p": "x", "q": "1"}),
+            ("a.csv:3", {"p": "y", "q": "2"}),
+        ]
+
+
+def test_csv_with_empty_columns_and_rows(tmp_path):
+    """Spreadsheets leave them at the right and at the bottom, and pandas writes an index."""
+    (tmp_path / "a.csv").write_text(",p,q,,\n0,x,1,,note\n,,,,\n1,y,2,,\n,,,,\n,,,,\n")
+    row = {"Unnamed: 0": "0", "p": "x", "q": "1", "Unnamed: 3": "", "Unnamed: 4": "note"}
+    assert read(tmp_path / "a.csv") == [
+        ("a.csv:2", row),
+        ("a.csv:3", "a.csv:3: is blank"),
+        ("a.csv:4", row | {"Unnamed: 0": "1", "p": "y", "q": "2", "Unnamed: 4": ""}),
+    ]
 
 
 def test_lines_of_text_are_decoded_one_by_one(tmp_path):

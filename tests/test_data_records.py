@@ -399,8 +399,9 @@ def test_a_thousand_damaged_rows(tmp_path):
         assert [record.where for record in records] == sound
         assert "500 rows read" in said[0]
         for line in lines[::2]:
-            before = [json.dumps(samples[0]).encode()] * rng.randrange(1, 9)
-            path.write_bytes(b"\n".join([*before, line]) + b"\n")
+            good = json.dumps(samples[0]).encode()
+            before = [good] * rng.randrange(1, 9)
+            path.write_bytes(b"\n".join([*before, line, good]) + b"\n")
             with pytest.raises(DataError, match=rf"^{re.escape(str(path))}:{len(before) + 1}: "):
                 quiet(f"jsonl:{path}", kind)
     assert damaged == 1000

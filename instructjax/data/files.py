@@ -148,8 +148,10 @@ def _json_value(line: bytes) -> Any:
 
 
 def _json_lines(data: bytes, path: str) -> LocatedRows:
-    decoder = Decoder()
-    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
+    decoder, lines = Decoder(), data.split(b"\n")
+    while not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         try:
             yield where, _unrepeated(decoder, decoder.loads(line.decode()), where)
@@ -222,22 +224,30 @@ def _is_rows(value: Any) -> bool:
 
 def _csv(data: bytes, path: str, delimiter: str) -> LocatedRows:
     header: list[str] | None = None
+    blank: list[str] = []  # places of blank rows, which are none at the end of a file
     for line, cells in _csv_rows(data.decode(errors="surrogateescape"), delimiter):
         where, field = f"{path}:{line}", None
+        text = str(cells) if isinstance(cells, csv.Error) else "".join(cells)
+        if header and not text.strip():
+            blank.append(where)
+            continue
+        yield from ((place, DataError(place, None, "is blank")) for place in blank)
+        blank.clear()
         if isinstance(cells, csv.Error):  # such as an open quote
             problem = f"not CSV: {cells}"
-        elif not cells:
+        elif not text.strip():
             problem = "is blank"
-        elif NOT_TEXT.search("".join(cells)):
+        elif NOT_TEXT.search(text):
             column = next(i for i, cell in enumerate(cells) if NOT_TEXT.search(cell))
             field = header[column] if header and column < len(header) else None
             problem = _binary(cells[column])
-        elif header is None and len(set(cells)) < len(cells):
-            field = next(name for i, name in enumerate(cells) if name in cells[:i])
-            problem = f"two columns have the same name: {cells}"
         elif header is None:
-            header = cells
-            continue
+            names = [name if name.strip() else f"Unnamed: {i}" for i, name in enumerate(cells)]
+            if len(set(names)) == len(names):
+                header = names
+                continue
+            field = next(name for i, name in enumerate(names) if name in names[:i])
+            problem = f"two columns have the same name: {cells}"
         elif len(cells) != len(header):
             problem = f"does not have the {len(header)} columns of the header"
             if len(cells) < len(header):
