@@ -139,7 +139,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
                 policy=state.create(policy, programs.policy_tx),
                 value=None if value is None else state.create(value, programs.value_tx),
                 ema=jax.tree.map(jnp.copy, policy) if flags.ema else None,
-                beta=jax.device_put(jnp.float32(flags.beta), sharding.replicated(mesh)),
+                beta=sharding.put(jnp.float32(flags.beta), sharding.replicated(mesh)),
             ),
             config.offload,
             run.checkpoints.wait,

@@ -420,7 +420,7 @@ def with_reward_head(
         return base, params
     config, params = models.with_scalar_head(params, base, jax.random.key(seed))
     layout = sharding.shardings(models.logical_axes(config), params, mesh)
-    return config, jax.device_put(params, layout)
+    return config, sharding.put(params, layout)
 
 
 # ------------------------------------------------------------------------------ several runs

@@ -268,6 +268,22 @@ def constrainer(mesh: Mesh, rules: Rules = RULES) -> Constrainer:
     return Constrainer(mesh, rules, fused=mesh.devices.flat[0].platform == "tpu")
 
 
+def put(tree: Any, layout: Any) -> Any:
+    """Lays out arrays over a mesh.
+
+    Args:
+      tree: arrays. One that is on a single host's devices must have the same values on all hosts.
+      layout: a sharding, or a tree of them.
+    """
+
+    def plain(x: jax.Array) -> jax.Array | np.ndarray:
+        # Where each host has one device, jax's device_put of a host's own array onto all hosts
+        # gives an array that cannot be read.
+        return np.asarray(x) if jax.process_count() > 1 and x.is_fully_addressable else x
+
+    return jax.device_put(jax.tree.map(plain, tree), layout)
+
+
 def fetch(array: jax.Array) -> np.ndarray:
     """Copies a whole array to every host, wherever its shards are."""
     if array.is_fully_addressable:

@@ -119,14 +119,20 @@ class Pair:
     `folders` are their working directories, if they are not this one's.
     """
 
-    def __init__(self, cache: Path, *tasks: list[list[str]], folders: tuple[Path, ...] = ()):
+    def __init__(
+        self,
+        cache: Path,
+        *tasks: list[list[str]],
+        folders: tuple[Path, ...] = (),
+        devices: int = 4,  # of each process
+    ):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         shared = {
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": "2",
-            "JAX_NUM_CPU_DEVICES": "4",
+            "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": os.pathsep.join(
@@ -248,6 +254,16 @@ def test_two_processes_give_the_metrics_of_one(runs, stage):
     single, pair = (out / stage for out in runs)
     assert_close(single, pair)
     assert {path.name for path in pair.iterdir()} == {path.name for path in single.iterdir()}
+
+
+@pytest.mark.slow
+def test_hosts_of_one_device_each_give_the_metrics_of_one_process(start, runs, cache, tmp_path):
+    """As on GPUs with a process for each."""
+    _, rm, _, ppo = commands(start, tmp_path)
+    with Pair(cache, [[*rm, "--mesh", ""], [*ppo, "--mesh", ""]], devices=1) as pair:
+        pair.end(0, 0, timeout=240)
+    for stage in ("rm", "replayed"):
+        assert_close(runs[0] / stage, tmp_path / stage)
 
 
 def test_each_row_is_read_where_its_device_is(runs):

@@ -126,7 +126,7 @@ def ptx_loss(
 def with_value_head(params: Params, width: int, mesh: Mesh) -> Params:
     """The policy with a value head of zeros on its trunk (lm-human-preferences)."""
     head = {"kernel": jnp.zeros(width), "bias": jnp.zeros(())}
-    return {**params, "value_head": jax.device_put(head, sharding.replicated(mesh))}
+    return {**params, "value_head": sharding.put(head, sharding.replicated(mesh))}
 
 
 def without_value_head(params: Params) -> Params:
