@@ -69,6 +69,13 @@ def test_templates(template, expected):
     assert value("prompt=" + template) == expected
 
 
+def test_braces_and_backslashes_in_templates():
+    """As in Python's formats, so that a template can hold TeX."""
+    row = {"x": "1+1", "y": "{x}"}
+    assert value(r"prompt={x}\nAnswer in \boxed{{}}.", row) == "1+1\nAnswer in \\boxed{}."
+    assert value(r"prompt=\\text{{{x}}}\\n{y}", row) == r"\text{1+1}\n{x}"
+
+
 def test_templates_without_text():
     with pytest.raises(KeyError):
         value("prompt={absent}")
@@ -121,7 +128,8 @@ def test_malformed_ranks(rule):
         ("a={x", "a brace without its partner"),
         ("a=x}", "a brace without its partner"),
         ("a={x}}", "a brace without its partner"),
-        ("a={{x}}", "braces in braces"),
+        ("a={{x}}", "names no column"),
+        ("a={x}{{}", "a brace without its partner"),
         ("a={}", "braces without a column's name in them"),
         ("a={x} { }", "braces without a column's name in them"),
         ("a={?}", "braces without a column's name in them"),

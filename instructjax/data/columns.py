@@ -13,7 +13,7 @@ r"""`--data.columns`: a small language for the column that a field of a record i
                                        the second; 0: a tie
 
 Entries are separated by commas; a comma inside a template is safe unless `name=` follows it. In a
-template `\n` and `\t` are line break and tab.
+template `\n` and `\t` are line break and tab; `{{`, `}}` and `\\` are `{`, `}` and a backslash.
 """
 
 import json
@@ -73,14 +73,28 @@ def _json(text: str, path: str) -> Any:
     return value
 
 
+_PART = re.compile(r"\{\{|\}\}|\{[^{}]*\}|\\[nt\\]|.", re.DOTALL)  # of a template
+_SPELLED = {"{{": "{", "}}": "}", r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+_ITSELF = "for a brace itself write {{ or }}"
+_ALONE = f"a brace without its partner; {_ITSELF}"
+
+
 def _template(source: str) -> Column:
-    parts = re.split(r"\{([^{}]*)\}", source.replace("\\n", "\n").replace("\\t", "\t"))
-    if any(brace in literal for literal in parts[::2] for brace in "{}"):
-        problem = "has a brace without its partner, or braces in braces"
-        raise ValueError(f"--data.columns: the template '{source}' {problem}")
-    if not all(name.removesuffix("?").strip() for name in parts[1::2]):
-        problem = "has braces without a column's name in them"
-        raise ValueError(f"--data.columns: the template '{source}' {problem}")
+    parts = [""]  # text, column, text, ...
+    for part in _PART.findall(source):
+        if part in _SPELLED:
+            parts[-1] += _SPELLED[part]
+        elif part in ("{", "}"):
+            raise ValueError(f"--data.columns: the template '{source}' has {_ALONE}")
+        elif not part.startswith("{"):
+            parts[-1] += part
+        elif part[1:-1].removesuffix("?").strip():
+            parts += [part[1:-1], ""]
+        else:
+            problem = f"has braces without a column's name in them; {_ITSELF}"
+            raise ValueError(f"--data.columns: the template '{source}' {problem}")
+    if len(parts) == 1:
+        raise ValueError(f"--data.columns: the template '{source}' names no column")
 
     def fill(row: Mapping[str, Any]) -> str:
         text = parts[0]
@@ -158,7 +172,7 @@ def _column(field: str, source: str) -> Column:
     if field == "ranks" and ":" in source:
         return _ranks(*source.split(":", 1))
     if "}" in source:
-        raise ValueError(f"--data.columns: '{source}' has a brace without its partner")
+        raise ValueError(f"--data.columns: '{source}' has {_ALONE}")
     if "+" in source:
         paths = source.split("+")
         if not all(paths):
