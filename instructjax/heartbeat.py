@@ -67,16 +67,21 @@ class Heartbeat:
 
     def _look(self) -> None:
         named: set[int] = set()
+        last = time.monotonic()
         while not self._done.wait(self._every):
-            now = time.monotonic()
+            before, now = last, time.monotonic()
+            last = now
+            if now - before > 2 * self._every:  # this process was stopped, and heard no one
+                for host in self._heard:
+                    self._heard[host] += now - before
             silent = {host for host, heard in self._heard.items() if now - heard > self._silence}
             if 0 in silent:  # nothing can be known of the others
                 silent = {0} | named
             for host in sorted(silent - named):
                 self._say(
                     f"{self._name(host)} has been silent for {self._silence} s: it was killed or"
-                    " stopped, its machine is down, or the network to it is cut; jax is about to"
-                    " end the run"
+                    " stopped, its machine is down, the network to it is cut, or a call blocks its"
+                    " Python; unless it is heard again, jax ends the run"
                 )
             for host in sorted(named - silent):
                 self._say(f"{self._name(host)} is heard again")

@@ -1,5 +1,6 @@
 """The processes of a run wait for one another by name, and notice one that has fallen silent."""
 
+import ctypes
 import socket
 import threading
 import time
@@ -103,3 +104,13 @@ def test_a_service_that_does_not_answer_names_host_0_alone(printed):
         printed.wait_for("host 1: host 0 has been silent for 0.2 s")
         released.set()
     assert "host 2" not in printed.text
+
+
+def test_a_host_that_was_stopped_itself_names_no_other(capsys):
+    """As by SIGSTOP, or by a call that blocks Python. Its threads then go on in any order."""
+    with Heartbeat(Service(), 1, 2, silence=0.3, every=0.03):
+        for _ in range(4):
+            time.sleep(0.1)
+            ctypes.PyDLL(None).usleep(400_000)
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
