@@ -135,8 +135,10 @@ def test_half_written_is_removed(tmp_path):
 # The first failure ends orbax's event loop, and later failures become unraisable exceptions.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_failed_write_leaves_the_last_checkpoint(tmp_path):
+def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     """The kernel refuses the write in the background, as with a quota or a disk that fills up."""
+    told = []  # to the other hosts, at once
+    monkeypatch.setattr(Checkpoints, "_end_all", lambda self, error: told.append(str(error)))
     saved = state_of(sharding.make_mesh(), width=256)
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     checkpoints.save(5, saved, {})
@@ -150,6 +152,7 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path):
             checkpoints.save(6, saved, {})
             checkpoints.wait()
         assert str(tmp_path) in str(error.value)
+        assert "too large" in told[0]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
@@ -265,10 +268,68 @@ def test_a_save_that_orbax_declines_is_an_error(tmp_path):
     assert checkpoints.steps() == [2, 3]
 
 
+def test_a_copy_that_a_user_made_is_left_alone(tmp_path):
+    saved = {"w": jnp.zeros((8, 8))}
+    checkpoints = Checkpoints(tmp_path, 5)
+    checkpoints.save(4, saved, {})
+    checkpoints.wait()
+    shutil.copytree(tmp_path / "4", tmp_path / "5.copy")
+    checkpoints.save(5, saved, {})
+    checkpoints.close()
+    assert manifest.damage(epath.Path(tmp_path / "5")) is None
+    assert (tmp_path / "5.copy").exists()
+
+
+def test_a_host_that_has_nothing_to_write_lists_nothing(tmp_path):
+    """If each array is small, and on other hosts too. orbax makes no folder for it then."""
+    manifest._write_own(epath.Path(tmp_path))
+    assert (tmp_path / "checksums.0.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"loss": 0.9}', None])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_damaged_score_is_named(tmp_path, capsys, content, step):
+    """orbax reads all scores when it looks for checkpoints, before a run has chosen one."""
+    checkpoints = Checkpoints(tmp_path, 3, "loss")
+    for each in (1, 2, 3):
+        checkpoints.save(each, {"w": jnp.zeros((8, 8))}, {"score": 0.1 * each})
+    checkpoints.close()
+    file = tmp_path / str(step) / "metrics" / "metrics"
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    again = Checkpoints(tmp_path, 3, "loss")
+    assert again.latest_whole() == 5 - max(step, 2)
+    assert f"{tmp_path}/{step} is damaged (metrics/metrics: " in capsys.readouterr().out
+    assert again.best() == {1: 2, 3: 1}[step]
+    assert (tmp_path / "set_aside" / str(step)).exists()
+    again.close()
+
+
+def test_files_are_dealt_out_in_one_order_on_all_hosts(tmp_path, monkeypatch):
+    """Each is then read by one of them, whatever the order in which a host lists them."""
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(1, {"w": jnp.zeros((8, 8))}, {})
+    checkpoints.close()
+    listed = manifest._listed_by_hosts(epath.Path(tmp_path / "1"))
+    same = {name: [1, 0] for name in listed}
+    read: list[str] = []
+    monkeypatch.setattr(manifest, "_first_problem", lambda _, sums: read.extend(sums))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(manifest.multihost_utils, "process_allgather", lambda text: text)
+    for host, order in enumerate((same, dict(reversed(same.items())))):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        monkeypatch.setattr(manifest, "_listed_by_hosts", lambda _, order=order: order)
+        manifest.damage(epath.Path(tmp_path / "1"))
+    assert sorted(name for name in read if name in same) == sorted(same)
+
+
 def test_a_run_that_takes_checkpoints_over_ends_the_other(tmp_path):
     saved, first = {"w": jnp.zeros((8, 8))}, Checkpoints(tmp_path, 5)
     first.save(1, saved, {})
     first.wait()
+    (tmp_path / ".holder").unlink()  # by a user, and no run has taken it over
+    first._claim.check()
     second = Checkpoints(tmp_path, 5)
     second.save(2, saved, {})
     second.wait()

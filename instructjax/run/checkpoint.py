@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -71,18 +72,16 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_files),
         )
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        handler = manifest.SummedState()
-        registry.add("state", ocp.args.StandardSave, handler)
-        registry.add("state", ocp.args.StandardRestore, handler)
+        self._handler = manifest.SummedState(self._end_all)
+        registry.add("state", ocp.args.StandardSave, self._handler)
+        registry.add("state", ocp.args.StandardRestore, self._handler)
         if not self._on_disk:
             bucket.prepare(self.directory)
         elif jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
         with bucket.errors_named(self.directory):
             check_shared(self.directory)
-            self._manager = ocp.CheckpointManager(
-                self.directory, options=options, handler_registry=registry
-            )
+            self._manager = _Manager(self.directory, options=options, handler_registry=registry)
             self._claim = Claim(self.directory)
 
     def check_space(self, state: Any) -> None:
@@ -169,25 +168,48 @@ class Checkpoints:
         self.wait()
         return self._manager.latest_step()
 
-    def latest_whole(self) -> int | None:
+    def latest_whole(self, chosen: Callable[[int], None] = lambda step: None) -> int | None:
         """The step of the last checkpoint without damage. All hosts call this.
 
-        Damaged checkpoints after it are named, and set aside. A checkpoint without checksums counts
-        as whole, with a warning.
+        Damaged checkpoints after it are named, and set aside, and so are earlier ones whose score
+        is damaged. A checkpoint without checksums counts as whole, with a warning.
+
+        Args:
+          chosen: gets the step before a checkpoint is moved: after a kill in between, those that
+            were moved have not vanished.
         """
-        while (step := self.latest()) is not None and not self._is_whole(step):
-            pass
-        return step
+        whole, damaged = None, {}
+        for step in reversed(self.steps()):
+            if (why := self.damage(step, manifest.SCORE if whole is not None else "")) is not None:
+                damaged[step] = why
+            elif whole is None:
+                whole = step
+        if whole is not None:
+            chosen(whole)
+        for step, why in damaged.items():
+            self._set_aside_damaged(step, why)
+        return whole
 
     def best(self) -> int | None:
         """The step of the checkpoint with the best score; None if no checkpoint has a score.
 
-        Damaged checkpoints are set aside, as in `latest_whole`.
+        Damaged checkpoints are named and set aside.
         """
         while any(self.score(step) is not None for step in self.steps()):
             step = self._manager.best_step()
-            if step is None or self._is_whole(step):
+            if step is None or (why := self.damage(step)) is None:
                 return step
+            self._set_aside_damaged(step, why)
+        return None
+
+    def damage(self, step: int, part: str = "") -> str | None:
+        """What is wrong with a checkpoint's files, or with those in `part`. All hosts call this."""
+        where = self.directory / str(step)
+        with bucket.errors_named(self.directory):
+            if hosts.agree(manifest.exists(where)):
+                return manifest.damage(where, part)
+        if not part:
+            self._say(f"warning: {where} has no checksums, so that damage would not be seen")
         return None
 
     def set_aside(self, step: int) -> epath.Path:
@@ -208,27 +230,27 @@ class Checkpoints:
         self._manager.reload()
         return target
 
-    def _is_whole(self, step: int) -> bool:
+    def _set_aside_damaged(self, step: int, why: str) -> None:
         where = self.directory / str(step)
-        if not manifest.exists(where):
-            self._say(f"warning: {where} has no checksums, so that damage would not be seen")
-            return True
-        with bucket.errors_named(self.directory):
-            damage = manifest.damage(where)
-        if damage is None:
-            return True
-        self._say(f"{where} is damaged ({damage}): moved to {self.set_aside(step)}")
-        return False
+        self._say(f"{where} is damaged ({why}): moved to {self.set_aside(step)}")
 
     def _sum_files(self) -> None:
         """Host 0 calls this in the background, when a checkpoint is complete but for its name."""
-        step = str(self._writing)
-        (unfinished,) = (
-            path
-            for path in self.directory.iterdir()
-            if path.name == step or path.name.startswith(f"{step}.")
-        )
-        manifest.write(unfinished)
+        try:
+            manifest.write(self._handler.step_directory)
+        except Exception as error:
+            self._end_all(error)
+            raise
+
+    def _end_all(self, error: Exception) -> None:
+        """Ends all hosts, if there are several, because one could not write its share."""
+        if jax.process_count() > 1:
+            message = (
+                f"{self.directory}: the checkpoint of step {self._writing} could not be written by"
+                f" host {jax.process_index()}: {error}; --resume continues from the one before"
+            )
+            print(f"error: {message}", file=sys.stderr)
+            hosts.end(1, message)
 
     def score(self, step: int) -> float | None:
         """The `best_metric` of a checkpoint, from its metadata; None if it was saved without."""
@@ -310,6 +332,17 @@ class Checkpoints:
         except Exception:  # of a bucket that cannot be read now either
             good = "those before it cannot be listed"
         return OSError(f"{self.directory}: {lost} could not be written, {good}: {why}")
+
+
+class _Manager(ocp.CheckpointManager):
+    """Reads all scores when it is made. One that cannot be read counts as none."""
+
+    def metrics(self, step: int) -> Any:
+        try:
+            metrics = super().metrics(step)
+        except ValueError:  # damaged, which `latest_whole` says
+            return None
+        return metrics if isinstance(metrics, dict) else None
 
 
 def abstract(state: Any) -> Any:

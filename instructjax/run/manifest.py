@@ -10,7 +10,7 @@ a kill leaves a checkpoint with its checksums or none at all.
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from orbax.checkpoint.future import ChainedFuture
 from instructjax.run import bucket
 
 WHOLE = "checksums.json"
+SCORE = "metrics/"  # orbax's folder of a checkpoint's score
 CHUNK = 2**24  # bytes read at a time
 COMMIT_FILE = "commit_success.txt"  # written by orbax at the very end, as the metadata's time is
 STEP_METADATA, COMMIT_TIME = "_CHECKPOINT_METADATA", "commit_timestamp_nsecs"
@@ -32,18 +33,48 @@ Sums = dict[str, list[int]]
 
 
 class SummedState(ocp.StandardCheckpointHandler):
-    """Writes a state, and the checksums of the files that this host wrote."""
+    """Writes a state, and the checksums of the files that this host wrote.
+
+    Args:
+      failed: gets an error of the writing, in the thread that writes, before orbax does. orbax
+        would let the other hosts wait for this one for minutes.
+    """
+
+    def __init__(self, failed: Callable[[Exception], None]):
+        super().__init__()
+        self._failed = failed
+        self.step_directory = epath.Path()  # of the checkpoint that is being written
 
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
         futures = await super().async_save(directory, *args, **kwargs) or []
         folder = getattr(directory, "path", directory)  # it may be about to be made
-        return [ChainedFuture(futures, lambda: _write_own(folder))]
+        self.step_directory = folder.parent
+        return [_Written(futures, lambda: _write_own(folder), self._failed)]
+
+
+class _Written(ChainedFuture):
+    """Waits for futures, then calls back. `failed` gets what either raises."""
+
+    def __init__(
+        self, futures: Any, callback: Callable[[], None], failed: Callable[[Exception], None]
+    ):
+        super().__init__(futures, callback)
+        self._failed = failed
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return super().result(timeout)
+        except Exception as error:
+            self._failed(error)
+            raise
 
 
 def _write_own(folder: epath.Path) -> None:
     host = jax.process_index()
     arrays = folder / f"ocdbt.process_{host}"
-    sums = {f"{arrays.name}/{name}": summed(arrays / name) for name in _names(arrays)}
+    # A host has written nothing if each array is small, and another host has it too.
+    names = _names(arrays) if arrays.exists() else ()
+    sums = {f"{arrays.name}/{name}": summed(arrays / name) for name in names}
     (folder / f"checksums.{host}.json").write_text(json.dumps(sums))
 
 
@@ -75,24 +106,26 @@ def move(step_directory: epath.Path, target: epath.Path) -> None:
         bucket.move(step_directory / name, target / name)
 
 
-def damage(step_directory: epath.Path) -> str | None:
+def damage(step_directory: epath.Path, part: str = "") -> str | None:
     """What is wrong with a checkpoint: the first file that differs from its checksum, and how.
 
     Every file is read once, by one of the hosts. All hosts call this, and get the same answer.
 
     Args:
       step_directory: a checkpoint for which `exists`.
+      part: how the names of the files to read begin.
     """
     try:
         sums = _read(step_directory / WHOLE)
+        sums = {name: values for name, values in sums.items() if name.startswith(part)}
         lists = [name for name in sums if _is_host_list(name)]
         problem = _first_problem(step_directory, {name: sums.pop(name) for name in lists})
-        sums |= {} if problem else _listed_by_hosts(step_directory)
+        sums |= {} if problem or part else _listed_by_hosts(step_directory)
     except (OSError, ValueError) as error:
         bucket.raise_outage(step_directory, error)
         sums, problem = {}, str(error)
-    # The largest files are dealt out first.
-    dealt = sorted(sums.items(), key=lambda item: item[1][0], reverse=True)
+    # The largest files are dealt out first, in an order that is the same on all hosts.
+    dealt = sorted(sums.items(), key=lambda item: (-item[1][0], item[0]))
     share = dict(dealt[jax.process_index() :: jax.process_count()])
     problem = problem or _first_problem(step_directory, share)
     if jax.process_count() == 1:

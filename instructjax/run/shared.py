@@ -56,8 +56,18 @@ class Claim:
             self._file.write_text(self._mark)
 
     def check(self) -> None:
-        """Raises OSError on host 0 if another run has taken the directory over since."""
-        if jax.process_index() == 0 and (mark := self._file.read_text()) != self._mark:
+        """Raises OSError on host 0 if another run has taken the directory over since.
+
+        A run that takes it over leaves its own mark. So a mark that was removed is written again.
+        """
+        if jax.process_index() != 0:
+            return
+        try:
+            mark = self._file.read_text()
+        except FileNotFoundError:
+            self._file.write_text(self._mark)
+            return
+        if mark != self._mark:
             host = mark.partition(" ")[2]
             raise OSError(
                 f"{self._file.parent}: a run on {host} has taken these checkpoints over; give each"
