@@ -9,6 +9,7 @@ import pytest
 from test_run import Toy, fit, lines_of, run_main
 
 from instructjax.run import FAILED, FINISHED, Run
+from instructjax.run.checkpoint import Checkpoints
 
 ONE = {"steps": 12, "save_every": 4, "keep_last": 9}
 
@@ -87,9 +88,58 @@ def test_a_vanished_checkpoint_is_an_error_until_one_goes_back(copy, capsys):
     assert run_main(resumed(resume_step=4, steps=10)) == FINISHED
     assert "run: resumed after step 9" in capsys.readouterr().out
     assert (copy / "run" / "metrics.jsonl").read_bytes().startswith(kept)
-    # Without --resume it goes back again.
+    # Without --resume it goes back again, and so it does after a start without --resume_step.
     assert run_main(resumed(resume_step=4, steps=5, resume=False)) == FINISHED
     assert "run: resumed after step 4" in capsys.readouterr().out
+    assert run_main(resumed(steps=6)) == FINISHED
+    capsys.readouterr()
+    said = {7: "run: resumed after step 4", 8: "--resume_step 4: an earlier start went back"}
+    for steps, text in said.items():
+        assert run_main(resumed(resume_step=4, steps=steps)) == FINISHED
+        assert text in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_not_gone_back_to(copy, capsys):
+    """Nothing is moved, so that another one can be chosen."""
+    damage(copy / "ckpt" / "8")
+    assert run_main(resumed(resume_step=8)) == FAILED
+    error = capsys.readouterr().err
+    assert f"--resume_step 8: {copy}/ckpt/8 is damaged (state/ocdbt.process_0/d/" in error
+    assert error.endswith("the checkpoints are: 4, 8, 12\n")
+    assert not (copy / "ckpt" / "set_aside").exists()
+
+
+@pytest.mark.parametrize(("step", "reached"), [(None, 8), (4, 4)])
+def test_a_kill_after_checkpoints_are_moved_does_not_stop_the_next_start(
+    copy, monkeypatch, step, reached
+):
+    """What was moved, because it is damaged or because the run goes back, has not vanished."""
+
+    class Killed(BaseException):
+        pass
+
+    def move(self, step):
+        set_aside(self, step)
+        raise Killed
+
+    set_aside = Checkpoints.set_aside
+    if step is None:
+        damage(copy / "ckpt" / "12")
+    else:
+        shutil.rmtree(copy / "ckpt" / "12")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "set_aside", move)
+        with pytest.raises(Killed):
+            fit(resumed(resume_step=step))
+    assert json.loads((copy / "run" / "checkpoint.json").read_text())["step"] == reached
+    assert run_main(resumed()) == FINISHED
+
+
+def test_fewer_steps_than_are_made_is_an_error(copy, capsys):
+    before = (copy / "run" / "config.json").read_bytes()
+    assert run_main(resumed(steps=8)) == FAILED
+    assert "error: run: 12 steps are made, and 8 are asked for: give" in capsys.readouterr().err
+    assert (copy / "run" / "config.json").read_bytes() == before
 
 
 def test_a_damaged_checkpoint_costs_the_steps_after_the_one_before(copy, capsys):
@@ -190,3 +240,16 @@ def test_two_runs_do_not_share_checkpoints(tmp_path, capsys):
     ):
         Run(Toy(out=tmp_path / "b", checkpoints=there), stage="toy").__enter__()
     assert json.loads((tmp_path / "a" / "checkpoint.json").read_text())["checkpoints"] == there
+    # Nor where the first has not named the directory.
+    fit(Toy(out=tmp_path / "c", steps=1))
+    for out, where in (("a", there), ("c", str(tmp_path / "c" / "checkpoints"))):
+        other = Toy(out=tmp_path / "b", checkpoints=where, resume=True)
+        taken = pytest.raises(OSError, match=f"--checkpoints {where}: another process is training")
+        with Run(Toy(out=tmp_path / out, resume=True), stage="toy"), taken:
+            Run(other, stage="toy").__enter__()
+
+
+def test_checkpoints_may_lie_in_the_run_directory_itself(tmp_path):
+    config = Toy(out=tmp_path / "run", checkpoints=f"{tmp_path}/x/../run", steps=2)
+    assert run_main(config) == FINISHED
+    assert (tmp_path / "run" / "2").exists()

@@ -1,13 +1,15 @@
 """A run that stands still says so and ends; one that works does not."""
 
+import dataclasses
 import threading
 import time
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 import test_run
 
-from instructjax.run import RESUMABLE, watchdog
+from instructjax.run import FAILED, RESUMABLE, Run, watchdog
 from instructjax.run.watchdog import Watchdog
 
 
@@ -98,8 +100,9 @@ def test_the_end_waits_until_no_host_moves(monkeypatch, capsys):
 def test_a_finished_host_keeps_none_alive(monkeypatch):
     hosts = Hosts(monkeypatch, 2, stall=5)
     hosts.on(1)._tell(float("inf"))
-    hosts.now = 300
-    hosts.on(0)._look()
+    for _ in range(30):
+        hosts.now += 10
+        hosts.on(0)._look()
     assert hosts.ended
 
 
@@ -110,6 +113,37 @@ def test_a_single_process_is_silent_until_the_end(monkeypatch, capsys):
     hosts.pass_by(10)
     assert hosts.ended
     assert capsys.readouterr().err.startswith("error: no progress for 300 s, after step 0")
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch):
+    """As by Ctrl-Z, or while a virtual machine moves."""
+    hosts = Hosts(monkeypatch, 1, stall=5)
+    hosts.pass_by(200)
+    hosts.now += 3600
+    hosts.on(0)._look()
+    hosts.pass_by(80)
+    assert not hosts.ended
+    hosts.pass_by(20)
+    assert hosts.ended
+
+
+def test_a_run_that_stands_still_at_each_start_is_given_up(tmp_path, monkeypatch):
+    """Not if a start has made a checkpoint."""
+    config = test_run.Toy(out=tmp_path, steps=5)
+    ends = []
+    for start in range(1, 9):
+        with Run(config, stage="toy") as run:
+            config = dataclasses.replace(config, resume=True)
+            if start == 2:
+                run.save(1, {"w": jnp.zeros(8)})
+                run.checkpoints.wait()
+            with monkeypatch.context() as patch:
+                hosts = Hosts(patch, 1, stall=5)
+                hosts.dogs = [Watchdog(5, lambda run=run: run._reached.useless_start)]
+                hosts.pass_by(300)
+            ends.append(hosts.ended[0])
+    assert [code for code, _ in ends] == [RESUMABLE] * 6 + [FAILED] * 2
+    assert "in the next step; no new checkpoint in 5 starts, so another" in ends[6][1]
 
 
 @pytest.mark.parametrize("stall", [5, float("inf")])

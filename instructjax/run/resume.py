@@ -17,6 +17,8 @@ from instructjax import hosts
 from instructjax.run.checkpoint import Checkpoints
 from instructjax.run.flags import RunConfig
 
+STARTS = 5  # starts without a new checkpoint, after which a run that stands still is given up
+
 
 @dataclass(frozen=True)
 class Reached:
@@ -24,7 +26,15 @@ class Reached:
 
     checkpoints: str | None = None  # --checkpoints; None is OUT/checkpoints
     step: int | None = None  # of the newest checkpoint that was written
-    went_back_to: int | None = None  # --resume_step, once that has been done
+    starts: int = 0  # since that checkpoint was written
+    went_back_to: int | None = None  # the last start's --resume_step, once that has been done
+
+    @property
+    def useless_start(self) -> str | None:
+        """Why a run that stands still should not be started again; None: it should be."""
+        if self.starts < STARTS:
+            return None
+        return f"no new checkpoint in {self.starts} starts, so another start would be of no use"
 
     @staticmethod
     def read(out: Path) -> "Reached":
@@ -62,7 +72,11 @@ def directory(config: RunConfig, reached: Reached) -> epath.Path:
 
 
 def choose(
-    config: RunConfig, checkpoints: Checkpoints, reached: Reached, say: Callable[[str], None]
+    config: RunConfig,
+    checkpoints: Checkpoints,
+    reached: Reached,
+    say: Callable[[str], None],
+    chosen: Callable[[int], None],
 ) -> int | None:
     """The step to go on from; None is the beginning. All hosts call this.
 
@@ -70,24 +84,23 @@ def choose(
     the later ones are set aside first. Where --resume is given as well, as by a script that starts
     a run again, the second start goes on from the newest.
 
+    Args:
+      chosen: records the step, before a checkpoint is moved: a kill in between must not make the
+        next start miss those that were moved.
+
     Raises:
-      ValueError: there is no such checkpoint, none is whole, or the newest one has vanished.
+      ValueError: there is no such checkpoint, it or all of them are damaged, or the newest one has
+        vanished.
     """
     if not config.resuming:
         return None
     steps, wanted = checkpoints.steps(), config.resume_step
     listed = ", ".join(map(str, steps)) or "none"
-    go_back = wanted is not None and not (config.resume and reached.went_back_to == wanted)
-    if go_back:
-        if wanted not in steps:
-            raise ValueError(
-                f"--resume_step {wanted}: not among the checkpoints in {checkpoints.directory}:"
-                f" {listed}"
-            )
-        for step in steps:
-            if step > wanted:
-                say(f"{checkpoints.set_aside(step)}: step {step:,} is later than --resume_step")
-    elif reached.step is not None and max(steps, default=-1) < reached.step:
+    went_back = config.resume and reached.went_back_to == wanted
+    if wanted is not None and not went_back:
+        _go_back(wanted, steps, checkpoints, say, chosen)
+        return wanted
+    if reached.step is not None and max(steps, default=-1) < reached.step:
         raise ValueError(
             f"{config.out} has saved step {reached.step:,} in"
             f" {reached.checkpoints or config.out / 'checkpoints'}, and the checkpoints in"
@@ -95,7 +108,7 @@ def choose(
             " of these with --resume_step, or start another run with another --out"
         )
     newest = checkpoints.latest()
-    whole = checkpoints.latest_whole()
+    whole = checkpoints.latest_whole(chosen)
     if newest is None:
         return None
     if whole is None:
@@ -103,6 +116,29 @@ def choose(
             f"{checkpoints.directory}: no checkpoint is whole; they are in set_aside. Start another"
             " run with another --out"
         )
+    if wanted is not None:
+        say(f"--resume_step {wanted}: an earlier start went back; without --resume, this one would")
     if whole < newest:
         say(f"going on from step {whole:,}: {newest - whole:,} steps are made again")
     return whole
+
+
+def _go_back(
+    wanted: int,
+    steps: list[int],
+    checkpoints: Checkpoints,
+    say: Callable[[str], None],
+    chosen: Callable[[int], None],
+) -> None:
+    where, listed = checkpoints.directory, ", ".join(map(str, steps)) or "none"
+    if wanted not in steps:
+        raise ValueError(f"--resume_step {wanted}: not among the checkpoints in {where}: {listed}")
+    if (why := checkpoints.damage(wanted)) is not None:
+        raise ValueError(
+            f"--resume_step {wanted}: {where / str(wanted)} is damaged ({why}); the checkpoints"
+            f" are: {listed}"
+        )
+    chosen(wanted)
+    for step in steps:
+        if step > wanted:
+            say(f"{checkpoints.set_aside(step)}: step {step:,} is later than --resume_step")

@@ -19,6 +19,7 @@ of the stream, and 0 is before training. `state.step`, the checkpoint and the li
 have the same number.
 """
 
+import dataclasses
 import logging
 import math
 import os
@@ -36,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from instructjax import hosts
-from instructjax.run import card, flags, resume
+from instructjax.run import bucket, card, flags, resume
 from instructjax.run.checkpoint import Checkpoints, abstract
 from instructjax.run.flags import RunConfig
 from instructjax.run.memory import Memory, ran_out
@@ -83,8 +84,9 @@ class Run:
       best_metric: the metric that the `score` of `save` is. If given, the best checkpoint is kept.
       best_mode: whether the least or the greatest score is the best.
 
-    If nothing moves for --stall minutes, the program ends with RESUMABLE too. If memory runs out,
-    the error that the context raises says where, and which flags help.
+    If nothing moves for --stall minutes, the program ends with RESUMABLE too, or with FAILED if it
+    has been started several times since the last checkpoint. If memory runs out, the error that
+    the context raises says where, and which flags help.
 
     Raises:
       ValueError: --resume with a config that makes another run, or a flag that differs over hosts.
@@ -110,7 +112,9 @@ class Run:
         self._first = self._total = self._saved = self._written = -1
         self._clock = time.perf_counter()
         self._training = self._tracing = False
-        self._watchdog, self._memory = Watchdog(config.stall), Memory()
+        self._reached = resume.Reached()
+        self._watchdog = Watchdog(config.stall, lambda: self._reached.useless_start)
+        self._memory = Memory()
 
     def __enter__(self) -> "Run":
         with ExitStack() as stack:  # undoes the first lines if a later one fails
@@ -128,7 +132,7 @@ class Run:
             self._reached = resume.Reached.read(self.out)
             directory = resume.directory(self.config, self._reached)
             if jax.process_index() == 0:
-                if self.config.checkpoints is not None and "://" not in os.fspath(directory):
+                if not bucket.holds(directory) and Path(directory).resolve() != self.out.resolve():
                     claim(Path(directory), stack, "--checkpoints")
                 for change in flags.compare(self.config, self.stage, directory):
                     self._say(f"{self.out}: changed since: {change}")
@@ -143,14 +147,17 @@ class Run:
                 best_metric,
                 best_mode,
                 say=self._say,
-                on_written=self._remember,
+                on_written=lambda step: self._remember(step, starts=0),
             )
             stack.callback(self.checkpoints.close)
             inside = directory == epath.Path(self.out / "checkpoints")
             self._elsewhere = None if inside else os.fspath(self.checkpoints.directory)
-            self._latest = resume.choose(self.config, self.checkpoints, self._reached, self._say)
+            self._latest = resume.choose(
+                self.config, self.checkpoints, self._reached, self._say, self._remember
+            )
             self._written = -1 if self._latest is None else self._latest
-            self._remember(self._latest, self.config.resume_step)
+            starts = self._reached.starts + 1 if self.config.resuming else 1
+            self._remember(self._latest, went_back_to=self.config.resume_step, starts=starts)
             self.metrics = MetricsWriter(
                 self.out, self._latest, self.config.tensorboard, self.config.wandb
             )
@@ -251,7 +258,8 @@ class Run:
         loop by `break`.
 
         Raises:
-          ValueError: --profile begins after the last step, or the hosts count different steps.
+          ValueError: --profile begins after the last step, the hosts count different steps, or more
+            steps are made already.
         """
         window = self.config.profile_window
         if window and window[0] > total:
@@ -260,6 +268,11 @@ class Run:
             raise ValueError(
                 f"the data give {total} steps on this host, and {total_on_host_0} on host 0:"
                 " all hosts must read the same data"
+            )
+        if start > total:
+            raise ValueError(
+                f"{self.out}: {start:,} steps are made, and {total:,} are asked for: give more"
+                " --steps, or go back with --resume_step"
             )
         self._write_config()
         self._first, self._total, self._saved, self._training = start + 1, total, start, True
@@ -393,10 +406,10 @@ class Run:
         if jax.process_index() == 0:
             flags.write(self.config, self.stage)
 
-    def _remember(self, step: int | None, went_back_to: int | None = None) -> None:
-        """Records in OUT/checkpoint.json that the checkpoint of this step is written."""
-        back = self._reached.went_back_to if went_back_to is None else went_back_to
-        self._reached = resume.Reached(self._elsewhere, step, back)
+    def _remember(self, step: int | None, **changes: Any) -> None:
+        """Records in OUT/checkpoint.json that the run goes on from this checkpoint, if killed."""
+        changes |= {"checkpoints": self._elsewhere, "step": step}
+        self._reached = dataclasses.replace(self._reached, **changes)
         if jax.process_index() == 0:
             self._reached.write(self.out)
 

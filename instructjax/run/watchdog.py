@@ -3,6 +3,7 @@
 A host moves if it finishes a step, begins or ends a phase, or if its main thread computes: while
 it loads a model, reads data or evaluates. While it waits for a device, for another host or for a
 disk, the main thread uses no processor time. A compilation may use none either, in other threads.
+Time in which this whole process was stopped, as by Ctrl-Z, does not count.
 """
 
 import faulthandler
@@ -11,7 +12,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -32,20 +33,29 @@ class Watchdog:
 
     A host that has not moved for a minute prints once a minute where it and others stand. A single
     process prints nothing: the progress line shows what it does. When no host has moved for `stall`
-    minutes, each prints the stacks of its threads and ends with hosts.RESUMABLE.
+    minutes, each prints the stacks of its threads and ends with hosts.RESUMABLE, or with 1 if
+    another start would be of no use.
 
     Args:
       stall: minutes; inf lets the run wait for ever.
+      useless: says why another start would be of no use; None: it may be of use.
       look: seconds from one look at the main thread to the next.
       quiet: seconds without progress from one message to the next.
     """
 
-    def __init__(self, stall: float, look: float = LOOK, quiet: float = QUIET):
-        self._stall, self._quiet = 60 * stall, quiet
+    def __init__(
+        self,
+        stall: float,
+        useless: Callable[[], str | None] = lambda: None,
+        look: float = LOOK,
+        quiet: float = QUIET,
+    ):
+        self._stall, self._useless, self._quiet = 60 * stall, useless, quiet
         self._every = min(look, self._stall / 4)
         self._step = 0
         self._phases: list[str] = []  # the innermost last
-        self._moved, self._computed, self._printed = time.monotonic(), _computed(), 0
+        self._moved = self._looked = time.monotonic()
+        self._computed, self._printed = _computed(), 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -81,9 +91,12 @@ class Watchdog:
 
     def _look(self) -> None:
         before, self._computed = self._computed, _computed()
+        last, self._looked = self._looked, time.monotonic()
         if self._computed - before > BUSY * self._every:
-            self._moved = time.monotonic()
-        still = time.monotonic() - self._moved
+            self._moved = self._looked
+        elif self._looked - last > 2 * self._every:  # this process did not run
+            self._moved += self._looked - last - self._every
+        still = self._looked - self._moved
         self._tell(still)
         minutes = int(still / self._quiet)
         if not minutes and still < self._stall:
@@ -120,11 +133,13 @@ class Watchdog:
         return {host: places[host] for host in sorted(places) if host != global_state.process_id}
 
     def _end(self, still: float) -> None:
-        where = _where(*self._place)
-        message = f"no progress for {still:.0f} s, {where}; --resume continues the run"
+        code, then = hosts.RESUMABLE, "--resume continues the run; --stall allows more time"
+        if (useless := self._useless()) is not None:
+            code, then = 1, useless
+        message = f"no progress for {still:.0f} s, {_where(*self._place)}; {then}"
         self._say(message)
         faulthandler.dump_traceback(all_threads=True)
-        hosts.end(hosts.RESUMABLE, message)
+        hosts.end(code, message)
 
     def _say(self, text: str) -> None:
         host = f"host {global_state.process_id}: " if global_state.num_processes > 1 else "error: "
