@@ -1,9 +1,11 @@
 """Readers of files: layouts of JSON, torn rows and long cells of CSV, Parquet, message tables."""
 
 import builtins
+import contextlib
 import csv
 import io
 import json
+import re
 
 import pytest
 
@@ -289,3 +291,16 @@ def test_tables_of_messages_as_pandas_writes_them(tmp_path, suffix):
     assert (record.responses, record.ranks) == ((" text c", " text d"), (2, 1))
     (record,) = data.read(DataConfig(f"jsonl:{path}"), "demonstrations", log=str)
     assert record.responses == (" text d",)
+
+
+@pytest.mark.parametrize("scheme", ["", "jsonl:", "hf:", "hf:/", "tfds:/"])
+def test_a_check_of_what_no_path_can_be(scheme):
+    """Such as a row in place of a path, which is longer than a name of a file may be."""
+    for name in ("x" * 5000, "a\0b", "~nouser/x"):
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            data.check(DataConfig(scheme + name), "text")
+
+
+def test_a_check_of_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"write jsonl:{re.escape(str(tmp_path))}/\*$"):
+        data.check(DataConfig(f"jsonl:{tmp_path}/"), "text")

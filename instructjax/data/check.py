@@ -47,19 +47,19 @@ def _check_spec(flag: str, config: DataConfig, spec: str) -> None:
     if spec == "miniature":
         return
     if scheme not in ("jsonl", "tfds", "hf") or not name:
-        hint = f"; for a file write jsonl:{spec}" if Path(spec).exists() else ""
+        hint = f"; for a file write jsonl:{spec}" if os.path.exists(spec) else ""
         raise ValueError(f"{flag} {spec}: is not {FORMS}{hint}")
     if scheme == "jsonl":
         _check_files(f"{flag} {spec}", name, config.on_error)
         return
     if scheme == "hf" and importlib.util.find_spec("datasets") is None:
         raise ValueError(f"{flag} {spec} {_NEEDS}")
-    path = Path(paths.expand(name))
-    if scheme == "hf" and path.is_file():
+    if scheme == "hf" and os.path.isfile(paths.expand(name)):
         raise ValueError(f"{flag} {spec}: is a file: write jsonl:{name}")
     # What follows the folder may be a colon and a split, or a slash and a configuration.
     folder = Path(paths.expand(name.partition(":")[0]))
-    if name.startswith(("/", "~", ".")) and not (folder.is_dir() or folder.parent.is_dir()):
+    there = os.path.isdir(folder) or os.path.isdir(folder.parent)
+    if name.startswith(("/", "~", ".")) and not there:
         raise FileNotFoundError(f"{flag} {spec}: no such folder")
 
 
@@ -67,7 +67,7 @@ def _check_files(flag: str, pattern: str, on_error: str) -> None:
     files = paths.files(pattern)
     if not files:
         folder = os.path.isdir(paths.expand(pattern))
-        hint = f"; for the files of a folder write jsonl:{pattern}/*" if folder else ""
+        hint = f"; for the files of a folder write jsonl:{pattern.rstrip('/')}/*" if folder else ""
         raise FileNotFoundError(f"{flag}: no such file{hint}")
     if any(path.endswith(".parquet") for path in files) and not importlib.util.find_spec("pyarrow"):
         raise ValueError(f"{flag} {_NEEDS}")
