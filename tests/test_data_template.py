@@ -469,6 +469,17 @@ def test_unknown_words(tmp_path):
     assert any("the tokenizer does not know" in line for line in lines)
 
 
+def test_the_unknown_token_spelled_out(tmp_path):
+    """SmolLM2's is <|endoftext|>, which data of other models have: the tokenizer knows it."""
+    tokenizer, lines = tokenizer_of("qwen"), []
+    tokenizer.unk_token = "<|im_start|>"
+    assert tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    row = {"prompt": "a<|im_start|>" * 9, "completion": "b"}
+    config = DataConfig(write(tmp_path / "a", row), cache=None, template="plain")
+    load(config, "demonstrations", tokenizer, log=lines.append)
+    assert not any("does not know" in line for line in lines)
+
+
 def test_a_token_without_an_embedding(tmp_path):
     tokenizer = chat_layouts.tokenizer("qwen")
     size = len(tokenizer)
