@@ -406,15 +406,19 @@ esac
     assert len(calls(where, "job.sh start")) == 3
 
 
-@pytest.mark.parametrize("code", [1, 137])
-def test_an_error_ends_it(cloud, code):
+@pytest.mark.parametrize(
+    ("codes", "code", "starts"),
+    [((0, 1), 1, 1), ((134, 1), 1, 1), ((134, 137), 134, 5), ((0, 137), 137, 5)],
+)
+def test_an_error_ends_it(cloud, codes, code, starts):
+    """At once if it is one of the command. One that was killed or aborted is tried again."""
     env, where = cloud
-    command = f'case "$HOME" in */1) exit {code};; esac; true'
+    command = f'case "$HOME" in */0) exit {codes[0]};; */1) exit {codes[1]};; esac; true'
     flags = {**SLICE, "accelerator": "v5p-16", "command": command}
     done = shell("resume.sh", env=env, **flags)
     assert done.returncode == code
     assert "logs.sh" in done.stderr
-    assert len(calls(where, "job.sh start")) == 1
+    assert len(calls(where, "job.sh start")) == starts
 
 
 def test_a_running_job_is_watched(cloud):

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Keeps a run going until it has finished. It creates the slice, installs, runs the command with
 # --resume on all hosts and watches it. It replaces a preempted slice by a new one. If the command
-# exits with 75 (stopped, but resumable), it runs the command again.
+# exits with 75 (stopped, but resumable), it runs the command again. It does so too with 137, of a
+# host whose command was killed, and 134, of hosts that jax ends when another falls silent; but not
+# if that happens five times in a row, each time in the first hour.
 #
 #   tpu_setup/resume.sh --name ppo --project my-project --zone us-west4-a \
 #       --accelerator v5litepod-16 --spot \
@@ -15,14 +17,15 @@
 # --service-account are those of create.sh.
 #
 # Ctrl-C leaves the job running; the same command watches it again. The hosts' disks are lost with
-# the slice, so keep checkpoints in a bucket. The exit code is 0 if all hosts finished, else the
-# first one that is neither 0 nor 75.
+# the slice, so keep checkpoints in a bucket. The exit code is 0 if all hosts finished, else that of
+# the first host that failed.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 REF=HEAD
 COMMAND=""
 PATIENCE=10 # checks or attempts in a row that may fail
+ABORTS=5    # times in a row that the command may be killed or aborted within an hour
 
 parse "--name --project --zone --accelerator --runtime-version --service-account --ref --command" \
   "--spot --direct" "$@"
@@ -76,8 +79,9 @@ begin() {
 }
 
 # watch: returns if the job must be run again; ends the script if it finished or failed.
+aborted=0
 watch() {
-  local missed=0 now jobs code
+  local missed=0 now jobs code began=$SECONDS
   while [ "$missed" -lt "$PATIENCE" ]; do
     sleep "$POLL"
     missed=$((missed + 1))
@@ -90,7 +94,14 @@ watch() {
     ! grep -q ' running$' <<<"$jobs" || continue
     # If a job was lost, the other hosts' errors are a consequence, not the command's own.
     ! grep -qE ' (lost|none)$' <<<"$jobs" || return 0
-    code="$(awk '$2 != 0 && $2 != 75 {print $2; exit}' <<<"$jobs")"
+    code="$(awk '$2 !~ /^(0|75|134|137)$/ {print $2; exit}' <<<"$jobs")"
+    if [ -z "$code" ] && grep -qE ' (134|137)$' <<<"$jobs"; then
+      [ $((SECONDS - began)) -lt 3600 ] || aborted=0
+      aborted=$((aborted + 1))
+      [ "$aborted" = "$ABORTS" ] || return 0
+      code="$(awk '$2 != 0 && $2 != 75 {print $2; exit}' <<<"$jobs")"
+    fi
+    aborted=0
     if [ -n "$code" ]; then
       echo "$jobs" >&2
       failed "the command failed; tpu_setup/logs.sh --worker N shows a host's output" "$code"
