@@ -1,7 +1,7 @@
 """Cloud Storage on this machine, with the faults that a test asks for.
 
 gcp-storage-emulator keeps the objects. It answers one request at a time. The handler here adds what
-it lacks and checkpoints need: preconditions of uploads, and the move of an object.
+it lacks and checkpoints need: preconditions of uploads.
 """
 
 import io
@@ -20,7 +20,6 @@ from gcp_storage_emulator.exceptions import NotFound
 
 BUCKET = "bucket"
 NAME = re.compile(rb'"name": ("[^"]+")')
-MOVE = re.compile(r"/storage/v1/b/[^/]+/o/(?P<source>.+)/moveTo/o/(?P<target>.+)")
 
 Refuse = Callable[[str, str], int | str | None]
 
@@ -134,14 +133,11 @@ class _Handler(server.RequestHandler):
         generation = query.get("ifGenerationMatch")  # 0 stands for no object
         if refusal is None and generation not in (None, self._generation(name)):
             refusal = HTTPStatus.PRECONDITION_FAILED
-        move = MOVE.fullmatch(url.path)
         with suppress(ConnectionError):  # gcsfs may hang up before it has read an object
             if refusal == "cut":
                 self.close_connection = True
             elif refusal is not None:
                 self._answer(int(refusal), {"error": {"code": refusal, "message": "refused"}})
-            elif move is not None:
-                self._move(unquote(move["source"]), unquote(move["target"]))
             else:
                 serve()
 
@@ -150,17 +146,6 @@ class _Handler(server.RequestHandler):
             return self.storage.get_file_obj(BUCKET, name)["generation"]
         except NotFound:
             return "0"
-
-    def _move(self, source: str, target: str) -> None:
-        try:
-            content = self.storage.get_file(BUCKET, source)
-            described = {**self.storage.get_file_obj(BUCKET, source), "name": target}
-        except NotFound:
-            self._answer(HTTPStatus.NOT_FOUND, {"error": {"code": 404, "message": source}})
-            return
-        self.storage.create_file(BUCKET, target, content, described)
-        self.storage.delete_file(BUCKET, source)
-        self._answer(HTTPStatus.OK, described)
 
     def _answer(self, status: int, answer: dict) -> None:
         body = json.dumps(answer).encode()

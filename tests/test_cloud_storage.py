@@ -167,6 +167,28 @@ def test_damage_is_set_aside_and_an_outage_is_no_damage(cloud):
     assert cloud.names("damaged/set_aside/2") == sorted(moved)
 
 
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+def test_a_kill_while_a_checkpoint_is_set_aside_loses_no_file(cloud, method):
+    """It is whole in its old place or in the new one: --resume_step sets whole ones aside."""
+    where = f"aside-{method}"
+    checkpoints = Checkpoints(f"gs://bucket/{where}", 2)
+    checkpoints.save(1, {"w": jnp.arange(64.0)}, {})
+    checkpoints.wait()
+    names, asked = sorted(cloud.names(f"{where}/1")), []
+
+    def refuse(asked_method: str, name: str) -> int | None:
+        asked.append(name) if asked_method == method else None
+        return 401 if len(asked) > 3 else None
+
+    with cloud.faults(refuse), pytest.raises(Exception, match="401"):
+        checkpoints.set_aside(1)
+    checkpoints.close()
+    again = Checkpoints(f"gs://bucket/{where}", 2)
+    assert again.steps() == ([1] if method == "POST" else [])
+    assert sorted(cloud.names(f"{where}/1" if again.steps() else f"{where}/set_aside/1")) == names
+    again.close()
+
+
 def test_other_folders_in_the_bucket_stay(cloud):
     here = epath.Path("gs://bucket/others")
     names = ["notes.txt", "5.damaged/state/d", "other-run/7/state/d", "7x/commit_success.txt"]

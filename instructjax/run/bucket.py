@@ -44,9 +44,9 @@ def forget_listings(directory: epath.Path) -> None:
     backend.fsspec_backend.fs(directory).invalidate_cache()
 
 
-def move(file: epath.Path, target: epath.Path) -> None:
-    """Moves an object. epath's `rename` asks for a target folder that exists, as none does here."""
-    backend.fsspec_backend.fs(file).mv(str(file), str(target))
+def copy(file: epath.Path, target: epath.Path) -> None:
+    """Copies an object within its bucket."""
+    backend.fsspec_backend.fs(file).cp_file(str(file), str(target))
 
 
 def raise_outage(directory: epath.Path, error: Exception) -> None:

@@ -94,16 +94,19 @@ def exists(step_directory: epath.Path) -> bool:
 
 
 def move(step_directory: epath.Path, target: epath.Path) -> None:
-    """Moves a checkpoint, so that a kill leaves it in its old place or in none.
+    """Moves a checkpoint, so that a kill leaves it whole in its old place or in the new one.
 
     A bucket has no folders to rename. There a checkpoint counts while its commit file exists, so
-    that is moved first.
+    that is the last to be copied and the first to be removed.
     """
     if not bucket.holds(step_directory):
         step_directory.rename(target)
         return
-    for name in [COMMIT_FILE, *(n for n in _names(step_directory) if n != COMMIT_FILE)]:
-        bucket.move(step_directory / name, target / name)
+    names = [COMMIT_FILE, *(name for name in _names(step_directory) if name != COMMIT_FILE)]
+    for name in reversed(names):
+        bucket.copy(step_directory / name, target / name)
+    for name in names:
+        (step_directory / name).unlink()
 
 
 def damage(step_directory: epath.Path, part: str = "") -> str | None:
