@@ -633,3 +633,26 @@ def test_a_trained_tokenizer(tmp_path):
     assert tokenizer.decode(ids) == "the cat the né\n"
     assert tokenizer.eos_token_id not in ids
     assert len(tokenizer(" the").input_ids) == 1
+
+
+def test_commands_write_to_the_home_directory(tmp_path, monkeypatch, capsys):
+    """A shell leaves the `~` of `--data_dir=~/sets`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    spec = write(tmp_path / "home" / "a", *({"text": f"text {i}"} for i in range(9)))
+    prepare = ["prepare", "my_set", "--kind", "text", "--data", spec, "--data_dir=~/sets"]
+    run(monkeypatch, *prepare)
+    assert (tmp_path / "home" / "sets" / "my_set").is_dir()
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, *prepare)
+    assert caught.value.code == 2
+    run(monkeypatch, "tokenizer", "~/tok", "--data", spec, "--vocab_size", "300")
+    tokenizer = json.loads((tmp_path / "home" / "tok" / "tokenizer.json").read_text())
+    gpt2 = tmp_path / "home" / "gpt2"
+    gpt2.mkdir()
+    (gpt2 / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]))
+    (gpt2 / "merges.txt").write_text("#version: 0.2\n")
+    run(monkeypatch, "tokenizer", "~/tok2", "--gpt2", "~/gpt2")
+    assert (tmp_path / "home" / "tok2" / "tokenizer.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]

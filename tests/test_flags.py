@@ -55,6 +55,14 @@ def test_the_sequence_is_split_where_it_is_asked_for():
         read("--shard_sequence").constrainer(sharding.make_mesh(fsdp=8))
 
 
+def test_the_home_directory_after_an_equals_sign(monkeypatch):
+    """A shell expands `--out ~/x`, but not `--out=~/x`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    config = read("--out=~/a b/run", "--checkpoints=~/c")
+    assert (config.out, config.checkpoints) == (Path("/home/me/a b/run"), "/home/me/c")
+    assert read().checkpoints is None
+
+
 @pytest.mark.parametrize("script", [run_pretrain, run_sft, run_rm, ppo_config, swap_loss])
 def test_a_run_directory_is_no_bucket(script):
     with pytest.raises(ValueError, match=r"--out gs://b/x: .*--checkpoints may be gs://BUCKET/N"):

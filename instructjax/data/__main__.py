@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 
 from instructjax import hf, ranges, usage
+from instructjax.data import paths
 from instructjax.data.batches import ComparisonRows, PackedRows, PromptRows, Stream
 from instructjax.data.check import check
 from instructjax.data.config import DataConfig
@@ -114,7 +115,7 @@ class Prepare:
         """Raises ValueError or OSError for flags that cannot work, before a row is read."""
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise ValueError(f"NAME {self.name}: must be in snake_case")
-        data_dir = Path(os.path.expanduser(self.data_dir))
+        data_dir = Path(paths.expand(self.data_dir))
         if (data_dir / self.name).exists():
             raise FileExistsError(
                 f"--data_dir {self.data_dir}: {self.name} already exists there; remove it or choose"
@@ -155,11 +156,12 @@ class Tokenizer:
 
     def check(self) -> None:
         """Raises ValueError or OSError for flags that cannot work, before a row is read."""
-        if Path(self.out).exists() and not Path(self.out).is_dir():
+        out = Path(paths.expand(self.out))
+        if out.exists() and not out.is_dir():
             raise NotADirectoryError(f"OUT {self.out}: is not a directory")
         if self.gpt2 is None:
             check(self.data, "text", held_out=False)
-        elif not Path(self.gpt2).is_dir():
+        elif not os.path.isdir(paths.expand(self.gpt2)):
             raise FileNotFoundError(f"--gpt2 {self.gpt2}: no such directory")
 
     def run(self) -> None:

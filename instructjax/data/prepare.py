@@ -91,7 +91,7 @@ def write_tfds(
             raise NotImplementedError
 
     Records.name = name
-    Records(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    Records(data_dir=str(folder.parent), file_format="array_record").download_and_prepare()
     return folder
 
 
@@ -104,8 +104,9 @@ def gpt2_tokenizer(source: str, out: str) -> Path:
     Raises:
       DataError: a file is missing.
     """
-    vocab = json.loads(_read_first(Path(source), "encoder.json", "vocab.json"))
-    lines = _read_first(Path(source), "vocab.bpe", "merges.txt").split("\n")
+    folder, out = Path(paths.expand(source)), paths.expand(out)
+    vocab = json.loads(_read_first(folder, "encoder.json", "vocab.json"))
+    lines = _read_first(folder, "vocab.bpe", "merges.txt").split("\n")
     merges: Any = [
         tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
     ]
@@ -123,7 +124,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str) -> Path:
     """
     from tokenizers import ByteLevelBPETokenizer
 
-    eos = "<|endoftext|>"
+    eos, out = "<|endoftext|>", paths.expand(out)
     backend = ByteLevelBPETokenizer()
     backend.train_from_iterator(texts, vocab_size, special_tokens=[eos], show_progress=False)
     fast = configs.transformers().PreTrainedTokenizerFast

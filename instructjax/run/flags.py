@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import platform
 import re
 import shlex
@@ -240,7 +241,14 @@ def parse(
         if SMALL in presets:
             about += f" Without --preset, data other than the miniature's get {SMALL}."
     keywords |= {"args": argv, "description": about, "use_underscores": True}
-    return usage.read(lambda: tyro.cli(cls, **keywords), check)
+    return usage.read(lambda: _expanded(tyro.cli(cls, **keywords)), check)
+
+
+def _expanded(config: ConfigT) -> ConfigT:
+    """The config without the `~` that a shell leaves in `--out=~/run`."""
+    checkpoints = config.checkpoints and os.path.expanduser(config.checkpoints)
+    out = Path(os.path.expanduser(config.out))
+    return dataclasses.replace(config, out=out, checkpoints=checkpoints)
 
 
 def compare(config: RunConfig, stage: str, directory: epath.Path) -> list[str]:
