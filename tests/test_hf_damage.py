@@ -1,39 +1,30 @@
 """Damaged model directories: each is refused with one message that names the file or the key."""
 
-import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import struct
 from pathlib import Path
 
-import jax
+import bad_models
+import faults_models
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from instructjax import hf, miniature, models, sharding
-from instructjax.models import ModelConfig
+from instructjax import hf, sharding
 
-TOKENIZER = miniature.tokenizer()
-GPT2 = ModelConfig(
-    len(TOKENIZER), 2, 16, heads=4, mlp_width=32, max_length=32, eos_ids=(2,), bos_id=1
-)
-LLAMA = dataclasses.replace(
-    GPT2, family="llama", kv_heads=2, norm="rms", positions="rotary", gated=True, activation="silu",
-    tied=False, qkv_bias=False, out_bias=False, mlp_bias=False,
-)  # fmt: skip
 WEIGHTS = "model.safetensors"
+TABLE = Path(__file__).resolve().parents[1] / "docs" / "reliability-models.md"
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("whole")
-    for config in (GPT2, LLAMA):
-        params = models.init(config, jax.random.key(0))
-        hf.save(root / config.family, config, params, TOKENIZER)
+    bad_models.write_whole(root)
     return root
 
 
@@ -66,32 +57,67 @@ def refusal(read, directory: Path) -> str | None:
     return None
 
 
+# ---------------------------------------------------------------------------- all kinds
+
+KINDS = faults_models.kinds()
+MENDED = [  # what once was accepted, hung, was a traceback or was refused without a name
+    ("sizes that do not fit together", "head_dim"),
+    ("sizes that do not fit together", "n_embd"),
+    ("reward models", "num_labels"),
+    ("reward models", "reward_bias"),
+    ("rotary embeddings", "mscale"),
+    ("rotary embeddings", "rope_type"),
+    ("rotary embeddings", "full_attention"),
+    ("generation_config.json: ends", "299"),
+    ("tensors of integers", "int8"),
+    ("a tokenizer's other parts", "Precompiled"),
+    ("templates: reach", "popen"),
+    ("templates: do not end", "macro f(n)"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_of_each_kind(whole, kind, tmp_path):
+    found = faults_models.outcome(KINDS[kind][0], whole, tmp_path)
+    assert found.result in (faults_models.REFUSED, faults_models.HARMLESS), found
+
+
+@pytest.mark.parametrize(("kind", "variant"), MENDED)
+def test_what_was_mended(whole, kind, variant, tmp_path):
+    faults = [x for name in KINDS if name.startswith(kind) for x in KINDS[name]]
+    faults = [x for x in faults if variant in x.variant]
+    assert faults
+    for i, fault in enumerate(faults):
+        (tmp_path / str(i)).mkdir()
+        found = faults_models.outcome(fault, whole, tmp_path / str(i))
+        assert found.result == faults_models.REFUSED, (fault, found)
+
+
+def test_the_table_in_the_docs_is_of_these_kinds():
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \| (\d+) \| (\d+) \| ", TABLE.read_text(), re.M)
+    assert {kind: int(count) for kind, count, _, _ in rows} == {k: len(v) for k, v in KINDS.items()}
+    assert all(int(count) == int(refused) + int(loaded) for _, count, refused, loaded in rows)
+
+
 # ---------------------------------------------------------------------------- config.json
 
 WRONG = [0, -1, "x", None, 1.5, [], {}, True, 1e30, float("nan"), 10**12]
 # What a model can do without, or what is text for readers.
 IGNORED = {"_name_or_path", "transformers_version", "initializer_range", "use_cache"}
-SIZES = {
-    "gpt2": ["vocab_size", "n_layer", "n_embd", "n_head", "n_inner", "n_positions"],
-    "llama": [
-        *("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads"),
-        *("num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"),
-    ],
-}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_wrong_values_are_refused_with_their_key(whole, family, tmp_path):
     raw = json.loads((whole / family / "config.json").read_text())
     refused = {}
-    for key in sorted({*raw, *SIZES[family]} - IGNORED):
+    for key in sorted({*raw, *bad_models.SIZES[family]} - IGNORED):
         for value in WRONG:
             (tmp_path / "config.json").write_text(json.dumps({**raw, key: value}))
             message = refusal(hf.load_config, tmp_path)
             refused[key, str(value)] = message is not None
             named = {key, "rope_parameters"} if key == "rope_scaling" else {key}
             assert message is None or any(name in message for name in named), (key, value, message)
-    for key in SIZES[family]:
+    for key in bad_models.SIZES[family]:
         for value in map(str, WRONG):
             if value != "None":  # a default
                 assert refused[key, value], (key, value)
@@ -134,17 +160,6 @@ def test_more_layers_than_weights(broken):
 
 # ---------------------------------------------------------------------------- JSON of all files
 
-TEXTS = {
-    "a list": b"[]",
-    "null": b"null",
-    "a number": b"3",
-    "a string": b'"x"',
-    "nothing": b"",
-    "half": b'{"a": ',
-    "deep": b"[" * 100_000,
-    "no UTF-8": b'{"a": "\xff"}',
-    "binary": bytes(range(256)),
-}
 READ = {  # by what reads the file
     "config.json": hf.load_config,
     "generation_config.json": hf.load_config,
@@ -157,17 +172,17 @@ READ = {  # by what reads the file
 @pytest.mark.parametrize("file", READ)
 def test_what_is_no_json_object_is_refused(broken, file):
     (broken / WEIGHTS).unlink() if "index" in file else None
-    for kind, text in TEXTS.items():
+    for kind, text in bad_models.NO_OBJECTS.items():
         (broken / file).write_bytes(text)
         message = refusal(READ[file], broken)
         assert message is not None, kind
         assert f"broken/{file}: " in message, kind
-    (broken / file).unlink()
-    os.mkfifo(broken / file)
-    assert f"broken/{file}: not a regular file" in (refusal(READ[file], broken) or "")
-    (broken / file).unlink()
-    (broken / file).mkdir()
-    assert f"broken/{file}: not a regular file" in (refusal(READ[file], broken) or "")
+    for kind, make in bad_models.NO_FILES.items():
+        bad_models.instead(file, make)(broken)
+        message = refusal(READ[file], broken) or ""
+        says = "has over 1,073,741,824 bytes" if "terabyte" in kind else "not a regular file"
+        assert f"broken/{file}: {says}" in message, kind
+        (broken / file).rmdir() if kind == "a directory" else None
 
 
 @pytest.mark.parametrize(
@@ -175,7 +190,7 @@ def test_what_is_no_json_object_is_refused(broken, file):
 )
 def test_a_tokenizer_that_is_none_is_refused(broken, content):
     (broken / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="broken: the tokenizer cannot be loaded"):
+    with pytest.raises(ValueError, match=r"broken/tokenizer\.json: the tokenizer cannot be loaded"):
         hf.load_tokenizer(broken)
 
 

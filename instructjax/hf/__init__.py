@@ -2,15 +2,18 @@
 
 families.toml   tensor names and config keys of each family, as data
 families.py     reads families.toml
+checks.py       what config.json may hold
 configs.py      config.json <-> ModelConfig
 tensors.py      safetensors <-> parameter leaves, shard by shard
 directory.py    the files of a directory, local or from the hub
+tokenizer.py    loads a tokenizer, and tries its chat template
 vocabulary.py   tokens beyond the embedding, and rows for them
 checkpoint.py   loads and saves a directory
 """
 
-from instructjax.hf.checkpoint import load, load_config, load_tokenizer, save
+from instructjax.hf.checkpoint import load, load_config, save
 from instructjax.hf.directory import check_tokenizer, hub_name, read_json, weight_files
+from instructjax.hf.tokenizer import load_tokenizer
 from instructjax.hf.vocabulary import grow, in_use, new_tokens
 
 __all__ = [

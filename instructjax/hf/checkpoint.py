@@ -17,13 +17,12 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from instructjax import hosts, sharding
-from instructjax.hf import configs, tensors, vocabulary
-from instructjax.hf.directory import TEXTS, WEIGHTS, read_json, resolve, weight_files
+from instructjax.hf import checks, configs, tensors, vocabulary
+from instructjax.hf.directory import TEXTS, WEIGHTS, describe, read_json, resolve, weight_files
 from instructjax.hf.families import FAMILIES
 from instructjax.models import ModelConfig, Params, init, logical_axes
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_TOKENIZER_TEXTS = ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab")
 
 
 def load(
@@ -82,24 +81,6 @@ def load(
 def load_config(path: str | os.PathLike) -> ModelConfig:
     """Reads a checkpoint's ModelConfig, not its weights. Arguments and errors: as for `load`."""
     return _read_config(resolve(path, TEXTS), str(path))[1]
-
-
-def load_tokenizer(path: str | os.PathLike) -> Any:
-    """Loads a checkpoint's tokenizer, a transformers PreTrainedTokenizerBase.
-
-    Raises:
-      FileNotFoundError: as for `load`.
-      ValueError: a file is damaged, or transformers cannot make a tokenizer of the directory.
-    """
-    directory, tokenizer = resolve(path, TEXTS), configs.transformers().AutoTokenizer
-    for name in _TOKENIZER_TEXTS:
-        if os.path.lexists(directory / f"{name}.json"):
-            read_json(directory / f"{name}.json")
-    try:
-        return tokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise many kinds
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: the tokenizer cannot be loaded: {reason}") from error
 
 
 def save(
@@ -225,25 +206,24 @@ def _read_config(directory: Path, where: str) -> tuple[dict[str, Any], ModelConf
     if not os.path.lexists(file):
         raise FileNotFoundError(f"{where}: no config.json")
     raw = read_json(file)
-    _check_family(raw.get("model_type"), where)
-    configs.check_raw(raw, str(file))
+    _check_family(raw.get("model_type"), str(file))
+    checks.check_raw(raw, str(file))
     try:
         auto = configs.transformers().AutoConfig
         hf = auto.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers' checks name the key, not the file
-        raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
-    _check_family(hf.model_type, where)  # transformers may read one family as another
-    config = configs.from_hf(hf, where)
+        raise ValueError(f"{file}: {describe(error)}") from error
+    _check_family(hf.model_type, str(file))  # transformers may read one family as another
+    config = configs.from_hf(hf, str(file))
     architectures = raw.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise ValueError(f"{file}: architectures = {architectures!r} is not a list")
     if any(str(name).endswith("SequenceClassification") for name in architectures):
         if hf.num_labels != 1:
-            raise ValueError(f"{where}: num_labels is {hf.num_labels}; a reward model has 1")
+            raise ValueError(f"{file}: num_labels is {hf.num_labels}; a reward model has 1")
         config = dataclasses.replace(config, scalar_head=True)
     generation = directory / "generation_config.json"
     if os.path.lexists(generation):  # lists every token that ends a turn of a chat model
-        ids = configs.as_ids(read_json(generation).get("eos_token_id"), str(generation))
+        eos = read_json(generation).get("eos_token_id")
+        ids = checks.as_ids(eos, config.vocab_size, str(generation))
         eos_ids = tuple(dict.fromkeys(config.eos_ids + ids))
         config = dataclasses.replace(config, eos_ids=eos_ids)
     return raw, config

@@ -9,7 +9,7 @@ import re
 import typing
 from typing import Any
 
-from instructjax import ranges
+from instructjax.hf import checks
 from instructjax.hf.families import FAMILIES, HARMLESS, ROPE_KEYS
 from instructjax.models.config import Activation, ModelConfig, Rope
 
@@ -101,56 +101,18 @@ def from_hf(hf: Any, where: str) -> ModelConfig:
             values["max_length"] = min(values["max_length"], rope.original_length)
     for rope in (values.get("rope"), values.get("local_rope")):
         if rope is not None:
-            _check(Rope, dataclasses.asdict(rope), ROPE_KEYS, where)
-    eos_ids = as_ids(hf.eos_token_id, where)
+            checks.check_fields(Rope, dataclasses.asdict(rope), ROPE_KEYS, where)
+    values["eos_ids"] = checks.as_ids(hf.eos_token_id, values["vocab_size"], where)
     try:
-        return ModelConfig(family=hf.model_type, eos_ids=eos_ids, **values)
+        config = ModelConfig(family=hf.model_type, **values)
     except ValueError as error:  # sizes that do not fit together
-        raise ValueError(f"{where}: {error}") from error
-
-
-def check_raw(raw: dict[str, Any], where: str) -> None:
-    """Checks what transformers would stumble over, or would take long to read.
-
-    Args:
-      raw: config.json of a supported family.
-
-    Raises:
-      ValueError: a size, a number or a switch is none that its field can hold, or a dtype is no
-        name of one; the message names the key.
-    """
-    keys = {**FAMILIES[raw["model_type"]].fields, "window": "sliding_window"}
-    for field in ("bos_id", "pad_id"):  # -1 in some old files
-        keys.pop(field, None)
-    _check(ModelConfig, {field: raw.get(key) for field, key in keys.items()}, keys, where)
-    for key in ("dtype", "torch_dtype"):
-        dtype = raw.get(key)
-        if dtype is not None and not re.fullmatch("b?float[0-9a-z_]+", str(dtype)):
-            raise ValueError(f"{where}: {key} = {dtype!r} is not the name of a float dtype")
-
-
-def _check(cls: type, values: dict[str, Any], keys: dict[str, str], where: str) -> None:
-    """Raises ValueError, with the key of config.json, for a value that its field cannot hold.
-
-    Args:
-      values: by field of `cls`, ModelConfig or Rope. None stands for the field's default.
-      keys: field -> key.
-    """
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for field, value in values.items():
-        several = typing.get_origin(hints[field]) is tuple and isinstance(value, tuple)
-        for item in value if several else (value,):
-            if item is not None and (says := ranges.refusal(hints[field], item)):
-                raise ValueError(f"{where}: {keys.get(field, field)} = {item!r}: {says}")
-
-
-def as_ids(eos: Any, where: str) -> tuple[int, ...]:
-    """`eos_token_id` of a config or a generation config, which may be an id, a list or null."""
-    ids = () if eos in (None, -1) else tuple(eos) if isinstance(eos, list) else (eos,)
-    for i in ids:
-        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**31:
-            raise ValueError(f"{where}: eos_token_id = {eos!r} is not a token id or a list of them")
-    return ids
+        words = re.findall(r"\w+", str(error))
+        keys = [f"{word} is {family.fields[word]}" for word in words if word in family.fields]
+        names = f" ({', '.join(keys)})" if keys else ""
+        raise ValueError(f"{where}: {error}{names}") from error
+    if config.positions == "rotary" and config.rope.fraction == 1 and config.head_dim % 2:
+        refuse("head_dim", config.head_dim)  # rotations take pairs
+    return config
 
 
 def _rope(parameters: dict[str, Any], context: int, partial: bool, refuse) -> Rope:
@@ -160,7 +122,8 @@ def _rope(parameters: dict[str, Any], context: int, partial: bool, refuse) -> Ro
         unknown.append("partial_rotary_factor")
     if unknown:
         refuse("rope_parameters", {key: given[key] for key in unknown})
-    if (kind := given["rope_type"]) not in _ROPE_FIELDS:
+    kind = str(given.get("rope_type"))
+    if kind not in _ROPE_FIELDS:
         refuse("rope_type", kind)
     if kind in ("yarn", "longrope"):
         original = given["original_max_position_embeddings"]

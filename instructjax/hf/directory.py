@@ -9,6 +9,7 @@ import huggingface_hub
 
 TEXTS = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = ["model*.safetensors"]
+_LARGEST_TEXT = 2**30  # bytes; the largest tokenizer.json have 0.04 of it
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model")
 _SCRIPTS = {name: f"run_{name}.py" for name in ("pretrain", "sft", "rm", "ppo")}  # of runs/NAME
 _SCRIPTS |= {name: f"swap_loss.py {name}" for name in ("dpo", "grpo", "rloo")}
@@ -102,7 +103,8 @@ def weight_files(directory: Path, where: str) -> list[Path]:
                 raise ValueError(f"{index}: weight_map names {name!r}, not a file beside the index")
         files = sorted(set(file_of.values()))
         if absent := [name for name in files if not os.path.lexists(directory / name)]:
-            raise FileNotFoundError(f"{index} names files that are not there: {', '.join(absent)}")
+            names = ", ".join(map(printable, absent))
+            raise FileNotFoundError(f"{index} names files that are not there: {names}")
         for name in files:
             _check_regular(directory / name)
         return [directory / name for name in files]
@@ -126,13 +128,25 @@ def _check_regular(file: Path) -> None:
         raise ValueError(f"{file}: not a regular file, or a link to nothing")
 
 
+def printable(name: str) -> str:
+    """A name out of a file, without what would move a terminal's cursor or be no Unicode."""
+    return name if name.isprintable() else ascii(name)
+
+
+def describe(error: BaseException) -> str:
+    """An exception of another library on one line, with the name of its type."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Reads a file of a model's directory.
 
     Raises:
-      ValueError: it is no regular file, no JSON, or no JSON object; the message names it.
+      ValueError: it is no regular file, too large, no JSON, or no object; the message names it.
     """
     _check_regular(file)
+    if file.stat().st_size > _LARGEST_TEXT:  # reading it might take all memory
+        raise ValueError(f"{file}: has over {_LARGEST_TEXT:,} bytes")
     try:
         content = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 
 from instructjax import sharding
+from instructjax.hf.directory import printable
 from instructjax.hf.families import FAMILIES
 from instructjax.models.config import ModelConfig
 from instructjax.models.layer import Params
@@ -117,8 +118,10 @@ def open_files(files: list[Path]) -> dict[str, np.ndarray]:
             offset = 8 + size + info["data_offsets"][0]
             shape = tuple(info["shape"])
             # Integers and booleans are buffers (causal masks), or `check_names` refuses them.
-            if dtype is None or math.prod(shape) == 0:
-                tensors[name] = np.empty((0,), np.uint8)
+            if dtype is None:
+                tensors[name] = np.broadcast_to(np.uint8(0), shape)
+            elif math.prod(shape) == 0:  # has no bytes to map
+                tensors[name] = np.empty(shape, dtype)
             else:
                 tensors[name] = np.memmap(file, dtype, "r", offset, shape)
             file_of[name] = file
@@ -143,7 +146,8 @@ def check_names(
     """Checks every name and shape, and returns the wanted tensors by their full names.
 
     Raises:
-      ValueError: tensors are missing, unused or of another shape; the message lists their names.
+      ValueError: tensors are missing, unused, of another shape or of integers; the message lists
+        their names.
     """
     family = FAMILIES[config.family]
     heads = (family.head, "score.weight", "score.bias")
@@ -171,13 +175,18 @@ def check_names(
         for entry in wanted
         if tensors[entry.name].shape != entry.shape
     ]
+    wrong += [
+        f"{entry.name} holds integers or booleans, not one of {list(_DTYPES)}"
+        for entry in wanted
+        if tensors[entry.name].dtype == np.uint8
+    ]
     if wrong:
         raise ValueError(f"{where}: {_listing(wrong, '; ')}")
     return {name: tensors[name] for name in names}
 
 
 def _listing(items: list[str], separator: str = ", ") -> str:
-    shown = separator.join(items[:20])
+    shown = separator.join(map(printable, items[:20]))
     return shown + (f"{separator}and {len(items) - 20} more" if len(items) > 20 else "")
 
 
