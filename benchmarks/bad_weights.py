@@ -200,14 +200,15 @@ def _tensors() -> Iterator[tuple[str, list[Fault]]]:
         "an axis more": lambda x: x[None],
         "a number": lambda x: x[0, :1].reshape(()),
     }
-    for kind, makes in (
-        ("tensors of another shape", shapes),
-        ("tensors of integers", {t: lambda x, t=t: x.astype(t) for t in ("int8", "int32", "bool")}),
+    integers = {t: lambda x, t=t: x.astype(t) for t in ("int8", "int32", "bool")}
+    for kind, says, makes in (
+        ("tensors of another shape", "not [", shapes),
+        ("tensors of integers", "integers", integers),
     ):
         yield (
             kind,
             [
-                Fault(f"{n} {name}", tensor(n, make), (n,))
+                Fault(f"{n} {name}", tensor(n, make), (n, says))
                 for n in (EMBEDDING, MATRIX)
                 for name, make in makes.items()
             ],
