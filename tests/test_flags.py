@@ -88,6 +88,16 @@ def test_the_flags_decide_how_a_model_is_computed():
     assert (model.dtype, model.remat, model.unroll, model.dropout) == ("bfloat16", "full", 3, 0.5)
 
 
+def test_hosts_compare_their_flags_before_a_check(monkeypatch):
+    """A check may ask host 0, for which all hosts must come to it: of one --model, not another."""
+    made = []
+    monkeypatch.setattr(flags.hosts, "require_equal", lambda name, values: made.append(values))
+    argv = ["--model", "a", "--out", "o"]
+    parse(run_sft.Config, {}, "", argv, check=lambda config: made.append(config))
+    assert made[0]["model"] == made[1].model == "a"
+    assert "out" not in made[0]
+
+
 def test_first_preset_is_the_default():
     assert read() == dataclasses.replace(PRESETS["baseline"], preset="baseline")
 

@@ -33,7 +33,7 @@ import tyro
 from etils import epath
 from jax.sharding import Mesh
 
-from instructjax import ranges, sharding, usage
+from instructjax import hosts, ranges, sharding, usage
 from instructjax.models import ModelConfig
 from instructjax.ranges import Count, CountOrZero, NotNegative, PositiveOrInf, Seed, ShareBelow1
 from instructjax.run import bucket
@@ -220,7 +220,7 @@ def parse(
         --preset the first is taken, or `small`, if there is one and --data is not the miniature.
       description: what `--help` says first, a script's `__doc__`.
       argv: the words of the command line; None is sys.argv[1:].
-      check: checks what the flags name, see `usage.read`.
+      check: checks what the flags name, see `usage.read`. Several hosts compare their flags first.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     keywords: dict[str, Any] = {}
@@ -241,7 +241,13 @@ def parse(
         if SMALL in presets:
             about += f" Without --preset, data other than the miniature's get {SMALL}."
     keywords |= {"args": argv, "description": about, "use_underscores": True}
-    return usage.read(lambda: _expanded(tyro.cli(cls, **keywords)), check)
+
+    def compare_and_check(config: ConfigT) -> None:
+        # A check may ask host 0, for which all hosts must come to it.
+        hosts.require_equal("flags", of_all_hosts(config, type(config).__name__.lower()))
+        check(config)
+
+    return usage.read(lambda: _expanded(tyro.cli(cls, **keywords)), compare_and_check)
 
 
 def _expanded(config: ConfigT) -> ConfigT:
