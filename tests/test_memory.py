@@ -15,6 +15,7 @@ from test_run import Toy, run_main
 
 from instructjax import run
 from instructjax.run import FAILED, memory
+from instructjax.run.checkpoint import Checkpoints
 
 GiB = 2**30
 
@@ -100,6 +101,18 @@ def test_a_run_without_memory_names_the_place_and_the_flags(tmp_path, capsys, mo
     assert error.count("\n") == 1
     run_main(Toy(out=tmp_path, mesh="fsdp=8", resume=True))
     assert "resumed after step 5" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_fails_too_does_not_hide_what_memory_ran_out_for(tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("the checkpoint of step 2 could not be written")
+
+    says = pytest.raises(MemoryError, match=r"out of memory .*the checkpoint of step 1 is whole")
+    with says, run.Run(Toy(out=tmp_path), stage="toy") as running:
+        for step in (1, 2):
+            running.save(step, {"w": jnp.zeros(8)})
+        monkeypatch.setattr(Checkpoints, "latest", fail)
+        raise MemoryError
 
 
 def test_the_flags_are_those_of_the_script_beyond_their_values():

@@ -175,7 +175,10 @@ class Run:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         why = None
         if ran_out(error):
-            last = self.checkpoints.latest()
+            try:
+                last = self.checkpoints.latest()
+            except OSError:  # the one being written failed too, which `_close` says
+                last = self._reached.step
             why = self._memory.explain(error, self.config, self._written, last)
         self._close(kind, error)
         if why is not None:
