@@ -98,6 +98,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
 
         # The four models: policy, reference, reward model, value net.
         model, params, tokenizer = load_policy(config, mesh)
+        check_lengths(config, model)
         reward = scoring.load(config.reward, mesh, tokenizer, config.model_dtype, config.offload)
         judge = gold.load_judge(config.gold, config.data.spec, mesh, tokenizer, config.model_dtype)
         reference = None
@@ -598,11 +599,7 @@ def check(config: Config) -> None:
     model = MODELS["miniature"]
     if config.model not in coming:
         model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
-    R = config.max_new_tokens
-    lengths = [("--max_new_tokens", R, 1), *checks.data_tokens("--data", config.data, R)]
-    if text.spec:
-        lengths.append(("--ptx.length", config.ptx.length, 0))
-    checks.check_tokens(model, lengths)
+    check_lengths(config, model)
     scoring.check(config.reward, mesh, "--reward", coming)
     if config.value_model is not None and config.value_model not in coming:
         pretrained.check(config.value_model, mesh, flag="--value_model", scalar_head=True)
@@ -611,6 +608,15 @@ def check(config: Config) -> None:
     if config.loss is not None:
         scoring.load_function(config.loss, "--loss")
     data.check(config.data, "prompts")
+
+
+def check_lengths(config: Config, model: ModelConfig | None) -> None:
+    """Raises ValueError if a flag asks for more tokens than the model's context holds."""
+    R = config.max_new_tokens
+    lengths = [("--max_new_tokens", R, 1), *checks.data_tokens("--data", config.data, R)]
+    if text_source(config).spec:
+        lengths.append(("--ptx.length", config.ptx.length, 0))
+    checks.check_tokens(model, lengths)
 
 
 def ensure_sft_and_rm(config: Config) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from instructjax import data, hf, sampler, sft, sharding, state, train
+from instructjax import data, hf, models, sampler, sft, sharding, state, train
 from instructjax.data import DataConfig, PackedRows, Stream
 from instructjax.evaluation.figures import plot_curves
 from instructjax.ranges import Count, CountFrom2, NotNegative, Positive
@@ -82,8 +82,13 @@ def check(config: Config) -> None:
     mesh = checks.check_run(config, "pretrain")
     checks.check_rows("--batch_size", config.batch_size, 1, mesh)
     model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
-    checks.check_tokens(model, [("--length", config.length, 0)])
+    check_lengths(config, model)
     data.check(config.data, "text")
+
+
+def check_lengths(config: Config, model: models.ModelConfig | None) -> None:
+    """Raises ValueError if a flag asks for more tokens than the model's context holds."""
+    checks.check_tokens(model, [("--length", config.length, 0)])
 
 
 def run_pretrain(config: Config) -> None:
@@ -97,6 +102,7 @@ def run_pretrain(config: Config) -> None:
         model, params, tokenizer = pretrained.load(
             config.model, mesh, tokenizer=config.tokenizer, seed=config.seed, scalar_head=False
         )
+        check_lengths(config, model)
         length = config.length or min(512, model.max_length)
         model = config.compute(model)
 

@@ -172,13 +172,18 @@ def check(config: Config) -> None:
     checks.check_rows("--batch_size", config.batch_size, 1, mesh)
     if not first:
         model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
-    lengths = [("--length", config.length, 0), ("--max_new_tokens", config.max_new_tokens, 1)]
-    checks.check_tokens(model, [*lengths, *checks.data_tokens("--data", config.data)])
+    check_lengths(config, model)
     if config.reward_model is not None:
         pretrained.check(config.reward_model, mesh, flag="--reward_model", scalar_head=True)
     data.check(config.data, "demonstrations")
     if config.pretrain_share:
         data.check(config.pretrain, "text", "--pretrain", held_out=False)
+
+
+def check_lengths(config: Config, model: models.ModelConfig | None) -> None:
+    """Raises ValueError if a flag asks for more tokens than the model's context holds."""
+    lengths = [("--length", config.length, 0), ("--max_new_tokens", config.max_new_tokens, 1)]
+    checks.check_tokens(model, [*lengths, *checks.data_tokens("--data", config.data)])
 
 
 def ensure_base(model: str) -> None:
@@ -210,6 +215,7 @@ def run_sft(config: Config) -> None:
             seed=config.seed,
             scalar_head=False,
         )
+        check_lengths(config, model)
         model = config.compute(model)
 
         share = config.pretrain_share

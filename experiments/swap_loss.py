@@ -325,14 +325,19 @@ def check(config: Config) -> None:
     mesh = checks.check_run(config, type(config).__name__.lower())
     checks.check_rows("--batch_size", config.batch_size, 1, mesh)
     model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
-    R, of_pairs = config.max_new_tokens, isinstance(config, DPO)
-    room = checks.data_tokens("--data", config.data, 1 if of_pairs else R)
-    checks.check_tokens(model, [("--max_new_tokens", R, 1), *room])
+    check_lengths(config, model)
     if isinstance(config, Online):
         scoring.check(config.reward, mesh)
     if config.gold:
         scoring.check(RewardConfig(config.gold), mesh, "--gold")
-    data.check(config.data, "comparisons" if of_pairs else "prompts")
+    data.check(config.data, "comparisons" if isinstance(config, DPO) else "prompts")
+
+
+def check_lengths(config: Config, model: ModelConfig | None) -> None:
+    """Raises ValueError if a flag asks for more tokens than the model's context holds."""
+    R = config.max_new_tokens
+    room = checks.data_tokens("--data", config.data, 1 if isinstance(config, DPO) else R)
+    checks.check_tokens(model, [("--max_new_tokens", R, 1), *room])
 
 
 def swap_loss(config: Config) -> None:
@@ -349,6 +354,7 @@ def swap_loss(config: Config) -> None:
             seed=config.seed,
             scalar_head=False,
         )
+        check_lengths(config, model)
         start = Start(mesh, config.compute(model), params, tokenizer)
         make_algorithm: Any = {DPO: dpo, GRPO: grpo, RLOO: rloo}[type(config)]
         algorithm: Algorithm = make_algorithm(config, start)

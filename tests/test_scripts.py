@@ -7,7 +7,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import ppo_config
 import pytest
+import run_ppo
 import run_pretrain
 import run_rm
 import run_sft
@@ -424,6 +426,27 @@ def test_a_model_is_a_preset_a_run_or_a_directory(runs, tmp_path):
         pretrained.load(str(path), mesh)[1] for path in (runs / "sft", runs / "sft" / "export")
     )
     jax.tree.map(np.testing.assert_array_equal, of_run, of_directory)
+
+
+@pytest.mark.parametrize(
+    ("run", "config", "says"),
+    [
+        (run_pretrain.run_pretrain, run_pretrain.Config, "--length 257"),
+        (run_sft.run_sft, run_sft.Config, "--length 257"),
+        (run_ppo.run_ppo, ppo_config.Config, "--ptx.length 257"),
+        (swap_loss.swap_loss, swap_loss.DPO, "--max_new_tokens 256"),
+    ],
+)
+def test_lengths_beyond_the_context_without_a_check(run, config, says, tmp_path):
+    """`check` is no part of a call from Python, and does not know the context of a hub's model."""
+    name = says.split()[0]
+    given = {"length": 257} if name == "--length" else {"max_new_tokens": 256}
+    if name == "--ptx.length":
+        (tmp_path / "r.py").write_text("f = len\n")
+        given = {"ptx": dataclasses.replace(config().ptx, length=257)}
+        given["reward"] = RewardConfig((f"{tmp_path}/r.py:f",))
+    with pytest.raises(ValueError, match=f"^{says}: the model's context is 256 tokens"):
+        run(config(out=tmp_path / "out", model="miniature", **given))
 
 
 def test_a_model_that_is_not_there_says_what_was_tried(tmp_path):
