@@ -687,6 +687,30 @@ def test_tokens_added_to_a_model(
     np.testing.assert_allclose(got, logits, atol=1e-4)
 
 
+def test_an_end_that_was_added_to_a_model(params, tmp_path):
+    hf.save(tmp_path, GPT2, params["gpt2"])
+    tokenizer = word_tokenizer(WORDS, eos_token="<eos>")
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.save_pretrained(tmp_path)
+    end = tokenizer.eos_token_id
+    assert end >= GPT2.vocab_size
+    settings = tmp_path / "generation_config.json"
+    settings.write_text(json.dumps({"eos_token_id": end}))
+    config, _, _ = load_with(tmp_path)
+    assert config.vocab_size == end + 1
+    assert end in config.eos_ids
+    said = r"eos_token_id 9000 of config\.json or generation_config\.json: the model has 132 tokens"
+    settings.write_text(json.dumps({"eos_token_id": [end, 9000]}))
+    with pytest.raises(ValueError, match=said):
+        load_with(tmp_path)
+
+    smaller = word_tokenizer(WORDS[:50], eos_token="<eos>")
+    smaller.save_pretrained(tmp_path)
+    settings.write_text(json.dumps({"eos_token_id": 130}))
+    with pytest.raises(ValueError, match=r"eos_token_id 130 .*: the tokenizer has no such token"):
+        load_with(tmp_path)
+
+
 def test_rows_beyond_the_padded_table(tmp_path):
     """A table of 128 rows without padding grows by a tile, on every device of a mesh."""
     config = dataclasses.replace(LLAMA, vocab_size=128)

@@ -223,7 +223,7 @@ def _read_config(directory: Path, where: str) -> tuple[dict[str, Any], ModelConf
     generation = directory / "generation_config.json"
     if os.path.lexists(generation):  # lists every token that ends a turn of a chat model
         eos = read_json(generation).get("eos_token_id")
-        ids = checks.as_ids(eos, config.vocab_size, str(generation))
+        ids = checks.as_ids(eos, str(generation))
         eos_ids = tuple(dict.fromkeys(config.eos_ids + ids))
         config = dataclasses.replace(config, eos_ids=eos_ids)
     return raw, config

@@ -102,7 +102,7 @@ def from_hf(hf: Any, where: str) -> ModelConfig:
     for rope in (values.get("rope"), values.get("local_rope")):
         if rope is not None:
             checks.check_fields(Rope, dataclasses.asdict(rope), ROPE_KEYS, where)
-    values["eos_ids"] = checks.as_ids(hf.eos_token_id, values["vocab_size"], where)
+    values["eos_ids"] = checks.as_ids(hf.eos_token_id, where)
     try:
         config = ModelConfig(family=hf.model_type, **values)
     except ValueError as error:  # sizes that do not fit together

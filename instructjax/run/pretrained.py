@@ -70,6 +70,7 @@ def load(
         loaded = _tokenizer(tokenizer or where)
         fit = _fit_vocabulary
         config, params = fit(config, params, loaded, mesh, tokenizer is not None, f"{flag} {model}")
+        _check_ends(config, loaded, f"{flag} {model}")
         config = dataclasses.replace(config, eos_ids=templates.end_ids(loaded, config.eos_ids))
         if tokenizer is not None and (form := _recorded_form(where)) is not None:
             templates.record(loaded, form)  # the form is the model's, not the tokenizer's
@@ -109,6 +110,16 @@ def _fit_vocabulary(
     if jax.process_index() == 0:
         print(f"{model}: {note}")
     return config, params
+
+
+def _check_ends(config: ModelConfig, tokenizer: Any, model: str) -> None:
+    """Raises ValueError if a response cannot end as the model's config says."""
+    for i in config.eos_ids:
+        said = f"{model}: eos_token_id {i} of config.json or generation_config.json"
+        if i >= config.vocab_size:
+            raise ValueError(f"{said}: the model has {config.vocab_size:,} tokens")
+        if tokenizer.convert_ids_to_tokens(i) is None:
+            raise ValueError(f"{said}: the tokenizer has no such token")
 
 
 def _with_form(tokenizer: Any, choice: Any, model: str) -> Any:
