@@ -172,7 +172,7 @@ def command(*words: str) -> None:
 
 
 def namespace(host: int) -> str:
-    return f"faults-hosts-{host}"
+    return f"faults-hosts-{os.getpid()}-{host}"
 
 
 @contextmanager
