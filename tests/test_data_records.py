@@ -405,3 +405,13 @@ def test_a_thousand_damaged_rows(tmp_path):
             with pytest.raises(DataError, match=rf"^{re.escape(str(path))}:{len(before) + 1}: "):
                 quiet(f"jsonl:{path}", kind)
     assert damaged == 1000
+
+
+def test_a_message_in_the_spellings_of_two_libraries():
+    """Files that were merged have both; a blank one is none, and `human` is a user."""
+    turns = [
+        {"role": "user", "from": "human", "content": "q", "value": ""},
+        {"role": "", "from": "gpt", "content": None, "value": "a"},
+    ]
+    record = parse({"messages": turns}, "f:1", "demonstrations", {}, Template())
+    assert (record.messages[0], record.responses) == ({"role": "user", "content": "q"}, (" a",))

@@ -79,11 +79,19 @@ def _message(value: Any, where: str, field: str, report: Report | None) -> Messa
 
 
 def _either(value: dict, key: str, other: str, where: str, field: str) -> Any:
-    """The value of either of two keys, of which one name is OpenAI's and one ShareGPT's."""
+    """The value of either of two keys, of which one name is OpenAI's and one ShareGPT's.
+
+    Raises:
+      DataError: both have a value, and the two differ.
+    """
     first, second = value.get(key), value.get(other)
-    if first is not None and second is not None and first != second:
+    if first in (None, "") and second is not None:
+        return second
+    roles = [ROLE_NAMES.get(name, name) for name in (first, second) if isinstance(name, str)]
+    same = first == second or (key == "role" and len(roles) == 2 and roles[0] == roles[1])
+    if second not in (None, "") and not same:
         raise DataError(where, f"{field}.{other}", f"differs from '{key}' of the same message")
-    return second if first is None else first
+    return first
 
 
 def _content(value: Any, where: str, field: str) -> Any:
