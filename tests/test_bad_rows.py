@@ -173,6 +173,16 @@ def test_arguments_of_tools_with_a_key_twice(tmp_path):
         read(DataConfig(write(tmp_path / "a", {"messages": turns})), "demonstrations")
 
 
+def test_labelers():
+    """pandas makes a column of whole numbers with nulls one of floats."""
+    row = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    for labeler, expected in ((3, "3"), (3.0, "3"), ("3", "3"), (None, None), ("", None)):
+        assert record({**row, "labeler": labeler}).labeler == expected
+    for labeler in (3.5, math.nan, True):
+        with pytest.raises(DataError, match="field 'labeler': expected a name"):
+            record({**row, "labeler": labeler})
+
+
 def test_margins():
     row = {"prompt": "p", "chosen": "x", "rejected": "y"}
     for margin, expected in ((0, 0.0), ("1.5", 1.5), ("", 0.0), (None, 0.0), (3e38, 3e38)):

@@ -158,6 +158,8 @@ def _check_repeats(fields: Fields, record: Record, names: list[str], report: Rep
 def _remarks(fields: Fields) -> dict[str, Any]:
     """Who ranked the responses, and by how much the best is better, where the row says so."""
     labeler = fields.get("labeler") if fields.has("labeler") else None
+    if isinstance(labeler, float) and labeler.is_integer():  # of a column that has nulls
+        labeler = int(labeler)
     if isinstance(labeler, bool) or not isinstance(labeler, str | int | None):
         raise fields.error("labeler", f"expected a name, got {type_name(labeler)}")
     if isinstance(labeler, str):
