@@ -89,7 +89,8 @@ def located(
 ) -> Case:
     """A file of good rows and a bad one, the JSON text `bad`, in one of the layouts of JSON."""
     good = [json.dumps(base(rng)) for _ in range(rng.randint(1, 8))]
-    at = rng.randrange(len(good) + 1)
+    # A blank line at the end is no fault.
+    at = rng.randrange(len(good) + bool(bad.strip()))
     rows = [*good[:at], bad, *good[at:]]
     layout = rng.choice((layouts or "lines gz zst array wrapped").split())
     name, place = "rows.jsonl", f":{at + 1}"

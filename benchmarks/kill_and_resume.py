@@ -2,15 +2,19 @@
 
     python benchmarks/kill_and_resume.py                      # run_sft.py, ten times SIGKILL
     python benchmarks/kill_and_resume.py --script run_rm.py --kills 5
+    python benchmarks/kill_and_resume.py --script run_ppo.py --kills 100 --steps 200 \\
+        --flags="--batch_size 64 --sample_batch 64 --eval_prompts 64 --final_prompts 64"
 
-Hardware: two CPU cores; about two minutes. Needs runs/pretrain (for run_rm.py, runs/sft): run
-experiments/run_sft.py (run_rm.py) once before.
+Hardware: two CPU cores; about two minutes, and half a minute for each kill of run_ppo.py.
+Needs the runs that the script begins with (runs/pretrain, runs/sft, runs/rm): run the script once
+before.
 Result: a table of the kills, and whether parameters, metrics.jsonl and samples.jsonl are the same,
 bit for bit. Times are not compared.
 """
 
 import json
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,12 +45,15 @@ class Config:
     """Number of updates of the run."""
     save_every: int = 2
     """Number of steps between checkpoints; small, so that kills also hit saves."""
+    flags: str = ""
+    """More flags of the script, as in a shell."""
     seed: int = 0
     """Seed of the random moments."""
 
 
 def start(c: Config, out: Path) -> subprocess.Popen[bytes]:
     flags = ["--out", str(out), "--steps", str(c.steps), "--save_every", str(c.save_every)]
+    flags += shlex.split(c.flags)
     command = [sys.executable, str(EXPERIMENTS / c.script), *flags, "--resume"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
