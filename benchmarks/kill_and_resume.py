@@ -21,6 +21,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -81,14 +82,17 @@ def same_lines(a: Path, b: Path) -> bool:
 
 
 def same_parameters(a: Path, b: Path, step: int) -> bool:
-    """Whether the last checkpoints are equal, optimizer included."""
+    """Whether the last checkpoints are equal, optimizer included, whatever devices wrote them."""
     import jax
 
-    trees = [
-        ocp.StandardCheckpointer().restore((out / "checkpoints" / str(step) / "state").absolute())
-        for out in (a, b)
-    ]
-    equal = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), *trees)
+    def arrays(out: Path) -> Any:
+        state = (out / "checkpoints" / str(step) / "state").absolute()
+        with ocp.PyTreeCheckpointer() as reader:
+            tree = reader.metadata(state).item_metadata.tree
+            plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            return reader.restore(state, restore_args=plain)
+
+    equal = jax.tree.map(np.array_equal, arrays(a), arrays(b))
     return all(jax.tree.leaves(equal))
 
 

@@ -287,9 +287,7 @@ def _random(
 def _tokenizer(where: str) -> Any:
     where = _export(where, "--tokenizer")
     try:
+        hf.check_tokenizer(where)
         return hf.load_tokenizer(where)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--tokenizer {error}") from error
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{where} has no tokenizer: give --tokenizer DIR ({reason})") from error
