@@ -291,3 +291,6 @@ def _tokenizer(where: str) -> Any:
         return hf.load_tokenizer(where)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--tokenizer {error}") from error
+    except ValueError as error:
+        hint = "" if "--tokenizer" in str(error) else "; --tokenizer DIR names another"
+        raise ValueError(f"{error}{hint}") from error
