@@ -34,7 +34,7 @@ import tyro
 from instructjax import data, hf, models, rollout, scoring, sft, sharding, state, train
 from instructjax.data import DataConfig, Dataset, PackedRows, Stream
 from instructjax.data.batches import row_length
-from instructjax.evaluation import policies
+from instructjax.evaluation import statistics
 from instructjax.evaluation.figures import plot_curves
 from instructjax.ranges import Count, CountFrom2, NotNegative, Positive, ShareBelow1
 from instructjax.run import Run, checks, main, pretrained
@@ -400,8 +400,7 @@ def make_step(
 
 def with_interval(values: np.ndarray) -> str:
     """The mean with its 95 % interval, a bootstrap over prompts."""
-    low, high = policies.interval(values)
-    return f"{values.mean():+.2f} ({low:+.2f} to {high:+.2f})"
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*statistics.mean(values))
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from instructjax import miniature
 from instructjax.miniature import customers, language, world, writers
-from instructjax.miniature.judging import GOLD, Features, judge, mean, utility, win_rate
+from instructjax.miniature.judging import GOLD, Features, judge, mean, utility
 from instructjax.miniature.world import Fact
 
 STREAMS = {
@@ -307,13 +307,6 @@ def test_rates_leave_out_responses_without_a_verdict():
     assert "hallucination" not in mean(judged[:3])
     with pytest.raises(ValueError, match="no judgements"):
         mean([])
-
-
-def test_win_rate_counts_ties_half():
-    assert win_rate([2, 1, 1, 0], [1, 1, 1, 1]) == 0.5
-    assert win_rate([2, 2, 1], [1, 1, 1]) == pytest.approx(5 / 6)
-    with pytest.raises(ValueError, match="2 utilities against 1"):
-        win_rate([1, 2], [1])
 
 
 def test_utility_is_of_the_prompt_and_response_together():

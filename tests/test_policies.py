@@ -9,30 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from instructjax.data import Record
-from instructjax.evaluation import policies
-
-
-def test_win_rate_by_hand():
-    ours, theirs = np.array([1.0, 0.5, 2.0, 0.0]), np.array([0.0, 0.5, 3.0, -1.0])
-    share, low, high = policies.win_rate(ours, theirs)
-    assert share == (1 + 0.5 + 0 + 1) / 4
-    assert 0 <= low < share < high <= 1
-    back, _, _ = policies.win_rate(theirs, ours)
-    assert back == 1 - share
-    assert policies.win_rate(ours, ours) == (0.5, 0.5, 0.5)
-    assert policies.win_rate(ours + 9, theirs) == (1, 1, 1)
-
-
-def test_the_interval_covers():
-    """About 95 % of the intervals from 300 samples of 100 coins of 0.65 hold 0.65."""
-    rng = np.random.default_rng(0)
-    covered, widths = 0, []
-    for _ in range(300):
-        low, high = policies.interval((rng.random(100) < 0.65).astype(float), draws=300)
-        covered += low <= 0.65 <= high
-        widths.append(high - low)
-    assert 270 <= covered <= 297
-    assert abs(np.mean(widths) - 2 * 1.96 * (0.65 * 0.35 / 100) ** 0.5) < 0.02
+from instructjax.evaluation import policies, statistics
 
 
 def sampled(scores, utilities=None, **changes):
@@ -70,10 +47,13 @@ def test_what_training_does_not_score_has_no_score():
 
 def test_results_are_against_the_first_policy():
     before = sampled([0.0, 0.5], [0.0, 1.0])
-    after = sampled([1.0, 1.5], [0.5, 1.0], text_loss=3.25)
+    after = sampled([1.0, 1.5], [0.5, 1.0], text_loss=3.25, length_B=np.array([7, 4]))
     rows = policies.results({"SFT": before, "PPO": after})
     assert "win_rate" not in rows["SFT"]
     assert rows["PPO"]["win_rate"][0] == 0.75
+    won_B, longer_B = np.array([1, 0.5]), np.array([4, 0])
+    at_equal_length = statistics.length_controlled(won_B, longer_B)
+    assert rows["PPO"]["win_rate_at_equal_length"] == at_equal_length
     assert rows["PPO"]["score"] == 1.25
     low, high = rows["PPO"]["score_interval"]
     assert 1.0 <= low <= 1.25 <= high <= 1.5

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from instructjax import rollout, scoring
 from instructjax.data import Record
-from instructjax.evaluation import gold
+from instructjax.evaluation import gold, statistics
 from instructjax.evaluation.figures import plot_curves
 from instructjax.run import Run
 from instructjax.train import Batch
@@ -84,26 +84,6 @@ def last_turn(record: Record) -> str:
     return record.messages[-1]["content"] if record.messages else record.prompt
 
 
-def win_rate(ours: np.ndarray, theirs: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
-    """How often the first is better. A tie counts half. The interval is a bootstrap over prompts.
-
-    Args:
-      ours, theirs: utilities [n] of responses to the same prompts, sampled independently.
-
-    Returns:
-      (share, and the ends of its 95 % interval)
-    """
-    won = (ours > theirs) + 0.5 * (ours == theirs)
-    return float(won.mean()), *interval(won, draws)
-
-
-def interval(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a mean."""
-    picks = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def log(run: Run, step: int, before: Sampled, now: Sampled) -> None:
     """Logs an evaluation to metrics.jsonl and samples.jsonl, and prints a few responses."""
     metrics = {f"validation/{name}": mean for name, mean in now.means().items()}
@@ -111,7 +91,7 @@ def log(run: Run, step: int, before: Sampled, now: Sampled) -> None:
         metrics["ptx/validation_loss"] = now.text_loss
     if now.utility_B is not None and before.utility_B is not None:
         same_prompts = before.utility_B[: len(now.utility_B)]
-        metrics["validation/win_rate"] = win_rate(now.utility_B, same_prompts)[0]
+        metrics["validation/win_rate"] = statistics.win_rate(now.utility_B, same_prompts).value
     run.log(step, metrics)
     assert now.score_B is not None
     for prompt, text, score in zip(now.prompts[:4], now.texts, now.score_B, strict=False):
@@ -120,14 +100,18 @@ def log(run: Run, step: int, before: Sampled, now: Sampled) -> None:
 
 
 def results(sampled: Mapping[str, Sampled]) -> dict[str, Any]:
-    """What results.json holds of policies by name. Win rates are against the first of them."""
+    """What results.json holds of policies by name. Win rates are against the first of them, by
+    `statistics.win_rate` and by `statistics.length_controlled`."""
     base, rows = next(iter(sampled.values())), {}
     for name, policy in sampled.items():
         row: dict[str, Any] = policy.means()
         if policy.score_B is not None:
-            row["score_interval"] = interval(policy.score_B)
+            row["score_interval"] = statistics.mean(policy.score_B)[1:]
         if policy is not base and policy.utility_B is not None and base.utility_B is not None:
-            row["win_rate"] = win_rate(policy.utility_B, base.utility_B)
+            row["win_rate"] = statistics.win_rate(policy.utility_B, base.utility_B)
+            won_B = statistics.wins(policy.utility_B, base.utility_B)
+            longer_B = policy.length_B - base.length_B
+            row["win_rate_at_equal_length"] = statistics.length_controlled(won_B, longer_B)
         if policy.text_loss is not None:
             row["text_loss"] = policy.text_loss
         rows[name] = row
@@ -176,6 +160,7 @@ def table(rows: Mapping[str, Any], prompts: int) -> Table:
         "eos_fraction": ("ends", "{:.1%}"),
         "utility": ("gold utility", "{:+.2f}"),
         "win_rate": ("win rate by gold", "{:.1%}\n({:.1%} to {:.1%})"),
+        "win_rate_at_equal_length": ("at equal length", "{:.1%}\n({:.1%} to {:.1%})"),
         "text_loss": ("text loss", "{:.3f}"),
     }
     shown = [key for key in columns if any(key in row for row in rows.values())]

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from instructjax.data import Dataset, Record
 from instructjax.data.columns import lookup
+from instructjax.evaluation import statistics
 
 GAIN = "gain over words"  # of the reward model over the bag of words
 
@@ -63,7 +64,7 @@ def share(pairs: Pairs) -> float:
     return float(right(pairs).mean())
 
 
-def accuracy(pairs: Pairs, draws: int = 1000) -> tuple[float, float, float]:
+def accuracy(pairs: Pairs, draws: int = 1000) -> statistics.Estimate:
     """`share` with a 95 % interval.
 
     Args:
@@ -71,12 +72,12 @@ def accuracy(pairs: Pairs, draws: int = 1000) -> tuple[float, float, float]:
       draws: bootstrap samples.
 
     Returns:
-      (accuracy, low, high); NaN without pairs.
+      NaN without pairs.
     """
-    return _mean(right(pairs), pairs.prompt, draws)
+    return statistics.mean(right(pairs), pairs.prompt, draws)
 
 
-def gain(pairs: Pairs, baseline: Pairs, draws: int = 1000) -> tuple[float, float, float]:
+def gain(pairs: Pairs, baseline: Pairs, draws: int = 1000) -> statistics.Estimate:
     """The accuracy of one method minus that of another, with a 95 % interval.
 
     Both are of the same pairs, so what makes a pair hard for both drops out, and the interval is
@@ -87,24 +88,9 @@ def gain(pairs: Pairs, baseline: Pairs, draws: int = 1000) -> tuple[float, float
       draws: bootstrap samples.
 
     Returns:
-      (difference, low, high); NaN without pairs.
+      NaN without pairs.
     """
-    return _mean(right(pairs) - right(baseline), pairs.prompt, draws)
-
-
-def _mean(values: np.ndarray, prompt: np.ndarray, draws: int) -> tuple[float, float, float]:
-    """The mean over pairs with its 95 % interval.
-
-    The pairs of a prompt are not independent, so the interval is a bootstrap over prompts.
-    """
-    if not len(values):
-        return float("nan"), float("nan"), float("nan")
-    _, group = np.unique(prompt, return_inverse=True)
-    total, count = np.bincount(group, values), np.bincount(group)
-    picks = np.random.default_rng(0).integers(0, len(total), (draws, len(total)))
-    drawn = total[picks].sum(1) / count[picks].sum(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+    return statistics.mean(right(pairs) - right(baseline), pairs.prompt, draws)
 
 
 def calibration(pairs: Pairs, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ In reading order:
 
 from instructjax.miniature.benchmarks import multiple_choice, reading_comprehension, token_f1
 from instructjax.miniature.customers import prompts
-from instructjax.miniature.judging import Features, Judgement, judge, mean, win_rate
+from instructjax.miniature.judging import Features, Judgement, judge, mean
 from instructjax.miniature.labelers import Labeler, compare, comparisons, demonstrations, pool, rank
 from instructjax.miniature.text import texts
 from instructjax.miniature.wordlevel import tokenizer
@@ -42,5 +42,4 @@ __all__ = [
     "texts",
     "token_f1",
     "tokenizer",
-    "win_rate",
 ]

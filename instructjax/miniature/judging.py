@@ -237,14 +237,3 @@ def mean(judgements: Sequence[Judgement]) -> dict[str, float]:
         "toxicity": [j.toxic for j in judgements],
     }
     return {name: sum(column) / len(column) for name, column in columns.items() if column}
-
-
-def win_rate(utilities: Sequence[float], others: Sequence[float]) -> float:
-    """The share of prompts on which the first utility is higher; a tie counts half.
-
-    Raises ValueError if the lengths differ or are 0.
-    """
-    if not utilities or len(utilities) != len(others):
-        raise ValueError(f"{len(utilities)} utilities against {len(others)}")
-    pairs = zip(utilities, others, strict=True)
-    return sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(utilities)

@@ -1,0 +1,98 @@
+"""Means and win rates with 95 % intervals.
+
+Responses to one prompt are not independent. So the intervals are over prompts: a bootstrap draws
+prompts, each with all that was measured on it.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import expit
+
+_NEWTON_STEPS = 25  # 8 are enough unless one side wins always
+
+
+class Estimate(NamedTuple):
+    """A figure, and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean(values: np.ndarray, group: np.ndarray | None = None, draws: int = 1000) -> Estimate:
+    """The mean, with a percentile bootstrap over groups; NaN without values.
+
+    Args:
+      values: float [n].
+      group: int [n], the prompt that each value comes from. By default each is of its own.
+      draws: bootstrap samples.
+    """
+    if not len(values):
+        return Estimate(math.nan, math.nan, math.nan)
+    if group is None:
+        group = np.arange(len(values))
+    _, group = np.unique(group, return_inverse=True)
+    total, count = np.bincount(group, values), np.bincount(group)
+    picks = _picks(len(total), draws)
+    low, high = np.quantile(total[picks].sum(1) / count[picks].sum(1), [0.025, 0.975])
+    return Estimate(float(np.mean(values)), float(low), float(high))
+
+
+def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """won_P: how often a response of ours is better than one of theirs. A tie counts half.
+
+    Args:
+      ours: utilities [P] or [P, A] of responses to P prompts.
+      theirs: utilities [P] or [P, B] of independent responses to the same prompts. Each of ours is
+        compared with each of theirs.
+    """
+    a, b = ours.reshape(len(ours), -1, 1), theirs.reshape(len(theirs), 1, -1)
+    return ((a > b) + 0.5 * (a == b)).mean((1, 2))
+
+
+def win_rate(ours: np.ndarray, theirs: np.ndarray, draws: int = 1000) -> Estimate:
+    """The mean of `wins` over prompts."""
+    return mean(wins(ours, theirs), draws=draws)
+
+
+def length_controlled(
+    won: np.ndarray, length_difference: np.ndarray, draws: int = 1000
+) -> Estimate:
+    """The win rate that equally long responses would have.
+
+    A logistic model of a win on tanh(difference / its standard deviation), whose length term is
+    then set to 0 (Dubois et al. 2024, length-controlled AlpacaEval, without the term for how hard
+    a prompt is). The slope has a Gaussian prior of variance 1.
+
+    Args:
+      won: float [P], of `wins`.
+      length_difference: float [P], the length of our response minus that of theirs.
+      draws: bootstrap samples of prompts; the model is fitted to each.
+    """
+    spread = np.std(length_difference)
+    x = np.tanh(length_difference / spread) if spread else np.zeros(len(won))
+    picks = _picks(len(won), draws)
+    fitted = _logistic(np.stack([x, *x[picks]]), np.stack([won, *won[picks]]))
+    low, high = np.quantile(fitted[1:], [0.025, 0.975])
+    return Estimate(float(fitted[0]), float(low), float(high))
+
+
+def _logistic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """sigmoid(a) of D fits y ~ sigmoid(a + b x), x and y [D, n], by Newton's method."""
+    a, b = np.zeros(len(x)), np.zeros(len(x))
+    for _ in range(_NEWTON_STEPS):
+        p = expit(a[:, None] + b[:, None] * x)
+        error, weight = y - p, p * (1 - p)
+        to_a, to_b = error.sum(1), (error * x).sum(1) - b
+        aa, ab, bb = weight.sum(1) + 1e-9, (weight * x).sum(1), (weight * x * x).sum(1) + 1
+        determinant = aa * bb - ab**2
+        a = np.clip(a + (bb * to_a - ab * to_b) / determinant, -30, 30)
+        b = b + (aa * to_b - ab * to_a) / determinant
+    return expit(a)
+
+
+def _picks(n: int, draws: int) -> np.ndarray:
+    """int [draws, n], which of n are in each bootstrap sample."""
+    return np.random.default_rng(0).integers(0, n, (draws, n))

@@ -1,0 +1,85 @@
+"""Intervals hold the truth as often as they say; win rates equal hand-worked cases."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+from scipy.special import expit
+
+from instructjax.evaluation import statistics
+
+EXPERIMENTS = 1000
+
+
+def coverage(estimates: list[statistics.Estimate], truth: float) -> float:
+    return float(np.mean([e.low <= truth <= e.high for e in estimates]))
+
+
+def test_the_interval_of_a_mean_holds_the_truth():
+    """Four values a prompt, which share half of their variance."""
+    rng, group = np.random.default_rng(1), np.repeat(np.arange(150), 4)
+    estimates, ungrouped = [], []
+    for _ in range(EXPERIMENTS):
+        values = 0.3 + rng.normal(size=150)[group] + rng.normal(size=600)
+        estimates.append(statistics.mean(values, group, draws=400))
+        ungrouped.append(statistics.mean(values, draws=200))
+    assert coverage(estimates, 0.3) == pytest.approx(0.95, abs=0.02)
+    assert coverage(ungrouped, 0.3) < 0.85  # without the prompts it is too short
+
+
+def test_the_interval_of_a_win_rate_holds_the_truth():
+    rng, estimates = np.random.default_rng(2), []
+    for _ in range(EXPERIMENTS):
+        ours, theirs = rng.normal(0.5, 1, (200, 2)), rng.normal(0, 1, (200, 2))
+        estimates.append(statistics.win_rate(ours, theirs, draws=400))
+    assert coverage(estimates, stats.norm.cdf(0.5 / math.sqrt(2))) == pytest.approx(0.95, abs=0.02)
+
+
+def test_wins_by_hand():
+    won = statistics.wins(np.array([[1, 3], [2, 2]]), np.array([[2, 3, 0], [2, 9, 9]]))
+    # 1 beats 0; 3 beats 2 and 0 and ties with 3. Then 2 ties with 2, twice.
+    np.testing.assert_allclose(won, [(1 + 2.5) / 6, (0.5 + 0.5) / 6])
+    np.testing.assert_array_equal(
+        statistics.wins(np.array([1, 2, 3]), np.array([2, 2, 2])), [0, 0.5, 1]
+    )
+    ours, theirs = np.array([1.0, 0.5, 2.0, 0.0]), np.array([0.0, 0.5, 3.0, -1.0])
+    rate, back = statistics.win_rate(ours, theirs), statistics.win_rate(theirs, ours)
+    assert rate.value == 1 - back.value == (1 + 0.5 + 0 + 1) / 4
+    assert 0 <= rate.low < rate.value < rate.high <= 1
+    assert statistics.win_rate(ours, ours) == (0.5, 0.5, 0.5)
+    assert np.isnan(statistics.mean(np.zeros(0)).value)
+
+
+def test_a_length_controlled_win_rate_is_that_of_equal_lengths():
+    """The judge likes length; at equal length, ours wins in 60 %."""
+    rng, a = np.random.default_rng(3), math.log(0.6 / 0.4)
+    shares, estimates = [], []
+    for _ in range(150):
+        difference = rng.normal(40, 50, 300)  # ours are longer
+        chance = expit(a + 1.2 * np.tanh(difference / difference.std()))
+        won = (rng.random(300) < chance).astype(float)
+        shares.append(won.mean())
+        estimates.append(statistics.length_controlled(won, difference, draws=100))
+    assert np.mean(shares) > 0.67
+    assert np.mean([e.value for e in estimates]) == pytest.approx(0.6, abs=0.015)
+    assert coverage(estimates, 0.6) == pytest.approx(0.95, abs=0.05)
+
+
+def test_the_logistic_fit_is_that_of_an_optimizer():
+    rng = np.random.default_rng(4)
+    won, difference = rng.choice([0, 0.5, 1], 80), rng.normal(3, 20, 80)
+    x = np.tanh(difference / difference.std())
+
+    def loss(parameters):
+        logit = parameters[0] + parameters[1] * x
+        return np.sum(np.logaddexp(0, logit) - won * logit) + parameters[1] ** 2 / 2
+
+    best = optimize.minimize(loss, np.zeros(2), tol=1e-12).x
+    got = statistics.length_controlled(won, difference, draws=2).value
+    assert got == pytest.approx(expit(best[0]), abs=1e-6)
+
+
+def test_a_side_that_always_wins():
+    assert statistics.length_controlled(np.ones(50), np.arange(50.0)).value == pytest.approx(1)
+    assert statistics.length_controlled(np.ones(50), np.ones(50)).low == pytest.approx(1)
