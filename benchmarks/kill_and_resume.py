@@ -2,7 +2,7 @@
 
     python benchmarks/kill_and_resume.py                      # run_sft.py, ten times SIGKILL
     python benchmarks/kill_and_resume.py --script run_rm.py --kills 5
-    python benchmarks/kill_and_resume.py --script run_ppo.py --kills 100 --steps 200 \\
+    python benchmarks/kill_and_resume.py --script run_ppo.py --kills 100 --steps 104 \\
         --flags="--batch_size 64 --sample_batch 64 --eval_prompts 64 --final_prompts 64"
 
 Hardware: two CPU cores; about two minutes, and half a minute for each kill of run_ppo.py.
