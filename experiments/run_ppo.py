@@ -1,4 +1,4 @@
-"""PPO-ptx: the paper's third step, against a reward model or your own function (section 3.5).
+r"""PPO-ptx: the paper's third step, against a reward model or your own function (section 3.5).
 
     python experiments/run_ppo.py                                   # the miniature, from nothing
     python experiments/run_ppo.py --preset instructgpt-6b --model runs/sft --reward runs/rm \

@@ -1,4 +1,4 @@
-"""Talk to a model: one prompt, or a conversation. Tokens are printed as they come.
+r"""Talk to a model: one prompt, or a conversation. Tokens are printed as they come.
 
     python experiments/sample.py --model runs/sft                       # until Ctrl-D
     python experiments/sample.py --model runs/sft --prompt "list two animals that are white."

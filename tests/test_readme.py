@@ -1,5 +1,6 @@
-"""The README: its Python runs, on a tiny model; its commands and its files are there."""
+"""The README: its Python runs, on a tiny model; its commands and its files are there. Help texts."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from instructjax.models import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = sorted([*(ROOT / "experiments").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 ENVIRONMENT = "python3 -m venv .venv && . .venv/bin/activate && pip install -e "
 
@@ -47,3 +49,10 @@ def test_what_it_links_to_is_there():
     links = re.findall(r"\]\(([^):#]+)", TEXT)
     assert "docs/ppo-iteration.svg" in links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_keeps_the_line_breaks_of_its_commands(script):
+    """A backslash at the end of a line joins it to the next, unless the docstring is raw."""
+    text = ast.get_docstring(ast.parse(script.read_text())) or ""
+    assert not re.search(r"\S {6,}--", text)
