@@ -1,4 +1,4 @@
-"""The README: its Python runs, on a tiny model; its commands and its files are there. Help texts."""
+"""The README: its Python runs, on a tiny model; its commands and files are there. Help texts."""
 
 import ast
 import re
