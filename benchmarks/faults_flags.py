@@ -169,6 +169,13 @@ WRONG = [
         ("--system Hello --dialogue False", "--system"),
     ),
     *lines(
+        "evaluate.py",
+        ("--models lm", "--models lm"),
+        ("--models lm runs/nothing", "--models runs/nothing"),
+        ("--models lm rm", "--models rm"),
+        ("--models lm hf:lm --data jsonl:demos.jsonl", "--gold"),
+    ),
+    *lines(
         "preflight.py",
         ("", "--topology"),
         ("--topology v5litepod-4", "--topology v5litepod-4"),
