@@ -249,7 +249,7 @@ def test_damaged_checkpoints_are_set_aside(tmp_path, capsys):
     large.write_bytes(content)
     assert checkpoints.best() == checkpoints.latest_whole() == 2
     out = capsys.readouterr().out
-    assert f"{large.relative_to(tmp_path / '4')}: its checksum is another" in out
+    assert f"{large.relative_to(tmp_path / '4')}: its checksum differs" in out
     assert f"warning: {tmp_path}/2 has no checksums" in out
     assert_equal(checkpoints.restore(2, saved)[0], saved)
 

@@ -152,7 +152,7 @@ def _first_problem(step_directory: epath.Path, sums: Sums) -> str | None:
         if now[0] != size:
             return f"{name}: {now[0]:,} bytes instead of {size:,}"
         if now[1] != checksum:
-            return f"{name}: its checksum is another"
+            return f"{name}: its checksum differs"
     return None
 
 
