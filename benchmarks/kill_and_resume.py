@@ -112,7 +112,7 @@ def main(c: Config) -> None:
             sys.exit(f"error: kill {kill} came after the end: give more --steps")
         process.kill()
         process.communicate()
-        names = [p.name for p in (killed / "checkpoints").glob("*")]
+        names = [p.name for p in (killed / "checkpoints").glob("[!.]*")]
         whole = [name for name in names if name.isdecimal()]
         kept = " ".join(sorted(whole, key=int))
         table.add_row(f"{kill}", f"{line}", f"{later:.2f}", kept, f"{len(names) - len(whole)}")
