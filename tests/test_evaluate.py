@@ -50,7 +50,7 @@ def test_two_models(world, tmp_path, capsys):
     assert first["win_rate"] == [*statistics.win_rate(utility[0], utility[1])]
     assert first["win_rate"][0] + back["win_rate"][0] == pytest.approx(1)
     printed = capsys.readouterr().out
-    assert "by the judge, on 5 prompts" in printed
+    assert "by the judge, on 5 prompts" in " ".join(printed.split())  # a title may be wrapped
     rate, low, high = back["win_rate"]
     assert f"{rate:.1%}" in printed
     assert f"{low:.1%} to {high:.1%}" in printed
