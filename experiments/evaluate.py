@@ -18,7 +18,6 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,11 +31,11 @@ from rich.table import Table
 
 from instructjax import data, ranges, rollout, scoring, sharding, usage
 from instructjax.data import DataConfig
-from instructjax.evaluation import gold, statistics
+from instructjax.evaluation import gold, policies, statistics
 from instructjax.offload import freeze
 from instructjax.ranges import Count, Positive, Seed
 from instructjax.run import checks, main, pretrained
-from instructjax.run.metrics import ProgressLine
+from instructjax.run.metrics import phase
 from instructjax.run.process import cache_compilations
 
 
@@ -135,7 +134,7 @@ def answer(config: Config, name: str, mesh: Mesh, key: jax.Array) -> Answers:
       ValueError: no prompt leaves room for a response.
     """
     P, S, R = config.prompts, config.samples, config.max_new_tokens
-    with phase(f"{name}: loading"):
+    with phase(Console(), f"{name}: loading"):
         model, params, tokenizer = pretrained.load(
             name, mesh, template=config.data.template, flag="--models", scalar_head=False
         )
@@ -148,7 +147,7 @@ def answer(config: Config, name: str, mesh: Mesh, key: jax.Array) -> Answers:
         records = read(config.data, "prompts", split=config.split, context=context)
         records = records.take(np.arange(len(records)) < P)
     prompts = [records.prompt[i].tolist() for i in range(len(records))]
-    with phase(f"{name}: sampling {len(prompts) * S:,} responses"):
+    with phase(Console(), f"{name}: sampling {len(prompts) * S:,} responses"):
         sampled, _ = rollout.sample(
             params,
             model,
@@ -167,16 +166,17 @@ def answer(config: Config, name: str, mesh: Mesh, key: jax.Array) -> Answers:
     run_model = functools.partial(
         rollout.map_batches, rows=rows, size=config.batch_size, buckets=[R], mesh=mesh
     )
-    with phase(f"{name}: judging"):
+    with phase(Console(), f"{name}: judging"):
         repeated = [record for record in records.records for _ in range(S)]
-        utility_B = judge(run_model, repeated, texts)
+        measured = policies.measure(rows, repeated, texts, model.eos_ids, run_model, judge=judge)
+    assert measured.utility_B is not None
     return Answers(
         where=[record.where for record in records.records],
         prompts=[record.prompt for record in records.records],
         texts=[texts[i : i + S] for i in range(0, len(texts), S)],
-        length_PS=rows["mask_BR"].sum(1).reshape(-1, S),
-        ended_PS=rollout.ended(rows, model.eos_ids).reshape(-1, S),
-        utility_PS=np.asarray(utility_B).reshape(-1, S),
+        length_PS=measured.length_B.reshape(-1, S),
+        ended_PS=measured.ended_B.reshape(-1, S),
+        utility_PS=measured.utility_B.reshape(-1, S),
     )
 
 
@@ -240,17 +240,6 @@ def table(results: Mapping[str, Any], first: str) -> Table:
                 cells.append("{:.1%}\n{:.1%} to {:.1%}".format(*against[name][key]))
         drawn.add_row(name, *cells)
     return drawn
-
-
-@contextmanager
-def phase(doing: str) -> Iterator[None]:
-    """Says what goes on, if it takes more than 3 s."""
-    line = ProgressLine(Console(), "evaluate")
-    try:
-        with line.phase(doing):
-            yield
-    finally:
-        line.stop()
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

@@ -26,7 +26,7 @@ from instructjax.data import prompt_ids, template
 from instructjax.data.dialogue import Messages
 from instructjax.ranges import Count, CountOrZero, NotNegative, Seed, ShareAbove0
 from instructjax.run import checks, main, pretrained
-from instructjax.run.metrics import ProgressLine
+from instructjax.run.metrics import phase
 from instructjax.run.process import cache_compilations
 
 
@@ -88,7 +88,7 @@ def check(config: Config) -> None:
 def sample(config: Config) -> None:
     cache_compilations()
     mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
-    with phase("loading the model"):
+    with phase(Console(stderr=True), "loading the model"):
         model, params, tokenizer = pretrained.load(
             config.model, mesh, tokenizer=config.tokenizer, seed=config.seed, scalar_head=False
         )
@@ -179,7 +179,7 @@ class Chat:
         )
         self.turn += 1
         with interrupts() as interrupted:
-            with phase("compiling, and reading the prompt"):
+            with phase(Console(stderr=True), "compiling, and reading the prompt"):
                 first = list(itertools.islice(drawn, 2))  # so that both programs are compiled
             for token in itertools.chain(first, drawn):
                 if interrupted or (ended := token in self.session.config.eos_ids):
@@ -203,17 +203,6 @@ def note(text: str) -> None:
     """Prints what is no part of an answer."""
     sys.stdout.flush()
     print(text, end="", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def phase(doing: str) -> Iterator[None]:
-    """Says on stderr what goes on, if it takes more than 3 s."""
-    line = ProgressLine(Console(stderr=True), "")
-    try:
-        with line.phase(doing):
-            yield
-    finally:
-        line.stop()
 
 
 @contextlib.contextmanager

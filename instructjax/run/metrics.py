@@ -258,3 +258,14 @@ class ProgressLine:
     def _say(self, text: str) -> None:
         line = f"{self._stage}  {text}" if self._stage else text
         self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def phase(console: Console, doing: str) -> Iterator[None]:
+    """Says what a script does that takes no steps, if it takes more than 3 s."""
+    line = ProgressLine(console, "")
+    try:
+        with line.phase(doing):
+            yield
+    finally:
+        line.stop()
