@@ -324,7 +324,7 @@ def resident(pid: int) -> int:
 def watch_memory(c: Config) -> tuple[float, float]:
     """(the peak of the first sixth, the peak of the last) of an undisturbed run's memory, in GB.
 
-    A sixth of an hour is ten minutes.
+    A sixth of an hour is ten minutes. OUT/memory.json has the memory of each second.
     """
     run = Supervised(c.out / "memory", 1_000_000, 1)
     run.start("--save_every", "50")
@@ -336,6 +336,7 @@ def watch_memory(c: Config) -> tuple[float, float]:
             raise RuntimeError(f"exit codes {run.codes()}; see {run.log}")
         sizes.append(resident(run.processes[0].pid) / 1e9)
     run.kill()
+    (c.out / "memory.json").write_text(json.dumps(sizes) + "\n")
     sixth = max(1, len(sizes) // 6)
     return max(sizes[:sixth]), max(sizes[-sixth:])
 

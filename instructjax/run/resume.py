@@ -119,7 +119,9 @@ def choose(
     if wanted is not None:
         say(f"--resume_step {wanted}: an earlier start went back; without --resume, this one would")
     if whole < newest:
-        say(f"going on from step {whole:,}: {newest - whole:,} steps are made again")
+        again = newest - whole
+        lost = "1 step is" if again == 1 else f"{again:,} steps are"
+        say(f"going on from step {whole:,}: {lost} made again")
     return whole
 
 
