@@ -174,6 +174,9 @@ WRONG = [
         ("--models lm runs/nothing", "--models runs/nothing"),
         ("--models lm rm", "--models rm"),
         ("--models lm hf:lm --data jsonl:demos.jsonl", "--gold"),
+        ("--best_of 4", "--best_of 4"),
+        ("--labels none.jsonl", "--labels none.jsonl"),
+        ("--out s3://bucket/x", "--out s3://bucket/x"),
     ),
     *lines(
         "preflight.py",

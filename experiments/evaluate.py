@@ -1,23 +1,30 @@
-r"""Compare models by a judge on held-out prompts: win rates with intervals, at equal length too.
+r"""Compares models by a judge on held-out prompts: win rates with intervals, at equal length too.
 
     python experiments/evaluate.py --models runs/sft runs/ppo                # the miniature
     python experiments/evaluate.py --models MODEL MODEL --data jsonl:prompts.jsonl \
         --gold my_file.py:my_judge --samples 4 --max_new_tokens 256
+    python experiments/evaluate.py --models runs/sft runs/ppo --reference runs/sft \
+        --reward runs/rm --samples 16 --best_of 1 2 4 8 16                   # reward against KL
+    python experiments/evaluate.py --labels rankings.jsonl                   # what labelers said
 
 Each model answers each prompt --samples times, independently. The judge gives every response a
 utility. A model wins a prompt against another as often as a response of its own has the higher
 utility than one of the other's; a tie counts half. Intervals are 95 %, over prompts.
 
+A line of --labels is `{"prompt": "...", "models": ["sft", "ppo"], "ranks": [2, 1]}`: who wrote each
+response, and its rank (1 is best, equal ranks are ties). `scores` may stand for `ranks`, such as
+Likert scores of 1 to 7; their means are reported too.
+
 Hardware: two CPU cores suffice for the miniature.
-Result: a table of win rates against the first model, OUT/results.json with those of all pairs, and
-OUT/responses.jsonl with each response and its utility.
+Result: a table of win rates against the first model; OUT/results.json with those of all pairs,
+OUT/responses.jsonl with each response and its utility, and with --best_of or --reference
+OUT/frontier.png.
 """
 
 import dataclasses
 import functools
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,16 +34,17 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
 
-from instructjax import data, ranges, rollout, scoring, sharding, usage
+from instructjax import data, hosts, ranges, rollout, scoring, sharding, usage
 from instructjax.data import DataConfig
-from instructjax.evaluation import gold, policies, statistics
+from instructjax.evaluation import comparison, figures, gold, policies
+from instructjax.models import ModelConfig, Params
 from instructjax.offload import freeze
 from instructjax.ranges import Count, Positive, Seed
-from instructjax.run import checks, main, pretrained
+from instructjax.run import checks, flags, main, pretrained
 from instructjax.run.metrics import phase
 from instructjax.run.process import cache_compilations
+from instructjax.train import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +54,21 @@ class Config:
     models: tuple[str, ...] = ("runs/sft", "runs/ppo")
     """The models: run directories, Hugging Face directories or hub names. The table has win rates
     against the first."""
+    labels: Path | None = None
+    """File of rankings by labelers, see above, to count wins in. No model is loaded then."""
     data: DataConfig = field(default_factory=DataConfig)
     gold: tuple[str, ...] = ()
     """Judge: reward models and functions, as for --reward of run_ppo.py. Their sum is a response's
     utility. By default the miniature has its own judge; other data need one."""
+    reward: tuple[str, ...] = ()
+    """Proxy: what training maximised, as for --reward of run_ppo.py. Each response gets its score
+    beside its utility, and --best_of chooses by it. By default none is measured."""
+    reference: str | None = None
+    """Model that KL is measured from, such as runs/sft. By default none is measured."""
+    best_of: tuple[Count, ...] = ()
+    """Values of n. For each, what the best of n samples of the first model would give, in the mean
+    over all choices of n of its --samples. The best is the one of the highest score by --reward, or
+    by the judge without it."""
     split: Literal["validation", "all"] = "validation"
     """Which prompts: those held out by --data.split_by and --data.validation, or all."""
     prompts: Count = 512
@@ -75,73 +94,123 @@ class Config:
 
     def __post_init__(self) -> None:
         ranges.check(self)
-        if len(set(self.models)) < max(2, len(self.models)):
+        if self.labels is None and len(set(self.models)) < max(2, len(self.models)):
             raise ValueError(f"--models {' '.join(self.models)}: give at least two, each once")
-        if not self.gold and self.data.spec != "miniature":
+        if self.labels is None and not self.gold and self.data.spec != "miniature":
             raise ValueError("--gold: these data have no judge of their own; name one")
+        if max(self.best_of, default=0) > self.samples:
+            raise ValueError(f"--best_of {max(self.best_of)}: more than --samples {self.samples}")
+        flags.refuse_bucket("--out", self.out, "a directory on a disk")
         sharding.parse_mesh(self.mesh)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """A model's responses to P prompts, S to each."""
-
-    where: Sequence[str]  # [P], which row of the data each prompt is
-    prompts: Sequence[str]  # [P], as the model reads them
-    texts: Sequence[Sequence[str]]  # [P][S]
-    length_PS: np.ndarray  # tokens, EOS included
-    ended_PS: np.ndarray  # bool
-    utility_PS: np.ndarray
 
 
 def check(config: Config) -> None:
     """Raises ValueError or OSError for flags that cannot work, before anything is loaded."""
+    hosts.require_equal("flags", flags.of_all_hosts(config, "evaluate"))
+    checks.check_directory("--out", config.out)
     mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
+    if config.labels is not None:
+        if not config.labels.is_file():
+            raise FileNotFoundError(f"--labels {config.labels}: no such file")
+        return
     checks.check_rows("--batch_size", config.batch_size, 1, mesh)
-    for name in config.models:
-        model = pretrained.check(name, mesh, flag="--models", scalar_head=False)
+    for flag, specs in (("--gold", config.gold), ("--reward", config.reward)):
+        if specs:
+            scoring.check(scoring.RewardConfig(specs), mesh, flag)
+    named = [("--models", name) for name in config.models]
+    if config.reference is not None:
+        named.append(("--reference", config.reference))
+    for flag, name in named:
+        model = pretrained.check(name, mesh, flag=flag, scalar_head=False)
         room = checks.data_tokens("--data", config.data, config.max_new_tokens)
         checks.check_tokens(model, [("--max_new_tokens", config.max_new_tokens, 1), *room])
-    if config.gold:
-        scoring.check(scoring.RewardConfig(config.gold), mesh, "--gold")
     data.check(config.data, "prompts")
 
 
 def evaluate(config: Config) -> dict[str, Any]:
     """Compares the models. Returns the contents of results.json."""
-    cache_compilations()
     config.out.mkdir(parents=True, exist_ok=True)
+    if config.labels is not None:
+        results = comparison.of_labels(config.labels)
+        names = [name for name in config.models if name in results["models"]]
+        write(config, results, (names or sorted(results["models"]))[0], "labelers", [])
+        return results
+    cache_compilations()
     mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
     keys = jax.random.split(jax.random.key(config.seed), len(config.models))
-    answers = {
+    given = {
         name: answer(config, name, mesh, key) for name, key in zip(config.models, keys, strict=True)
     }
-    results = compare(answers)
-    if jax.process_index() == 0:
-        (config.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        with (config.out / "responses.jsonl").open("w", encoding="utf-8") as file:
-            for line in lines(answers):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        Console().print(table(results, config.models[0]))
-        print(f"wrote {config.out}/results.json and responses.jsonl")
+    answers, first = comparison.shared(given), config.models[0]
+    results = comparison.compare(answers)
+    left_out = max(len(x.keys) for x in given.values()) - results["prompts"]
+    if left_out and jax.process_index() == 0:
+        print(f"{left_out:,} prompts are left out: a model has no room for them")
+    if config.best_of:
+        results["best_of"] = comparison.best_of(answers[first], config.best_of)
+    write(config, results, first, "the judge", comparison.lines(answers))
     return results
 
 
-def answer(config: Config, name: str, mesh: Mesh, key: jax.Array) -> Answers:
-    """Samples a model's responses, and judges them. One model is in memory at a time.
+def write(
+    config: Config, results: Any, first: str, by: str, lines: Iterable[dict[str, Any]]
+) -> None:
+    """Prints the table and writes the files, on host 0.
+
+    Args:
+      results: from `comparison`.
+      first: the model that the table's win rates are against.
+      by: who judged, for the title.
+      lines: of responses.jsonl; without any there is no such file.
+    """
+    if jax.process_index() != 0:
+        return
+    out, wrote = config.out, ["results.json"]
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if text := "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines):
+        (out / "responses.jsonl").write_text(text, encoding="utf-8")
+        wrote.append("responses.jsonl")
+    if curves := frontier(config, results):
+        columns = ["utility", "score"] if config.reward else ["utility"]
+        figures.frontier(curves, columns, out / "frontier.png")
+        wrote.append("frontier.png")
+    console = Console()
+    console.print(comparison.table(results, first, by))
+    if "best_of" in results:
+        console.print(comparison.best_of_table(results["best_of"], first))
+    print(f"wrote {', '.join(str(out / name) for name in wrote)}")
+
+
+def frontier(config: Config, results: Any) -> dict[str, Any]:
+    """The curves of frontier.png: models by their KL from the reference, and the best of n.
+
+    The best of n is a curve from the first model. It is left out where the reference is another
+    one, from which its KL is not known.
+    """
+    columns = ("utility", "score")
+    curves = {
+        name: {"kl": [row["kl"][0]], **{c: [row[c][0]] for c in columns if c in row}}
+        for name, row in results["models"].items()
+        if "kl" in row
+    }
+    rows = results.get("best_of", ())
+    if rows and config.reference in (None, config.models[0]):
+        curves[f"best of n, {config.models[0]}"] = {
+            "kl": [row["kl"] for row in rows],
+            **{c: [row[c][0] for row in rows] for c in columns if c in rows[0]},
+        }
+    return curves
+
+
+def answer(config: Config, name: str, mesh: Mesh, key: jax.Array) -> comparison.Answers:
+    """Samples a model's responses, and judges them. One model at a time is on the devices.
 
     Raises:
       ValueError: no prompt leaves room for a response.
     """
     P, S, R = config.prompts, config.samples, config.max_new_tokens
     with phase(Console(), f"{name}: loading"):
-        model, params, tokenizer = pretrained.load(
-            name, mesh, template=config.data.template, flag="--models", scalar_head=False
-        )
-        judge = gold.load_judge(config.gold, config.data.spec, mesh, tokenizer, config.model_dtype)
-        assert judge is not None
-        params = freeze(params, config.model_dtype)
-        model = dataclasses.replace(model, dtype=config.model_dtype)
+        model, params, tokenizer = load(config, name, "--models", mesh)
         read = pretrained.reader(model, tokenizer)
         context = model.max_length - R + 1
         records = read(config.data, "prompts", split=config.split, context=context)
@@ -167,84 +236,83 @@ def answer(config: Config, name: str, mesh: Mesh, key: jax.Array) -> Answers:
         rollout.map_batches, rows=rows, size=config.batch_size, buckets=[R], mesh=mesh
     )
     with phase(Console(), f"{name}: judging"):
-        repeated = [record for record in records.records for _ in range(S)]
-        measured = policies.measure(rows, repeated, texts, model.eos_ids, run_model, judge=judge)
+        measured = policies.measure(
+            rows,
+            [record for record in records.records for _ in range(S)],
+            texts,
+            model.eos_ids,
+            run_model,
+            reward=load_reward(config, mesh, tokenizer),
+            judge=gold.load_judge(
+                config.gold, config.data.spec, mesh, tokenizer, config.model_dtype
+            ),
+            kl_B=kl(config, mesh, tokenizer, rows, run_model),
+        )
     assert measured.utility_B is not None
-    return Answers(
-        where=[record.where for record in records.records],
+
+    def by_prompt(x: np.ndarray | None) -> Any:
+        return None if x is None else x.reshape(-1, S)
+
+    return comparison.Answers(
+        keys=comparison.keys(records.records),
         prompts=[record.prompt for record in records.records],
         texts=[texts[i : i + S] for i in range(0, len(texts), S)],
-        length_PS=measured.length_B.reshape(-1, S),
-        ended_PS=measured.ended_B.reshape(-1, S),
-        utility_PS=measured.utility_B.reshape(-1, S),
+        tokens_PS=by_prompt(measured.length_B),
+        ended_PS=by_prompt(measured.ended_B),
+        utility_PS=by_prompt(measured.utility_B),
+        score_PS=by_prompt(measured.score_B),
+        kl_PS=by_prompt(measured.kl_B),
     )
 
 
-def compare(answers: Mapping[str, Answers]) -> dict[str, Any]:
-    """What results.json holds: the figures of each model, and how often each wins against another.
+def load(config: Config, name: str, flag: str, mesh: Mesh) -> tuple[ModelConfig, Params, Any]:
+    """A model for sampling and scoring: (config, parameters in --model_dtype, tokenizer)."""
+    model, params, tokenizer = pretrained.load(
+        name, mesh, template=config.data.template, flag=flag, scalar_head=False
+    )
+    model = dataclasses.replace(model, dtype=config.model_dtype)
+    return model, freeze(params, config.model_dtype), tokenizer
 
-    Two models are compared on the prompts that both answered: one may lack room for a long prompt.
+
+def load_reward(config: Config, mesh: Mesh, tokenizer: Any) -> scoring.Rewards | None:
+    if not config.reward:
+        return None
+    specs = scoring.RewardConfig(config.reward)
+    return scoring.load(specs, mesh, tokenizer, config.model_dtype, offload=True)
+
+
+def kl(
+    config: Config, mesh: Mesh, tokenizer: Any, rows: Batch, run_model: gold.RunModel
+) -> np.ndarray | None:
+    """kl_B of responses from --reference, in nats: k1 at the sampling temperature, summed.
+
+    Raises:
+      ValueError: the reference has another vocabulary.
     """
-    models = {
-        name: {
-            "prompts": len(given.where),
-            "utility": statistics.mean(given.utility_PS.mean(1)),
-            "length": float(given.length_PS.mean()),
-            "eos_fraction": float(given.ended_PS.mean()),
-        }
-        for name, given in answers.items()
-    }
-    pairs = []
-    for (name, ours), (other, theirs) in itertools.permutations(answers.items(), 2):
-        place = {where: i for i, where in enumerate(theirs.where)}
-        both = [(i, place[where]) for i, where in enumerate(ours.where) if where in place]
-        if not both:
-            raise ValueError(f"--models {name} and {other}: no prompt has room in both")
-        a, b = np.array(both).T
-        won_P = statistics.wins(ours.utility_PS[a], theirs.utility_PS[b])
-        longer_P = ours.length_PS[a].mean(1) - theirs.length_PS[b].mean(1)
-        pairs.append(
-            {
-                "model": name,
-                "against": other,
-                "prompts": len(both),
-                "win_rate": statistics.mean(won_P),
-                "win_rate_at_equal_length": statistics.length_controlled(won_P, longer_P),
-            }
-        )
-    return {"models": models, "pairs": pairs}
-
-
-def lines(answers: Mapping[str, Answers]) -> Iterator[dict[str, Any]]:
-    """The lines of responses.jsonl."""
-    for name, given in answers.items():
-        for i, prompt in enumerate(given.prompts):
-            for text, utility in zip(given.texts[i], given.utility_PS[i], strict=True):
-                line = {"model": name, "prompt": prompt, "response": text}
-                yield line | {"utility": float(utility), "where": given.where[i]}
-
-
-def table(results: Mapping[str, Any], first: str) -> Table:
-    """`compare` on the terminal, against the first model."""
-    against = {pair["model"]: pair for pair in results["pairs"] if pair["against"] == first}
-    prompts = results["models"][first]["prompts"]
-    drawn = Table(title=f"against {first}, by the judge, on {prompts:,} prompts")
-    drawn.add_column("", overflow="fold")
-    for title in ("utility", "length", "ends", "wins", "at equal length"):
-        drawn.add_column(title, justify="right", no_wrap=True)
-    for name, model in results["models"].items():
-        cells = ["{:+.2f}\n{:+.2f} to {:+.2f}".format(*model["utility"])]
-        cells += [f"{model['length']:.1f}", f"{model['eos_fraction']:.1%}"]
-        for key in ("win_rate", "win_rate_at_equal_length"):
-            if name in against:
-                cells.append("{:.1%}\n{:.1%} to {:.1%}".format(*against[name][key]))
-        drawn.add_row(name, *cells)
-    return drawn
+    if config.reference is None:
+        return None
+    model, params, own = load(config, config.reference, "--reference", mesh)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--reference {config.reference}: another vocabulary than the model's")
+    score = functools.partial(
+        rollout.token_logp,
+        config=model,
+        temperature=config.temperature,
+        shard=sharding.constrainer(mesh),
+    )
+    score = jax.jit(score, out_shardings=sharding.replicated(mesh))
+    logp_BR = run_model(functools.partial(score, params))
+    return (rows["logp_BR"] - logp_BR).sum(1, where=rows["mask_BR"])
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
     keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-    evaluate(usage.read(lambda: tyro.cli(Config, **keywords), check))
+
+    def parse() -> Config:
+        config = tyro.cli(Config, **keywords)
+        return dataclasses.replace(config, out=config.out.expanduser())  # of `--out=~/run`
+
+    evaluate(usage.read(parse, check))
 
 
 if __name__ == "__main__":

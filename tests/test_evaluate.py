@@ -5,6 +5,7 @@ from pathlib import Path
 
 import evaluate
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +13,13 @@ from instructjax import hf, miniature, models, rollout, sharding
 from instructjax.evaluation import statistics
 from instructjax.models import ModelConfig
 
-JUDGE = "def length(prompts, responses, records):\n    return [len(r) for r in responses]\n"
+JUDGE = """
+def length(prompts, responses, records):
+    return [len(r) for r in responses]
+
+def spaces(prompts, responses, records):
+    return [r.count(" ") for r in responses]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -20,21 +27,27 @@ def world(tmp_path_factory) -> Path:
     """Two small random models, prompts, and a judge that likes long responses."""
     out, tokenizer = tmp_path_factory.mktemp("world"), miniature.tokenizer()
     ids = {"eos_ids": (tokenizer.eos_token_id,), "pad_id": tokenizer.pad_token_id}
-    config = ModelConfig(len(tokenizer), 1, 16, heads=2, mlp_width=32, max_length=24, **ids)
+    config = ModelConfig(len(tokenizer), 1, 16, heads=2, mlp_width=32, max_length=96, **ids)
     for seed, name in enumerate(("a", "b")):
         hf.save(out / name, config, models.init(config, jax.random.key(seed)), tokenizer)
     texts = [f"list {word} animals." for word in ("one", "two", "white", "black", "small")]
-    texts.append("list " + "white " * 30 + "animals.")  # leaves no room
+    texts.append("list " + "white " * 95 + "animals.")  # leaves no room
     (out / "prompts.jsonl").write_text("".join(json.dumps({"prompt": x}) + "\n" for x in texts))
     (out / "judge.py").write_text(JUDGE)
     return out
+
+
+def test_a_home_in_out(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", f"{tmp_path}")
+    run(world, Path("~/q"), "--prompts", "1", "--max_new_tokens", "1")
+    assert (tmp_path / "q" / "results.json").is_file()
 
 
 def run(world: Path, out: Path, *flags: str) -> dict:
     words = ["--models", f"{world}/a", f"{world}/b", "--data", f"jsonl:{world}/prompts.jsonl"]
     words += ["--gold", f"{world}/judge.py:length", "--split", "all", "--data.cache", "None"]
     evaluate.cli([*words, "--out", f"{out}", "--batch_size", "8", *flags])
-    return json.loads((out / "results.json").read_text())
+    return json.loads((out.expanduser() / "results.json").read_text())
 
 
 def test_two_models(world, tmp_path, capsys):
@@ -46,7 +59,7 @@ def test_two_models(world, tmp_path, capsys):
     utility = np.array([row["utility"] for row in rows]).reshape(2, 5, 3)
     first, back = results["pairs"]
     assert (first["model"], first["against"]) == (f"{world}/a", f"{world}/b")
-    assert first["prompts"] == 5
+    assert results["prompts"] == 5
     assert first["win_rate"] == [*statistics.win_rate(utility[0], utility[1])]
     assert first["win_rate"][0] + back["win_rate"][0] == pytest.approx(1)
     printed = capsys.readouterr().out
@@ -66,29 +79,99 @@ def test_two_models(world, tmp_path, capsys):
     texts = tokenizer.batch_decode(rollout.token_ids(sampled), skip_special_tokens=True)
     assert [row["response"] for row in rows[15:]] == texts
     of_b = results["models"][f"{world}/b"]
-    assert of_b["length"] == pytest.approx(sampled["mask_BR"].sum(1).mean())
+    assert of_b["tokens"] == pytest.approx(sampled["mask_BR"].sum(1).mean())
+    assert of_b["characters"] == pytest.approx(np.mean([len(text) for text in texts]))
     assert of_b["utility"][0] == pytest.approx(utility[1].mean())
 
 
-def answers(where, utility_PS, length_PS) -> evaluate.Answers:
-    utility_PS = np.array(utility_PS, float)
-    texts = [["x"] * utility_PS.shape[1]] * len(where)
-    ended_PS = np.ones(utility_PS.shape, bool)
-    return evaluate.Answers(where, where, texts, np.array(length_PS), ended_PS, utility_PS)
+def test_reward_against_kl(world, tmp_path, capsys):
+    """KL, the proxy and the best of n are those of the responses that were written."""
+    flags = ["--samples", "4", "--max_new_tokens", "6", "--temperature", "0.7"]
+    flags += ["--reference", f"{world}/a", "--reward", f"{world}/judge.py:spaces"]
+    results = run(world, tmp_path, *flags, "--best_of", "1", "4")
+    rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in rows] == [row["response"].count(" ") for row in rows]
+    of_a, of_b = results["models"].values()
+    assert of_a["kl"] == pytest.approx([0, 0, 0], abs=1e-4)
+    a, b = (hf.load(world / name) for name in ("a", "b"))
+    tokenizer = hf.load_tokenizer(str(world / "a"))
+
+    def logp(model, prompt: list[int], response: list[int]) -> float:
+        config, params = model
+        logits_BTV = models.logits(params, config, jnp.array([prompt + response]))
+        logp_RV = jax.nn.log_softmax(logits_BTV[0, len(prompt) - 1 : -1] / 0.7)
+        return float(logp_RV[np.arange(len(response)), np.array(response)].sum())
+
+    kls = []
+    for row in rows[20:]:
+        prompt, response = (tokenizer(row[name])["input_ids"] for name in ("prompt", "response"))
+        if len(response) == 6:  # others have an EOS, which the text lacks
+            kl = logp(b, prompt, response) - logp(a, prompt, response)
+            kls.append((kl, row["kl"]))
+    assert len(kls) > 3
+    np.testing.assert_allclose(*np.array(kls).T, atol=1e-3)
+    assert of_b["kl"][0] == pytest.approx(np.mean([row["kl"] for row in rows[20:]]), abs=1e-6)
+    one, four = results["best_of"]
+    assert (one["n"], four["n"]) == (1, 4)
+    assert one["score"] == pytest.approx(of_a["score"])
+    scores = np.array([row["score"] for row in rows[:20]]).reshape(5, 4)
+    assert four["score"][0] == pytest.approx(scores.max(1).mean())
+    assert four["kl"] == pytest.approx(np.log(4) - 3 / 4)
+    assert (tmp_path / "frontier.png").stat().st_size > 5000
+    curves = evaluate.frontier(
+        evaluate.Config(reference=f"{world}/a", models=(f"{world}/a", "b")), results
+    )
+    assert curves[f"{world}/b"] == {
+        "kl": [of_b["kl"][0]],
+        "utility": [of_b["utility"][0]],
+        "score": [of_b["score"][0]],
+    }
+    best = curves[f"best of n, {world}/a"]
+    assert best["score"] == [one["score"][0], four["score"][0]]
+    other = evaluate.Config(reference="elsewhere", models=(f"{world}/a", "b"))
+    assert set(evaluate.frontier(other, results)) == {f"{world}/a", f"{world}/b"}
+    assert "best of n samples" in capsys.readouterr().out
 
 
-def test_models_are_compared_on_the_prompts_that_both_answered():
-    ours = answers(["1", "2", "4"], [[0, 3], [5, 5], [1, 1]], [[4, 8], [9, 3], [1, 1]])
-    theirs = answers(["4", "1"], [[1], [2]], [[2], [2]])
-    results = evaluate.compare({"ours": ours, "theirs": theirs})
-    pair, back = results["pairs"]
-    assert pair["prompts"] == back["prompts"] == 2
-    assert pair["win_rate"].value == (0.5 + 0.5) / 2  # one of two wins; a tie
-    controlled = statistics.length_controlled(np.array([0.5, 0.5]), np.array([4, -1]))
-    assert pair["win_rate_at_equal_length"] == controlled
-    assert results["models"]["ours"]["utility"].value == pytest.approx((1.5 + 5 + 1) / 3)
-    with pytest.raises(ValueError, match="no prompt has room in both"):
-        evaluate.compare({"ours": ours, "theirs": answers(["9"], [[1]], [[2]])})
+def test_prompts_of_a_tree(world, tmp_path):
+    """All prompts of a tree have one place in the file; each is compared with itself."""
+    message: dict = {"text": "list black animals.", "role": "prompter", "replies": []}
+    for _ in range(2):  # the user speaks three times
+        reply = {"text": "white " * 9, "role": "assistant", "rank": 0, "replies": [message]}
+        text = "list " + "white " * 15 + "animals."
+        message = {"text": text, "role": "prompter", "replies": [reply]}
+    (tmp_path / "tree.jsonl").write_text(json.dumps({"prompt": message}) + "\n")
+    flags = ["--data", f"jsonl:{tmp_path}/tree.jsonl", "--max_new_tokens", "4"]
+    results = run(world, tmp_path / "out", *flags)
+    assert results["prompts"] == 3
+    lines = (tmp_path / "out" / "responses.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["prompt"] for row in rows[:3]] == [row["prompt"] for row in rows[3:]]
+    won = [
+        (a["utility"] > b["utility"]) + (a["utility"] == b["utility"]) / 2
+        for a, b in zip(rows[:3], rows[3:], strict=True)
+    ]
+    assert results["pairs"][0]["win_rate"][0] == pytest.approx(np.mean(won))
+
+
+def test_labels(tmp_path, capsys):
+    lines = [
+        {"prompt": "p", "models": ["sft", "ppo"], "ranks": [2, 1]},
+        {"prompt": "p", "models": ["ppo", "sft"], "scores": [5, 5]},
+        {"prompt": "q", "models": ["ppo", "base", "sft"], "scores": [6, 1, 7]},
+    ]
+    file = tmp_path / "labels.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate.cli(["--labels", f"{file}", "--out", f"{tmp_path}/out", "--models", "none", "sft"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    rates = {(x["model"], x["against"]): x["win_rate"][0] for x in results["pairs"]}
+    assert rates["ppo", "sft"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert rates["ppo", "base"] == 1
+    assert results["models"]["ppo"]["responses"] == 3
+    assert results["models"]["ppo"]["score"][0] == 5.5
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "against sft, by labelers, on 2 prompts" in printed
+    assert not (tmp_path / "out" / "responses.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -96,6 +179,11 @@ def test_models_are_compared_on_the_prompts_that_both_answered():
     [
         (["--models", "runs/sft"], "--models runs/sft: give at least two"),
         (["--data", "jsonl:prompts.jsonl"], "--gold: these data have no judge"),
+        (["--best_of", "2"], "--best_of 2: more than --samples 1"),
+        (["--labels", "none.jsonl"], "--labels none.jsonl: no such file"),
+        (["--out", "gs://bucket/x"], "--out gs://bucket/x: expected a directory on a disk"),
+        (["--reference", "runs/nothing"], "no such directory"),
+        (["--reward", "nothing.py:f"], "--reward nothing.py:f: there is no file"),
         (["--batch_size", "12"], "--batch_size 12: does not divide over 8 shards"),
         (["--models", "runs/nothing", "runs/sft"], "--models runs/nothing: no such directory"),
     ],

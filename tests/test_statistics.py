@@ -1,5 +1,6 @@
 """Intervals hold the truth as often as they say; win rates equal hand-worked cases."""
 
+import itertools
 import math
 
 import numpy as np
@@ -83,3 +84,33 @@ def test_the_logistic_fit_is_that_of_an_optimizer():
 def test_a_side_that_always_wins():
     assert statistics.length_controlled(np.ones(50), np.arange(50.0)).value == pytest.approx(1)
     assert statistics.length_controlled(np.ones(50), np.ones(50)).low == pytest.approx(1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_best_of_n_is_the_mean_over_all_subsets(n):
+    rng = np.random.default_rng(5)
+    score, utility = rng.normal(size=(3, 6)), rng.normal(size=(3, 6))
+    by_subset = [
+        [utility[p, max(subset, key=lambda i, p=p: score[p, i])] for p in range(3)]
+        for subset in itertools.combinations(range(6), n)
+    ]
+    got = statistics.best_of_n(score, utility, n)
+    np.testing.assert_allclose(got, np.mean(by_subset, 0), rtol=1e-12)
+
+
+def test_best_of_n_of_many_samples():
+    score = np.random.default_rng(6).normal(size=(400, 1000))
+    got = statistics.best_of_n(score, score, 16).mean()
+    assert got == pytest.approx(1.766, abs=0.01)  # of 16 normal variates (Harter 1961)
+    with pytest.raises(ValueError, match="the best of 7 of 6 samples"):
+        statistics.best_of_n(score[:, :6], score[:, :6], 7)
+
+
+def test_the_kl_of_best_of_n():
+    """The best of n of a uniform variate has the density n x^(n - 1)."""
+    for n in (1, 2, 16):
+        x = (np.arange(1_000_000) + 0.5) / 1_000_000
+        density = n * x ** (n - 1)
+        assert statistics.best_of_n_kl(n) == pytest.approx(
+            np.mean(density * np.log(density)), abs=1e-4
+        )

@@ -1,4 +1,4 @@
-"""Figures of a run: curves of its metrics, and a reward model's accuracy and calibration."""
+"""Figures: curves of a run's metrics, a reward model's accuracy and calibration, KL frontiers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -105,4 +105,30 @@ def accuracies(rows: Mapping[str, tuple[float, float, float]], file: Path | str)
     axes.set_yticks(at, list(rows), fontsize="small")
     axes.set(title="Accuracy on held-out pairs", xlabel="% of strict pairs", xlim=(0, 100))
     axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+
+
+def frontier(
+    curves: Mapping[str, Mapping[str, Sequence[float]]], columns: Sequence[str], file: Path | str
+) -> None:
+    """Draws what is gained against the square root of the KL that it takes, as a PNG.
+
+    Args:
+      curves: label -> {"kl": nats from the reference, a column: its values, ...}. One point is
+        drawn as a marker, several as a curve in the order of their KL.
+      columns: a panel each, such as utility and score.
+      file: the PNG to write.
+    """
+    figure = blank_figure(4.8 * len(columns), 3.8)
+    for number, column in enumerate(columns, start=1):
+        axes = figure.add_subplot(1, len(columns), number)
+        for label, curve in curves.items():
+            if column in curve:
+                order = np.argsort(curve["kl"])
+                distance = np.sqrt(np.maximum(curve["kl"], 0))[order]
+                axes.plot(distance, np.asarray(curve[column])[order], marker="o", label=label)
+        axes.set(xlabel="square root of KL from the reference, in nats", ylabel=column)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize="small")
     figure.savefig(file, dpi=150)

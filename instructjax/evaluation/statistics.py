@@ -1,4 +1,4 @@
-"""Means and win rates with 95 % intervals.
+"""Means and win rates with 95 % intervals, and the best of n samples.
 
 Responses to one prompt are not independent. So the intervals are over prompts: a bootstrap draws
 prompts, each with all that was measured on it.
@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import expit, gammaln
 
 _NEWTON_STEPS = 25  # 8 are enough unless one side wins always
 
@@ -77,6 +77,40 @@ def length_controlled(
     fitted = _logistic(np.stack([x, *x[picks]]), np.stack([won, *won[picks]]))
     low, high = np.quantile(fitted[1:], [0.025, 0.975])
     return Estimate(float(fitted[0]), float(low), float(high))
+
+
+def best_of_n(score_PN: np.ndarray, utility_PN: np.ndarray, n: int) -> np.ndarray:
+    """utility_P that the best of n samples by score has, in the mean over all subsets of n.
+
+    With the i-th lowest of N scores, C(i - 1, n - 1) of the C(N, n) subsets have their best there
+    (the unbiased estimator of Nakano et al. 2021, appendix I).
+
+    Args:
+      score_PN: of N samples for each of P prompts, what the choice goes by. Equal scores take turns
+        in the order of the samples.
+      utility_PN: what is averaged: `score_PN` itself, or another judge's.
+      n: 1 <= n <= N.
+    """
+    N = score_PN.shape[1]
+    if not 1 <= n <= N:
+        raise ValueError(f"the best of {n} of {N} samples: n must be from 1 to {N}")
+    i = np.arange(n, N + 1)
+    log_weight = np.full(N, -np.inf)
+    log_weight[n - 1 :] = _log_choose(i - 1, n - 1) - _log_choose(N, n)
+    order = np.argsort(score_PN, axis=1, kind="stable")
+    return np.take_along_axis(utility_PN, order, 1) @ np.exp(log_weight)
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of best-of-n from the policy that is sampled: log n - (n - 1) / n nats (Stiennon 2020).
+
+    This is an upper bound, and exact where no two responses are equal.
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def _log_choose(n: np.ndarray | int, k: int) -> np.ndarray:
+    return gammaln(np.add(n, 1)) - gammaln(k + 1) - gammaln(np.subtract(n, k) + 1)
 
 
 def _logistic(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -338,8 +338,12 @@ def refuse_bucket(flag: str, path: Path | str, expected: str) -> None:
         raise ValueError(f"{flag} {scheme}://{name.lstrip('/')}: expected {expected}")
 
 
-def of_all_hosts(config: RunConfig, stage: str) -> dict[str, Any]:
-    """The stage and the flags that must be the same on all hosts, dotted where they are nested."""
+def of_all_hosts(config: Any, stage: str) -> dict[str, Any]:
+    """The stage and the flags of a script that must be the same on all hosts, dotted where nested.
+
+    Args:
+      config: a dataclass, of any script.
+    """
     flags = flat(json.loads(json.dumps(dataclasses.asdict(config), default=str)))
     return {"stage": stage} | {k: v for k, v in flags.items() if k not in ("out", *CACHES)}
 

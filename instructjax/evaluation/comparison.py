@@ -1,0 +1,265 @@
+"""Compares models by their responses to the same prompts, as a judge or as labelers rank them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from instructjax.data import Record
+from instructjax.evaluation import statistics
+
+Key = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model's responses to P prompts, S to each."""
+
+    keys: Sequence[Key]  # [P], see `keys`
+    prompts: Sequence[str]  # [P], as the model reads them
+    texts: Sequence[Sequence[str]]  # [P][S]
+    tokens_PS: np.ndarray  # length by the model's own tokenizer, EOS included
+    ended_PS: np.ndarray  # bool, whether a response ends in EOS
+    utility_PS: np.ndarray  # by the judge
+    score_PS: np.ndarray | None = None  # by the proxy, such as the reward model of training
+    kl_PS: np.ndarray | None = None  # nats from the reference, summed over a response
+
+    @property
+    def characters_PS(self) -> np.ndarray:
+        """Lengths that do not depend on a tokenizer."""
+        return np.array([[len(text) for text in of_prompt] for of_prompt in self.texts])
+
+    def take(self, places: Sequence[int]) -> "Answers":
+        """The answers to some of the prompts."""
+        index = np.array(places)
+
+        def some(x: Any) -> Any:
+            if x is None:
+                return None
+            return x[index] if isinstance(x, np.ndarray) else [x[i] for i in places]
+
+        return replace(self, **{f.name: some(getattr(self, f.name)) for f in fields(self)})
+
+
+def keys(records: Sequence[Record]) -> list[Key]:
+    """What tells prompts apart that several models answer: (place, what was said, a number).
+
+    The place alone would not: all prompts of a dialogue tree come from one row. The number counts
+    prompts of one row that say the same.
+    """
+    seen: Counter[tuple[str, str]] = Counter()
+    numbered = []
+    for record in records:
+        said = (record.where, record.said)
+        numbered.append((*said, seen[said]))
+        seen[said] += 1
+    return numbered
+
+
+def shared(answers: Mapping[str, Answers]) -> dict[str, Answers]:
+    """The answers to the prompts that all models answered: one may lack room for a long prompt.
+
+    Raises:
+      ValueError: there is no such prompt.
+    """
+    common = set.intersection(*(set(given.keys) for given in answers.values()))
+    if not common:
+        raise ValueError(f"--models {' '.join(answers)}: no prompt has room in all of them")
+    first = next(iter(answers.values()))
+    order = [key for key in first.keys if key in common]
+    places = {name: {key: i for i, key in enumerate(x.keys)} for name, x in answers.items()}
+    return {
+        name: given.take([places[name][key] for key in order]) for name, given in answers.items()
+    }
+
+
+def compare(answers: Mapping[str, Answers]) -> dict[str, Any]:
+    """The figures of each model, and how often each wins against each other.
+
+    Args:
+      answers: by name of the model, from `shared`.
+    """
+    models = {}
+    for name, given in answers.items():
+        row: dict[str, Any] = {
+            "utility": statistics.mean(given.utility_PS.mean(1)),
+            "tokens": float(given.tokens_PS.mean()),
+            "characters": float(given.characters_PS.mean()),
+            "eos_fraction": float(given.ended_PS.mean()),
+        }
+        for column, values_PS in (("score", given.score_PS), ("kl", given.kl_PS)):
+            if values_PS is not None:
+                row[column] = statistics.mean(values_PS.mean(1))
+        models[name] = row
+    pairs = []
+    for (name, ours), (other, theirs) in permutations(answers.items(), 2):
+        won_P = statistics.wins(ours.utility_PS, theirs.utility_PS)
+        longer_P = ours.characters_PS.mean(1) - theirs.characters_PS.mean(1)
+        rate = statistics.mean(won_P)
+        controlled = statistics.length_controlled(won_P, longer_P)
+        pairs.append(_pair(name, other, rate) | {"win_rate_at_equal_length": controlled})
+    prompts = len(next(iter(answers.values())).keys)
+    return {"prompts": prompts, "models": models, "pairs": pairs}
+
+
+def _pair(name: str, other: str, rate: statistics.Estimate) -> dict[str, Any]:
+    return {"model": name, "against": other, "win_rate": rate}
+
+
+def lines(answers: Mapping[str, Answers]) -> Iterator[dict[str, Any]]:
+    """A line for each response, for a JSON-lines file."""
+    for name, given in answers.items():
+        for i, prompt in enumerate(given.prompts):
+            for j, text in enumerate(given.texts[i]):
+                line: dict[str, Any] = {"model": name, "prompt": prompt, "response": text}
+                line["utility"] = float(given.utility_PS[i, j])
+                for column, values_PS in (("score", given.score_PS), ("kl", given.kl_PS)):
+                    if values_PS is not None:
+                        line[column] = float(values_PS[i, j])
+                yield line | {"where": given.keys[i][0]}
+
+
+# ------------------------------------------------------------------------------------ best of n
+
+
+def best_of(given: Answers, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """What choosing the best of n samples by `score_PS`, or else by `utility_PS`, would give.
+
+    Args:
+      given: a model's answers, with at least max(sizes) samples to each prompt.
+      sizes: the values of n.
+
+    Returns:
+      for each n its KL from the model, in nats, and the means of utility and of score.
+    """
+    choice_PS = given.utility_PS if given.score_PS is None else given.score_PS
+    rows = []
+    for n in sizes:
+        row: dict[str, Any] = {"n": n, "kl": statistics.best_of_n_kl(n)}
+        for column, values_PS in (("utility", given.utility_PS), ("score", given.score_PS)):
+            if values_PS is not None:
+                best_P = statistics.best_of_n(choice_PS, values_PS, n)
+                row[column] = statistics.mean(best_P)
+        rows.append(row)
+    return rows
+
+
+# --------------------------------------------------------------------------------------- labels
+
+
+def of_labels(file: Path) -> dict[str, Any]:
+    """How often each model wins, by a file of rankings.
+
+    A line is `{"prompt", "models", "ranks"}` or `{"prompt", "models", "scores"}`: who wrote each
+    response, and its rank (1 is best, equal ranks are ties) or its score, such as a Likert score
+    of 1 to 7. Other columns are not read. Lines of one prompt are one draw of the bootstrap.
+
+    Returns:
+      as `compare`: for each model the number of its responses and, of lines with scores, the mean
+      score; for each pair the win rate.
+
+    Raises:
+      ValueError: a line is no such object; the message names file and line.
+      OSError: the file cannot be read.
+    """
+    won: dict[tuple[str, str], list[tuple[str, float]]] = {}
+    scores: dict[str, list[tuple[str, float]]] = {}
+    counts: Counter[str] = Counter()
+    prompts = set()
+    with file.open(encoding="utf-8") as opened:
+        for number, text in enumerate(opened, 1):
+            if not text.strip():
+                continue
+            prompt, models, better, scored = _label(text, f"{file}:{number}")
+            prompts.add(prompt)
+            counts.update(models)
+            if scored:
+                for model, score in zip(models, better, strict=True):
+                    scores.setdefault(model, []).append((prompt, score))
+            for i, j in permutations(range(len(models)), 2):
+                if models[i] != models[j]:
+                    win = (better[i] > better[j]) + 0.5 * (better[i] == better[j])
+                    won.setdefault((models[i], models[j]), []).append((prompt, win))
+    rows: dict[str, Any] = {model: {"responses": count} for model, count in counts.items()}
+    for model, values in scores.items():
+        rows[model]["score"] = _clustered(values)
+    pairs = [_pair(*names, _clustered(values)) for names, values in won.items()]
+    return {"prompts": len(prompts), "models": rows, "pairs": pairs}
+
+
+def _label(text: str, where: str) -> tuple[str, list[str], list[float], bool]:
+    """(prompt, models, a number for each that is higher for a better one, whether it is a score)"""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object")
+    prompt, models = row.get("prompt"), row.get("models")
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f"{where}: prompt: expected a text")
+    if not isinstance(models, list) or not all(isinstance(x, str) for x in models):
+        raise ValueError(f"{where}: models: expected a list of names, one for each response")
+    scored = row.get("scores") is not None
+    name = "scores" if scored else "ranks"
+    values = row.get(name)
+    number = (int, float)
+    if not isinstance(values, list) or not all(type(x) in number and x == x for x in values):
+        raise ValueError(f"{where}: {name}: expected a list of numbers, one for each response")
+    if len(values) != len(models):
+        raise ValueError(f"{where}: {name}: {len(values)} for {len(models)} models")
+    return prompt, models, [float(x) if scored else -float(x) for x in values], scored
+
+
+def _clustered(values: Sequence[tuple[str, float]]) -> statistics.Estimate:
+    prompts, numbers = zip(*values, strict=True)
+    return statistics.mean(np.array(numbers), np.unique(prompts, return_inverse=True)[1])
+
+
+# -------------------------------------------------------------------------------- the terminal
+
+
+def table(results: Mapping[str, Any], first: str, by: str = "the judge") -> Table:
+    """`compare` or `of_labels` on the terminal, with win rates against the model `first`."""
+    interval, percent = "{:+.2f}\n{:+.2f} to {:+.2f}", "{:.1%}\n{:.1%} to {:.1%}"
+    columns = {  # key of a row -> (title, format)
+        "responses": ("responses", "{:,}"),
+        "utility": ("utility", interval),
+        "score": ("score", interval),
+        "kl": ("KL, nats", "{:.2f}\n{:.2f} to {:.2f}"),
+        "characters": ("characters", "{:.1f}"),
+        "eos_fraction": ("ends", "{:.1%}"),
+        "win_rate": ("wins", percent),
+        "win_rate_at_equal_length": ("at equal length", percent),
+    }
+    rows = {name: dict(row) for name, row in results["models"].items()}
+    for pair in results["pairs"]:
+        if pair["against"] == first:
+            rows[pair["model"]] |= pair
+    shown = [key for key in columns if any(key in row for row in rows.values())]
+    drawn = Table(title=f"against {first}, by {by}, on {results['prompts']:,} prompts")
+    drawn.add_column("", overflow="fold")
+    for key in shown:
+        drawn.add_column(columns[key][0], justify="right", no_wrap=True)
+    for name, row in rows.items():
+        cells = (columns[key][1].format(*np.atleast_1d(row[key])) for key in shown if key in row)
+        drawn.add_row(name, *cells)
+    return drawn
+
+
+def best_of_table(rows: Sequence[Mapping[str, Any]], model: str) -> Table:
+    """`best_of` on the terminal."""
+    drawn = Table("n", "KL, nats", "utility", title=f"best of n samples of {model}")
+    if "score" in rows[0]:
+        drawn.add_column("score")
+    for row in rows:
+        values = [row[key] for key in ("utility", "score") if key in row]
+        cells = ("{:+.2f} ({:+.2f} to {:+.2f})".format(*value) for value in values)
+        drawn.add_row(f"{row['n']}", f"{row['kl']:.2f}", *cells)
+    return drawn

@@ -1,0 +1,90 @@
+"""Comparisons of models by hand: which prompts count, lengths, the best of n, files of labels."""
+
+import json
+
+import numpy as np
+import pytest
+
+from instructjax.data import Record
+from instructjax.evaluation import comparison, statistics
+from instructjax.evaluation.comparison import Answers
+
+
+def answers(names, utility_PS, length_PS, score_PS=None) -> Answers:
+    utility_PS = np.array(utility_PS, float)
+    texts = [["x" * length for length in row] for row in length_PS]
+    keys = [(name, name, 0) for name in names]
+    tokens_PS = np.full(utility_PS.shape, 7)
+    ended_PS = np.ones(utility_PS.shape, bool)
+    score_PS = None if score_PS is None else np.array(score_PS, float)
+    return Answers(keys, names, texts, tokens_PS, ended_PS, utility_PS, score_PS)
+
+
+def test_all_figures_are_of_the_prompts_that_all_answered():
+    ours = answers(["1", "2", "4"], [[0, 3], [5, 5], [1, 1]], [[4, 8], [9, 3], [1, 1]])
+    theirs = answers(["4", "1"], [[1], [2]], [[2], [2]])
+    results = comparison.compare(comparison.shared({"ours": ours, "theirs": theirs}))
+    pair, back = results["pairs"]
+    assert results["prompts"] == 2
+    assert pair["win_rate"].value == (0.5 + 0.5) / 2  # one of two wins; a tie
+    assert back["win_rate"].value == 0.5
+    controlled = statistics.length_controlled(np.array([0.5, 0.5]), np.array([4, -1]))
+    assert pair["win_rate_at_equal_length"] == controlled
+    assert results["models"]["ours"]["utility"].value == pytest.approx((1.5 + 1) / 2)
+    assert results["models"]["ours"]["characters"] == (4 + 8 + 1 + 1) / 4
+    assert results["models"]["ours"]["tokens"] == 7
+    with pytest.raises(ValueError, match="--models a b: no prompt has room in all of them"):
+        comparison.shared({"a": ours, "b": answers(["9"], [[1]], [[2]])})
+
+
+def test_prompts_of_one_row_are_told_apart():
+    def record(said: str) -> Record:
+        return Record("f:1", {}, said, messages=[{"role": "user", "content": said}])
+
+    keys = comparison.keys([record("a"), record("b"), record("a")])
+    assert keys == [("f:1", "a", 0), ("f:1", "b", 0), ("f:1", "a", 1)]
+
+
+def test_the_best_of_n_is_chosen_by_the_score():
+    given = answers(["1", "2"], [[0, 3], [4, 8]], [[1, 1], [1, 1]], [[9, 1], [2, 5]])
+    (row,) = comparison.best_of(given, [2])
+    assert row["utility"].value == (0 + 8) / 2
+    assert row["score"].value == (9 + 5) / 2
+    (row,) = comparison.best_of(answers(["1"], [[0, 3]], [[1, 1]]), [2])
+    assert row["utility"].value == 3
+    assert "score" not in row
+
+
+def test_labels_of_a_prompt_are_one_draw(tmp_path):
+    """Twenty labelers of one prompt are no twenty prompts: the interval stays as wide."""
+    file = tmp_path / "labels.jsonl"
+    lines = [
+        {"prompt": f"{p}", "models": ["a", "b"], "ranks": [1, 2] if p % 2 else [2, 1]}
+        for p in range(30)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    once = comparison.of_labels(file)["pairs"][0]["win_rate"]
+    file.write_text("".join(20 * (json.dumps(line) + "\n") for line in lines))
+    assert comparison.of_labels(file)["pairs"][0]["win_rate"] == pytest.approx(once)
+    assert once.high - once.low > 0.25
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "not JSON"),
+        ("[]", "expected an object"),
+        ('{"models": ["a"], "ranks": [1]}', "prompt: expected a text"),
+        ('{"prompt": "x", "models": "ab", "ranks": [1, 2]}', "models: expected a list of names"),
+        ('{"prompt": "x", "models": ["a", "b"]}', "ranks: expected a list of numbers"),
+        ('{"prompt": "x", "models": ["a", "b"], "ranks": [1, true]}', "ranks: expected a list"),
+        ('{"prompt": "x", "models": ["a", "b"], "scores": [1, NaN]}', "scores: expected a list"),
+        ('{"prompt": "x", "models": ["a", "b"], "ranks": [1]}', "ranks: 1 for 2 models"),
+    ],
+)
+def test_bad_labels(line, problem, tmp_path):
+    good = {"prompt": "x", "models": ["a", "b"], "ranks": [1, 2]}
+    file = tmp_path / "labels.jsonl"
+    file.write_text(f"{json.dumps(good)}\n\n{line}\n")
+    with pytest.raises(ValueError, match=f"labels.jsonl:3: {problem}"):
+        comparison.of_labels(file)
