@@ -10,19 +10,22 @@ does one of:
     stop    SIGSTOP to one host, and SIGCONT some seconds later
     term    SIGTERM to one host; the run saves and ends on both
     link    the link between the hosts is cut, and mended some seconds later
-    disk    the file system of the run is filled up, until the run ends with an error
+    disk    the file system of the run is filled up once this start has saved a checkpoint,
+            until the run ends with an error
     flip    SIGKILL to both, and one bit of the newest checkpoint is flipped
     cache   SIGKILL to both, and the compiled programs and token files are removed
 
-A host must then end by itself within a minute of the other. When the run has finished, its
-parameters, optimizers, metrics.jsonl and samples.jsonl must equal those of an undisturbed run.
-Then another round begins, until the hours are over.
+Each fault allows some exit codes, see ALLOWED, and any other ends the test. Once a host has ended,
+the other must end by itself within a minute; a host whose other ended before both had joined waits
+for it, and the supervisor ends it. When the run has finished, its parameters, optimizers,
+metrics.jsonl and samples.jsonl must equal those of an undisturbed run. Then another round begins,
+until the hours are over.
 
 Hardware: two CPU cores, Linux. `disk` needs the right to mount a tmpfs, and `link` that to make
 network namespaces; without the right these faults are left out.
 Needs runs/sft and runs/rm: run experiments/run_ppo.py once before.
-Result: a table of the faults by kind, OUT/soak.jsonl with a line for each, exit code 0 if all
-rounds were equal.
+Result: a table of the faults by kind, OUT/soak.jsonl with a line for each start that ended and for
+each round, exit code 0 if all rounds were equal.
 """
 
 import json
@@ -33,8 +36,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,22 @@ from instructjax.run import FAILED, FINISHED, RESUMABLE
 FLAGS = "--save_every 2 --batch_size 64 --sample_batch 64 --eval_prompts 64 --final_prompts 64"
 FILE_SYSTEM = 2**28  # bytes of the tmpfs that `disk` fills
 GRACE = 60  # seconds in which a host ends by itself after the other has
+STUCK = 3600  # seconds in which some host ends where nothing is broken any more
+NEW_CHECKPOINT = 180  # seconds for which `disk` waits for one
+JOINED = b"preset miniature:"  # a script prints this once its hosts have compared their flags
+
+# Exit codes that a fault allows. jax aborts a host whose other is silent, stopped or cut off for
+# too long. Gloo gives up a collective after 30 s, which is an error of both hosts.
+ABORTED = -signal.SIGABRT
+ALLOWED = {
+    "kill": {-signal.SIGKILL, ABORTED},
+    "stop": {ABORTED, FAILED},
+    "term": {RESUMABLE, -signal.SIGTERM},  # SIGTERM itself: before Python heeds signals
+    "link": {ABORTED, FAILED},
+    "disk": {FAILED},
+    "flip": {-signal.SIGKILL},
+    "cache": {-signal.SIGKILL},
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +108,8 @@ class Supervised:
         self.out, self._steps, self._hosts, self._separate = out, steps, hosts, separate
         self.log = out.parent / f"{out.name}.log"
         self.processes: list[subprocess.Popen[bytes]] = []
+        self._log_began = 0  # bytes of the log when the run was started
+        self._newest = 0  # the newest checkpoint then
 
     def start(self, *flags: str) -> None:
         words = ["--out", f"{self.out}", "--steps", f"{self._steps}", *FLAGS.split()]
@@ -96,7 +118,10 @@ class Supervised:
             **os.environ,
             "JAX_COMPILATION_CACHE_DIR": f"{self.out.parent / 'compiled'}",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            "PYTHONUNBUFFERED": "1",
         }
+        self._log_began = self.log.stat().st_size if self.log.exists() else 0
+        self._newest = max(self.checkpoints(), default=0)
         address = f"{ADDRESSES[0] if self._separate else 'localhost'}:{free_port()}"
         self.processes = []
         for host in range(self._hosts):
@@ -119,14 +144,35 @@ class Supervised:
         """The exit code of each host, None while it runs."""
         return [process.poll() for process in self.processes]
 
-    def wait(self, seconds: float | None = None) -> bool:
+    def wait(self, seconds: float) -> bool:
         """Waits until all hosts have ended, or for some seconds; returns whether they have."""
-        end = None if seconds is None else time.monotonic() + seconds
+        end = time.monotonic() + seconds
         while None in self.codes():
-            if end is not None and time.monotonic() > end:
+            if time.monotonic() > end:
                 return False
             time.sleep(0.05)
         return True
+
+    def wait_for_one(self, seconds: float) -> bool:
+        """Waits until a host has ended, or for some seconds; returns whether one has."""
+        end = time.monotonic() + seconds
+        while {*self.codes()} == {None}:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        return True
+
+    @property
+    def joined(self) -> bool:
+        """Whether the hosts of this start have found one another."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_began)
+            return JOINED in log.read()
+
+    @property
+    def has_saved(self) -> bool:
+        """Whether there is a checkpoint that was not there at this start."""
+        return max(self.checkpoints(), default=0) > self._newest
 
     def kill(self) -> None:
         for process in self.processes:
@@ -160,14 +206,8 @@ def stop(run: Supervised, chance: random.Random) -> str:
 def term(run: Supervised, chance: random.Random) -> str:
     host = chance.randrange(len(run.processes))
     run.processes[host].send_signal(signal.SIGTERM)
-    end = time.monotonic() + 300
-    # Before Python heeds signals, SIGTERM ends a host at once, and the other waits for it to join.
-    while -signal.SIGTERM not in run.codes() and not run.wait(1):
-        if time.monotonic() > end:
-            break
-    codes = run.codes()
-    if -signal.SIGTERM not in codes and not {*codes} <= {RESUMABLE, FINISHED}:
-        raise RuntimeError(f"exit codes {codes} after SIGTERM; see {run.log}")
+    if not run.wait_for_one(300):  # the current step is finished, or the first one
+        raise RuntimeError(f"no host ended in 300 s after SIGTERM to host {host}; see {run.log}")
     return f"host {host}"
 
 
@@ -181,19 +221,24 @@ def link(run: Supervised, chance: random.Random) -> str:
 
 
 def disk(run: Supervised, chance: random.Random) -> str:
-    filler = run.out / "filler"
-    with filler.open("wb") as file:
-        try:
-            while True:
-                file.write(bytes(2**16))
-                file.flush()
-        except OSError:
-            pass
-    ended = run.wait(600)
-    filler.unlink()
-    if not ended or not {FAILED, FINISHED} & {*run.codes()}:
-        raise RuntimeError(f"exit codes {run.codes()} with a full disk; see {run.log}")
-    return ""
+    end = time.monotonic() + NEW_CHECKPOINT
+    while not run.has_saved and time.monotonic() < end:
+        if run.wait_for_one(0.1):
+            return "a host had ended before"
+    what = "mid-run" if run.has_saved else "at the start"
+    filler, end = run.out / "filler", time.monotonic() + 600
+    try:
+        with filler.open("wb", buffering=0) as file:
+            while not run.wait_for_one(0.1):  # again and again: old checkpoints are removed
+                if time.monotonic() > end:
+                    raise RuntimeError(f"no host ended in 600 s on a full disk; see {run.log}")
+                with suppress(OSError):
+                    while True:
+                        file.write(bytes(2**16))
+    finally:
+        run.wait(GRACE)  # the other host meets the full disk too
+        filler.unlink()
+    return what
 
 
 def flip(run: Supervised, chance: random.Random) -> str:
@@ -234,40 +279,55 @@ def small_file_system(directory: Path) -> Iterator[bool]:
 # ---------------------------------------------------------------------------- rounds
 
 
+def wrong_end(faults: Sequence[str], codes: Sequence[int | None], joined: bool) -> str | None:
+    """What is wrong with the end of a start, if anything is.
+
+    Args:
+      faults: the names of the faults that hit this start.
+      codes: the exit code of each host; None: it still ran GRACE seconds after the other.
+      joined: whether the hosts had found one another.
+    """
+    allowed: set[int | None] = {FINISHED, None}.union(*(ALLOWED[name] for name in faults))
+    if -signal.SIGTERM in codes:
+        allowed.add(ABORTED)  # the other host, if they had just joined
+    after = ", ".join(faults) or "no fault"
+    if not {*codes} <= allowed:
+        return f"exit codes {[*codes]} after {after}"
+    # Before they have joined, a host waits for the other for five minutes: it may be started again.
+    if None in codes and (joined or not faults):
+        hosts = [host for host, code in enumerate(codes) if code is None]
+        return f"host {hosts[0]} still ran {GRACE} s after the other's {[*codes]}, after {after}"
+    return None
+
+
 def disturb(
     c: Config, run: Supervised, chance: random.Random, faults: dict[str, Any], end: float
-) -> list[dict[str, Any]]:
-    """Takes a run to its end. Returns the faults on the way.
+) -> Iterator[dict[str, Any]]:
+    """Takes a run to its end. Yields each start's faults, exit codes and newest checkpoint.
 
     Raises:
-      RuntimeError: the run ended with a code that no fault explains.
+      RuntimeError: a host ended with a code that no fault explains, or did not end.
     """
-    done: list[dict[str, Any]] = []
-    run.start()
-    since_start: list[dict[str, Any]] = []
-    while True:
-        over = time.monotonic() > end
-        if run.wait(None if over else chance.expovariate(1 / c.pause)):
-            if not since_start and {*run.codes()} != {FINISHED}:
-                raise RuntimeError(f"exit codes {run.codes()} without a fault; see {run.log}")
-        else:
+    codes: list[int | None] = []
+    while {*codes} != {FINISHED}:
+        run.start()
+        since_start: list[dict[str, Any]] = []
+        while {*run.codes()} == {None}:
+            over = time.monotonic() > end
+            if run.wait_for_one(STUCK if over else chance.expovariate(1 / c.pause)):
+                break
+            if over:
+                raise RuntimeError(f"no host ended in {STUCK} s; see {run.log}")
             name, began = chance.choice(sorted(faults)), time.monotonic()
             fault = {"fault": name, "what": faults[name](run, chance)}
-            done.append(fault)
-            since_start.append(fault)
-            fault["seconds"] = round(time.monotonic() - began, 1)
-            fault["checkpoint"] = max(run.checkpoints(), default=None)
-        if {*run.codes()} == {None}:  # the fault was short
-            continue
-        if not run.wait(GRACE):
-            since_start[-1]["hangs"] = run.codes().index(None)
-            run.kill()
-        if since_start:
-            since_start[-1]["exit codes"] = run.codes()
-        if {*run.codes()} == {FINISHED}:
-            return done
-        run.start()
-        since_start = []
+            since_start.append(fault | {"seconds": round(time.monotonic() - began, 1)})
+        run.wait(GRACE)
+        codes, joined = run.codes(), run.joined
+        if why := wrong_end([fault["fault"] for fault in since_start], codes, joined):
+            raise RuntimeError(f"{why}; see {run.log}")
+        run.kill()
+        newest = max(run.checkpoints(), default=None)
+        yield {"faults": since_start, "exit codes": codes, "joined": joined, "checkpoint": newest}
 
 
 def same(alone: Path, disturbed: Path, step: int) -> dict[str, bool]:
@@ -280,13 +340,16 @@ def same(alone: Path, disturbed: Path, step: int) -> dict[str, bool]:
 
 def soak(c: Config, separate: bool) -> bool:
     """Disturbs runs for hours. Returns whether each was equal to the undisturbed one."""
-    chance, done, equal_rounds, rounds = random.Random(c.seed), [], 0, 0
+    chance, equal_rounds, rounds = random.Random(c.seed), 0, 0
+    starts: list[dict[str, Any]] = []
     faults: dict[str, Any] = {"kill": kill, "stop": stop, "term": term, "flip": flip}
     faults |= {"cache": cache} | ({"link": link} if separate else {})
     alone = Supervised(c.out / "alone", c.steps, 2, separate)
     alone.start()
-    alone.wait()
-    if {*alone.codes()} != {FINISHED}:
+    alone.wait(STUCK)
+    codes = alone.codes()
+    alone.kill()
+    if {*codes} != {FINISHED}:
         sys.exit(f"error: the undisturbed run failed; see {alone.log}")
     end = time.monotonic() + 3600 * c.hours
     while time.monotonic() < end:
@@ -295,24 +358,39 @@ def soak(c: Config, separate: bool) -> bool:
             run = Supervised(c.out / f"round-{rounds}", c.steps, 2, separate)
             chosen = faults | ({"disk": disk} if mounted else {})
             try:
-                faults_of_run = disturb(c, run, chance, chosen, end)
+                for start in disturb(c, run, chance, chosen, end):
+                    starts.append(start)
+                    with (c.out / "soak.jsonl").open("a") as log:
+                        print(json.dumps({"round": rounds, **start}), file=log)
             finally:
                 run.kill()
             equal = same(alone.out, run.out, c.steps)
         equal_rounds += all(equal.values())
-        done += faults_of_run
-        print(f"round {rounds}: {len(faults_of_run)} faults, {equal}", flush=True)
+        print(f"round {rounds}: {len(starts)} starts so far, {equal}", flush=True)
         with (c.out / "soak.jsonl").open("a") as log:
-            log.writelines(json.dumps({"round": rounds, **x}) + "\n" for x in faults_of_run)
-            log.write(json.dumps({"round": rounds, **equal}) + "\n")
+            print(json.dumps({"round": rounds, **equal}), file=log)
     title = f"{rounds} rounds of {c.steps} updates, {equal_rounds} equal bit for bit"
-    table = Table("fault", "times", "the run ended", "a host did not within a minute", title=title)
-    for name in sorted(faults | {"disk": disk}):
-        of_name = [fault for fault in done if fault["fault"] == name]
-        ended = sum("exit codes" in fault for fault in of_name)
-        table.add_row(name, *map(str, (len(of_name), ended, sum("hangs" in x for x in of_name))))
-    rich.print(table)
+    rich.print(table_of(starts, title))
     return equal_rounds == rounds
+
+
+def table_of(starts: Sequence[dict[str, Any]], title: str) -> Table:
+    """A row for each set of faults that hit one start, with the ends of these starts."""
+    ends: dict[str, Counter[str]] = defaultdict(Counter)
+    for start in starts:
+        names = sorted({fault["fault"] for fault in start["faults"]})
+        codes = ("waits" if code is None else f"{code}" for code in start["exit codes"])
+        ends[", ".join(names) or "none"][" ".join(codes)] += 1
+    table = Table("faults of a start", "starts", "exit codes of the hosts", title=title)
+    for names, codes in sorted(ends.items()):
+        table.add_row(names, f"{codes.total()}", said(codes))
+    faults = Counter(fault["fault"] for start in starts for fault in start["faults"])
+    table.caption = f"{faults.total()} faults: {said(faults)}"
+    return table
+
+
+def said(counts: Counter[str]) -> str:
+    return "; ".join(f"{count} x {what}" for what, count in counts.most_common())
 
 
 def resident(pid: int) -> int:
