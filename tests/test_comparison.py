@@ -21,16 +21,17 @@ def answers(names, utility_PS, length_PS, score_PS=None) -> Answers:
 
 
 def test_all_figures_are_of_the_prompts_that_all_answered():
-    ours = answers(["1", "2", "4"], [[0, 3], [5, 5], [1, 1]], [[4, 8], [9, 3], [1, 1]])
+    ours = answers(["1", "2", "4"], [[0, 3], [5, 5], [7, 1]], [[4, 8], [9, 3], [1, 1]])
     theirs = answers(["4", "1"], [[1], [2]], [[2], [2]])
     results = comparison.compare(comparison.shared({"ours": ours, "theirs": theirs}))
     pair, back = results["pairs"]
     assert results["prompts"] == 2
-    assert pair["win_rate"].value == (0.5 + 0.5) / 2  # one of two wins; a tie
-    assert back["win_rate"].value == 0.5
-    controlled = statistics.length_controlled(np.array([0.5, 0.5]), np.array([4, -1]))
+    assert pair["win_rate"].value == (0.5 + 0.75) / 2  # one of two wins; a win and a tie
+    assert back["win_rate"].value == (0.5 + 0.25) / 2
+    controlled = statistics.length_controlled(np.array([0.5, 0.75]), np.array([4, -1]))
     assert pair["win_rate_at_equal_length"] == controlled
-    assert results["models"]["ours"]["utility"].value == pytest.approx((1.5 + 1) / 2)
+    assert controlled != statistics.length_controlled(np.array([0.5, 0.75]), np.zeros(2))
+    assert results["models"]["ours"]["utility"].value == pytest.approx((1.5 + 4) / 2)
     assert results["models"]["ours"]["characters"] == (4 + 8 + 1 + 1) / 4
     assert results["models"]["ours"]["tokens"] == 7
     with pytest.raises(ValueError, match="--models a b: no prompt has room in all of them"):
