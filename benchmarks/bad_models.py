@@ -19,6 +19,7 @@ from instructjax.models import ModelConfig
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 SIZES = {
     "gpt2": ["vocab_size", "n_layer", "n_embd", "n_head", "n_inner", "n_positions"],
     "llama": [
@@ -128,7 +129,7 @@ def faults(names: tuple[str, ...], damages: dict[str, Damage], **more: Any) -> l
     return [Fault(variant, damage, names, **more) for variant, damage in damages.items()]
 
 
-_TEXTS = (CONFIG, GENERATION, TOKENIZER, SETTINGS, "special_tokens_map.json", INDEX)
+_JSON = (CONFIG, GENERATION, TOKENIZER, SETTINGS, "special_tokens_map.json", INDEX)
 _WRONG_SIZES = {
     "zero": 0,
     "negative": -1,
@@ -143,7 +144,7 @@ _WRONG_SIZES = {
 
 
 def _files() -> Iterator[tuple[str, list[Fault]]]:
-    for file in _TEXTS:
+    for file in _JSON:
         weights = [instead(WEIGHTS)] if file == INDEX else []
         yield (
             f"{file}: no JSON object",
@@ -160,7 +161,7 @@ def _files() -> Iterator[tuple[str, list[Fault]]]:
                     file, all_of(*([instead(WEIGHTS)] * (file == INDEX)), instead(file, make)),
                     (file,),
                 )
-                for file in (*_TEXTS, WEIGHTS)
+                for file in (*_JSON, TEMPLATE, WEIGHTS)
             ],
         )  # fmt: skip
     missing = {CONFIG: (CONFIG,), WEIGHTS: (WEIGHTS,), TOKENIZER: ("--tokenizer",)}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bad_models import SETTINGS, TOKENIZER, Damage, Fault, edit, faults, instead, marker
+from bad_models import SETTINGS, TEMPLATE, TOKENIZER, Damage, Fault, edit, faults, instead, marker
 
 
 def template(text: Any) -> Damage:
@@ -93,9 +93,8 @@ def _templates() -> Iterator[tuple[str, list[Fault]]]:
     broken += ["{{ " + "(" * 5000, "{% if 1 %}" * 200 + "{% endif %}" * 200]
     yield "templates: broken", faults((SETTINGS,), {ascii(x)[:40]: template(x) for x in broken})
     alone: dict[str, bytes] = {"broken": b"{% for %}", "no UTF-8": b"\xff\xfe"}
-    file = "chat_template.jinja"
-    damages = {n: instead(file, lambda f, x=x: f.write_bytes(x)) for n, x in alone.items()}
-    yield "templates: a damaged file", faults((file,), damages)
+    damages = {n: instead(TEMPLATE, lambda f, x=x: f.write_bytes(x)) for n, x in alone.items()}
+    yield "templates: a damaged file", faults((TEMPLATE,), damages)
     damages = {str(x): template(x) for x in (3, [3], {"default": 3}, [{"name": "default"}])}
     yield "templates: no text", faults((SETTINGS,), damages)
     reaching = [
@@ -120,6 +119,12 @@ def _templates() -> Iterator[tuple[str, list[Fault]]]:
         "{% for i in range(99999) %}{{ range(99999)|sum }}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ 'x'|center(10**14) }}",
+        # Loops of jinja's own: in the rendering, and of a constant in the compiler.
+        "{{ range(99999)|map('string')|map('center', 99999)|map('map', 'upper')|map('list')"
+        "|map('length')|sum }}",
+        "{{ 'x'|slice(1000000000)|sum(start=[]) }}",
+        # More than any address space holds: a smaller number would take the memory of the machine.
+        "{{ 'x'|center(1000000000000000000) }}",
+        "{{ 'x' * 1000000000000000000 }}",
     ]
     yield "templates: do not end", faults((SETTINGS,), {x[:40]: template(x) for x in endless})

@@ -5,7 +5,7 @@
 Each directory is a copy of a whole one with one fault, of `bad_models` and the modules beside it.
 It is loaded as the scripts load `--model`. It is refused by name if the first line of the error
 holds the directory and the file, key or tensor. What may load must load as the whole one does: with
-the same config, weights and vocabulary. None may run code, take 20 seconds, or raise anything but
+the same config, weights and vocabulary. None may run code, take 60 seconds, or raise anything but
 an error of input.
 """
 
@@ -42,7 +42,7 @@ OUTCOMES = (REFUSED, HARMLESS, UNNAMED, ACCEPTED, TRACEBACK, HUNG, RAN) = (
     "hung",
     "ran code",
 )
-SECONDS = 20  # until a directory counts as one that hangs
+SECONDS = 60  # until a directory counts as one that hangs
 INTRO = """# Damaged model directories
 
 What loading a model directory with one fault does. A directory is refused by name if the first line

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import struct
+import sys
 from pathlib import Path
 
 import bad_models
@@ -73,6 +74,12 @@ MENDED = [  # what once was accepted, hung, was a traceback or was refused witho
     ("a tokenizer's other parts", "Precompiled"),
     ("templates: reach", "popen"),
     ("templates: do not end", "macro f(n)"),
+    ("templates: do not end", "map('string')"),
+    ("templates: do not end", "slice"),
+    ("templates: do not end", "center(1"),
+    ("a FIFO in place", "chat_template.jinja"),
+    ("a directory in place", "chat_template.jinja"),
+    ("a file of a terabyte", "chat_template.jinja"),
 ]
 
 
@@ -83,7 +90,8 @@ def test_one_of_each_kind(whole, kind, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "variant"), MENDED)
-def test_what_was_mended(whole, kind, variant, tmp_path):
+def test_what_was_mended(whole, kind, variant, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf.tokenizer, "_SECONDS", 1.0)
     faults = [x for name in KINDS if name.startswith(kind) for x in KINDS[name]]
     faults = [x for x in faults if variant in x.variant]
     assert faults
@@ -192,6 +200,21 @@ def test_a_tokenizer_that_is_none_is_refused(broken, content):
     (broken / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"broken/tokenizer\.json: the tokenizer cannot be loaded"):
         hf.load_tokenizer(broken)
+
+
+@pytest.mark.parametrize("text", ["{{ messages[0].content }}", "{{ messages.nothing() }}"])
+def test_a_debugger_goes_on_after_a_template(broken, text):
+    def tracer(*_):
+        return None
+
+    bad_models.edit("tokenizer_config.json", chat_template=text)(broken)
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        hf.load_tokenizer(broken)
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(before)
 
 
 @pytest.mark.parametrize("eos", ["x", {}, [None], True, -5, 1.5, 10**12], ids=str)

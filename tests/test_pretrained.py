@@ -164,6 +164,17 @@ def test_a_preset_is_described_without_its_weights():
     assert pretrained.describe("gpt3-175b") == PRESETS["gpt3-175b"]
 
 
+def test_a_model_that_is_to_score_ends_no_response(exported, tmp_path):
+    """One that may be trained on data is refused for an end that it lacks."""
+    where = tmp_path / "rm"
+    shutil.copytree(exported, where)
+    (where / "generation_config.json").write_text('{"eos_token_id": 9000}')
+    for flag in ("--reward", "--value_model"):
+        LOADERS[flag](str(where))
+    with pytest.raises(ValueError, match="eos_token_id 9000 of config"):
+        LOADERS["--model"](str(where))
+
+
 def test_a_check_finds_what_is_missing_without_reading_weights(requests, exported, monkeypatch):
     """And it says nothing of a hub that cannot be reached, for which no flag is to blame."""
     monkeypatch.setattr(hf, "load", None)

@@ -138,17 +138,30 @@ def describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_text(file: Path) -> str:
     """Reads a file of a model's directory.
 
     Raises:
-      ValueError: it is no regular file, too large, no JSON, or no object; the message names it.
+      ValueError: it is no regular file, too large, or not UTF-8; the message names it.
     """
     _check_regular(file)
     if file.stat().st_size > _LARGEST_TEXT:  # reading it might take all memory
         raise ValueError(f"{file}: has over {_LARGEST_TEXT:,} bytes")
     try:
-        content = json.loads(file.read_text("utf-8"))
+        return file.read_text("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"{file}: not UTF-8: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a file of a model's directory.
+
+    Raises:
+      ValueError: as `read_text`, or it is no JSON, or no object; the message names it.
+    """
+    text = read_text(file)
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON: {error}") from error
     if not isinstance(content, dict):

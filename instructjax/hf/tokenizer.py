@@ -1,12 +1,9 @@
 """Loads a checkpoint's tokenizer, and tries the chat template: a program of unknown origin."""
 
-import contextlib
-import math
 import os
 import sys
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +14,11 @@ import tokenizers
 from jinja2 import nodes
 
 from instructjax.hf import configs
-from instructjax.hf.directory import TEXTS, describe, read_json, resolve
+from instructjax.hf.directory import TEXTS, describe, read_json, read_text, resolve
 
 _FILES = ("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab")
 _TEMPLATE = "chat_template.jinja"
-_SECONDS = 2.0  # of a processor; a template takes a millisecond for the dialogue below
+_SECONDS = 5.0  # of a processor; the longest templates, of 20,000 characters, take one
 _DIALOGUE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
 # A power can take for ever in one operation. The others read files, of which there are none.
 _REFUSED = {
@@ -54,11 +51,8 @@ def load_tokenizer(path: str | os.PathLike) -> Any:
     for name in _FILES:
         if os.path.lexists(directory / f"{name}.json"):
             read_json(directory / f"{name}.json")
-    if (template := directory / _TEMPLATE).is_file():
-        try:
-            template.read_text("utf-8")
-        except UnicodeError as error:
-            raise ValueError(f"{template}: {describe(error)}") from error
+    if os.path.lexists(directory / _TEMPLATE):
+        read_text(directory / _TEMPLATE)
     try:
         tokenizer = auto.from_pretrained(directory, trust_remote_code=False)
     except BaseException as error:  # transformers and tokenizers raise many kinds
@@ -134,37 +128,33 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _render(tokenizer: Any, template: str, messages: list[dict[str, str]]) -> None:
-    """Raises one of _FAULTS, if there is one."""
+    """Raises one of _FAULTS, if there is one.
+
+    The clock is read at each line of Python that the template and jinja run: also in filters, and
+    in the compiler, which computes constants. A signal would reach the main thread alone, and a
+    thread cannot stop another. One call into C is waited for, however long it takes: two lists that
+    are nested 60 deep take for ever to compare, and `'x' * 10000000000` takes 10 GB.
+    """
+    end = time.thread_time() + _SECONDS  # does not count what other processes take
+
+    def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
+        if event == "line" and time.thread_time() > end:
+            raise _EndlessError
+        return trace
+
+    before = sys.gettrace()
     try:
-        with _time_limit():
-            tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        sys.settrace(trace)
+        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    except _EndlessError:
+        raise TimeoutError(f"took over {_SECONDS:g} s for {len(_DIALOGUE)} words") from None
     except _FAULTS:
         raise
     except Exception:  # a template is a program: it may raise anything about the dialogue
         return
-
-
-@contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-    """Raises TimeoutError in a template that has run for _SECONDS.
-
-    A signal would reach the main thread alone, and a thread cannot stop another.
-    """
-    end = math.inf
-
-    def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
-        nonlocal end
-        if frame.f_code.co_filename != "<template>":  # jinja's name of the compiled template
-            return None
-        now = time.thread_time()  # does not count what other processes take
-        end = min(end, now + _SECONDS)
-        if now > end:
-            raise TimeoutError(f"took over {_SECONDS:g} s for a dialogue of {len(_DIALOGUE)} words")
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
     finally:
         sys.settrace(before)
+
+
+class _EndlessError(BaseException):
+    """No Exception: jinja's compiler catches those, and leaves the constant to the rendering."""

@@ -70,7 +70,8 @@ def load(
         loaded = _tokenizer(tokenizer or where)
         fit = _fit_vocabulary
         config, params = fit(config, params, loaded, mesh, tokenizer is not None, f"{flag} {model}")
-        _check_ends(config, loaded, f"{flag} {model}")
+        if not scalar_head:  # one that scores ends no response
+            _check_ends(config, loaded, f"{flag} {model}")
         config = dataclasses.replace(config, eos_ids=templates.end_ids(loaded, config.eos_ids))
         if tokenizer is not None and (form := _recorded_form(where)) is not None:
             templates.record(loaded, form)  # the form is the model's, not the tokenizer's
