@@ -239,7 +239,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
         panels = PANELS
         if judge is not None:
             panels = panels | {"win rate against SFT": ("validation/win_rate",)}
-        return policies.report(run, sampled, time.perf_counter() - began, panels)
+        return policies.finish(run, sampled, time.perf_counter() - began, panels)
 
 
 def minibatches(config: Config, step: int) -> list[np.ndarray]:

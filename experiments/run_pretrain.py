@@ -26,6 +26,7 @@ import numpy as np
 
 from instructjax import data, hf, models, sampler, sft, sharding, state, train
 from instructjax.data import DataConfig, PackedRows, Stream
+from instructjax.evaluation import report
 from instructjax.evaluation.figures import plot_curves
 from instructjax.ranges import Count, CountFrom2, NotNegative, Positive
 from instructjax.run import Run, checks, main, pretrained
@@ -190,7 +191,9 @@ def run_pretrain(config: Config) -> None:
             "validation loss, nats a token": losses[-1] if losses else math.nan,
             "seconds": time.perf_counter() - began,
         }
-        files = [config.out / name for name in ("metrics.jsonl", "samples.jsonl", "curves.png")]
+        report.write([config.out], config.out / "report.html")
+        names = ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html")
+        files = [config.out / name for name in names]
         next_command = f"python experiments/run_sft.py --model {config.out}"
         run.finish(summary, [*files, config.out / "export"], next_command)
 

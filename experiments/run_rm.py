@@ -45,7 +45,7 @@ from instructjax.data import (
     Stream,
 )
 from instructjax.data.batches import fitting, row_length
-from instructjax.evaluation import baselines, figures, folds, gold, ranking
+from instructjax.evaluation import baselines, figures, folds, gold, ranking, report
 from instructjax.evaluation.figures import plot_curves
 from instructjax.ranges import Count, CountFrom2, NotNegative, Positive, ShareBelow1
 from instructjax.run import Run, checks, main, pretrained
@@ -353,6 +353,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
             "learning rate": ("optim/learning_rate",),
         }
         plot_curves(config.out, panels, config.out / "curves.png")
+        report.write([config.out], config.out / "report.html")
         centered = "not shifted: no --demonstrations were given"
         if demonstrations is not None:
             centered = "by the bias, from " + ", ".join(f"{x:+.3f}" for x in meta["demonstrations"])
@@ -365,8 +366,9 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
                 spread = scores[name].std(0)[groups[name].ranks > 0].mean()
                 summary[f"spread of a score on {name}"] = float(spread)
         summary["seconds"] = results["seconds"]
-        files = "metrics.jsonl samples.jsonl results.json accuracy.png calibration.png curves.png"
-        wrote = [*(config.out / name for name in files.split()), *exports]
+        files = ("metrics.jsonl", "samples.jsonl", "results.json", "report.html")
+        pictures = ("accuracy.png", "calibration.png", "curves.png")
+        wrote = [*(config.out / name for name in (*files, *pictures)), *exports]
         by_reward = f"--keep reward --reward_model {config.out} --out {config.out}-sft"
         accuracy = ranking.table_of(results["accuracy"])
         run.finish(summary, wrote, f"python experiments/run_sft.py {by_reward}", [accuracy])

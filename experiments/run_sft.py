@@ -34,7 +34,7 @@ import tyro
 from instructjax import data, hf, models, rollout, scoring, sft, sharding, state, train
 from instructjax.data import DataConfig, Dataset, PackedRows, Stream
 from instructjax.data.batches import row_length
-from instructjax.evaluation import statistics
+from instructjax.evaluation import report, statistics
 from instructjax.evaluation.figures import plot_curves
 from instructjax.ranges import Count, CountFrom2, NotNegative, Positive, ShareBelow1
 from instructjax.run import Run, checks, main, pretrained
@@ -352,7 +352,9 @@ def run_sft(config: Config) -> None:
         if jax.process_index() != 0:
             return
         plot_curves(config.out, panels, config.out / "curves.png")
-        files = [config.out / name for name in ("metrics.jsonl", "samples.jsonl", "curves.png")]
+        report.write([config.out], config.out / "report.html")
+        names = ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html")
+        files = [config.out / name for name in names]
         next_command = f"python experiments/run_rm.py --model {config.out}"
         run.finish(summary, [*files, config.out / "export"], next_command)
 

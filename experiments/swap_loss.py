@@ -381,7 +381,7 @@ def swap_loss(config: Config) -> None:
         before, after = sampled.values()
         run.console.print(policies.samples_table("held-out prompts", before, after))
         curves = {metric: [metric] for metric in config.CURVES}
-        policies.report(run, sampled, time.perf_counter() - began, curves)
+        policies.finish(run, sampled, time.perf_counter() - began, curves)
 
 
 def prompts_that_fit(config: Config, model: ModelConfig, held_out: Dataset) -> Dataset:

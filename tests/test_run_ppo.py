@@ -66,7 +66,7 @@ def whole(start, tmp_path_factory) -> Path:
 
 def test_a_run_directory_is_complete_and_its_export_loads(whole):
     names = ["config.json", "metrics.jsonl", "samples.jsonl", "samples_after.jsonl"]
-    names += ["results.json", "curves.png", "export"]
+    names += ["results.json", "curves.png", "report.html", "export"]
     assert [name for name in names if not (whole / name).exists()] == []
     rows = {row["step"]: row for row in metrics_of(whole)}
     assert list(rows) == [0, 1, 2, 3]

@@ -56,7 +56,8 @@ def lines(file: Path) -> list[dict]:
 def test_each_run_directory_is_complete(runs):
     figures = {"pretrain": [], "sft": [], "rm": ["accuracy.png", "calibration.png", "results.json"]}
     for stage, more in figures.items():
-        names = ["config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "export", *more]
+        names = ["config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "report.html"]
+        names += ["export", *more]
         assert [name for name in names if not (runs / stage / name).exists()] == []
         metrics = lines(runs / stage / "metrics.jsonl")
         assert [row["step"] for row in metrics if row["step"]] == [1, 2, 3]

@@ -284,7 +284,7 @@ def test_each_algorithm_from_its_command_to_its_export_and_resumed(
     said = capsys.readouterr().out
     assert f"{algorithm} finished in {out}" in said
     assert f"next: python experiments/sample.py --model {out}" in said
-    files = ["config.json", "checkpoints", "curves.png", "export/tokenizer.json"]
+    files = ["config.json", "checkpoints", "curves.png", "report.html", "export/tokenizer.json"]
     files += ["results.json", "samples_after.jsonl"]
     assert [name for name in files if not (out / name).exists()] == []
     assert "win_rate" in json.loads((out / "results.json").read_text())[algorithm.upper()]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from instructjax import rollout, scoring
 from instructjax.data import Record
-from instructjax.evaluation import gold, statistics
+from instructjax.evaluation import gold, report, statistics
 from instructjax.evaluation.figures import plot_curves
 from instructjax.run import Run
 from instructjax.train import Batch
@@ -118,13 +118,13 @@ def results(sampled: Mapping[str, Sampled]) -> dict[str, Any]:
     return rows
 
 
-def report(
+def finish(
     run: Run,
     sampled: Mapping[str, Sampled],
     seconds: float,
     panels: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """Writes results.json, samples_after.jsonl and curves.png, and prints the results.
+    """Writes results.json, samples_after.jsonl, curves.png and report.html; prints the results.
 
     Args:
       sampled: policies by name, the one that training began with first.
@@ -143,10 +143,11 @@ def report(
             line = {"prompt": prompt} | {name: x.texts[i] for name, x in sampled.items()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     plot_curves(out, panels, out / "curves.png")
+    report.write([out], out / "report.html")
     shown = table({name: rows[name] for name in sampled}, len(base.prompts))
-    names = "metrics.jsonl samples.jsonl samples_after.jsonl results.json curves.png export"
+    names = "metrics.jsonl samples.jsonl samples_after.jsonl results.json curves.png report.html"
     next_command = f"python experiments/sample.py --model {out}"
-    wrote = [out / name for name in names.split() if (out / name).exists()]
+    wrote = [out / name for name in (*names.split(), "export") if (out / name).exists()]
     run.finish({"seconds": seconds}, wrote, next_command, tables=[shown])
     return rows
 
