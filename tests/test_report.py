@@ -128,7 +128,7 @@ def test_the_curves(run, html):
 
 def test_several_runs(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    other = make_run(tmp_path / "other", seed=4)
+    other = make_run(tmp_path / "other", seed=4, beta=0.1)  # a flag that the first one lacks
     report.cli([str(run), str(other)])
     assert "wrote report.html" in capsys.readouterr().out
     page = Page((tmp_path / "report.html").read_text())

@@ -294,14 +294,14 @@ def _cut(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> T
 
 
 def differing_flags(runs: Sequence[RunData]) -> Table | None:
-    """The flags and versions in which some runs differ; None for one run."""
+    """The flags and versions that all runs have and some differ in; None for one run."""
     if len(runs) < 2:
         return None
     configs = [flat(run.config) for run in runs]
-    names = sorted({name for config in configs for name in config} - {*_UNCOMPARED})
+    names = sorted(set.intersection(*map(set, configs)) - {*_UNCOMPARED})
     rows = []
     for name in names:
-        values = [str(config.get(name, "")) for config in configs]
+        values = [str(config[name]) for config in configs]
         if len(set(values)) > 1:
             rows.append([name.removeprefix("config."), *values])
     return Table("what differs", ("", *(run.name for run in runs)), rows)
