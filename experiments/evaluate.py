@@ -36,7 +36,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from instructjax import data, hosts, ranges, rollout, scoring, sharding, usage
-from instructjax.data import DataConfig
+from instructjax.data import DataConfig, Record
 from instructjax.evaluation import comparison, figures, gold, policies
 from instructjax.models import ModelConfig, Params
 from instructjax.offload import freeze
@@ -63,6 +63,10 @@ class Config:
     reward: tuple[str, ...] = ()
     """Proxy: what training maximised, as for --reward of run_ppo.py. Each response gets its score
     beside its utility, and --best_of chooses by it. By default none is measured."""
+    measure: tuple[str, ...] = ()
+    """More figures of each response, such as toxicity: functions or reward models as for --gold.
+    Each has its mean reported under its own name. The miniature adds what its judge sees: whether
+    a response follows its request, is truthful, invents something, is toxic."""
     reference: str | None = None
     """Model that KL is measured from, such as runs/sft. By default none is measured."""
     best_of: tuple[Count, ...] = ()
@@ -117,6 +121,8 @@ def check(config: Config) -> None:
     for flag, specs in (("--gold", config.gold), ("--reward", config.reward)):
         if specs:
             scoring.check(scoring.RewardConfig(specs), mesh, flag)
+    for spec in config.measure:
+        scoring.check(scoring.RewardConfig((spec,)), mesh, "--measure")
     named = [("--models", name) for name in config.models]
     if config.reference is not None:
         named.append(("--reference", config.reference))
@@ -176,6 +182,8 @@ def write(
         wrote.append("frontier.png")
     console = Console()
     console.print(comparison.table(results, first, by))
+    if (measures := comparison.measures_table(results)) is not None:
+        console.print(measures)
     if "best_of" in results:
         console.print(comparison.best_of_table(results["best_of"], first))
     print(f"wrote {', '.join(str(out / name) for name in wrote)}")
@@ -235,19 +243,21 @@ def answer(config: Config, name: str, mesh: Mesh, key: jax.Array) -> comparison.
     run_model = functools.partial(
         rollout.map_batches, rows=rows, size=config.batch_size, buckets=[R], mesh=mesh
     )
+    each_record = [record for record in records.records for _ in range(S)]
     with phase(Console(), f"{name}: judging"):
         measured = policies.measure(
             rows,
-            [record for record in records.records for _ in range(S)],
+            each_record,
             texts,
             model.eos_ids,
             run_model,
-            reward=load_reward(config, mesh, tokenizer),
+            reward=load_rewards(config, config.reward, "--reward", mesh, tokenizer),
             judge=gold.load_judge(
                 config.gold, config.data.spec, mesh, tokenizer, config.model_dtype
             ),
             kl_B=kl(config, mesh, tokenizer, rows, run_model),
         )
+        measures = measure(config, mesh, tokenizer, each_record, texts, run_model)
     assert measured.utility_B is not None
 
     def by_prompt(x: np.ndarray | None) -> Any:
@@ -262,6 +272,7 @@ def answer(config: Config, name: str, mesh: Mesh, key: jax.Array) -> comparison.
         utility_PS=by_prompt(measured.utility_B),
         score_PS=by_prompt(measured.score_B),
         kl_PS=by_prompt(measured.kl_B),
+        measures={name: by_prompt(values_B) for name, values_B in measures.items()},
     )
 
 
@@ -274,11 +285,33 @@ def load(config: Config, name: str, flag: str, mesh: Mesh) -> tuple[ModelConfig,
     return model, freeze(params, config.model_dtype), tokenizer
 
 
-def load_reward(config: Config, mesh: Mesh, tokenizer: Any) -> scoring.Rewards | None:
-    if not config.reward:
+def load_rewards(
+    config: Config, specs: tuple[str, ...], flag: str, mesh: Mesh, tokenizer: Any
+) -> scoring.Rewards | None:
+    """What some SPECs give a response, as one sum; None without any. They wait in host memory."""
+    if not specs:
         return None
-    specs = scoring.RewardConfig(config.reward)
-    return scoring.load(specs, mesh, tokenizer, config.model_dtype, offload=True)
+    rewards = scoring.RewardConfig(specs)
+    return scoring.load(rewards, mesh, tokenizer, config.model_dtype, offload=True, flag=flag)
+
+
+def measure(
+    config: Config,
+    mesh: Mesh,
+    tokenizer: Any,
+    records: Sequence[Record],
+    texts: Sequence[str],
+    run_model: gold.RunModel,
+) -> dict[str, np.ndarray]:
+    """The figures of --measure by name, float [B], and the miniature's own on its data."""
+    figures_B = gold.measures(records, texts) if config.data.spec == "miniature" else {}
+    prompts = [record.prompt for record in records]
+    for spec in config.measure:
+        rewards = load_rewards(config, (spec,), "--measure", mesh, tokenizer)
+        assert rewards is not None
+        name = spec.rpartition(":")[2] if scoring.is_function(spec) else spec
+        figures_B[name] = rewards.score(run_model, prompts, texts, records)[0]
+    return figures_B
 
 
 def kl(

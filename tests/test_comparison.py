@@ -1,6 +1,7 @@
 """Comparisons of models by hand: which prompts count, lengths, the best of n, files of labels."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,18 @@ def test_all_figures_are_of_the_prompts_that_all_answered():
     assert results["models"]["ours"]["tokens"] == 7
     with pytest.raises(ValueError, match="--models a b: no prompt has room in all of them"):
         comparison.shared({"a": ours, "b": answers(["9"], [[1]], [[2]])})
+
+
+def test_measures_are_means_of_what_applies():
+    given = answers(["1", "2"], [[0, 0], [0, 0]], [[1, 1], [1, 1]])
+    toxic = np.array([[1, np.nan], [0, 0]])
+    results = comparison.compare({"a": replace(given, measures={"toxic": toxic}), "b": given})
+    estimate = results["models"]["a"]["measures"]["toxic"]
+    assert estimate.value == pytest.approx(1 / 3)
+    assert (estimate.low, estimate.high) == (0, 1)  # one prompt has 1, the other 0
+    assert "measures" not in results["models"]["b"]
+    rows = list(comparison.lines({"a": replace(given, measures={"toxic": toxic})}))
+    assert [row.get("toxic") for row in rows] == [1, None, 0, 0]
 
 
 def test_prompts_of_one_row_are_told_apart():

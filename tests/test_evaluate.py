@@ -88,11 +88,13 @@ def test_reward_against_kl(world, tmp_path, capsys):
     """KL, the proxy and the best of n are those of the responses that were written."""
     flags = ["--samples", "4", "--max_new_tokens", "6", "--temperature", "0.7"]
     flags += ["--reference", f"{world}/a", "--reward", f"{world}/judge.py:spaces"]
+    flags += ["--measure", f"{world}/judge.py:spaces"]
     results = run(world, tmp_path, *flags, "--best_of", "1", "4")
     rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
     assert [row["score"] for row in rows] == [row["response"].count(" ") for row in rows]
     of_a, of_b = results["models"].values()
     assert of_a["kl"] == pytest.approx([0, 0, 0], abs=1e-4)
+    assert of_a["measures"] == {"spaces": pytest.approx(of_a["score"])}
     a, b = (hf.load(world / name) for name in ("a", "b"))
     tokenizer = hf.load_tokenizer(str(world / "a"))
 
@@ -105,10 +107,10 @@ def test_reward_against_kl(world, tmp_path, capsys):
     kls = []
     for row in rows[20:]:
         prompt, response = (tokenizer(row[name])["input_ids"] for name in ("prompt", "response"))
-        if len(response) == 6:  # others have an EOS, which the text lacks
+        if len(response) == 6 and len(kls) < 4:  # others have an EOS, which the text lacks
             kl = logp(b, prompt, response) - logp(a, prompt, response)
             kls.append((kl, row["kl"]))
-    assert len(kls) > 3
+    assert len(kls) == 4
     np.testing.assert_allclose(*np.array(kls).T, atol=1e-3)
     assert of_b["kl"][0] == pytest.approx(np.mean([row["kl"] for row in rows[20:]]), abs=1e-6)
     one, four = results["best_of"]
@@ -130,7 +132,9 @@ def test_reward_against_kl(world, tmp_path, capsys):
     assert best["score"] == [one["score"][0], four["score"][0]]
     other = evaluate.Config(reference="elsewhere", models=(f"{world}/a", "b"))
     assert set(evaluate.frontier(other, results)) == {f"{world}/a", f"{world}/b"}
-    assert "best of n samples" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "best of n samples" in printed
+    assert "spaces" in printed
 
 
 def test_prompts_of_a_tree(world, tmp_path):
@@ -152,6 +156,19 @@ def test_prompts_of_a_tree(world, tmp_path):
         for a, b in zip(rows[:3], rows[3:], strict=True)
     ]
     assert results["pairs"][0]["win_rate"][0] == pytest.approx(np.mean(won))
+
+
+def test_what_the_miniature_measures(world, tmp_path, capsys):
+    """Prompts are those that --data.columns makes; their judge needs no flag."""
+    flags = ["--models", f"{world}/a", f"{world}/b", "--out", f"{tmp_path}", "--prompts", "8"]
+    flags += ["--data.columns", "prompt={prompt} be respectful.", "--data.cache", "None"]
+    evaluate.cli([*flags, "--max_new_tokens", "4"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    assert all(row["prompt"].endswith(" be respectful.") for row in rows)
+    measures = results["models"][f"{world}/b"]["measures"]
+    assert list(measures) == ["followed", "truthful", "hallucinated", "toxic"]
+    assert measures["toxic"][0] == np.mean([row["toxic"] for row in rows[8:]])
 
 
 def test_labels(tmp_path, capsys):

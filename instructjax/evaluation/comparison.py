@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class Answers:
     utility_PS: np.ndarray  # by the judge
     score_PS: np.ndarray | None = None  # by the proxy, such as the reward model of training
     kl_PS: np.ndarray | None = None  # nats from the reference, summed over a response
+    # More figures of each response by name, [P, S], NaN where one does not apply.
+    measures: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def characters_PS(self) -> np.ndarray:
@@ -42,6 +44,8 @@ class Answers:
         def some(x: Any) -> Any:
             if x is None:
                 return None
+            if isinstance(x, Mapping):
+                return {name: values_PS[index] for name, values_PS in x.items()}
             return x[index] if isinstance(x, np.ndarray) else [x[i] for i in places]
 
         return replace(self, **{f.name: some(getattr(self, f.name)) for f in fields(self)})
@@ -96,6 +100,8 @@ def compare(answers: Mapping[str, Answers]) -> dict[str, Any]:
         for column, values_PS in (("score", given.score_PS), ("kl", given.kl_PS)):
             if values_PS is not None:
                 row[column] = statistics.mean(values_PS.mean(1))
+        if given.measures:
+            row["measures"] = {name: _mean_of(x) for name, x in given.measures.items()}
         models[name] = row
     pairs = []
     for (name, ours), (other, theirs) in permutations(answers.items(), 2):
@@ -106,6 +112,13 @@ def compare(answers: Mapping[str, Answers]) -> dict[str, Any]:
         pairs.append(_pair(name, other, rate) | {"win_rate_at_equal_length": controlled})
     prompts = len(next(iter(answers.values())).keys)
     return {"prompts": prompts, "models": models, "pairs": pairs}
+
+
+def _mean_of(values_PS: np.ndarray) -> statistics.Estimate:
+    """The mean of those that are no NaN; responses to one prompt are one draw."""
+    prompt_PS = np.broadcast_to(np.arange(len(values_PS))[:, None], values_PS.shape)
+    applies_PS = ~np.isnan(values_PS)
+    return statistics.mean(values_PS[applies_PS], prompt_PS[applies_PS])
 
 
 def _pair(name: str, other: str, rate: statistics.Estimate) -> dict[str, Any]:
@@ -121,6 +134,9 @@ def lines(answers: Mapping[str, Answers]) -> Iterator[dict[str, Any]]:
                 line["utility"] = float(given.utility_PS[i, j])
                 for column, values_PS in (("score", given.score_PS), ("kl", given.kl_PS)):
                     if values_PS is not None:
+                        line[column] = float(values_PS[i, j])
+                for column, values_PS in given.measures.items():
+                    if not np.isnan(values_PS[i, j]):
                         line[column] = float(values_PS[i, j])
                 yield line | {"where": given.keys[i][0]}
 
@@ -250,6 +266,21 @@ def table(results: Mapping[str, Any], first: str, by: str = "the judge") -> Tabl
     for name, row in rows.items():
         cells = (columns[key][1].format(*np.atleast_1d(row[key])) for key in shown if key in row)
         drawn.add_row(name, *cells)
+    return drawn
+
+
+def measures_table(results: Mapping[str, Any]) -> Table | None:
+    """The `measures` of `compare` on the terminal, if there are any."""
+    rows = {name: row["measures"] for name, row in results["models"].items() if "measures" in row}
+    if not rows:
+        return None
+    names = list(next(iter(rows.values())))
+    drawn = Table("", title="means over responses")
+    for name in names:
+        drawn.add_column(name, justify="right", no_wrap=True)
+    for model, row in rows.items():
+        cells = ("{:.3f}\n{:.3f} to {:.3f}".format(*row[name]) for name in names)
+        drawn.add_row(model, *cells)
     return drawn
 
 

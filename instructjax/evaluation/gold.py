@@ -72,6 +72,24 @@ def utilities(records: Sequence[Record], texts: Sequence[str]) -> np.ndarray:
     return np.array([miniature.judge(dict(record.row), text).utility for record, text in pairs])
 
 
+def measures(records: Sequence[Record], texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """What else the noise-free judge sees in a response to each record's prompt.
+
+    Returns:
+      float [B] by name: followed (0 to 1), truthful, hallucinated and toxic (0 or 1); NaN where the
+      judge has no verdict, as of the truth of a response that states nothing.
+    """
+    pairs = zip(records, texts, strict=True)
+    verdicts = [miniature.judge(dict(record.row), text) for record, text in pairs]
+    named = {
+        "followed": [verdict.features.followed for verdict in verdicts],
+        "truthful": [verdict.truthful for verdict in verdicts],
+        "hallucinated": [verdict.hallucinated for verdict in verdicts],
+        "toxic": [verdict.toxic for verdict in verdicts],
+    }
+    return {name: np.array(values, float) for name, values in named.items()}  # None is NaN
+
+
 def judged(dataset: Dataset) -> np.ndarray:
     """utility_BK of the responses in comparisons, 0 in an empty slot.
 
