@@ -181,9 +181,8 @@ def write(
         figures.frontier(curves, columns, out / "frontier.png")
         wrote.append("frontier.png")
     console = Console()
-    console.print(comparison.table(results, first, by))
-    if (measures := comparison.measures_table(results)) is not None:
-        console.print(measures)
+    for table in comparison.tables(results, first, by):
+        console.print(table)
     if "best_of" in results:
         console.print(comparison.best_of_table(results["best_of"], first))
     print(f"wrote {', '.join(str(out / name) for name in wrote)}")

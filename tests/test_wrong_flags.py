@@ -1,6 +1,7 @@
 """Wrong command lines of all scripts: refused before a model is loaded, or anything is written."""
 
 import importlib
+import re
 import shlex
 import sys
 
@@ -75,3 +76,13 @@ def test_the_table_covers_every_script():
     }
     assert with_main | {"-m instructjax.data"} == {line.script for line in faults_flags.WRONG}
     assert len(set(faults_flags.WRONG)) == len(faults_flags.WRONG)
+
+
+def test_the_table_in_the_docs_is_of_these_lines():
+    docs = faults_flags.ROOT / "docs"
+    table = (docs / "reliability-flags.md").read_text()
+    rows = re.findall(r"^\| `(.+?)` \| (\d+) \| ", table, re.MULTILINE)
+    assert rows == [(faults_flags.command(line), "2") for line in faults_flags.WRONG]
+    count = len(rows)
+    assert f"\n{count} of {count} were refused with exit code 2" in table
+    assert f"| {count} wrong ones, over all scripts |" in (docs / "reliability.md").read_text()

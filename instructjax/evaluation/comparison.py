@@ -241,47 +241,52 @@ def _clustered(values: Sequence[tuple[str, float]]) -> statistics.Estimate:
 # -------------------------------------------------------------------------------- the terminal
 
 
-def table(results: Mapping[str, Any], first: str, by: str = "the judge") -> Table:
-    """`compare` or `of_labels` on the terminal, with win rates against the model `first`."""
-    interval, percent = "{:+.2f}\n{:+.2f} to {:+.2f}", "{:.1%}\n{:.1%} to {:.1%}"
-    columns = {  # key of a row -> (title, format)
-        "responses": ("responses", "{:,}"),
-        "utility": ("utility", interval),
-        "score": ("score", interval),
-        "kl": ("KL, nats", "{:.2f}\n{:.2f} to {:.2f}"),
-        "characters": ("characters", "{:.1f}"),
-        "eos_fraction": ("ends", "{:.1%}"),
-        "win_rate": ("wins", percent),
-        "win_rate_at_equal_length": ("at equal length", percent),
-    }
+def tables(results: Mapping[str, Any], first: str, by: str) -> list[Table]:
+    """`compare` or `of_labels` on the terminal: wins against the model `first`, and means.
+
+    Args:
+      by: who judged, for the title.
+    """
     rows = {name: dict(row) for name, row in results["models"].items()}
     for pair in results["pairs"]:
         if pair["against"] == first:
             rows[pair["model"]] |= pair
-    shown = [key for key in columns if any(key in row for row in rows.values())]
-    drawn = Table(title=f"against {first}, by {by}, on {results['prompts']:,} prompts")
-    drawn.add_column("", overflow="fold")
-    for key in shown:
-        drawn.add_column(columns[key][0], justify="right", no_wrap=True)
+    wins = ("utility", "win_rate", "win_rate_at_equal_length")
+    columns = [key for key in wins if any(key in row for row in rows.values())]
+    titles = {"win_rate": "wins", "win_rate_at_equal_length": "at equal length"}
+    against = Table(title=f"against {first}, by {by}, on {results['prompts']:,} prompts")
+    against.add_column("", overflow="fold")
+    for key in columns:
+        against.add_column(titles.get(key, key), justify="right", no_wrap=True)
     for name, row in rows.items():
-        cells = (columns[key][1].format(*np.atleast_1d(row[key])) for key in shown if key in row)
-        drawn.add_row(name, *cells)
-    return drawn
+        against.add_row(name, *(_cell(row[key], key in titles) for key in columns if key in row))
+
+    means = Table("", title="means over responses")
+    figures = {name: _means(row) for name, row in results["models"].items()}
+    for name in figures:
+        means.add_column(name, justify="right", overflow="fold")
+    for key in dict.fromkeys(key for row in figures.values() for key in row):
+        means.add_row(key, *(row.get(key, "") for row in figures.values()))
+    return [against, means]
 
 
-def measures_table(results: Mapping[str, Any]) -> Table | None:
-    """The `measures` of `compare` on the terminal, if there are any."""
-    rows = {name: row["measures"] for name, row in results["models"].items() if "measures" in row}
-    if not rows:
-        return None
-    names = list(next(iter(rows.values())))
-    drawn = Table("", title="means over responses")
-    for name in names:
-        drawn.add_column(name, justify="right", no_wrap=True)
-    for model, row in rows.items():
-        cells = ("{:.3f}\n{:.3f} to {:.3f}".format(*row[name]) for name in names)
-        drawn.add_row(model, *cells)
-    return drawn
+def _means(row: Mapping[str, Any]) -> dict[str, str]:
+    """The figures of a model that are no wins, as text."""
+    shown = {"score": "score", "kl": "KL, nats", "characters": "characters", "tokens": "tokens"}
+    texts = {title: _cell(row[key]) for key, title in shown.items() if key in row}
+    if "responses" in row:
+        texts["responses"] = f"{row['responses']:,}"
+    if "eos_fraction" in row:
+        texts["ends"] = f"{row['eos_fraction']:.1%}"
+    return texts | {name: _cell(value) for name, value in row.get("measures", {}).items()}
+
+
+def _cell(value: Any, percent: bool = False) -> str:
+    """A figure, with its interval on a second line if it has one."""
+    form = "{:.1%}" if percent else "{:.2f}"
+    if isinstance(value, float):
+        return form.format(value)
+    return f"{form}\n{form} to {form}".format(*value)
 
 
 def best_of_table(rows: Sequence[Mapping[str, Any]], model: str) -> Table:
