@@ -277,6 +277,11 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def command(line: Line) -> str:
+    """The cell of a table that shows a command line."""
+    return f"{line.script} {line.words}".replace("|", r"\|").strip()
+
+
 def message(stderr: str, named: str) -> str:
     """The line that names the flag, of an error of ours or of tyro's box."""
     said = [text.strip(" │") for text in stderr.splitlines()]
@@ -298,14 +303,11 @@ def main(config: Config) -> None:
     print("| command line | exit code | seconds | of a processor | message |")
     print("|---|---|---|---|---|")
     for line, code, took, used, stderr in run(chosen, config.out):
-        command = f"{line.script} {line.words}".replace("|", r"\|").strip()
-        print(
-            f"| `{command}` | {code} | {took:.1f} | {used:.1f} | {message(stderr, line.named)} |",
-            flush=True,
-        )
+        shown, said = command(line), message(stderr, line.named)
+        print(f"| `{shown}` | {code} | {took:.1f} | {used:.1f} | {said} |", flush=True)
         times.append((took, used))
         if code != 2 or line.named not in stderr or contents(config.out) != before:
-            failed.append(command)
+            failed.append(shown)
     took, used = zip(*times, strict=True)
     print(
         f"\n{len(chosen) - len(failed)} of {len(chosen)} were refused with exit code 2, named the"
