@@ -26,15 +26,11 @@ GPU, where it has not been run.
 Result: OUT/NAME for each run, OUT/results.json, and a table of both.
 """
 
-import concurrent.futures
 import gzip
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +44,7 @@ from rich.table import Table
 
 from instructjax import ranges
 from instructjax.data import files
+from instructjax.evaluation.grid import Grid, Job
 from instructjax.ranges import Count, Seed
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
@@ -83,18 +80,8 @@ class Config:
 # ---------------------------------------------------------------------------- the runs
 
 
-@dataclass(frozen=True)
-class Job:
-    """A command of experiments/."""
-
-    script: str
-    flags: Mapping[str, Any]  # without --out
-    needs: tuple[str, ...] = ()  # names of runs that must have finished
-    positional: tuple[str, ...] = ()
-
-
-def jobs(c: Config) -> dict[str, Job]:
-    """The runs by name, each after those that it needs."""
+def grid(c: Config) -> Grid:
+    """The runs."""
     full = c.size == "full"
 
     def cut(value: Any) -> dict[str, Any]:
@@ -190,7 +177,7 @@ def jobs(c: Config) -> dict[str, Job]:
         {"model": c.out / "short-sft", **lottery, **ppo, **function, "max_new_tokens": 64},
         needs=("short-sft",),
     )
-    return every
+    return Grid(c.out, every, EXPERIMENTS)
 
 
 def one_sentence(prompts: Sequence[str], responses: Sequence[str], records: Any) -> list[float]:
@@ -205,27 +192,6 @@ def one_sentence(prompts: Sequence[str], responses: Sequence[str], records: Any)
         closed = text.endswith((".", "!", "?"))
         scores.append(1 - 0.5 * min(sentences - 1, 4) if closed else -1.0)
     return scores
-
-
-def command(c: Config, name: str, job: Job) -> list[str]:
-    flags = [word for flag, value in job.flags.items() for word in (f"--{flag}", str(value))]
-    script = str(EXPERIMENTS / job.script)
-    out = ["--out", str(c.out / name), "--resume"]
-    return [sys.executable, script, *job.positional, *flags, *out]
-
-
-def chosen(c: Config, every: Mapping[str, Job]) -> list[str]:
-    """The names that --runs stands for, and what they need."""
-    names = set(every)
-    if c.runs:
-        named = {r: {n for n in every if n == r or n.startswith(f"{r}-")} for r in c.runs}
-        for given, those in named.items():
-            if not those:
-                raise ValueError(f"--runs {given}: not one of {', '.join(every)}")
-        names = set().union(*named.values())
-    for name in reversed(list(every)):  # what a run needs stands before it
-        names |= set(every[name].needs if name in names else ())
-    return [name for name in every if name in names]
 
 
 # ---------------------------------------------------------------------------- data
@@ -262,68 +228,6 @@ def best_and_worst(turns: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any
         yield from best_and_worst([*turns, reply])
 
 
-# ---------------------------------------------------------------------------- running
-
-
-def has_finished(c: Config, name: str, job: Job) -> bool:
-    """Whether a run has written its last file: SFT its export, all others results.json."""
-    last = "export/config.json" if job.script == "run_sft.py" else "results.json"
-    return (c.out / name / last).exists()
-
-
-def run(c: Config, name: str, job: Job, cores: set[int] | None) -> bool:
-    """Runs a command with its output in OUT/NAME.log, unless it has finished before.
-
-    OUT/NAME.cost.json gets its seconds and its largest memory. Returns whether it succeeded.
-    """
-    if has_finished(c, name, job):
-        print(f"{name} has finished before", flush=True)
-        return True
-    print(f"{time.strftime('%H:%M')} {name}", flush=True)
-    began, log = time.perf_counter(), c.out / f"{name}.log"
-    with log.open("a") as file:
-        process = subprocess.Popen(command(c, name, job), stdout=file, stderr=file)
-        if cores is not None:
-            os.sched_setaffinity(process.pid, cores)
-        _, status, usage = os.wait4(process.pid, 0)  # unlike wait(), says how much memory it took
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        print(f"{name} failed:\n{log.read_text()[-2000:]}", file=sys.stderr, flush=True)
-        return False
-    cost = {"seconds": time.perf_counter() - began, "peak_gb": usage.ru_maxrss / 1e6}
-    (c.out / f"{name}.cost.json").write_text(json.dumps(cost) + "\n")
-    return True
-
-
-def run_all(c: Config, every: Mapping[str, Job], names: Sequence[str]) -> list[str]:
-    """Runs commands, --jobs at a time, each after those that it needs.
-
-    Where one fails, the others go on, but for those that need it. Returns the names of all that
-    have not finished.
-    """
-    cores = sorted(os.sched_getaffinity(0)) if c.jobs > 1 else []
-    shares = [set(cores[i :: c.jobs]) or None for i in range(c.jobs)]
-    waiting, finished = list(names), set[str]()
-    running: dict[Any, tuple[str, set[int] | None]] = {}
-    with concurrent.futures.ThreadPoolExecutor(c.jobs) as pool:
-        while True:
-            ready = [name for name in waiting if set(every[name].needs) <= finished]
-            for name in ready[: len(shares)]:
-                share = shares.pop()
-                waiting.remove(name)
-                running[pool.submit(run, c, name, every[name], share)] = name, share
-            if not running:
-                return [name for name in names if name not in finished]
-            done, _ = concurrent.futures.wait(
-                running, return_when=concurrent.futures.FIRST_COMPLETED
-            )
-            for future in done:
-                name, share = running.pop(future)
-                shares.append(share)
-                if future.result():
-                    finished.add(name)
-
-
 # ---------------------------------------------------------------------------- results
 
 
@@ -349,10 +253,10 @@ def f1(text: str, reference: str, n: int) -> float:
     return 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
 
 
-def report(c: Config, every: Mapping[str, Job]) -> None:
+def report(c: Config, runs: Grid) -> None:
     """Prints the figures of all runs that have finished, and writes them to OUT/results.json."""
     figures: dict[str, Any] = {}
-    for name in (name for name, job in every.items() if has_finished(c, name, job)):
+    for name in filter(runs.has_finished, runs.jobs):
         file = c.out / name / "results.json"
         if file.exists():
             results = json.loads(file.read_text())
@@ -382,20 +286,20 @@ def rounded(value: Any) -> str:
 
 
 def main(c: Config) -> None:
-    every = jobs(c)
+    runs = grid(c)
     try:
-        names = chosen(c, every)
+        names = runs.chosen(c.runs)
         if c.dry_run:
             for name in names:
-                print(shlex.join(["python", *command(c, name, every[name])[1:]]))
+                print(shlex.join(["python", *runs.command(name)[1:]]))
             return
         if any(name.startswith("oasst") for name in names):
             write_halves(c)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     c.out.mkdir(parents=True, exist_ok=True)
-    unfinished = run_all(c, every, names)
-    report(c, every)
+    unfinished = runs.run_all(names, c.jobs)
+    report(c, runs)
     if unfinished:
         sys.exit(f"error: not finished: {', '.join(unfinished)}; the same command goes on")
 

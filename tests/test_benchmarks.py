@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import real_model
-from real_model import Config, Job
+from real_model import Config
 
+from instructjax.evaluation.grid import Grid, Job
 from instructjax.run import parse
 
 
@@ -20,11 +21,11 @@ def config(tmp_path, **flags):
 @pytest.mark.parametrize("size", ["small", "full"])
 def test_the_scripts_know_all_flags(tmp_path, size):
     c = config(tmp_path, size=size, seeds=(0, 1))
-    every = real_model.jobs(c)
-    assert [name for name in every if name.startswith("e2e-rm")] == ["e2e-rm-0", "e2e-rm-1"]
-    for name, job in every.items():
+    grid = real_model.grid(c)
+    assert [name for name in grid.jobs if name.startswith("e2e-rm")] == ["e2e-rm-0", "e2e-rm-1"]
+    for name, job in grid.jobs.items():
         script = importlib.import_module(job.script.removesuffix(".py"))
-        argv = real_model.command(c, name, job)[2:]
+        argv = grid.command(name)[2:]
         if job.script == "swap_loss.py":
             flags = parse(script.DPO | script.GRPO | script.RLOO, {}, script.__doc__, argv)
         else:
@@ -33,18 +34,20 @@ def test_the_scripts_know_all_flags(tmp_path, size):
         assert flags.out == c.out / name
         assert flags.resume
         assert (flags.model_dtype == "bfloat16") == (size == "full")
-        assert set(job.needs) <= set(every)
+        assert set(job.needs) <= set(grid.jobs)
 
 
 def test_runs_are_chosen_with_what_they_need(tmp_path):
     every = {"x": Job("", {}), "y-1": Job("", {}, needs=("x",)), "z": Job("", {}, needs=("y-1",))}
-    assert real_model.chosen(config(tmp_path, runs=("z",)), every) == ["x", "y-1", "z"]
-    assert real_model.chosen(config(tmp_path, runs=("y",)), every) == ["x", "y-1"]
-    c = config(tmp_path, runs=("oasst-ppo", "hh-rm"), seeds=(0, 3))
-    names = real_model.chosen(c, real_model.jobs(c))
+    grid = Grid(tmp_path, every, tmp_path)
+    assert grid.chosen(["z"]) == ["x", "y-1", "z"]
+    assert grid.chosen(["y"]) == ["x", "y-1"]
+    assert grid.chosen([]) == ["x", "y-1", "z"]
+    grid = real_model.grid(config(tmp_path, seeds=(0, 3)))
+    names = grid.chosen(["oasst-ppo", "hh-rm"])
     assert names == ["oasst-rm-a", "oasst-rm-b", "oasst-ppo", "hh-rm-0", "hh-rm-3"]
     with pytest.raises(ValueError, match="--runs oasst-pp: not one of e2e-rm-0"):
-        real_model.chosen(config(tmp_path, runs=("oasst-pp",)), real_model.jobs(c))
+        grid.chosen(["oasst-pp"])
 
 
 def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypatch):
@@ -56,19 +59,20 @@ def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypat
         "out.mkdir(exist_ok=True)\n"
         "(out / 'results.json').write_text(json.dumps({'x': {'score': 0.5}}))\n"
     )
-    c = config(tmp_path, jobs=2)
+    c = config(tmp_path)
     c.out.mkdir()
     every = {"c": Job("", {}, needs=("b",)), "a": Job("", {}), "b": Job("", {}, needs=("a",))}
 
-    def command(c, name, job):
-        need = str(c.out / job.needs[0]) if job.needs else ""
+    def command(grid, name):
+        needs = grid.jobs[name].needs
+        need = str(c.out / needs[0]) if needs else ""
         return [sys.executable, "-c", script, str(c.out / name), need, str(tmp_path / "log")]
 
-    monkeypatch.setattr(real_model, "command", command)
+    monkeypatch.setattr(Grid, "command", command)
     for _ in range(2):
-        assert real_model.run_all(c, every, list(every)) == []
+        assert Grid(c.out, every, tmp_path).run_all(list(every), at_once=2) == []
     assert (tmp_path / "log").read_text().split() == ["a", "b", "c"]
-    real_model.report(c, {**every, "not run": Job("", {})})
+    real_model.report(c, Grid(c.out, {**every, "not run": Job("", {})}, tmp_path))
     results = json.loads((c.out / "results.json").read_text())
     assert set(results) == {"a", "b", "c"}
     assert results["b"]["x"] == {"score": 0.5}
@@ -77,8 +81,9 @@ def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypat
     (c.out / "sft" / "export").mkdir(parents=True)  # SFT writes no results.json
     (c.out / "sft" / "export" / "config.json").write_text("{}")
     (c.out / "sft" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
-    real_model.run_all(c, {"sft": Job("run_sft.py", {})}, ["sft"])
-    real_model.report(c, {**every, "sft": Job("run_sft.py", {})})
+    grid = Grid(c.out, {**every, "sft": Job("run_sft.py", {})}, tmp_path)
+    grid.run_all(["sft"])
+    real_model.report(c, grid)
     results = json.loads((c.out / "results.json").read_text())
     assert results["sft"]["last step"] == {"step": 2, "loss": 0.5}
     assert (tmp_path / "log").read_text().split() == ["a", "b", "c"]
@@ -87,18 +92,14 @@ def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypat
 
 def test_where_a_run_fails_the_others_go_on(tmp_path, monkeypatch, capsys):
     code = {"a": "1 / 0", "b": "1", "c": "1", "d": "1"}
-    monkeypatch.setattr(
-        real_model, "command", lambda c, name, job: [sys.executable, "-c", code[name]]
-    )
-    c = config(tmp_path, jobs=2)
-    c.out.mkdir()
+    monkeypatch.setattr(Grid, "command", lambda grid, name: [sys.executable, "-c", code[name]])
     every = {
         "a": Job("", {}),
         "b": Job("", {}, needs=("a",)),
         "c": Job("", {}),
         "d": Job("", {}, needs=("c",)),
     }
-    assert real_model.run_all(c, every, list(every)) == ["a", "b"]
+    assert Grid(tmp_path, every, tmp_path).run_all(list(every), at_once=2) == ["a", "b"]
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 

@@ -1,0 +1,129 @@
+"""Runs of the scripts that need one another: made one after another, and never twice."""
+
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a script of experiments/. Its name is its directory below OUT."""
+
+    script: str
+    flags: Mapping[str, Any]  # without --out; a sequence gives a flag several values
+    needs: tuple[str, ...] = ()  # names of runs that must have finished
+    positional: tuple[str, ...] = ()
+    resumes: bool = True  # whether the script takes --resume
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Some runs below one directory."""
+
+    out: Path
+    jobs: Mapping[str, Job]  # by name, each after those that it needs
+    scripts: Path  # the directory experiments/
+
+    def command(self, name: str) -> list[str]:
+        """The words of a run's command."""
+        job = self.jobs[name]
+        words = [sys.executable, str(self.scripts / job.script), *job.positional]
+        for flag, value in job.flags.items():
+            several = isinstance(value, tuple | list)
+            words += [f"--{flag}", *map(str, value if several else [value])]
+        return [*words, "--out", str(self.out / name), *["--resume"] * job.resumes]
+
+    def has_finished(self, name: str) -> bool:
+        """Whether a run has written its last file."""
+        exports_last = self.jobs[name].script in ("run_pretrain.py", "run_sft.py")
+        last = "export/config.json" if exports_last else "results.json"
+        return (self.out / name / last).exists()
+
+    def chosen(self, runs: Sequence[str], flag: str = "--runs") -> list[str]:
+        """The names that some words stand for, and what these need; without words, all.
+
+        Args:
+          runs: names of runs, or how names begin: `e2e` for all `e2e-...`.
+          flag: what gave the words, for errors.
+
+        Raises:
+          ValueError: a word stands for no run.
+        """
+        names = set() if runs else set(self.jobs)
+        for word in runs:
+            named = {name for name in self.jobs if name == word or name.startswith(f"{word}-")}
+            if not named:
+                raise ValueError(f"{flag} {word}: not one of {', '.join(self.jobs)}")
+            names |= named
+        for name in reversed(list(self.jobs)):  # what a run needs stands before it
+            names |= set(self.jobs[name].needs if name in names else ())
+        return [name for name in self.jobs if name in names]
+
+    def run(self, name: str, cores: set[int] | None = None) -> bool:
+        """Makes a run with its output in OUT/NAME.log, unless it has finished before.
+
+        OUT/NAME.cost.json gets its seconds and its largest memory.
+
+        Args:
+          cores: processor cores that it may use; None: all.
+
+        Returns:
+          whether it succeeded.
+        """
+        if self.has_finished(name):
+            print(f"{name} has finished before", flush=True)
+            return True
+        print(f"{time.strftime('%H:%M')} {name}", flush=True)
+        began, log = time.perf_counter(), self.out / f"{name}.log"
+        with log.open("a") as file:
+            process = subprocess.Popen(self.command(name), stdout=file, stderr=file)
+            if cores is not None:
+                os.sched_setaffinity(process.pid, cores)
+            _, status, usage = os.wait4(process.pid, 0)  # unlike wait(), says how much memory
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            print(f"{name} failed:\n{log.read_text()[-2000:]}", file=sys.stderr, flush=True)
+            return False
+        cost = {"seconds": time.perf_counter() - began, "peak_gb": usage.ru_maxrss / 1e6}
+        (self.out / f"{name}.cost.json").write_text(json.dumps(cost) + "\n")
+        return True
+
+    def run_all(self, names: Sequence[str], at_once: int = 1) -> list[str]:
+        """Makes runs, each after those that it needs.
+
+        Where one fails, the others go on, but for those that need it.
+
+        Args:
+          at_once: runs at the same time. They share the cores evenly.
+
+        Returns:
+          the names of all that have not finished.
+        """
+        cores = sorted(os.sched_getaffinity(0)) if at_once > 1 else []
+        shares = [set(cores[i::at_once]) or None for i in range(at_once)]
+        waiting, finished = list(names), set[str]()
+        running: dict[Any, tuple[str, set[int] | None]] = {}
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            while True:
+                ready = [name for name in waiting if set(self.jobs[name].needs) <= finished]
+                for name in ready[: len(shares)]:
+                    share = shares.pop()
+                    waiting.remove(name)
+                    running[pool.submit(self.run, name, share)] = name, share
+                if not running:
+                    return [name for name in names if name not in finished]
+                done, _ = concurrent.futures.wait(
+                    running, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    name, share = running.pop(future)
+                    shares.append(share)
+                    if future.result():
+                        finished.add(name)
