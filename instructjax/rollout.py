@@ -123,6 +123,21 @@ def left_padded(prompts: Sequence[Sequence[int]], length: int) -> Batch:
     return {"prompt_BP": prompt_BP, "prompt_mask_BP": mask_BP}
 
 
+def right_padded(responses: Sequence[Sequence[int]], length: int | None = None) -> Batch:
+    """tokens_BR and mask_BR of lists of token ids, in NumPy.
+
+    Args:
+      length: R; None: that of the longest.
+    """
+    length = max(map(len, responses)) if length is None else length
+    tokens_BR = np.zeros((len(responses), length), np.int32)
+    mask_BR = np.zeros((len(responses), length), bool)
+    for tokens_R, mask_R, response in zip(tokens_BR, mask_BR, responses, strict=True):
+        tokens_R[: len(response)] = response
+        mask_R[: len(response)] = True
+    return {"tokens_BR": tokens_BR, "mask_BR": mask_BR}
+
+
 def batches(
     rows: Batch, index: np.ndarray, size: int, buckets: Sequence[int]
 ) -> Iterator[tuple[np.ndarray, Batch]]:

@@ -40,6 +40,17 @@ def mean(values: np.ndarray, group: np.ndarray | None = None, draws: int = 1000)
     return Estimate(float(np.mean(values)), float(low), float(high))
 
 
+def ratio(numerator: np.ndarray, denominator: np.ndarray, draws: int = 1000) -> Estimate:
+    """The sum of one over the sum of the other, such as a loss a token, with a bootstrap.
+
+    Args:
+      numerator, denominator: float [n], of groups that are drawn together.
+    """
+    picks = _picks(len(numerator), draws)
+    low, high = np.quantile(numerator[picks].sum(1) / denominator[picks].sum(1), [0.025, 0.975])
+    return Estimate(float(numerator.sum() / denominator.sum()), float(low), float(high))
+
+
 def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """won_P: how often a response of ours is better than one of theirs. A tie counts half.
 

@@ -43,7 +43,7 @@ def load(
       model: as above. A preset goes before a directory of the same name; write `./NAME` for that.
       mesh: the mesh that the parameters are laid out on.
       tokenizer: a Hugging Face directory or a hub name. By default the tokenizer beside the model,
-        and the miniature's for the preset `miniature`. A preset takes its vocabulary from it. A
+        and the miniature's for its presets. A preset takes its vocabulary from it. A
         model gets rows for tokens that were added to it; without this argument, only if its BOS,
         EOS, padding or chat template use one of them.
       template: `--data.template` of a run that trains on prompts. The form that it gives is
@@ -161,7 +161,7 @@ def check(
         if tokenizer is not None:
             _check_tokenizer(_export(tokenizer, "--tokenizer"))
         config = describe(model, flag)
-        if model in PRESETS and model != "miniature" and tokenizer is None:
+        if model in PRESETS and not _of_miniature(model) and tokenizer is None:
             raise ValueError(f"{flag} {model}: {_NO_TOKENIZER}")
         if model not in PRESETS:
             where = _export(model, flag)
@@ -261,12 +261,16 @@ def _naming(model: str, flag: str) -> Iterator[None]:
         ) from error
 
 
+def _of_miniature(preset: str) -> bool:
+    return preset.partition("-")[0] == "miniature"
+
+
 def _random(
     preset: str, mesh: Mesh, tokenizer: str | None, seed: int, flag: str
 ) -> tuple[ModelConfig, Params, Any]:
     if tokenizer is not None:
         loaded = _tokenizer(tokenizer)
-    elif preset == "miniature":
+    elif _of_miniature(preset):
         from instructjax import miniature
 
         loaded = miniature.tokenizer()
