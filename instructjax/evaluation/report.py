@@ -54,6 +54,18 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     left_out: int = 0  # rows beyond those shown
+    search: bool = False  # whether the table is of long texts, with a field to search them
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page."""
+
+    title: str
+    text: str = ""
+    about: Sequence[tuple[str, str]] = ()  # (name, value)
+    tables: Sequence[Table] = ()
+    figures: Sequence[str] = ()  # of `draw`; empty ones are left out
 
 
 @dataclass(frozen=True)
@@ -106,26 +118,31 @@ def write(directories: Sequence[Path], file: Path) -> Path:
 
 def page(runs: Sequence[RunData]) -> str:
     """The page of some runs, as HTML."""
+    several = len(runs) > 1
+    sections = []
+    if several:
+        sections.append(Section("Flags", tables=[differing_flags(runs)]))
+    for run in runs:
+        tables = list(result_tables(run.results))
+        sections.append(Section(run.name if several else "", about=_about(run), tables=tables))
+    frontiers = [draw_frontier(column, runs) for column in ("score", "utility")]
+    sections.append(Section("Reward against KL", figures=frontiers))
+    curves = [draw_panel(title, runs, keys) for title, keys in _PANELS.items()]
+    sections.append(Section("Curves", figures=curves))
+    for run in runs:
+        title = f"Samples of {run.name}" if several else "Samples"
+        sections.append(Section(title, tables=sample_tables(run)))
+    return render(", ".join(run.name for run in runs), sections)
+
+
+def render(title: str, sections: Sequence[Section]) -> str:
+    """A page as HTML. Sections that hold nothing are left out."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("instructjax.evaluation", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("report.html.jinja").render(
-        title=", ".join(run.name for run in runs),
-        runs=[
-            {
-                "name": run.name,
-                "about": _about(run),
-                "results": list(result_tables(run.results)),
-                "samples": sample_tables(run),
-            }
-            for run in runs
-        ],
-        curves=[draw_panel(title, runs, keys) for title, keys in _PANELS.items()],
-        frontiers=[draw_frontier(column, runs) for column in ("score", "utility")],
-        differences=differing_flags(runs),
-    )
+    return environment.get_template("report.html.jinja").render(title=title, sections=sections)
 
 
 def _about(run: RunData) -> list[tuple[str, str]]:
@@ -290,13 +307,11 @@ def sample_tables(run: RunData) -> list[Table]:
 
 
 def _cut(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    return Table(title, columns, rows[:_SAMPLES], max(0, len(rows) - _SAMPLES))
+    return Table(title, columns, rows[:_SAMPLES], max(0, len(rows) - _SAMPLES), search=True)
 
 
-def differing_flags(runs: Sequence[RunData]) -> Table | None:
-    """The flags and versions that all runs have and some differ in; None for one run."""
-    if len(runs) < 2:
-        return None
+def differing_flags(runs: Sequence[RunData]) -> Table:
+    """The flags and versions that all runs have and some differ in."""
     configs = [flat(run.config) for run in runs]
     names = sorted(set.intersection(*map(set, configs)) - {*_UNCOMPARED})
     rows = []
