@@ -309,6 +309,22 @@ def test_token_logp_against_a_loop(config, temperature, chunk):
     np.testing.assert_allclose(got[1], want[1], atol=2e-5)
 
 
+@pytest.mark.parametrize("config", [GPT2, GEMMA3], ids=lambda c: c.family)
+def test_greedy_targets(config):
+    """Among the real vocabulary, whose table is padded with zeros."""
+    params, tokens = params_of(config), tokens_of(2, 8)
+    hidden, unembed = apply(params, config, tokens), models.unembedding(params)
+    likeliest = jnp.argmax(logits(params, config, tokens), axis=-1)
+    targets = jnp.where(jnp.arange(8) % 3 > 0, likeliest, (likeliest + 1) % config.vocab_size)
+    logp, entropy, greedy = models.token_logp(
+        hidden, unembed, targets, config, entropy=True, greedy=True, chunk=3
+    )
+    np.testing.assert_array_equal(greedy, targets == likeliest)
+    want = models.token_logp(hidden, unembed, targets, config, entropy=True)
+    np.testing.assert_allclose(logp, want[0], atol=1e-5)
+    np.testing.assert_allclose(entropy, want[1], atol=1e-5)
+
+
 def relative(a, b):
     return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 

@@ -142,6 +142,7 @@ def token_logp(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    greedy: bool = False,
     chunk: int | None = None,
     shard: Shard = unsharded,
 ) -> Any:
@@ -159,11 +160,12 @@ def token_logp(
       config: its vocab_size and final_softcap are used.
       temperature: of the sampling distribution.
       entropy: also return each position's entropy in nats.
+      greedy: also return whether the target is the likeliest token.
       chunk: positions of each row whose logits exist at once; default: `_chunk_size`.
       shard: constrains the logits on a mesh.
 
     Returns:
-      logp_BT float32, or (logp_BT, entropy_BT).
+      logp_BT float32, or a tuple of it and of what else is asked for: entropy_BT, greedy_BT (bool).
     """
     chex.assert_rank([hidden_BTD, unembed_VD, targets_BT], [3, 2, 2])
     chunks = _Chunks.of(targets_BT, unembed_VD.shape[0], chunk, shard)
@@ -172,18 +174,23 @@ def token_logp(
     def of_chunk(unembed_VD, hidden_BTD, targets_BT):
         logits = token_logits(hidden_BTD, unembed_VD, config, temperature)
         logits = shard(logits, *chunks.axes, None, "vocab")
+        if greedy:  # one array, because logits computed twice may differ in the last bit
+            logits = jax.lax.optimization_barrier(logits)
         norm = jax.nn.logsumexp(logits, axis=-1)
         target = jnp.sum(jnp.where(_is_target(logits, targets_BT), logits, 0), axis=-1)
-        if not entropy:
-            return target - norm, ()
-        mean = jnp.sum(jnp.exp(logits - norm[..., None]) * logits, axis=-1)
-        return target - norm, norm - mean
+        results = [target - norm]
+        if entropy:
+            results.append(norm - jnp.sum(jnp.exp(logits - norm[..., None]) * logits, axis=-1))
+        if greedy:
+            results.append(target == jnp.max(logits, axis=-1))
+        return tuple(results)
 
     # The table is rounded before it is gathered. Back in float32, gradients of chunks are summed.
     tables = chunks.tables(unembed_VD, hidden_BTD.dtype).astype(unembed_VD.dtype)
     xs = chunks.cut(hidden_BTD), chunks.cut(targets_BT)
-    _, (logp, ent) = jax.lax.scan(lambda _, x: ((), of_chunk(tables, *x)), (), xs)
-    return (chunks.join(logp), chunks.join(ent)) if entropy else chunks.join(logp)
+    _, results = jax.lax.scan(lambda _, x: ((), of_chunk(tables, *x)), (), xs)
+    results = [chunks.join(x) for x in results]
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
