@@ -160,7 +160,7 @@ class _Watch:
             traceback.print_exception(error)
             reason = f"{type(error).__name__}: {error}"
         self._exit_on_error()
-        if _may_be_remote(error):
+        if may_be_remote(error):
             print("the connection to another host failed: waiting for its error", file=sys.stderr)
             sys.stderr.flush()
             time.sleep(1.5 * HEARTBEAT)  # until the thread reads the error or jax ends the process
@@ -214,7 +214,7 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _may_be_remote(error: BaseException | None) -> bool:
+def may_be_remote(error: BaseException | None) -> bool:
     """Whether the end of another process may have caused this error."""
     while error is not None:
         if isinstance(error, JaxRuntimeError):

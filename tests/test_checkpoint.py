@@ -190,6 +190,19 @@ def test_what_does_not_fit_is_named(tmp_path):
             checkpoints.restore(1, wrong)
 
 
+def test_the_end_of_another_host_is_not_blamed_on_the_checkpoint(tmp_path, monkeypatch):
+    saved = {"w": jnp.zeros((8, 8))}
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(1, saved, {})
+
+    def restore(*_, **__):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+    monkeypatch.setattr(checkpoints._manager, "restore", restore)
+    with pytest.raises(ValueError, match=r"^UNKNOWN: Gloo AllGather failed"):
+        checkpoints.restore(1, saved)
+
+
 def damaged_copies(whole: Path, work: Path):
     """Copies of a checkpoint, each with one file damaged, and the name of that file."""
     names = [str(path.relative_to(whole)) for path in sorted(whole.rglob("*")) if path.is_file()]

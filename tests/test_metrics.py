@@ -1,5 +1,6 @@
 """A run's files are cut back and continued to the byte; trackers; the progress line; curves."""
 
+import errno
 import functools
 import io
 import json
@@ -20,6 +21,7 @@ from rich.console import Console
 from instructjax.evaluation.figures import plot_curves
 from instructjax.run import Run, RunConfig
 from instructjax.run import run as run_module
+from instructjax.run.log import Log
 from instructjax.run.metrics import MetricsWriter, ProgressLine, to_numbers
 
 
@@ -270,3 +272,16 @@ def test_curves_are_drawn(tmp_path):
     for colour in (blue, orange):
         assert (np.abs(left - colour).max(-1) < 0.02).sum() > 50
     assert (np.abs(right - blue).max(-1) < 0.02).sum() == 0  # "not logged"
+
+
+def test_a_full_disk_is_named_with_the_log(tmp_path, monkeypatch):
+    log = Log(tmp_path / "metrics.jsonl", None)
+
+    def flush():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    full = SimpleNamespace(name=log._file.name, write=lambda text: None, flush=flush)
+    log.close()
+    monkeypatch.setattr(log, "_file", full)
+    with pytest.raises(OSError, match=f"^{tmp_path}/metrics.jsonl: No space left on device$"):
+        log.append({"step": 1})

@@ -268,7 +268,7 @@ class Checkpoints:
           (state, meta)
 
         Raises:
-          ValueError: the checkpoint has another tree or other shapes.
+          ValueError: the checkpoint has another tree or other shapes, or another host has ended.
           OSError: the bucket can't be used.
         """
         self.wait()
@@ -279,7 +279,7 @@ class Checkpoints:
             with bucket.errors_named(self.directory):
                 restored: Any = self._manager.restore(step, args=items)
         except (ValueError, KeyError, OSError) as error:
-            if isinstance(error, OSError) and not self._on_disk:
+            if hosts.may_be_remote(error) or (isinstance(error, OSError) and not self._on_disk):
                 raise
             where = self.directory / str(step)
             raise ValueError(f"{where} is not a checkpoint of this state: {error}") from error

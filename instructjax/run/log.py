@@ -56,13 +56,17 @@ class Log:
 
         Raises:
           ValueError: a number is not finite.
+          OSError: the line could not be written.
         """
         try:
             text = json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n"
         except ValueError as error:
             raise ValueError(f"{self._file.name}: step {line['step']}: {error}") from error
-        self._file.write(text)
-        self._file.flush()
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:  # of a full disk, for one, which names no file
+            raise OSError(f"{self._file.name}: {error.strerror}") from error
         self._count, self._checksum = self._count + 1, zlib.crc32(text.encode(), self._checksum)
 
     def problem(self, mark: Sequence[int], step: int, every: int | None) -> str | None:
