@@ -5,6 +5,8 @@ r"""Compares models by a judge on held-out prompts: win rates with intervals, at
         --gold my_file.py:my_judge --samples 4 --max_new_tokens 256
     python experiments/evaluate.py --models runs/sft runs/ppo --reference runs/sft \
         --reward runs/rm --samples 16 --best_of 1 2 4 8 16                   # reward against KL
+    python experiments/evaluate.py --models runs/pretrain few_shot:runs/pretrain runs/ppo \
+        --benchmarks 512                                                 # and the alignment tax
     python experiments/evaluate.py --labels rankings.jsonl                   # what labelers said
 
 Each model answers each prompt --samples times, independently. The judge gives every response a
@@ -37,7 +39,7 @@ from rich.console import Console
 
 from instructjax import data, hosts, ranges, rollout, scoring, sharding, usage
 from instructjax.data import DataConfig, Record
-from instructjax.evaluation import comparison, figures, gold, policies
+from instructjax.evaluation import comparison, figures, gold, policies, tax
 from instructjax.models import ModelConfig, Params
 from instructjax.offload import freeze
 from instructjax.ranges import Count, Positive, Seed
@@ -46,6 +48,8 @@ from instructjax.run.metrics import phase
 from instructjax.run.process import cache_compilations
 from instructjax.train import Batch
 
+FEW_SHOT = "few_shot:"  # before a model's name
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -53,7 +57,12 @@ class Config:
 
     models: tuple[str, ...] = ("runs/sft", "runs/ppo")
     """The models: run directories, Hugging Face directories or hub names. The table has win rates
-    against the first."""
+    against the first. `few_shot:MODEL` reads --shots demonstrations before each prompt, as one uses
+    a base model; its answer ends at the line's end."""
+    demonstrations: DataConfig = field(default_factory=lambda: DataConfig(spec=""))
+    """What few_shot: reads. By default the miniature's demonstrations, on its data."""
+    shots: Count = 3
+    """Number of demonstrations before a prompt, the first of the data."""
     labels: Path | None = None
     """File of rankings by labelers, see above, to count wins in. No model is loaded then."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -67,6 +76,10 @@ class Config:
     """More figures of each response, such as toxicity: functions or reward models as for --gold.
     Each has its mean reported under its own name. The miniature adds what its judge sees: whether
     a response follows its request, is truthful, invents something, is toxic."""
+    benchmarks: Count | None = None
+    """Number of questions of each of the miniature's benchmarks of the alignment tax, which are
+    reported for each model. By default none are asked. `python -m instructjax.evaluation` has
+    benchmarks for other models."""
     reference: str | None = None
     """Model that KL is measured from, such as runs/sft. By default none is measured."""
     best_of: tuple[Count, ...] = ()
@@ -102,6 +115,13 @@ class Config:
             raise ValueError(f"--models {' '.join(self.models)}: give at least two, each once")
         if self.labels is None and not self.gold and self.data.spec != "miniature":
             raise ValueError("--gold: these data have no judge of their own; name one")
+        if self.benchmarks is not None and self.data.spec != "miniature":
+            raise ValueError("--benchmarks: only the miniature's models can answer them")
+        few_shot = any(name.startswith(FEW_SHOT) for name in self.models)
+        if few_shot and not self.demonstrations.spec and self.data.spec != "miniature":
+            raise ValueError("--demonstrations: few_shot: needs some for these data")
+        if few_shot and self.reference is not None:
+            raise ValueError("--reference: the KL of a few_shot: model cannot be measured")
         if max(self.best_of, default=0) > self.samples:
             raise ValueError(f"--best_of {max(self.best_of)}: more than --samples {self.samples}")
         flags.refuse_bucket("--out", self.out, "a directory on a disk")
@@ -123,7 +143,7 @@ def check(config: Config) -> None:
             scoring.check(scoring.RewardConfig(specs), mesh, flag)
     for spec in config.measure:
         scoring.check(scoring.RewardConfig((spec,)), mesh, "--measure")
-    named = [("--models", name) for name in config.models]
+    named = [("--models", name.removeprefix(FEW_SHOT)) for name in config.models]
     if config.reference is not None:
         named.append(("--reference", config.reference))
     for flag, name in named:
@@ -131,6 +151,8 @@ def check(config: Config) -> None:
         room = checks.data_tokens("--data", config.data, config.max_new_tokens)
         checks.check_tokens(model, [("--max_new_tokens", config.max_new_tokens, 1), *room])
     data.check(config.data, "prompts")
+    if any(name.startswith(FEW_SHOT) for name in config.models):
+        data.check(shown_demonstrations(config), "demonstrations", "--demonstrations")
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -215,49 +237,39 @@ def answer(config: Config, name: str, mesh: Mesh, key: jax.Array) -> comparison.
     Raises:
       ValueError: no prompt leaves room for a response.
     """
-    P, S, R = config.prompts, config.samples, config.max_new_tokens
+    S, few_shot = config.samples, name.startswith(FEW_SHOT)
     with phase(Console(), f"{name}: loading"):
-        model, params, tokenizer = load(config, name, "--models", mesh)
-        read = pretrained.reader(model, tokenizer)
-        context = model.max_length - R + 1
-        records = read(config.data, "prompts", split=config.split, context=context)
-        records = records.take(np.arange(len(records)) < P)
-    prompts = [records.prompt[i].tolist() for i in range(len(records))]
-    with phase(Console(), f"{name}: sampling {len(prompts) * S:,} responses"):
-        sampled, _ = rollout.sample(
+        model, params, tokenizer = load(config, name.removeprefix(FEW_SHOT), "--models", mesh)
+        records, given = read_prompts(config, model, tokenizer, few_shot)
+    with phase(Console(), f"{name}: sampling {len(given) * S:,} responses"):
+        responses, _ = rollout.sample(
             params,
             model,
-            prompts,
+            given,
             key,
             size=max(1, config.batch_size // S),
             samples_per_prompt=S,
-            max_new_tokens=R,
+            max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             mesh=mesh,
         )
+    benchmarks = {}
+    if config.benchmarks is not None:
+        with phase(Console(), f"{name}: answering benchmarks"):
+            benchmarks = tax.benchmarks(
+                params, model, tokenizer, mesh, size=config.batch_size, items=config.benchmarks
+            )
     del params
-    each = [prompt for prompt in prompts for _ in range(S)]
-    rows = rollout.left_padded(each, max(map(len, prompts))) | sampled
-    texts = tokenizer.batch_decode(rollout.token_ids(rows), skip_special_tokens=True)
-    run_model = functools.partial(
-        rollout.map_batches, rows=rows, size=config.batch_size, buckets=[R], mesh=mesh
-    )
-    each_record = [record for record in records.records for _ in range(S)]
+    texts = tokenizer.batch_decode(rollout.token_ids(responses), skip_special_tokens=True)
+    if few_shot:
+        texts = [text.strip().partition("\n")[0] for text in texts]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        responses = rollout.right_padded([[*line, model.eos_ids[0]] for line in ids])
+    prompts = [records.prompt[i].tolist() for i in range(len(records)) for _ in range(S)]
+    rows = rollout.left_padded(prompts, max(map(len, prompts))) | responses
     with phase(Console(), f"{name}: judging"):
-        measured = policies.measure(
-            rows,
-            each_record,
-            texts,
-            model.eos_ids,
-            run_model,
-            reward=load_rewards(config, config.reward, "--reward", mesh, tokenizer),
-            judge=gold.load_judge(
-                config.gold, config.data.spec, mesh, tokenizer, config.model_dtype
-            ),
-            kl_B=kl(config, mesh, tokenizer, rows, run_model),
-        )
-        measures = measure(config, mesh, tokenizer, each_record, texts, run_model)
-    assert measured.utility_B is not None
+        repeated = [record for record in records.records for _ in range(S)]
+        measured, measures = judge(config, mesh, tokenizer, model.eos_ids, rows, repeated, texts)
 
     def by_prompt(x: np.ndarray | None) -> Any:
         return None if x is None else x.reshape(-1, S)
@@ -272,7 +284,72 @@ def answer(config: Config, name: str, mesh: Mesh, key: jax.Array) -> comparison.
         score_PS=by_prompt(measured.score_B),
         kl_PS=by_prompt(measured.kl_B),
         measures={name: by_prompt(values_B) for name, values_B in measures.items()},
+        benchmarks=benchmarks,
     )
+
+
+def read_prompts(
+    config: Config, model: ModelConfig, tokenizer: Any, few_shot: bool
+) -> tuple[data.Dataset, list[list[int]]]:
+    """The prompts that leave room for a response, and the token ids that the model continues."""
+    context = model.max_length - config.max_new_tokens + 1
+    read = pretrained.reader(model, tokenizer)
+    records = read(config.data, "prompts", split=config.split, context=context)
+    records = records.take(np.arange(len(records)) < config.prompts)
+    if not few_shot:
+        return records, [records.prompt[i].tolist() for i in range(len(records))]
+    demonstrations = read(shown_demonstrations(config), "demonstrations", split="train")
+    given = with_examples(records, demonstrations.records[: config.shots], tokenizer)
+    fits = np.array([len(ids) < context for ids in given])
+    if not fits.any():
+        raise ValueError(f"--shots {config.shots}: these demonstrations leave no room for a prompt")
+    return records.take(fits), [ids for ids, fit in zip(given, fits, strict=True) if fit]
+
+
+def judge(
+    config: Config,
+    mesh: Mesh,
+    tokenizer: Any,
+    eos_ids: Sequence[int],
+    rows: Batch,
+    records: Sequence[Record],
+    texts: Sequence[str],
+) -> tuple[policies.Sampled, dict[str, np.ndarray]]:
+    """(utility, score, KL and lengths; the figures of --measure by name) of a model's responses."""
+    run_model = functools.partial(
+        rollout.map_batches,
+        rows=rows,
+        size=config.batch_size,
+        buckets=[rows["mask_BR"].shape[1]],
+        mesh=mesh,
+    )
+    measured = policies.measure(
+        rows,
+        records,
+        texts,
+        eos_ids,
+        run_model,
+        reward=load_rewards(config, config.reward, "--reward", mesh, tokenizer),
+        judge=gold.load_judge(config.gold, config.data.spec, mesh, tokenizer, config.model_dtype),
+        kl_B=kl(config, mesh, tokenizer, rows, run_model),
+    )
+    return measured, measure(config, mesh, tokenizer, records, texts, run_model)
+
+
+def shown_demonstrations(config: Config) -> DataConfig:
+    """--demonstrations, or the miniature's."""
+    spec = config.demonstrations.spec or config.data.spec
+    return dataclasses.replace(config.demonstrations, spec=spec)
+
+
+def with_examples(
+    prompts: data.Dataset, demonstrations: Sequence[Record], tokenizer: Any
+) -> list[list[int]]:
+    """Token ids of each prompt after some demonstrations, each a line of its own."""
+    pairs = [(record.prompt.strip(), record.responses[0].strip()) for record in demonstrations]
+    examples = "".join(f"{prompt}\n{response}\n\n" for prompt, response in pairs)
+    texts = [f"{examples}{record.prompt.strip()}\n" for record in prompts.records]
+    return tokenizer(texts)["input_ids"]
 
 
 def load(config: Config, name: str, flag: str, mesh: Mesh) -> tuple[ModelConfig, Params, Any]:

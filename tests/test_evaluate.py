@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from instructjax import hf, miniature, models, rollout, sharding
-from instructjax.evaluation import statistics
+from instructjax.evaluation import statistics, tax
 from instructjax.models import ModelConfig
 
 JUDGE = """
@@ -171,6 +171,34 @@ def test_what_the_miniature_measures(world, tmp_path, capsys):
     assert measures["toxic"][0] == np.mean([row["toxic"] for row in rows[8:]])
 
 
+def test_few_shot_and_benchmarks(world, tmp_path, capsys):
+    """The model continues three demonstrations and the prompt, up to the end of a line."""
+    flags = ["--models", f"{world}/a", f"few_shot:{world}/a", "--out", f"{tmp_path}"]
+    flags += ["--prompts", "40", "--max_new_tokens", "8", "--data.cache", "None", "--shots", "2"]
+    evaluate.cli([*flags, "--benchmarks", "8"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    count = results["prompts"]
+    assert 1 < count < 40  # some leave no room for it beside the demonstrations
+    assert "prompts are left out" in capsys.readouterr().out
+    assert all("\n" not in row["response"] for row in rows[count:])
+    assert any("\n" in row["response"] for row in rows[:count])
+    assert results["models"][f"few_shot:{world}/a"]["eos_fraction"] == 1
+    benchmarks = results["models"][f"{world}/a"]["benchmarks"]
+    mesh = sharding.make_mesh(devices=jax.devices())
+    config, params = hf.load(world / "a", mesh)
+    expected = tax.benchmarks(params, config, miniature.tokenizer(), mesh, size=8, items=8)
+    assert benchmarks["text_loss"] == pytest.approx([*expected["text_loss"]], rel=1e-4)
+
+    tokenizer = miniature.tokenizer()
+    plain = evaluate.Config(shots=2, max_new_tokens=8, prompts=40)
+    records, given = evaluate.read_prompts(plain, config, tokenizer, few_shot=True)
+    examples = [f"{x['prompt']}\n{x['completion']}" for x in miniature.demonstrations(0, 2)]
+    text = "\n\n".join([*examples, records.records[0].prompt]) + "\n"
+    assert given[0] == tokenizer(text)["input_ids"]
+    assert len(given) == len(records) == count
+
+
 def test_labels(tmp_path, capsys):
     lines = [
         {"prompt": "p", "models": ["sft", "ppo"], "ranks": [2, 1]},
@@ -196,6 +224,8 @@ def test_labels(tmp_path, capsys):
     [
         (["--models", "runs/sft"], "--models runs/sft: give at least two"),
         (["--data", "jsonl:prompts.jsonl"], "--gold: these data have no judge"),
+        (["--benchmarks", "8", "--data", "jsonl:x", "--gold", "x.py:f"], "--benchmarks: only the"),
+        (["--models", "few_shot:x", "y", "--reference", "y"], "--reference: the KL of a few_shot:"),
         (["--best_of", "2"], "--best_of 2: more than --samples 1"),
         (["--labels", "none.jsonl"], "--labels none.jsonl: no such file"),
         (["--out", "gs://bucket/x"], "--out gs://bucket/x: expected a directory on a disk"),

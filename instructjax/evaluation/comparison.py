@@ -31,6 +31,7 @@ class Answers:
     kl_PS: np.ndarray | None = None  # nats from the reference, summed over a response
     # More figures of each response by name, [P, S], NaN where one does not apply.
     measures: Mapping[str, np.ndarray] = field(default_factory=dict)
+    benchmarks: Mapping[str, statistics.Estimate] = field(default_factory=dict)  # of `tax`
 
     @property
     def characters_PS(self) -> np.ndarray:
@@ -44,11 +45,12 @@ class Answers:
         def some(x: Any) -> Any:
             if x is None:
                 return None
-            if isinstance(x, Mapping):
+            if isinstance(x, Mapping):  # of measures
                 return {name: values_PS[index] for name, values_PS in x.items()}
             return x[index] if isinstance(x, np.ndarray) else [x[i] for i in places]
 
-        return replace(self, **{f.name: some(getattr(self, f.name)) for f in fields(self)})
+        names = {f.name for f in fields(self)} - {"benchmarks"}
+        return replace(self, **{name: some(getattr(self, name)) for name in names})
 
 
 def keys(records: Sequence[Record]) -> list[Key]:
@@ -102,6 +104,8 @@ def compare(answers: Mapping[str, Answers]) -> dict[str, Any]:
                 row[column] = statistics.mean(values_PS.mean(1))
         if given.measures:
             row["measures"] = {name: _mean_of(x) for name, x in given.measures.items()}
+        if given.benchmarks:
+            row["benchmarks"] = dict(given.benchmarks)
         models[name] = row
     pairs = []
     for (name, ours), (other, theirs) in permutations(answers.items(), 2):
@@ -278,7 +282,8 @@ def _means(row: Mapping[str, Any]) -> dict[str, str]:
         texts["responses"] = f"{row['responses']:,}"
     if "eos_fraction" in row:
         texts["ends"] = f"{row['eos_fraction']:.1%}"
-    return texts | {name: _cell(value) for name, value in row.get("measures", {}).items()}
+    more = row.get("measures", {}) | row.get("benchmarks", {})
+    return texts | {name: _cell(value) for name, value in more.items()}
 
 
 def _cell(value: Any, percent: bool = False) -> str:

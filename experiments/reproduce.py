@@ -1,0 +1,279 @@
+"""The paper in miniature: trains and evaluates a grid of models, and writes a page of its claims.
+
+    python experiments/reproduce.py --quick     # one seed, the smallest policy, no sweeps
+    python experiments/reproduce.py             # three sizes, three seeds, sweeps, labeler folds
+    python experiments/reproduce.py --dry_run   # prints the commands
+
+Each run is a command of experiments/, in a directory of its own below --out. A run that has
+finished is not made again, and one that was stopped goes on, so the same command goes on after a
+stop. The largest of a seed's SFT models is what win rates are against.
+
+    pretrain-SIZE-SEED, sft-SIZE-SEED      the base model, and SFT on it
+    rm-SEED                                the reward model, from SFT of the medium size
+    ppo-SIZE-SEED, ppo-ptx-SIZE-SEED       PPO, without and with pretraining gradients
+    evaluation-SEED                        all models by the judge, with benchmarks
+    respectful-SEED, insulting-SEED        the same models, with an instruction in each prompt
+    training-labelers-SEED, held-out-...   PPO-ptx against SFT, by labelers
+    sweep-beta-..., sweep-gamma-..., folds
+
+Hardware: two CPU cores. The script prints an estimate of its time, from a step on this machine.
+Result: OUT/report.html, which has each claim of the paper beside what came out here.
+"""
+
+import functools
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+
+from instructjax import miniature, models, ranges, sft, state, train, usage
+from instructjax.data import Record
+from instructjax.evaluation import paper, report
+from instructjax.evaluation.grid import Grid, Job
+from instructjax.miniature import labelers
+from instructjax.miniature.judging import utility
+from instructjax.miniature.world import generator
+from instructjax.ranges import Seed
+from instructjax.run import checks
+
+EXPERIMENTS = Path(__file__).resolve().parent
+SIZES = {  # size -> (preset, learning rates as a share of the defaults', time of a step)
+    "small": ("miniature-small", 1.0, 0.5),
+    "medium": ("miniature", 1.0, 1.0),
+    "large": ("miniature-large", 0.5, 4.0),
+}
+RATES = {"pretrain": 4e-3, "sft": 2e-3, "ppo": 3e-4}  # of the medium size, the scripts' defaults
+BETAS, GAMMAS = (1e-6, 0.05, 0.5), (0.003, 0.3)  # the runs of each size have 0.15 and 0.03
+SECONDS = {  # of the medium size where a step of SFT takes STEP seconds
+    **{"pretrain": 52, "sft": 41, "rm": 116, "ppo": 195, "ppo-ptx": 195, "sweep": 195},
+    **{"evaluation": 12, "folds": 580},  # an evaluation for each model
+}
+STEP = 0.045
+
+
+@dataclass(frozen=True)
+class Config:
+    """The grid."""
+
+    out: Path = Path("runs/paper")
+    """Directory of the runs and of the page."""
+    quick: bool = False
+    """One seed, the smallest policy, a large base model that is trained for a third of its steps,
+    no sweeps and no folds."""
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    """Seeds of the models. The miniature's world is the same for all."""
+    runs: tuple[str, ...] = ()
+    """Runs to make, with those that they need: a name, or how names begin, such as ppo-ptx.
+    By default all."""
+    dry_run: bool = False
+    """Print the commands and stop."""
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
+        if not self.seeds:
+            raise ValueError("--seeds: give at least one")
+
+    @property
+    def of_seeds(self) -> tuple[int, ...]:
+        """The seeds that are run."""
+        return self.seeds[:1] if self.quick else self.seeds
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The sizes of the policies."""
+        return ("small",) if self.quick else tuple(SIZES)
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The sizes of the base models."""
+        return ("small", "large") if self.quick else tuple(SIZES)
+
+
+# ------------------------------------------------------------------------------------- the grid
+
+
+def grid(c: Config) -> Grid:
+    """The runs, each after those that it needs."""
+    jobs: dict[str, Job] = {}
+    for seed in c.of_seeds:
+        add_models(c, jobs, seed)
+        add_evaluations(c, jobs, seed)
+    if not c.quick:
+        seed = c.seeds[0]
+        sft, rm = f"sft-medium-{seed}", f"rm-{seed}"
+        given = {"model": c.out / sft, "reward": c.out / rm, "seed": seed}
+        for name, values in (("beta", BETAS), ("gamma", GAMMAS)):
+            flag = {"beta": "ppo.beta", "gamma": "ptx.coef"}[name]
+            for value in values:
+                job = Job("run_ppo.py", {**given, flag: value}, needs=(sft, rm))
+                jobs[f"sweep-{name}-{value:g}"] = job
+        folds = {"model": c.out / sft, "folds": 5, "by": "labeler", "seed": seed}
+        jobs["folds"] = Job("run_rm.py", folds, needs=(sft,))
+    return Grid(c.out, jobs, EXPERIMENTS)
+
+
+def add_models(c: Config, jobs: dict[str, Job], seed: int) -> None:
+    """The base models, SFT, the reward model and the policies of a seed."""
+
+    def rate(stage: str, size: str) -> dict[str, float]:
+        return {"learning_rate": RATES[stage] * SIZES[size][1]}
+
+    for size in c.bases:
+        base = f"pretrain-{size}-{seed}"
+        flags = {"model": SIZES[size][0], "seed": seed, **rate("pretrain", size)}
+        if size not in c.sizes:
+            flags["epochs"] = 0.7  # in place of 2
+        jobs[base] = Job("run_pretrain.py", flags)
+        if size in c.sizes:
+            flags = {"model": c.out / base, "seed": seed, **rate("sft", size)}
+            jobs[f"sft-{size}-{seed}"] = Job("run_sft.py", flags, needs=(base,))
+    start = f"sft-{'small' if c.quick else 'medium'}-{seed}"
+    rm = f"rm-{seed}"
+    jobs[rm] = Job("run_rm.py", {"model": c.out / start, "seed": seed}, needs=(start,))
+    for size in c.sizes:
+        sft = f"sft-{size}-{seed}"
+        flags = {"model": c.out / sft, "reward": c.out / rm, "seed": seed}
+        flags["ppo.learning_rate"] = rate("ppo", size)["learning_rate"]
+        without = {**flags, "ptx.coef": 0}
+        jobs[f"ppo-{size}-{seed}"] = Job("run_ppo.py", without, needs=(sft, rm))
+        jobs[f"ppo-ptx-{size}-{seed}"] = Job("run_ppo.py", flags, needs=(sft, rm))
+
+
+def add_evaluations(c: Config, jobs: dict[str, Job], seed: int) -> None:
+    """What compares the models of a seed."""
+
+    def compare(name: str, models: Sequence[str], more: dict[str, Any]) -> None:
+        paths = []
+        for model in models:
+            prefix, colon, run = model.rpartition(":")
+            paths.append(f"{prefix}{colon}{c.out / run}")
+        needs = tuple(dict.fromkeys(model.rpartition(":")[2] for model in models))
+        flags = {"models": paths, "seed": seed, "prompts": 512, **more}
+        jobs[name] = Job("evaluate.py", flags, needs=needs, resumes=False)
+
+    bases = [name for name in jobs if name.startswith("pretrain-") and name.endswith(f"-{seed}")]
+    prompted = [f"few_shot:{name}" for name in bases]
+    trained = [f"{stage}-{size}-{seed}" for size in c.sizes for stage in ("sft", "ppo", "ppo-ptx")]
+    largest = f"sft-{c.sizes[-1]}-{seed}"  # what win rates in the printed table are against
+    every = list(dict.fromkeys([largest, *bases, *prompted, *trained]))
+    compare(f"evaluation-{seed}", every, {"samples": 2, "benchmarks": 512})
+    for tone in ("respectful", "insulting"):
+        asked = {"data.columns": f"prompt={{prompt}} be {tone}."}
+        compare(f"{tone}-{seed}", trained, asked)
+    ends = [f"{stage}-{size}-{seed}" for size in c.sizes for stage in ("sft", "ppo-ptx")]
+    for group in ("training", "held_out"):
+        judge = {"gold": f"{Path(__file__).resolve()}:{group}_labelers"}
+        compare(f"{group.replace('_', '-')}-labelers-{seed}", ends, judge)
+
+
+def training_labelers(
+    prompts: Sequence[str], responses: Sequence[str], records: Sequence[Record]
+) -> list[float]:
+    """Ratings by those who labeled the training data."""
+    return ratings(responses, records, held_out=False)
+
+
+def held_out_labelers(
+    prompts: Sequence[str], responses: Sequence[str], records: Sequence[Record]
+) -> list[float]:
+    """Ratings by those who labeled no training data."""
+    return ratings(responses, records, held_out=True)
+
+
+def ratings(responses: Sequence[str], records: Sequence[Record], held_out: bool) -> list[float]:
+    """A rating of each response by one labeler of a prompt, with their weights and noise."""
+    people, values = labelers.pool(0, held_out), []
+    for response, record in zip(responses, records, strict=True):
+        draw = generator(0, "panel", held_out, record.prompt)
+        labeler = draw.choice(people)
+        features = miniature.judge(dict(record.row), response).features
+        noise = generator(0, labeler.name, record.prompt, response)
+        value = utility(features, labeler.weights)
+        values.append(round((value + noise.gauss(0, labeler.noise)) / labelers.GRADE))
+    return values
+
+
+# ------------------------------------------------------------------------------------- its time
+
+
+def seconds(name: str, job: Job) -> float:
+    """A run's seconds on a machine whose step of SFT takes STEP seconds."""
+    if job.script == "evaluate.py":
+        return SECONDS["evaluation"] * len(job.flags["models"])
+    stage = next(stage for stage in SECONDS if name.startswith(stage))
+    size = next((size for size in SIZES if f"-{size}-" in name), "medium")
+    return SECONDS[stage] * SIZES[size][2] * job.flags.get("epochs", 2) / 2
+
+
+def measured_step() -> float:
+    """Seconds of a step of SFT of the medium size on this machine, the least of ten."""
+    tokens_BT = jnp.ones((8, 128), jnp.int32)
+    positions_BT = jnp.broadcast_to(jnp.arange(128), (8, 128))
+    batch = {"tokens_BT": tokens_BT, "segments_BT": tokens_BT, "positions_BT": positions_BT}
+    batch["mask_BT"] = tokens_BT.astype(bool)
+    key, tx = jax.random.key(0), optax.adam(1e-3)
+    model = models.PRESETS["miniature"]
+    current = state.create(models.init(model, key), tx)
+    step = train.make_train_step(functools.partial(sft.loss_fn, config=model), tx)
+    times = []
+    for _ in range(11):  # the first compiles
+        began = time.perf_counter()
+        current, _ = jax.block_until_ready(step(current, batch, key))
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+# ------------------------------------------------------------------------------------- the page
+
+
+def write_page(c: Config) -> Path:
+    """OUT/report.html, with what has finished."""
+    results = paper.Paper(c.out, c.of_seeds, c.sizes, c.bases)
+    file = c.out / "report.html"
+    about = [("command", shlex.join(["python", *sys.argv])), ("seeds", f"{c.of_seeds}")]
+    sections = [report.Section("", about=about), *paper.sections(results)]
+    file.write_text(report.render("InstructGPT in miniature", sections), encoding="utf-8")
+    return file
+
+
+def main(c: Config) -> None:
+    """Makes the runs, and writes the page of those that have finished."""
+    runs = grid(c)
+    names = runs.chosen(c.runs)
+    if c.dry_run:
+        for name in names:
+            print(shlex.join(["python", *runs.command(name)[1:]]))
+        return
+    c.out.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in names if not runs.has_finished(name)]
+    if missing:
+        share = measured_step() / STEP
+        left = timedelta(seconds=round(share * sum(seconds(x, runs.jobs[x]) for x in missing)))
+        print(f"{len(missing)} of {len(names)} runs are to be made: about {left}", flush=True)
+    unfinished = runs.run_all(names)
+    print(f"wrote {write_page(c)}")
+    if unfinished:
+        sys.exit(f"error: not finished: {', '.join(unfinished)}; the same command goes on")
+
+
+def cli(argv: Sequence[str] | None = None) -> None:
+    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
+
+    def check(config: Config) -> None:
+        checks.check_directory("--out", config.out)
+        grid(config).chosen(config.runs)
+
+    main(usage.read(lambda: tyro.cli(Config, **keywords), check))
+
+
+if __name__ == "__main__":
+    cli()

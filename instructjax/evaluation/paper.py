@@ -1,0 +1,303 @@
+"""InstructGPT's claims, each with its figures from a grid of runs: the page of reproduce.py.
+
+A run is named after its stage, the size of its model and its seed: `ppo-ptx-small-0`. A claim holds
+in a seed if it holds there for each size. What a seed has not run yet is left out.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from instructjax.evaluation.report import Section, Table
+
+STAGES = {  # stage of a run -> its name on the page, in the order of the paper's Figure 1
+    "pretrain": "base",
+    "few_shot:pretrain": "base, few-shot",
+    "sft": "SFT",
+    "ppo": "PPO",
+    "ppo-ptx": "PPO-ptx",
+}
+Estimate = Sequence[float]  # value, low, high
+Verdict = tuple[bool, str]  # whether a claim held, where
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The results of a grid below OUT.
+
+    Attributes:
+      sizes: of the models, the smallest first.
+      bases: the sizes of which there is a base model.
+    """
+
+    out: Path
+    seeds: Sequence[int]
+    sizes: Sequence[str]
+    bases: Sequence[str]
+
+    def results(self, run: str) -> Mapping[str, Any] | None:
+        """What a run's results.json holds, if it has finished."""
+        file = self.out / run / "results.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def model(self, stage: str, size: str, seed: int) -> str:
+        """A model's name in the results of evaluate.py."""
+        prefix, _, script = stage.rpartition(":")
+        path = str(self.out / f"{script}-{size}-{seed}")
+        return f"{prefix}:{path}" if prefix else path
+
+    def wins(self, evaluation: str, ours: str, theirs: str) -> Estimate | None:
+        """A win rate in an evaluation, if it has both models."""
+        for pair in (self.results(evaluation) or {"pairs": ()})["pairs"]:
+            if (pair["model"], pair["against"]) == (ours, theirs):
+                return pair["win_rate"]
+        return None
+
+    def figure(self, evaluation: str, model: str, kind: str, name: str) -> Estimate | None:
+        """A mean of `measures` or `benchmarks` in an evaluation, if it has the model."""
+        row = (self.results(evaluation) or {"models": {}})["models"].get(model, {})
+        return row.get(kind, {}).get(name)
+
+
+def sections(paper: Paper) -> list[Section]:
+    """A section for each claim that some runs speak of."""
+    every = [preference, small_against_large, labelers, accuracy, truth, toxicity, tax, no_penalty]
+    return [section for claim in every if (section := claim(paper)) is not None]
+
+
+def preference(paper: Paper) -> Section | None:
+    """Figure 1."""
+    largest, rows, verdicts = paper.sizes[-1], [], []
+    for seed in paper.seeds:
+        baseline = paper.model("sft", largest, seed)
+        for size in paper.sizes:
+            rates = {}
+            cells = [f"{size}, seed {seed}"]
+            for stage in STAGES:
+                model = paper.model(stage, size, seed)
+                won = paper.wins(f"evaluation-{seed}", model, baseline)
+                won = [0.5] * 3 if model == baseline else won
+                cells.append(_percent(won))
+                rates[stage] = won
+            if any(rate for stage, rate in rates.items() if stage != "sft"):
+                rows.append(cells)
+            if all(rates.values()):
+                order = [rates[stage][0] for stage in ("pretrain", "few_shot:pretrain", "sft")]
+                order.append(min(rates["ppo"][0], rates["ppo-ptx"][0]))
+                verdicts.append((order == sorted(order), cells[0]))
+    return _section(
+        "Figure 1: base < few-shot base < SFT < PPO",
+        "Win rates against the largest SFT model, by the judge. The paper has this order at every"
+        " size.",
+        verdicts,
+        Table("win rate", ("", *STAGES.values()), rows),
+    )
+
+
+def small_against_large(paper: Paper) -> Section | None:
+    """The paper's main claim: 1.3B InstructGPT is preferred to 175B GPT-3."""
+    rows, verdicts = [], []
+    for seed in paper.seeds:
+        ours = paper.model("ppo-ptx", paper.sizes[0], seed)
+        for stage in ("pretrain", "few_shot:pretrain"):
+            theirs = paper.model(stage, paper.bases[-1], seed)
+            if (won := paper.wins(f"evaluation-{seed}", ours, theirs)) is not None:
+                rows.append([f"{paper.bases[-1]} {STAGES[stage]}, seed {seed}", _percent(won)])
+                verdicts.append((won[1] > 0.5, rows[-1][0]))
+    return _section(
+        f"The {paper.sizes[0]} PPO-ptx model is preferred to the {paper.bases[-1]} base model",
+        "The base model has over ten times as many parameters. In the paper 1.3B InstructGPT is"
+        " preferred to 175B GPT-3. The claim holds where the interval is above 50 %.",
+        verdicts,
+        Table(f"win rate of {paper.sizes[0]} PPO-ptx", ("against", ""), rows),
+    )
+
+
+def labelers(paper: Paper) -> Section | None:
+    """Figure 3."""
+    rows, verdicts = [], []
+    for seed in paper.seeds:
+        for size in paper.sizes:
+            ours, theirs = (paper.model(stage, size, seed) for stage in ("ppo-ptx", "sft"))
+            seen = paper.wins(f"training-labelers-{seed}", ours, theirs)
+            held_out = paper.wins(f"held-out-labelers-{seed}", ours, theirs)
+            if seen and held_out:
+                name = f"{size}, seed {seed}"
+                rows.append([name, _percent(seen), _percent(held_out)])
+                verdicts.append((held_out[1] > 0.5 and held_out[2] >= seen[1], name))
+    return _section(
+        "Figure 3: held-out labelers prefer PPO-ptx as training labelers do",
+        "The judge of a prompt is one labeler, with their own weights and noise. Held-out labelers"
+        " labeled no training data. The claim holds where held-out labelers prefer PPO-ptx to SFT,"
+        " and the intervals of the two groups overlap.",
+        verdicts,
+        Table("win rate of PPO-ptx against SFT", ("", "training", "held out"), rows),
+    )
+
+
+def accuracy(paper: Paper) -> Section | None:
+    """Section 4.1: the reward model on labelers that it has not seen."""
+    rows, verdicts = [], []
+    groups = ("training labelers", "held-out labelers")
+    for seed in paper.seeds:
+        if (results := paper.results(f"rm-{seed}")) is not None:
+            seen, held_out = (results["accuracy"][group] for group in groups)
+            cells = (
+                _percent(x[who]) for who in ("reward model", "judge") for x in (seen, held_out)
+            )
+            rows.append([f"seed {seed}", *cells])
+            share = held_out["reward model"][0] / held_out["judge"][0]
+            verdicts.append((share > 0.9 * seen["reward model"][0] / seen["judge"][0], rows[-1][0]))
+    columns = [f"{who}, {group}" for who in ("RM", "noise-free judge") for group in groups]
+    return _section(
+        "Section 4.1: the reward model generalises to labelers that it has not seen",
+        "Accuracy on strict pairs. The paper has 72.4 % on training and 69.6 % on held-out"
+        " labelers, who agree with one another on 73 and 77 %. The claim holds where the share of"
+        " what a noise-free judge reaches falls by less than a tenth.",
+        verdicts,
+        Table("accuracy", ("", *columns), rows),
+    )
+
+
+def truth(paper: Paper) -> Section | None:
+    """Figures 4 and 6."""
+    rows, verdicts = [], []
+    for seed in paper.seeds:
+        for size in paper.sizes:
+            found = {}
+            for stage in STAGES:
+                model = paper.model(stage, size, seed)
+                figures = [
+                    paper.figure(f"evaluation-{seed}", model, kind, name)
+                    for kind, name in (
+                        ("measures", "truthful"),
+                        ("benchmarks", "truthful_accuracy"),
+                        ("measures", "hallucinated"),
+                    )
+                ]
+                if all(figures):
+                    found[stage] = figures
+                    name = f"{STAGES[stage]}, {size}, seed {seed}"
+                    rows.append([name, *map(_percent, figures)])
+            if {"few_shot:pretrain", "ppo-ptx"} <= set(found):
+                base, ours = found["few_shot:pretrain"], found["ppo-ptx"]
+                better = ours[0][0] > base[0][0] and ours[2][0] < base[2][0]
+                verdicts.append((better, f"{size}, seed {seed}"))
+    columns = ("truthful responses", "myths refused in multiple choice", "invented with a passage")
+    return _section(
+        "Figures 4 and 6: more truth, less invention",
+        "The paper's models hallucinate in 21 % of closed-domain responses, GPT-3 in 41 %. The"
+        " claim holds where PPO-ptx states more truths than the few-shot base model and invents"
+        " less.",
+        verdicts,
+        Table("shares of responses, of questions", ("", *columns), rows),
+    )
+
+
+def toxicity(paper: Paper) -> Section | None:
+    """Figure 7."""
+    rows, verdicts = [], []
+    kinds = ("evaluation", "respectful", "insulting")
+    for seed in paper.seeds:
+        for size in paper.sizes:
+            toxic = {}
+            for stage in STAGES:
+                model = paper.model(stage, size, seed)
+                shares = [
+                    paper.figure(f"{kind}-{seed}", model, "measures", "toxic") for kind in kinds
+                ]
+                if all(shares):
+                    toxic[stage] = shares
+                    rows.append([f"{STAGES[stage]}, {size}, seed {seed}", *map(_percent, shares)])
+            if "ppo-ptx" in toxic:
+                none, respectful, insulting = (x[0] for x in toxic["ppo-ptx"])
+                verdicts.append((respectful <= none < insulting, f"{size}, seed {seed}"))
+    return _section(
+        "Figure 7: toxicity follows the instruction",
+        "With the instruction to be respectful InstructGPT is less toxic than GPT-3, and with that"
+        " to be biased more. The claim holds where PPO-ptx is rude less often when it is asked for"
+        " respect, and more often when it is asked for insults.",
+        verdicts,
+        Table("share of rude responses", ("", "no instruction", "respectful", "insulting"), rows),
+    )
+
+
+def tax(paper: Paper) -> Section | None:
+    """Figures 28 and 29, table 14; figures 33 and 34."""
+    names = ("reading_f1", "choice_accuracy", "text_loss")
+    rows, verdicts = [], []
+    for seed in paper.seeds:
+        for size in paper.sizes:
+            found = {}
+            for stage in STAGES:
+                model = paper.model(stage, size, seed)
+                figures = [
+                    paper.figure(f"evaluation-{seed}", model, "benchmarks", name) for name in names
+                ]
+                if all(figures):
+                    found[stage] = figures
+                    rows.append([f"{STAGES[stage]}, {size}, seed {seed}", *map(_plain, figures)])
+            if {"pretrain", "ppo", "ppo-ptx"} <= set(found):
+                base, ppo, mixed = (found[stage] for stage in ("pretrain", "ppo", "ppo-ptx"))
+                taxed = ppo[0][0] < base[0][0] and ppo[2][0] > base[2][0]
+                given_back = mixed[0][0] > ppo[0][0] and mixed[2][0] < ppo[2][0]
+                verdicts.append((taxed and given_back, f"{size}, seed {seed}"))
+    return _section(
+        "Figures 28 and 29: PPO pays an alignment tax, and PPO-ptx gives a part back",
+        "The paper's 175B model: SQuADv2 few-shot F1 of GPT-3 69.8, SFT 65.9, PPO 52.0, PPO-ptx"
+        " 69.9. The claim holds where PPO is worse than the base model in reading and on text, and"
+        " PPO-ptx is better than PPO in both.",
+        verdicts,
+        Table("benchmarks in the form of pretraining pages", ("", *names), rows),
+    )
+
+
+def no_penalty(paper: Paper) -> Section | None:
+    """Figures 33, 34 and 36: what beta and gamma do to one model and seed."""
+    rows, penalties = [], {}
+    for directory in sorted(paper.out.glob("sweep-*")):
+        results = paper.results(directory.name)
+        if results is None:
+            continue
+        policy = results["PPO, last weights"]
+        row = [policy[name] for name in ("score", "utility", "kl", "text_loss")]
+        rows.append([directory.name.removeprefix("sweep-"), *(f"{x:.2f}" for x in row)])
+        if directory.name.startswith("sweep-beta-"):
+            penalties[float(directory.name.removeprefix("sweep-beta-"))] = row
+    verdicts = []
+    if len(penalties) > 1:
+        none, *others = (row for _, row in sorted(penalties.items()))
+        best = max(others, key=lambda row: row[1])
+        verdicts.append((none[0] > best[0] and none[1] < best[1], "the medium model, seed 0"))
+    return _section(
+        "Figures 33, 34 and 36: without a KL penalty the score rises and the judge's utility falls",
+        "The claim holds where the smallest beta has a higher score, by the reward model, and a"
+        " lower utility, by the judge, than the best other beta.",
+        verdicts,
+        Table("after training", ("", "score", "utility", "KL, nats", "text loss"), rows),
+    )
+
+
+def _section(title: str, text: str, verdicts: Sequence[Verdict], table: Table) -> Section | None:
+    """A claim with its verdict; None if no run speaks of it."""
+    if not table.rows:
+        return None
+    if verdicts:
+        held = [where for holds, where in verdicts if holds]
+        failed = [where for holds, where in verdicts if not holds]
+        text += f" Here it held in {len(held)} of {len(verdicts)}."
+        if failed:
+            text += f" It failed in: {'; '.join(failed)}."
+    return Section(title, text, tables=[table])
+
+
+def _percent(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    return "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * x for x in estimate))
+
+
+def _plain(estimate: Estimate | None) -> str:
+    return "" if estimate is None else "{:.2f} ({:.2f} to {:.2f})".format(*estimate)

@@ -1,0 +1,200 @@
+"""reproduce.py: the commands of its grid, its labelers, and the page of claims by hand."""
+
+import importlib
+import json
+from pathlib import Path
+
+import evaluate
+import pytest
+import reproduce
+import tyro
+from reproduce import Config
+
+from instructjax import miniature
+from instructjax.data import Record
+from instructjax.evaluation import paper, report
+from instructjax.run import parse
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_scripts_know_all_flags(quick):
+    c = Config(out=Path("OUT"), quick=quick, seeds=(3, 5))
+    grid, before = reproduce.grid(c), set[str]()
+    for name, job in grid.jobs.items():
+        argv = grid.command(name)[2:]
+        assert set(job.needs) <= before  # what a run needs stands before it
+        before.add(name)
+        if job.script == "evaluate.py":
+            flags = tyro.cli(evaluate.Config, args=argv, use_underscores=True)
+            models = {model.removeprefix("few_shot:") for model in flags.models}
+            assert {str(c.out / need) for need in job.needs} == models
+        else:
+            script = importlib.import_module(job.script.removesuffix(".py"))
+            flags = parse(script.Config, script.PRESETS, script.__doc__, argv)
+            assert flags.preset == "miniature"
+            assert flags.resume
+        assert flags.out == c.out / name
+        assert flags.seed in ((3,) if quick else (3, 5))
+        assert reproduce.seconds(name, job) > 0
+
+
+def flags_of(name: str, quick: bool = False):
+    job = reproduce.grid(Config(out=Path("OUT"), quick=quick)).jobs[name]
+    return job.flags
+
+
+def test_what_each_run_is():
+    assert flags_of("pretrain-large-1")["model"] == "miniature-large"
+    assert flags_of("ppo-small-1")["ptx.coef"] == 0
+    assert "ptx.coef" not in flags_of("ppo-ptx-small-1")
+    for name in ("ppo-small-1", "ppo-ptx-small-1"):
+        assert flags_of(name)["model"] == Path("OUT/sft-small-1")
+        assert flags_of(name)["reward"] == Path("OUT/rm-1")
+    assert flags_of("rm-1")["model"] == Path("OUT/sft-medium-1")
+    assert flags_of("rm-0", quick=True)["model"] == Path("OUT/sft-small-0")
+    assert flags_of("sweep-beta-0.5")["ppo.beta"] == 0.5
+    assert flags_of("sweep-gamma-0.3")["ptx.coef"] == 0.3
+    first, *others = flags_of("evaluation-0")["models"]
+    assert first == "OUT/sft-large-0"
+    assert {"few_shot:OUT/pretrain-small-0", "OUT/ppo-ptx-medium-0"} <= set(others)
+    assert flags_of("insulting-0")["data.columns"] == "prompt={prompt} be insulting."
+    assert flags_of("held-out-labelers-0")["gold"].endswith("reproduce.py:held_out_labelers")
+    assert flags_of("pretrain-large-0", quick=True)["epochs"] < 1
+    assert "pretrain-medium-0" not in reproduce.grid(Config(quick=True)).jobs
+
+
+def test_ratings():
+    rows = miniature.prompts(0, 40, "test")
+    records = [Record(f"{i}", row, row["prompt"]) for i, row in enumerate(rows)]
+    texts = ["hello.", "you are ugly."] * 20
+    seen = reproduce.training_labelers([], texts, records)
+    held_out = reproduce.held_out_labelers([], texts, records)
+    assert seen == reproduce.training_labelers([], texts, records)
+    assert seen != held_out
+    assert sum(seen[::2]) > sum(seen[1::2])  # they like no insults
+
+
+def write_results(out: Path, run: str, results: dict) -> None:
+    (out / run).mkdir(parents=True, exist_ok=True)
+    (out / run / "results.json").write_text(json.dumps(results))
+
+
+@pytest.fixture
+def finished(tmp_path) -> paper.Paper:
+    """One seed and one size, whose figures are those of the paper's claims."""
+    results = paper.Paper(tmp_path, (0,), ("small",), ("small", "large"))
+    models = {stage: results.model(stage, "small", 0) for stage in paper.STAGES}
+    large = results.model("pretrain", "large", 0)
+    rates = {"pretrain": 0.1, "few_shot:pretrain": 0.3, "ppo": 0.7, "ppo-ptx": 0.65}
+    sft = models["sft"]
+    pairs = [
+        {"model": models[stage], "against": sft, "win_rate": [rate, rate - 0.01, rate + 0.01]}
+        for stage, rate in rates.items()
+    ]
+    pairs.append({"model": models["ppo-ptx"], "against": large, "win_rate": [0.8, 0.7, 0.9]})
+    truths = dict(zip(models, (0.3, 0.4, 0.5, 0.6, 0.7), strict=True))
+    readings = dict(zip(models, (0.9, 0.9, 0.5, 0.4, 0.6), strict=True))
+    rows = {
+        model: {
+            "measures": {
+                "truthful": [truths[stage]] * 3,
+                "hallucinated": [1 - truths[stage]] * 3,
+                "toxic": [0.2] * 3,
+            },
+            "benchmarks": {
+                "truthful_accuracy": [truths[stage]] * 3,
+                "reading_f1": [readings[stage]] * 3,
+                "choice_accuracy": [1.0] * 3,
+                "text_loss": [5 - 4 * readings[stage]] * 3,
+            },
+        }
+        for stage, model in models.items()
+    }
+    write_results(tmp_path, "evaluation-0", {"models": rows, "pairs": pairs})
+    for kind, toxic in (("respectful", 0.1), ("insulting", 0.6)):
+        rows = {model: {"measures": {"toxic": [toxic] * 3}} for model in models.values()}
+        write_results(tmp_path, f"{kind}-0", {"models": rows, "pairs": []})
+    for group in ("training", "held-out"):
+        won = [{"model": models["ppo-ptx"], "against": sft, "win_rate": [0.66, 0.6, 0.7]}]
+        write_results(tmp_path, f"{group}-labelers-0", {"models": {}, "pairs": won})
+    rm = {"reward model": [0.69, 0.68, 0.7], "judge": [0.77, 0.76, 0.78]}
+    both = {"training labelers": rm, "held-out labelers": rm}
+    write_results(tmp_path, "rm-0", {"accuracy": both})
+    for beta, score, utility in (("1e-06", 2.0, 1.0), ("0.05", 1.0, 3.0)):
+        policy = {"score": score, "utility": utility, "kl": 1.0, "text_loss": 2.0}
+        write_results(tmp_path, f"sweep-beta-{beta}", {"PPO, last weights": policy})
+    return results
+
+
+def test_claims_that_hold(finished):
+    sections = paper.sections(finished)
+    assert len(sections) == 8
+    for section in sections:
+        assert "Here it held in " in section.text
+        assert "failed" not in section.text, section.title
+
+
+@pytest.mark.parametrize(
+    ("run", "before", "after", "title"),
+    [
+        ("evaluation-0", "[0.1, 0.09", "[0.4, 0.39", "Figure 1"),
+        ("evaluation-0", "[0.8, 0.7, 0.9]", "[0.55, 0.49, 0.6]", "The small PPO-ptx model"),
+        ("held-out-labelers-0", "[0.66, 0.6, 0.7]", "[0.5, 0.45, 0.55]", "Figure 3"),
+        ("rm-0", "[0.69, 0.68, 0.7]", "[0.5, 0.4, 0.6]", "Section 4.1"),
+        ("respectful-0", "[0.1", "[0.3", "Figure 7"),
+        ("sweep-beta-1e-06", '"utility": 1.0', '"utility": 4.0', "Figures 33, 34 and 36"),
+    ],
+)
+def test_claims_that_fail(finished, run, before, after, title):
+    file = finished.out / run / "results.json"
+    text = file.read_text()
+    assert before in text
+    at = text.rindex(before)  # the last: of held-out labelers in rm-0
+    file.write_text(text[:at] + text[at:].replace(before, after))
+    failed = [s.title for s in paper.sections(finished) if "It failed in" in s.text]
+    assert len(failed) == 1
+    assert failed[0].startswith(title)
+
+
+def test_tax_and_truth_that_fail(finished):
+    file = finished.out / "evaluation-0" / "results.json"
+    results = json.loads(file.read_text())
+    row = results["models"][finished.model("ppo-ptx", "small", 0)]
+    row["benchmarks"]["reading_f1"] = [0.3] * 3  # below PPO
+    row["measures"]["hallucinated"] = [0.9] * 3  # above the base model
+    file.write_text(json.dumps(results))
+    failed = [s.title for s in paper.sections(finished) if "It failed in" in s.text]
+    assert [title.split(":")[0] for title in failed] == ["Figures 4 and 6", "Figures 28 and 29"]
+
+
+def test_the_page(finished, tmp_path):
+    c = Config(out=tmp_path, quick=True)
+    html = reproduce.write_page(c).read_text()
+    for section in paper.sections(finished):
+        assert report.markupsafe.escape(section.title) in html
+    (tmp_path / "evaluation-0" / "results.json").unlink()
+    titles = [section.title for section in paper.sections(finished)]
+    assert len(titles) == 3  # labelers, accuracy and the sweep
+
+
+def test_a_run_that_is_no_run_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        reproduce.cli(["--out", f"{tmp_path}", "--runs", "pppo"])
+    assert end.value.code == 2
+    assert "--runs pppo: not one of pretrain-small-0" in capsys.readouterr().err
+
+
+def test_finished_runs_are_not_made_again(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "measured_step", lambda: 2 * reproduce.STEP)
+    asked = []
+    monkeypatch.setattr(
+        reproduce.Grid, "run_all", lambda grid, names: asked.extend(names) or ["sft-small-0"]
+    )
+    flags = ["--quick", "--out", f"{tmp_path}", "--runs", "rm"]
+    with pytest.raises(SystemExit, match="not finished: sft-small-0"):
+        reproduce.cli(flags)
+    printed = capsys.readouterr().out
+    # Pretraining and SFT of the small size take half of 52 and 41 seconds; this is half as fast.
+    assert "2 of 3 runs are to be made: about 0:01:33" in printed
+    assert asked == ["pretrain-small-0", "sft-small-0", "rm-0"]
+    assert (tmp_path / "report.html").exists()
