@@ -20,7 +20,9 @@ Hardware: two CPU cores. The script prints an estimate of its time, from a step 
 Result: OUT/report.html, which has each claim of the paper beside what came out here.
 """
 
+import concurrent.futures
 import functools
+import multiprocessing
 import shlex
 import sys
 import time
@@ -256,7 +258,10 @@ def main(c: Config) -> None:
     c.out.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names if not runs.has_finished(name)]
     if missing:
-        share = measured_step() / STEP
+        # In a process of its own: this one must not hold the devices that the runs need.
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            share = pool.submit(measured_step).result() / STEP
         left = timedelta(seconds=round(share * sum(seconds(x, runs.jobs[x]) for x in missing)))
         print(f"{len(missing)} of {len(names)} runs are to be made: about {left}", flush=True)
     unfinished = runs.run_all(names)

@@ -1,5 +1,6 @@
 """reproduce.py: the commands of its grid, its labelers, and the page of claims by hand."""
 
+import concurrent.futures
 import importlib
 import json
 from pathlib import Path
@@ -185,7 +186,11 @@ def test_a_run_that_is_no_run_is_refused(tmp_path, capsys):
 
 
 def test_finished_runs_are_not_made_again(finished, tmp_path, capsys, monkeypatch):
+    executor = concurrent.futures.ThreadPoolExecutor
     monkeypatch.setattr(reproduce, "measured_step", lambda: 2 * reproduce.STEP)
+    monkeypatch.setattr(
+        reproduce.concurrent.futures, "ProcessPoolExecutor", lambda n, mp_context: executor(n)
+    )
     asked = []
     monkeypatch.setattr(
         reproduce.Grid, "run_all", lambda grid, names: asked.extend(names) or ["sft-small-0"]
