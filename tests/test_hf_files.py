@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -198,6 +199,16 @@ def test_an_interrupted_save_never_loads_as_a_mixture(params, tmp_path, monkeypa
     assert (loaded.scalar_head, loaded.eos_ids) == (True, (2,))
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(params, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # in place of a full disk
+    try:
+        with pytest.raises(OSError, match="model.safetensors.part: "):
+            hf.save(tmp_path, LLAMA, params["llama"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_hub_models(saved, monkeypatch):

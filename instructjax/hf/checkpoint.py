@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.progress
 from jax.sharding import Mesh
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from instructjax import hosts, sharding
@@ -110,6 +111,7 @@ def save(
     Raises:
       ValueError: the family cannot express the config, or the tokenizer uses tokens that the model
         does not have. Added tokens that it does not use may be missing; see `vocabulary.in_use`.
+      OSError: a file cannot be written; the message names it.
     """
     directory = Path(path)
     if tokenizer is not None:
@@ -148,7 +150,11 @@ def save(
         group = [entry for entry in wanted if entry.name in names]
         content = dict(tensors.file_tensors(group, leaves, config, file_dtype))
         if writer:
-            save_file(content, directory / f"{name}.part", metadata={"format": "pt"})
+            part = directory / f"{name}.part"
+            try:
+                save_file(content, part, metadata={"format": "pt"})
+            except SafetensorError as error:  # of a full disk, too, and no OSError
+                raise OSError(f"{part}: {error}") from error
     if writer:
         _publish(directory, files, config, hf_config, tokenizer, reward_bias)
     hosts.wait_for_all(f"{directory} is written")
