@@ -205,7 +205,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(params, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # in place of a full disk
     try:
-        with pytest.raises(OSError, match="model.safetensors.part: "):
+        with pytest.raises(OSError, match=r"model\.safetensors\.part: "):
             hf.save(tmp_path, LLAMA, params["llama"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
