@@ -102,3 +102,13 @@ def test_bad_labels(line, problem, tmp_path):
     file.write_text(f"{json.dumps(good)}\n\n{line}\n")
     with pytest.raises(ValueError, match=f"labels.jsonl:3: {problem}"):
         comparison.of_labels(file)
+
+
+def test_the_tables_of_many_models():
+    """The table of means has a column for each model; four fit a terminal."""
+    given = answers(["1", "2"], [[0], [1]], [[1], [1]])
+    for count in (4, 5):
+        results = comparison.compare({f"m{i}": given for i in range(count)})
+        drawn = comparison.tables(results, "m0", "the judge")
+        assert len(drawn) == (2 if count == 4 else 1)
+        assert drawn[0].row_count == count

@@ -168,6 +168,16 @@ def test_tax_and_truth_that_fail(finished):
     assert [title.split(":")[0] for title in failed] == ["Figures 4 and 6", "Figures 28 and 29"]
 
 
+def test_a_figure_that_does_not_apply_is_empty(finished):
+    file = finished.out / "evaluation-0" / "results.json"
+    results = json.loads(file.read_text())
+    for row in results["models"].values():
+        row["measures"]["hallucinated"] = [float("nan")] * 3
+    file.write_text(json.dumps(results))
+    (truth,) = (s for s in paper.sections(finished) if s.title.startswith("Figures 4"))
+    assert {row[-1] for row in truth.tables[0].rows} == {""}
+
+
 def test_the_page(finished, tmp_path):
     c = Config(out=tmp_path, quick=True)
     html = reproduce.write_page(c).read_text()

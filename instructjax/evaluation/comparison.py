@@ -248,6 +248,8 @@ def _clustered(values: Sequence[tuple[str, float]]) -> statistics.Estimate:
 def tables(results: Mapping[str, Any], first: str, by: str) -> list[Table]:
     """`compare` or `of_labels` on the terminal: wins against the model `first`, and means.
 
+    The means of more than four models do not fit a terminal, and are left out.
+
     Args:
       by: who judged, for the title.
     """
@@ -264,6 +266,8 @@ def tables(results: Mapping[str, Any], first: str, by: str) -> list[Table]:
         against.add_column(titles.get(key, key), justify="right", no_wrap=True)
     for name, row in rows.items():
         against.add_row(name, *(_cell(row[key], key in titles) for key in columns if key in row))
+    if len(rows) > 4:
+        return [against]
 
     means = Table("", title="means over responses")
     figures = {name: _means(row) for name, row in results["models"].items()}

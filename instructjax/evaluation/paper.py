@@ -5,6 +5,7 @@ in a seed if it holds there for each size. What a seed has not run yet is left o
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,7 +295,7 @@ def _section(title: str, text: str, verdicts: Sequence[Verdict], table: Table) -
 
 
 def _percent(estimate: Estimate | None) -> str:
-    if estimate is None:
+    if estimate is None or math.isnan(estimate[0]):  # no response to which it applies
         return ""
     return "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * x for x in estimate))
 
