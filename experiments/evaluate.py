@@ -37,7 +37,7 @@ import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
-from instructjax import data, hosts, ranges, rollout, scoring, sharding, usage
+from instructjax import data, hosts, miniature, ranges, rollout, scoring, sharding, usage
 from instructjax.data import DataConfig, Record
 from instructjax.evaluation import comparison, figures, gold, policies, tax
 from instructjax.models import ModelConfig, Params
@@ -83,9 +83,9 @@ class Config:
     reference: str | None = None
     """Model that KL is measured from, such as runs/sft. By default none is measured."""
     best_of: tuple[Count, ...] = ()
-    """Values of n. For each, what the best of n samples of the first model would give, in the mean
-    over all choices of n of its --samples. The best is the one of the highest score by --reward, or
-    by the judge without it."""
+    """Values of n. For each, what the best of n samples of the first model would give, averaged
+    over all subsets of n of its --samples responses. The best is the one of the highest score by
+    --reward, or by the judge without it."""
     split: Literal["validation", "all"] = "validation"
     """Which prompts: those held out by --data.split_by and --data.validation, or all."""
     prompts: Count = 512
@@ -141,8 +141,12 @@ def check(config: Config) -> None:
     for flag, specs in (("--gold", config.gold), ("--reward", config.reward)):
         if specs:
             scoring.check(scoring.RewardConfig(specs), mesh, flag)
+    names = [*gold.MEASURES] if config.data.spec == "miniature" else []
     for spec in config.measure:
         scoring.check(scoring.RewardConfig((spec,)), mesh, "--measure")
+        names.append(measure_name(spec))
+        if names.count(names[-1]) > 1 or names[-1] in comparison.COLUMNS:
+            raise ValueError(f"--measure {spec}: {names[-1]} is the name of another figure")
     named = [("--models", name.removeprefix(FEW_SHOT)) for name in config.models]
     if config.reference is not None:
         named.append(("--reference", config.reference))
@@ -256,15 +260,15 @@ def answer(config: Config, name: str, mesh: Mesh, key: jax.Array) -> comparison.
     benchmarks = {}
     if config.benchmarks is not None:
         with phase(Console(), f"{name}: answering benchmarks"):
+            if tokenizer.get_vocab() != miniature.tokenizer().get_vocab():
+                raise ValueError(f"--benchmarks: {name} does not have the miniature's tokenizer")
             benchmarks = tax.benchmarks(
                 params, model, tokenizer, mesh, size=config.batch_size, items=config.benchmarks
             )
     del params
     texts = tokenizer.batch_decode(rollout.token_ids(responses), skip_special_tokens=True)
     if few_shot:
-        texts = [text.strip().partition("\n")[0] for text in texts]
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        responses = rollout.right_padded([[*line, model.eos_ids[0]] for line in ids])
+        texts, responses = first_lines(texts, responses, model.eos_ids, tokenizer)
     prompts = [records.prompt[i].tolist() for i in range(len(records)) for _ in range(S)]
     rows = rollout.left_padded(prompts, max(map(len, prompts))) | responses
     with phase(Console(), f"{name}: judging"):
@@ -346,10 +350,26 @@ def with_examples(
     prompts: data.Dataset, demonstrations: Sequence[Record], tokenizer: Any
 ) -> list[list[int]]:
     """Token ids of each prompt after some demonstrations, each a line of its own."""
-    pairs = [(record.prompt.strip(), record.responses[0].strip()) for record in demonstrations]
+    pairs = [(record.said, record.replies[0].strip()) for record in demonstrations]
     examples = "".join(f"{prompt}\n{response}\n\n" for prompt, response in pairs)
-    texts = [f"{examples}{record.prompt.strip()}\n" for record in prompts.records]
+    texts = [f"{examples}{record.said}\n" for record in prompts.records]
     return tokenizer(texts)["input_ids"]
+
+
+def first_lines(
+    texts: Sequence[str], responses: Batch, eos_ids: Sequence[int], tokenizer: Any
+) -> tuple[list[str], Batch]:
+    """(the first line of each text, its tokens_BR and mask_BR).
+
+    A line ends in EOS if the model ended it, by a line break or by EOS, or if it is empty.
+    """
+    lines, tokens = [], []
+    for text, ended in zip(texts, rollout.ended(responses, eos_ids), strict=True):
+        line, line_break, _ = text.lstrip().partition("\n")
+        ids = tokenizer(line, add_special_tokens=False)["input_ids"]
+        lines.append(line)
+        tokens.append([*ids, *eos_ids[:1]] if ended or line_break or not ids else ids)
+    return lines, rollout.right_padded(tokens)
 
 
 def load(config: Config, name: str, flag: str, mesh: Mesh) -> tuple[ModelConfig, Params, Any]:
@@ -371,6 +391,11 @@ def load_rewards(
     return scoring.load(rewards, mesh, tokenizer, config.model_dtype, offload=True, flag=flag)
 
 
+def measure_name(spec: str) -> str:
+    """The name of a figure of --measure: the function's, or the reward model's path."""
+    return spec.rpartition(":")[2] if scoring.is_function(spec) else spec
+
+
 def measure(
     config: Config,
     mesh: Mesh,
@@ -385,8 +410,7 @@ def measure(
     for spec in config.measure:
         rewards = load_rewards(config, (spec,), "--measure", mesh, tokenizer)
         assert rewards is not None
-        name = spec.rpartition(":")[2] if scoring.is_function(spec) else spec
-        figures_B[name] = rewards.score(run_model, prompts, texts, records)[0]
+        figures_B[measure_name(spec)] = rewards.score(run_model, prompts, texts, records)[0]
     return figures_B
 
 

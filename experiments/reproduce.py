@@ -14,7 +14,8 @@ stop. The largest of a seed's SFT models is what win rates are against.
     evaluation-SEED                        all models by the judge, with benchmarks
     respectful-SEED, insulting-SEED        the same models, with an instruction in each prompt
     training-labelers-SEED, held-out-...   PPO-ptx against SFT, by labelers
-    sweep-beta-..., sweep-gamma-..., folds
+    sweep-beta-..., sweep-gamma-...        PPO-ptx of the medium size with another beta or ptx.coef
+    folds-SEED                             the reward model, cross-validated over labelers
 
 Hardware: two CPU cores. The script prints an estimate of its time, from a step on this machine.
 Result: OUT/report.html, which has each claim of the paper beside what came out here.
@@ -66,8 +67,9 @@ STEP = 0.045
 class Config:
     """The grid."""
 
-    out: Path = Path("runs/paper")
-    """Directory of the runs and of the page."""
+    out: Path | None = None
+    """Directory of the runs and of the page; by default runs/paper, and runs/paper-quick with
+    --quick, whose runs are others."""
     quick: bool = False
     """One seed, the smallest policy, a large base model that is trained for a third of its steps,
     no sweeps and no folds."""
@@ -83,6 +85,13 @@ class Config:
         ranges.check(self)
         if not self.seeds:
             raise ValueError("--seeds: give at least one")
+
+    @property
+    def directory(self) -> Path:
+        """--out or its default."""
+        if self.out is not None:
+            return self.out.expanduser()
+        return Path("runs/paper-quick" if self.quick else "runs/paper")
 
     @property
     def of_seeds(self) -> tuple[int, ...]:
@@ -112,15 +121,15 @@ def grid(c: Config) -> Grid:
     if not c.quick:
         seed = c.seeds[0]
         sft, rm = f"sft-medium-{seed}", f"rm-{seed}"
-        given = {"model": c.out / sft, "reward": c.out / rm, "seed": seed}
+        given = {"model": c.directory / sft, "reward": c.directory / rm, "seed": seed}
         for name, values in (("beta", BETAS), ("gamma", GAMMAS)):
             flag = {"beta": "ppo.beta", "gamma": "ptx.coef"}[name]
             for value in values:
                 job = Job("run_ppo.py", {**given, flag: value}, needs=(sft, rm))
-                jobs[f"sweep-{name}-{value:g}"] = job
-        folds = {"model": c.out / sft, "folds": 5, "by": "labeler", "seed": seed}
-        jobs["folds"] = Job("run_rm.py", folds, needs=(sft,))
-    return Grid(c.out, jobs, EXPERIMENTS)
+                jobs[f"sweep-{name}-{value:g}-{seed}"] = job
+        folds = {"model": c.directory / sft, "folds": 5, "by": "labeler", "seed": seed}
+        jobs[f"folds-{seed}"] = Job("run_rm.py", folds, needs=(sft,))
+    return Grid(c.directory, jobs, EXPERIMENTS)
 
 
 def add_models(c: Config, jobs: dict[str, Job], seed: int) -> None:
@@ -136,14 +145,14 @@ def add_models(c: Config, jobs: dict[str, Job], seed: int) -> None:
             flags["epochs"] = 0.7  # in place of 2
         jobs[base] = Job("run_pretrain.py", flags)
         if size in c.sizes:
-            flags = {"model": c.out / base, "seed": seed, **rate("sft", size)}
+            flags = {"model": c.directory / base, "seed": seed, **rate("sft", size)}
             jobs[f"sft-{size}-{seed}"] = Job("run_sft.py", flags, needs=(base,))
     start = f"sft-{'small' if c.quick else 'medium'}-{seed}"
     rm = f"rm-{seed}"
-    jobs[rm] = Job("run_rm.py", {"model": c.out / start, "seed": seed}, needs=(start,))
+    jobs[rm] = Job("run_rm.py", {"model": c.directory / start, "seed": seed}, needs=(start,))
     for size in c.sizes:
         sft = f"sft-{size}-{seed}"
-        flags = {"model": c.out / sft, "reward": c.out / rm, "seed": seed}
+        flags = {"model": c.directory / sft, "reward": c.directory / rm, "seed": seed}
         flags["ppo.learning_rate"] = rate("ppo", size)["learning_rate"]
         without = {**flags, "ptx.coef": 0}
         jobs[f"ppo-{size}-{seed}"] = Job("run_ppo.py", without, needs=(sft, rm))
@@ -157,7 +166,7 @@ def add_evaluations(c: Config, jobs: dict[str, Job], seed: int) -> None:
         paths = []
         for model in models:
             prefix, colon, run = model.rpartition(":")
-            paths.append(f"{prefix}{colon}{c.out / run}")
+            paths.append(f"{prefix}{colon}{c.directory / run}")
         needs = tuple(dict.fromkeys(model.rpartition(":")[2] for model in models))
         flags = {"models": paths, "seed": seed, "prompts": 512, **more}
         jobs[name] = Job("evaluate.py", flags, needs=needs, resumes=False)
@@ -239,10 +248,11 @@ def measured_step() -> float:
 
 def write_page(c: Config) -> Path:
     """OUT/report.html, with what has finished."""
-    results = paper.Paper(c.out, c.of_seeds, c.sizes, c.bases)
-    file = c.out / "report.html"
+    results = paper.Paper(c.directory, c.of_seeds, c.sizes, c.bases)
+    file = c.directory / "report.html"
     about = [("command", shlex.join(["python", *sys.argv])), ("seeds", f"{c.of_seeds}")]
-    sections = [report.Section("", about=about), *paper.sections(results)]
+    text = "A claim compares means, unless it names intervals."
+    sections = [report.Section("", text, about), *paper.sections(results)]
     file.write_text(report.render("InstructGPT in miniature", sections), encoding="utf-8")
     return file
 
@@ -255,7 +265,7 @@ def main(c: Config) -> None:
         for name in names:
             print(shlex.join(["python", *runs.command(name)[1:]]))
         return
-    c.out.mkdir(parents=True, exist_ok=True)
+    c.directory.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names if not runs.has_finished(name)]
     if missing:
         # In a process of its own: this one must not hold the devices that the runs need.
@@ -274,7 +284,7 @@ def cli(argv: Sequence[str] | None = None) -> None:
     keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
 
     def check(config: Config) -> None:
-        checks.check_directory("--out", config.out)
+        checks.check_directory("--out", config.directory)
         grid(config).chosen(config.runs)
 
     main(usage.read(lambda: tyro.cli(Config, **keywords), check))

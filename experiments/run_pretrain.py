@@ -191,7 +191,7 @@ def run_pretrain(config: Config) -> None:
             "validation loss, nats a token": losses[-1] if losses else math.nan,
             "seconds": time.perf_counter() - began,
         }
-        report.write([config.out], config.out / "report.html")
+        report.write_for(config.out)
         names = ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html")
         files = [config.out / name for name in names]
         next_command = f"python experiments/run_sft.py --model {config.out}"

@@ -353,7 +353,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
             "learning rate": ("optim/learning_rate",),
         }
         plot_curves(config.out, panels, config.out / "curves.png")
-        report.write([config.out], config.out / "report.html")
+        report.write_for(config.out)
         centered = "not shifted: no --demonstrations were given"
         if demonstrations is not None:
             centered = "by the bias, from " + ", ".join(f"{x:+.3f}" for x in meta["demonstrations"])

@@ -352,7 +352,7 @@ def run_sft(config: Config) -> None:
         if jax.process_index() != 0:
             return
         plot_curves(config.out, panels, config.out / "curves.png")
-        report.write([config.out], config.out / "report.html")
+        report.write_for(config.out)
         names = ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html")
         files = [config.out / name for name in names]
         next_command = f"python experiments/run_rm.py --model {config.out}"

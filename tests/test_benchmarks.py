@@ -78,8 +78,8 @@ def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypat
     assert results["b"]["x"] == {"score": 0.5}
     assert results["b"]["seconds"] > 0
     assert 0.001 < results["b"]["peak_gb"] < 10
-    (c.out / "sft" / "export").mkdir(parents=True)  # SFT writes no results.json
-    (c.out / "sft" / "export" / "config.json").write_text("{}")
+    (c.out / "sft").mkdir()  # SFT writes no results.json
+    (c.out / "sft.cost.json").write_text("{}")
     (c.out / "sft" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
     grid = Grid(c.out, {**every, "sft": Job("run_sft.py", {})}, tmp_path)
     grid.run_all(["sft"])

@@ -93,6 +93,7 @@ def test_labels_of_a_prompt_are_one_draw(tmp_path):
         ('{"prompt": "x", "models": ["a", "b"]}', "ranks: expected a list of numbers"),
         ('{"prompt": "x", "models": ["a", "b"], "ranks": [1, true]}', "ranks: expected a list"),
         ('{"prompt": "x", "models": ["a", "b"], "scores": [1, NaN]}', "scores: expected a list"),
+        ('{"prompt": "x", "models": ["a", "b"], "scores": [1, Infinity]}', "scores: expected"),
         ('{"prompt": "x", "models": ["a", "b"], "ranks": [1]}', "ranks: 1 for 2 models"),
     ],
 )
@@ -112,3 +113,12 @@ def test_the_tables_of_many_models():
         drawn = comparison.tables(results, "m0", "the judge")
         assert len(drawn) == (2 if count == 4 else 1)
         assert drawn[0].row_count == count
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [(b"\n", "no line has responses"), (b"\xff\n", "not UTF-8")]
+)
+def test_files_without_labels(content, problem, tmp_path):
+    (tmp_path / "labels.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=f"labels.jsonl: {problem}"):
+        comparison.of_labels(tmp_path / "labels.jsonl")

@@ -183,7 +183,7 @@ def test_few_shot_and_benchmarks(world, tmp_path, capsys):
     assert "prompts are left out" in capsys.readouterr().out
     assert all("\n" not in row["response"] for row in rows[count:])
     assert any("\n" in row["response"] for row in rows[:count])
-    assert results["models"][f"few_shot:{world}/a"]["eos_fraction"] == 1
+    assert results["models"][f"few_shot:{world}/a"]["eos_fraction"] < 1
     benchmarks = results["models"][f"{world}/a"]["benchmarks"]
     mesh = sharding.make_mesh(devices=jax.devices())
     config, params = hf.load(world / "a", mesh)
@@ -197,6 +197,18 @@ def test_few_shot_and_benchmarks(world, tmp_path, capsys):
     text = "\n\n".join([*examples, records.records[0].prompt]) + "\n"
     assert given[0] == tokenizer(text)["input_ids"]
     assert len(given) == len(records) == count
+
+
+def test_first_lines():
+    """A line that the model did not end has no EOS."""
+    tokenizer = miniature.tokenizer()
+    end, a, b = tokenizer.eos_token_id, *tokenizer("list two")["input_ids"]
+    sampled = {"tokens_BR": np.array([[a, b, end], [a, b, a], [end, 0, 0], [a, b, b]])}
+    sampled["mask_BR"] = np.array([[1, 1, 1], [1, 1, 1], [1, 0, 0], [1, 1, 1]], bool)
+    texts = ["list two", "\nlist two list", "", "list\ntwo two"]
+    lines, rows = evaluate.first_lines(texts, sampled, [end], tokenizer)
+    assert lines == ["list two", "list two list", "", "list"]
+    assert rollout.token_ids(rows) == [[a, b, end], [a, b, a], [end], [a, end]]
 
 
 def test_labels(tmp_path, capsys):
@@ -226,6 +238,8 @@ def test_labels(tmp_path, capsys):
         (["--data", "jsonl:prompts.jsonl"], "--gold: these data have no judge"),
         (["--benchmarks", "8", "--data", "jsonl:x", "--gold", "x.py:f"], "--benchmarks: only the"),
         (["--models", "few_shot:x", "y", "--reference", "y"], "--reference: the KL of a few_shot:"),
+        (["--measure", "judge.py:toxic"], "--measure judge.py:toxic: toxic is the name of"),
+        (["--measure", "judge.py:kl"], "--measure judge.py:kl: kl is the name of another"),
         (["--best_of", "2"], "--best_of 2: more than --samples 1"),
         (["--labels", "none.jsonl"], "--labels none.jsonl: no such file"),
         (["--out", "gs://bucket/x"], "--out gs://bucket/x: expected a directory on a disk"),
@@ -237,8 +251,10 @@ def test_labels(tmp_path, capsys):
 )
 def test_wrong_flags(flags, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    functions = "def toxic(prompts, responses, records): ...\nkl = toxic\n"
+    (tmp_path / "judge.py").write_text(functions)
     with pytest.raises(SystemExit) as end:
         evaluate.cli(flags)
     assert end.value.code == 2
     assert named in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} <= {"judge.py", "__pycache__"}

@@ -8,7 +8,10 @@ import pytest
 
 from instructjax.evaluation import report
 
-NASTY = '<script>alert(1)</script><img src="https://example.com/x.png" onerror="alert(2)">&amp;'
+NASTY = (
+    "a\u2028b <script>alert(1)</script>"
+    '<img src="https://example.com/x.png" onerror="alert(2)">&amp;'
+)
 
 
 class Page(HTMLParser):
@@ -61,7 +64,7 @@ def make_run(directory: Path, **flags) -> Path:
         "seconds": 12,
     }
     for name, lines in (("metrics", rows), ("samples", samples)):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (directory / f"{name}.jsonl").write_text(text)
     for name, content in (("config", config), ("results", results)):
         (directory / f"{name}.json").write_text(json.dumps(content))
@@ -134,6 +137,26 @@ def test_several_runs(run, tmp_path, monkeypatch, capsys):
     page = Page((tmp_path / "report.html").read_text())
     assert page.tables[0] == [["", str(run), str(other)], ["seed", "3", "4"]]
     assert f"{other}: objective/score" in page.texts["text"]
+
+
+def test_names_that_matplotlib_would_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["_hidden", "lr$x^$"]
+    for name in names:
+        make_run(tmp_path / name)
+    report.cli(names)
+    texts = Page((tmp_path / "report.html").read_text()).texts["text"]
+    for name in names:
+        assert any(text.strip() == f"{name}: objective/score" for text in texts)
+
+
+def test_a_page_that_fails_does_not_fail_the_run(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    report.write_for(run)
+    assert (run / "report.html").exists()
+    (run / "samples.jsonl").write_text("{")
+    report.write_for(run)
+    assert "report.html was not made: " in capsys.readouterr().out
 
 
 def test_ranked_responses_and_nested_results():

@@ -28,15 +28,22 @@ def test_the_scripts_know_all_flags(quick):
         if job.script == "evaluate.py":
             flags = tyro.cli(evaluate.Config, args=argv, use_underscores=True)
             models = {model.removeprefix("few_shot:") for model in flags.models}
-            assert {str(c.out / need) for need in job.needs} == models
+            assert {str(Path("OUT") / need) for need in job.needs} == models
         else:
             script = importlib.import_module(job.script.removesuffix(".py"))
             flags = parse(script.Config, script.PRESETS, script.__doc__, argv)
             assert flags.preset == "miniature"
             assert flags.resume
-        assert flags.out == c.out / name
+        assert flags.out == Path("OUT") / name
         assert flags.seed in ((3,) if quick else (3, 5))
         assert reproduce.seconds(name, job) > 0
+
+
+def test_quick_runs_are_elsewhere(tmp_path, monkeypatch):
+    """They have the names of others, of other models."""
+    monkeypatch.setenv("HOME", f"{tmp_path}")
+    assert Config(quick=True).directory != Config().directory
+    assert Config(out=Path("~/x")).directory == tmp_path / "x"
 
 
 def flags_of(name: str, quick: bool = False):
@@ -53,8 +60,8 @@ def test_what_each_run_is():
         assert flags_of(name)["reward"] == Path("OUT/rm-1")
     assert flags_of("rm-1")["model"] == Path("OUT/sft-medium-1")
     assert flags_of("rm-0", quick=True)["model"] == Path("OUT/sft-small-0")
-    assert flags_of("sweep-beta-0.5")["ppo.beta"] == 0.5
-    assert flags_of("sweep-gamma-0.3")["ptx.coef"] == 0.3
+    assert flags_of("sweep-beta-0.5-0")["ppo.beta"] == 0.5
+    assert flags_of("sweep-gamma-0.3-0")["ptx.coef"] == 0.3
     first, *others = flags_of("evaluation-0")["models"]
     assert first == "OUT/sft-large-0"
     assert {"few_shot:OUT/pretrain-small-0", "OUT/ppo-ptx-medium-0"} <= set(others)
@@ -121,9 +128,10 @@ def finished(tmp_path) -> paper.Paper:
     rm = {"reward model": [0.69, 0.68, 0.7], "judge": [0.77, 0.76, 0.78]}
     both = {"training labelers": rm, "held-out labelers": rm}
     write_results(tmp_path, "rm-0", {"accuracy": both})
+    (tmp_path / "rm-0.cost.json").write_text("{}")  # it ended well
     for beta, score, utility in (("1e-06", 2.0, 1.0), ("0.05", 1.0, 3.0)):
         policy = {"score": score, "utility": utility, "kl": 1.0, "text_loss": 2.0}
-        write_results(tmp_path, f"sweep-beta-{beta}", {"PPO, last weights": policy})
+        write_results(tmp_path, f"sweep-beta-{beta}-0", {"PPO, last weights": policy})
     return results
 
 
@@ -141,9 +149,10 @@ def test_claims_that_hold(finished):
         ("evaluation-0", "[0.1, 0.09", "[0.4, 0.39", "Figure 1"),
         ("evaluation-0", "[0.8, 0.7, 0.9]", "[0.55, 0.49, 0.6]", "The small PPO-ptx model"),
         ("held-out-labelers-0", "[0.66, 0.6, 0.7]", "[0.5, 0.45, 0.55]", "Figure 3"),
+        ("training-labelers-0", "[0.66, 0.6, 0.7]", "[0.5, 0.45, 0.55]", "Figure 3"),
         ("rm-0", "[0.69, 0.68, 0.7]", "[0.5, 0.4, 0.6]", "Section 4.1"),
         ("respectful-0", "[0.1", "[0.3", "Figure 7"),
-        ("sweep-beta-1e-06", '"utility": 1.0', '"utility": 4.0', "Figures 33, 34 and 36"),
+        ("sweep-beta-1e-06-0", '"utility": 1.0', '"utility": 4.0', "Figures 33, 34 and 36"),
     ],
 )
 def test_claims_that_fail(finished, run, before, after, title):

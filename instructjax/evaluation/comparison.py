@@ -1,6 +1,7 @@
 """Compares models by their responses to the same prompts, as a judge or as labelers rank them."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,6 +16,9 @@ from instructjax.data import Record
 from instructjax.evaluation import statistics
 
 Key = tuple[str, str, int]
+
+# Names of `lines` that no measure may have.
+COLUMNS = ("model", "prompt", "response", "utility", "score", "kl", "where")
 
 
 @dataclass(frozen=True)
@@ -192,10 +196,12 @@ def of_labels(file: Path) -> dict[str, Any]:
     scores: dict[str, list[tuple[str, float]]] = {}
     counts: Counter[str] = Counter()
     prompts = set()
-    with file.open(encoding="utf-8") as opened:
-        for number, text in enumerate(opened, 1):
-            if not text.strip():
-                continue
+    try:
+        lines = file.read_text("utf-8").split("\n")
+    except UnicodeError as error:
+        raise ValueError(f"{file}: not UTF-8: {error}") from error
+    for number, text in enumerate(lines, 1):
+        if text.strip():
             prompt, models, better, scored = _label(text, f"{file}:{number}")
             prompts.add(prompt)
             counts.update(models)
@@ -206,6 +212,8 @@ def of_labels(file: Path) -> dict[str, Any]:
                 if models[i] != models[j]:
                     win = (better[i] > better[j]) + 0.5 * (better[i] == better[j])
                     won.setdefault((models[i], models[j]), []).append((prompt, win))
+    if not counts:
+        raise ValueError(f"{file}: no line has responses")
     rows: dict[str, Any] = {model: {"responses": count} for model, count in counts.items()}
     for model, values in scores.items():
         rows[model]["score"] = _clustered(values)
@@ -230,7 +238,9 @@ def _label(text: str, where: str) -> tuple[str, list[str], list[float], bool]:
     name = "scores" if scored else "ranks"
     values = row.get(name)
     number = (int, float)
-    if not isinstance(values, list) or not all(type(x) in number and x == x for x in values):
+    if not isinstance(values, list) or not all(
+        type(x) in number and math.isfinite(x) for x in values
+    ):
         raise ValueError(f"{where}: {name}: expected a list of numbers, one for each response")
     if len(values) != len(models):
         raise ValueError(f"{where}: {name}: {len(values)} for {len(models)} models")

@@ -25,6 +25,12 @@ def blank_figure(width: float, height: float, fit_margins: bool = True) -> Any:
     return Figure(figsize=(width, height), layout="constrained" if fit_margins else None)
 
 
+def shown_label(text: str) -> str:
+    """A label that matplotlib shows as it is: no formula between dollars, not hidden for its _."""
+    escaped = text.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
+
+
 def plot_curves(
     directory: Path | str, keys_by_panel: Mapping[str, Sequence[str]], file: Path | str
 ) -> None:
@@ -130,7 +136,9 @@ def frontier(
             if column in curve:
                 order = np.argsort(curve["kl"])
                 distance = np.sqrt(np.maximum(curve["kl"], 0))[order]
-                axes.plot(distance, np.asarray(curve[column])[order], marker="o", label=label)
+                axes.plot(
+                    distance, np.asarray(curve[column])[order], marker="o", label=shown_label(label)
+                )
         axes.set(xlabel="square root of KL from the reference, in nats", ylabel=column)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

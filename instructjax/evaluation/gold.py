@@ -15,6 +15,9 @@ from instructjax import miniature, scoring
 from instructjax.data import Dataset, Record, encode
 from instructjax.train import Batch
 
+# What `measures` sees in a response to a prompt of the miniature.
+MEASURES = ("followed", "truthful", "hallucinated", "toxic")
+
 RunModel = Callable[[Callable[[Batch], jax.Array]], np.ndarray]  # see `scoring.Rewards.score`
 # (run_model of a rollout, its records, its texts) -> utility_B
 Judge = Callable[[RunModel, Sequence[Record], Sequence[str]], np.ndarray]
@@ -81,13 +84,8 @@ def measures(records: Sequence[Record], texts: Sequence[str]) -> dict[str, np.nd
     """
     pairs = zip(records, texts, strict=True)
     verdicts = [miniature.judge(dict(record.row), text) for record, text in pairs]
-    named = {
-        "followed": [verdict.features.followed for verdict in verdicts],
-        "truthful": [verdict.truthful for verdict in verdicts],
-        "hallucinated": [verdict.hallucinated for verdict in verdicts],
-        "toxic": [verdict.toxic for verdict in verdicts],
-    }
-    return {name: np.array(values, float) for name, values in named.items()}  # None is NaN
+    rows = [(v.features.followed, v.truthful, v.hallucinated, v.toxic) for v in verdicts]
+    return dict(zip(MEASURES, np.array(rows, float).reshape(-1, 4).T, strict=True))  # None is NaN
 
 
 def judged(dataset: Dataset) -> np.ndarray:

@@ -41,10 +41,8 @@ class Grid:
         return [*words, "--out", str(self.out / name), *["--resume"] * job.resumes]
 
     def has_finished(self, name: str) -> bool:
-        """Whether a run has written its last file."""
-        exports_last = self.jobs[name].script in ("run_pretrain.py", "run_sft.py")
-        last = "export/config.json" if exports_last else "results.json"
-        return (self.out / name / last).exists()
+        """Whether a run has ended well: its cost is written after that."""
+        return (self.out / f"{name}.cost.json").exists()
 
     def chosen(self, runs: Sequence[str], flag: str = "--runs") -> list[str]:
         """The names that some words stand for, and what these need; without words, all.

@@ -143,7 +143,7 @@ def finish(
             line = {"prompt": prompt} | {name: x.texts[i] for name, x in sampled.items()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     plot_curves(out, panels, out / "curves.png")
-    report.write([out], out / "report.html")
+    report.write_for(out)
     shown = table({name: rows[name] for name in sampled}, len(base.prompts))
     names = "metrics.jsonl samples.jsonl samples_after.jsonl results.json curves.png report.html"
     next_command = f"python experiments/sample.py --model {out}"

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from instructjax import usage
-from instructjax.evaluation.figures import blank_figure
+from instructjax.evaluation.figures import blank_figure, shown_label
 from instructjax.run.flags import flat
 
 _SAMPLES = 300  # rows of a table of samples
@@ -98,7 +98,8 @@ def read(directory: Path) -> RunData:
             raise ValueError(f"{file}: damaged: {error}") from error
 
     def lines(text: str) -> list[Any]:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        # Not splitlines(), which also cuts at the line separators of Unicode within a text.
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
 
     return RunData(
         name=str(directory),
@@ -114,6 +115,15 @@ def write(directories: Sequence[Path], file: Path) -> Path:
     """Writes the page of some runs. Returns `file`. Errors: as `read`."""
     file.write_text(page([read(directory) for directory in directories]), encoding="utf-8")
     return file
+
+
+def write_for(directory: Path) -> None:
+    """Writes RUN/report.html at the end of a run. A page that fails is a warning, as all else of
+    the run is written."""
+    try:
+        write([directory], directory / "report.html")
+    except Exception as error:
+        print(f"warning: {directory / 'report.html'} was not made: {error}")
 
 
 def page(runs: Sequence[RunData]) -> str:
@@ -225,7 +235,8 @@ def draw_panel(title: str, runs: Sequence[RunData], keys: Sequence[str]) -> str:
             x, every = points[window - 1 :, 0], max(1, len(mean) // _POINTS)
             label = key if len(runs) == 1 else f"{run.name}: {key}"
             marker = "." if len(points) <= 30 else ""
-            axes.plot(x[::every], mean[::every], marker=marker, label=label, linewidth=1.3)
+            shown = shown_label(label)
+            axes.plot(x[::every], mean[::every], marker=marker, label=shown, linewidth=1.3)
     return _finished(figure, axes, title, "step", title)
 
 
@@ -237,9 +248,10 @@ def draw_frontier(column: str, runs: Sequence[RunData]) -> str:
         points = _points(run, "validation/kl", f"validation/{column}")
         if len(points) > 1:
             distance = np.sqrt(np.maximum(points[:, 0], 0))
-            axes.plot(distance, points[:, 1], marker=".", label=run.name, linewidth=1.3)
-    label = "square root of KL from the SFT model, in nats"
-    return _finished(figure, axes, f"{column} against KL", label, column)
+            label = shown_label(run.name)
+            axes.plot(distance, points[:, 1], marker=".", label=label, linewidth=1.3)
+    x_label = "square root of KL from the SFT model, in nats"
+    return _finished(figure, axes, f"{column} against KL", x_label, column)
 
 
 def _points(run: RunData, x: str, y: str) -> np.ndarray:
