@@ -179,6 +179,12 @@ WRONG = [
         ("--out s3://bucket/x", "--out s3://bucket/x"),
     ),
     *lines(
+        "reproduce.py",
+        ("--runs pppo", "--runs pppo"),
+        ("--out file", "--out file"),
+        ("--seeds", "--seeds"),
+    ),
+    *lines(
         "preflight.py",
         ("", "--topology"),
         ("--topology v5litepod-4", "--topology v5litepod-4"),
