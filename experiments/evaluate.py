@@ -134,7 +134,7 @@ def check(config: Config) -> None:
     checks.check_directory("--out", config.out)
     mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
     if config.labels is not None:
-        if not config.labels.is_file():
+        if not config.labels.expanduser().is_file():
             raise FileNotFoundError(f"--labels {config.labels}: no such file")
         return
     checks.check_rows("--batch_size", config.batch_size, 1, mesh)

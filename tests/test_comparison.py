@@ -88,20 +88,21 @@ def test_labels_of_a_prompt_are_one_draw(tmp_path):
     [
         ("{", "not JSON"),
         ("[]", "expected an object"),
-        ('{"models": ["a"], "ranks": [1]}', "prompt: expected a text"),
-        ('{"prompt": "x", "models": "ab", "ranks": [1, 2]}', "models: expected a list of names"),
-        ('{"prompt": "x", "models": ["a", "b"]}', "ranks: expected a list of numbers"),
-        ('{"prompt": "x", "models": ["a", "b"], "ranks": [1, true]}', "ranks: expected a list"),
-        ('{"prompt": "x", "models": ["a", "b"], "scores": [1, NaN]}', "scores: expected a list"),
-        ('{"prompt": "x", "models": ["a", "b"], "scores": [1, Infinity]}', "scores: expected"),
-        ('{"prompt": "x", "models": ["a", "b"], "ranks": [1]}', "ranks: 1 for 2 models"),
+        ('{"models": ["a"], "ranks": [1]}', "field 'prompt': expected a string"),
+        ('{"prompt": "x", "models": "ab", "ranks": [1, 2]}', "field 'models': expected a list"),
+        ('{"prompt": "x", "models": [], "ranks": []}', "field 'models': expected a list"),
+        ('{"prompt": "x", "models": ["a", "b"]}', "field 'ranks': expected a list of numbers"),
+        ('{"prompt": "x", "models": ["a", "b"], "ranks": [1, true]}', "field 'ranks': expected"),
+        ('{"prompt": "x", "models": ["a", "b"], "scores": [1, NaN]}', "field 'scores': expected"),
+        ('{"prompt": "x", "models": ["a", "b"], "scores": [1, 1e999]}', "field 'scores': expected"),
+        ('{"prompt": "x", "models": ["a", "b"], "ranks": [1]}', "field 'ranks': 1 for 2 models"),
     ],
 )
 def test_bad_labels(line, problem, tmp_path):
     good = {"prompt": "x", "models": ["a", "b"], "ranks": [1, 2]}
     file = tmp_path / "labels.jsonl"
-    file.write_text(f"{json.dumps(good)}\n\n{line}\n")
-    with pytest.raises(ValueError, match=f"labels.jsonl:3: {problem}"):
+    file.write_text(f"{json.dumps(good)}\n{line}\n")
+    with pytest.raises(ValueError, match=f"labels.jsonl:2: .*{problem}"):
         comparison.of_labels(file)
 
 
@@ -116,9 +117,9 @@ def test_the_tables_of_many_models():
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [(b"\n", "no line has responses"), (b"\xff\n", "not UTF-8")]
+    ("content", "problem"), [(b"\n", "the file is empty"), (b"\xff\n", "UTF-8")]
 )
 def test_files_without_labels(content, problem, tmp_path):
     (tmp_path / "labels.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=f"labels.jsonl: {problem}"):
+    with pytest.raises(ValueError, match=f"labels.jsonl.*{problem}"):
         comparison.of_labels(tmp_path / "labels.jsonl")

@@ -1,6 +1,5 @@
 """Compares models by their responses to the same prompts, as a judge or as labelers rank them."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from instructjax.data import Record
+from instructjax.data import Record, files
+from instructjax.data.errors import DataError, check_text
 from instructjax.evaluation import statistics
 
 Key = tuple[str, str, int]
@@ -180,40 +180,37 @@ def best_of(given: Answers, sizes: Sequence[int]) -> list[dict[str, Any]]:
 def of_labels(file: Path) -> dict[str, Any]:
     """How often each model wins, by a file of rankings.
 
-    A line is `{"prompt", "models", "ranks"}` or `{"prompt", "models", "scores"}`: who wrote each
+    A row is `{"prompt", "models", "ranks"}` or `{"prompt", "models", "scores"}`: who wrote each
     response, and its rank (1 is best, equal ranks are ties) or its score, such as a Likert score
-    of 1 to 7. Other columns are not read. Lines of one prompt are one draw of the bootstrap.
+    of 1 to 7. Other columns are not read. Rows of one prompt are one draw of the bootstrap.
+
+    Args:
+      file: of rows in any format that `data.files` reads.
 
     Returns:
       as `compare`: for each model the number of its responses and, of lines with scores, the mean
       score; for each pair the win rate.
 
     Raises:
-      ValueError: a line is no such object; the message names file and line.
-      OSError: the file cannot be read.
+      DataError: the file cannot be read, or a row is no such object; the message names its place.
     """
     won: dict[tuple[str, str], list[tuple[str, float]]] = {}
     scores: dict[str, list[tuple[str, float]]] = {}
     counts: Counter[str] = Counter()
     prompts = set()
-    try:
-        lines = file.read_text("utf-8").split("\n")
-    except UnicodeError as error:
-        raise ValueError(f"{file}: not UTF-8: {error}") from error
-    for number, text in enumerate(lines, 1):
-        if text.strip():
-            prompt, models, better, scored = _label(text, f"{file}:{number}")
-            prompts.add(prompt)
-            counts.update(models)
-            if scored:
-                for model, score in zip(models, better, strict=True):
-                    scores.setdefault(model, []).append((prompt, score))
-            for i, j in permutations(range(len(models)), 2):
-                if models[i] != models[j]:
-                    win = (better[i] > better[j]) + 0.5 * (better[i] == better[j])
-                    won.setdefault((models[i], models[j]), []).append((prompt, win))
-    if not counts:
-        raise ValueError(f"{file}: no line has responses")
+    for where, row in files.read_files(str(file), "file"):
+        if isinstance(row, DataError):
+            raise row
+        prompt, models, better, scored = _label(row, where)
+        prompts.add(prompt)
+        counts.update(models)
+        if scored:
+            for model, score in zip(models, better, strict=True):
+                scores.setdefault(model, []).append((prompt, score))
+        for i, j in permutations(range(len(models)), 2):
+            if models[i] != models[j]:
+                win = (better[i] > better[j]) + 0.5 * (better[i] == better[j])
+                won.setdefault((models[i], models[j]), []).append((prompt, win))
     rows: dict[str, Any] = {model: {"responses": count} for model, count in counts.items()}
     for model, values in scores.items():
         rows[model]["score"] = _clustered(values)
@@ -221,19 +218,13 @@ def of_labels(file: Path) -> dict[str, Any]:
     return {"prompts": len(prompts), "models": rows, "pairs": pairs}
 
 
-def _label(text: str, where: str) -> tuple[str, list[str], list[float], bool]:
+def _label(row: Any, where: str) -> tuple[str, list[str], list[float], bool]:
     """(prompt, models, a number for each that is higher for a better one, whether it is a score)"""
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object")
-    prompt, models = row.get("prompt"), row.get("models")
-    if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f"{where}: prompt: expected a text")
-    if not isinstance(models, list) or not all(isinstance(x, str) for x in models):
-        raise ValueError(f"{where}: models: expected a list of names, one for each response")
+        raise DataError(where, None, "expected an object")
+    prompt, models = check_text(row.get("prompt"), where, "prompt"), row.get("models")
+    if not isinstance(models, list) or not models or not all(isinstance(x, str) for x in models):
+        raise DataError(where, "models", "expected a list of names, one for each response")
     scored = row.get("scores") is not None
     name = "scores" if scored else "ranks"
     values = row.get(name)
@@ -241,9 +232,9 @@ def _label(text: str, where: str) -> tuple[str, list[str], list[float], bool]:
     if not isinstance(values, list) or not all(
         type(x) in number and math.isfinite(x) for x in values
     ):
-        raise ValueError(f"{where}: {name}: expected a list of numbers, one for each response")
+        raise DataError(where, name, "expected a list of numbers, one for each response")
     if len(values) != len(models):
-        raise ValueError(f"{where}: {name}: {len(values)} for {len(models)} models")
+        raise DataError(where, name, f"{len(values)} for {len(models)} models")
     return prompt, models, [float(x) if scored else -float(x) for x in values], scored
 
 

@@ -6,7 +6,7 @@ in a seed if it holds there for each size. What a seed has not run yet is left o
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ STAGES = {  # stage of a run -> its name on the page, in the order of the paper'
 }
 Estimate = Sequence[float]  # value, low, high
 Verdict = tuple[bool, str]  # whether a claim held, where
+Found = dict[str, list[Any]]  # stage -> its figures, each an Estimate
 
 
 @dataclass(frozen=True)
@@ -167,33 +168,19 @@ def accuracy(paper: Paper) -> Section | None:
 
 def truth(paper: Paper) -> Section | None:
     """Figures 4 and 6."""
-    rows, verdicts = [], []
-    for seed in paper.seeds:
-        for size in paper.sizes:
-            found = {}
-            for stage in STAGES:
-                model = paper.model(stage, size, seed)
-                figures = [
-                    paper.figure(f"evaluation-{seed}", model, kind, name)
-                    for kind, name in (
-                        ("measures", "truthful"),
-                        ("benchmarks", "truthful_accuracy"),
-                        ("measures", "hallucinated"),
-                    )
-                ]
-                if all(figures):
-                    found[stage] = figures
-                    name = f"{STAGES[stage]}, {size}, seed {seed}"
-                    rows.append([name, *map(_percent, figures)])
-            if {"few_shot:pretrain", "ppo-ptx"} <= set(found):
-                base, ours = found["few_shot:pretrain"], found["ppo-ptx"]
-                better = ours[0][0] > base[0][0] and ours[2][0] < base[2][0]
-                verdicts.append((better, f"{size}, seed {seed}"))
-    columns = (
-        "truthful responses",
-        "myths refused in multiple choice",
-        "closed domain: invented",
-    )
+    columns = {  # of the table -> (evaluation, kind, name) of its figures
+        "truthful responses": ("evaluation", "measures", "truthful"),
+        "myths refused in multiple choice": ("evaluation", "benchmarks", "truthful_accuracy"),
+        "closed domain: invented": ("evaluation", "measures", "hallucinated"),
+    }
+
+    def holds(found: Found) -> bool | None:
+        if not {"few_shot:pretrain", "ppo-ptx"} <= set(found):
+            return None
+        base, ours = found["few_shot:pretrain"], found["ppo-ptx"]
+        return ours[0][0] > base[0][0] and ours[2][0] < base[2][0]
+
+    rows, verdicts = _by_stage(paper, list(columns.values()), _percent, holds)
     return _section(
         "Figures 4 and 6: more truth, less invention",
         "The paper's models hallucinate in 21 % of closed-domain responses, GPT-3 in 41 %. The"
@@ -206,22 +193,16 @@ def truth(paper: Paper) -> Section | None:
 
 def toxicity(paper: Paper) -> Section | None:
     """Figure 7."""
-    rows, verdicts = [], []
-    kinds = ("evaluation", "respectful", "insulting")
-    for seed in paper.seeds:
-        for size in paper.sizes:
-            toxic = {}
-            for stage in STAGES:
-                model = paper.model(stage, size, seed)
-                shares = [
-                    paper.figure(f"{kind}-{seed}", model, "measures", "toxic") for kind in kinds
-                ]
-                if all(shares):
-                    toxic[stage] = shares
-                    rows.append([f"{STAGES[stage]}, {size}, seed {seed}", *map(_percent, shares)])
-            if "ppo-ptx" in toxic:
-                none, respectful, insulting = (x[0] for x in toxic["ppo-ptx"])
-                verdicts.append((respectful < none < insulting, f"{size}, seed {seed}"))
+    runs = {"no instruction": "evaluation", "respectful": "respectful", "insulting": "insulting"}
+
+    def holds(found: Found) -> bool | None:
+        if "ppo-ptx" not in found:
+            return None
+        none, respectful, insulting = (x[0] for x in found["ppo-ptx"])
+        return respectful < none < insulting
+
+    wanted = [(run, "measures", "toxic") for run in runs.values()]
+    rows, verdicts = _by_stage(paper, wanted, _percent, holds)
     return _section(
         "Figure 7: toxicity follows the instruction",
         "With the instruction to be respectful InstructGPT is less toxic than GPT-3, and with that"
@@ -229,30 +210,23 @@ def toxicity(paper: Paper) -> Section | None:
         " respect, and more often when it is asked for insults. Some prompts ask for a tone by"
         " themselves, and keep it.",
         verdicts,
-        Table("share of rude responses", ("", "no instruction", "respectful", "insulting"), rows),
+        Table("share of rude responses", ("", *runs), rows),
     )
 
 
 def tax(paper: Paper) -> Section | None:
-    """Figures 28 and 29, table 14; figures 33 and 34."""
+    """Figures 28 and 29, table 14."""
     names = ("reading_f1", "choice_accuracy", "text_loss")
-    rows, verdicts = [], []
-    for seed in paper.seeds:
-        for size in paper.sizes:
-            found = {}
-            for stage in STAGES:
-                model = paper.model(stage, size, seed)
-                figures = [
-                    paper.figure(f"evaluation-{seed}", model, "benchmarks", name) for name in names
-                ]
-                if all(figures):
-                    found[stage] = figures
-                    rows.append([f"{STAGES[stage]}, {size}, seed {seed}", *map(_plain, figures)])
-            if {"pretrain", "ppo", "ppo-ptx"} <= set(found):
-                base, ppo, mixed = (found[stage] for stage in ("pretrain", "ppo", "ppo-ptx"))
-                taxed = ppo[0][0] < base[0][0] and ppo[2][0] > base[2][0]
-                given_back = mixed[0][0] > ppo[0][0] and mixed[2][0] < ppo[2][0]
-                verdicts.append((taxed and given_back, f"{size}, seed {seed}"))
+
+    def holds(found: Found) -> bool | None:
+        if not {"pretrain", "ppo", "ppo-ptx"} <= set(found):
+            return None
+        base, ppo, mixed = (found[stage] for stage in ("pretrain", "ppo", "ppo-ptx"))
+        taxed = ppo[0][0] < base[0][0] and ppo[2][0] > base[2][0]
+        return taxed and mixed[0][0] > ppo[0][0] and mixed[2][0] < ppo[2][0]
+
+    wanted = [("evaluation", "benchmarks", name) for name in names]
+    rows, verdicts = _by_stage(paper, wanted, _plain, holds)
     return _section(
         "Figures 28 and 29: PPO pays an alignment tax, and PPO-ptx gives a part back",
         "The paper's 175B model: SQuADv2 few-shot F1 of GPT-3 69.8, SFT 65.9, PPO 52.0, PPO-ptx"
@@ -261,6 +235,34 @@ def tax(paper: Paper) -> Section | None:
         verdicts,
         Table("benchmarks in the form of pretraining pages", ("", *names), rows),
     )
+
+
+def _by_stage(
+    paper: Paper,
+    wanted: Sequence[tuple[str, str, str]],
+    text: Callable[[Estimate | None], str],
+    holds: Callable[[Found], bool | None],
+) -> tuple[list[list[str]], list[Verdict]]:
+    """(a row for each model that has all figures, a verdict for each size and seed).
+
+    Args:
+      wanted: the evaluation, kind and name of each figure, see `Paper.figure`.
+      text: of a figure, for the table.
+      holds: whether the claim holds in the figures of a size and seed; None: some are missing.
+    """
+    rows, verdicts = [], []
+    for seed in paper.seeds:
+        for size in paper.sizes:
+            found: Found = {}
+            for stage, shown in STAGES.items():
+                model = paper.model(stage, size, seed)
+                figures = [paper.figure(f"{run}-{seed}", model, *which) for run, *which in wanted]
+                if None not in figures:
+                    found[stage] = figures
+                    rows.append([f"{shown}, {size}, seed {seed}", *map(text, figures)])
+            if (held := holds(found)) is not None:
+                verdicts.append((held, f"{size}, seed {seed}"))
+    return rows, verdicts
 
 
 def no_penalty(paper: Paper) -> Section | None:
