@@ -26,7 +26,7 @@ OUT/frontier.png.
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,7 @@ from instructjax.run.process import cache_compilations
 from instructjax.train import Batch
 
 FEW_SHOT = "few_shot:"  # before a model's name
+RESPONSES = "responses.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +166,21 @@ def evaluate(config: Config) -> dict[str, Any]:
     if config.labels is not None:
         results = comparison.of_labels(config.labels)
         names = [name for name in config.models if name in results["models"]]
-        write(config, results, (names or sorted(results["models"]))[0], "labelers", [])
+        write(config, results, (names or sorted(results["models"]))[0], "labelers")
         return results
     cache_compilations()
     mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
     keys = jax.random.split(jax.random.key(config.seed), len(config.models))
-    given = {
-        name: answer(config, name, mesh, key) for name, key in zip(config.models, keys, strict=True)
-    }
+    given: dict[str, comparison.Answers] = {}
+    for name, key in zip(config.models, keys, strict=True):
+        given[name] = answer(config, name, mesh, key)
+        # At once: a later model may fail.
+        if jax.process_index() == 0:
+            with (config.out / RESPONSES).open(
+                "a" if len(given) > 1 else "w", encoding="utf-8"
+            ) as file:
+                for line in comparison.lines({name: given[name]}):
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
     answers, first = comparison.shared(given), config.models[0]
     results = comparison.compare(answers)
     left_out = max(len(x.keys) for x in given.values()) - results["prompts"]
@@ -180,28 +188,23 @@ def evaluate(config: Config) -> dict[str, Any]:
         print(f"{left_out:,} prompts are left out: a model has no room for them")
     if config.best_of:
         results["best_of"] = comparison.best_of(answers[first], config.best_of)
-    write(config, results, first, "the judge", comparison.lines(answers))
+    write(config, results, first, "the judge", [RESPONSES])
     return results
 
 
-def write(
-    config: Config, results: Any, first: str, by: str, lines: Iterable[dict[str, Any]]
-) -> None:
+def write(config: Config, results: Any, first: str, by: str, written: Sequence[str] = ()) -> None:
     """Prints the table and writes the files, on host 0.
 
     Args:
       results: from `comparison`.
       first: the model that the table's win rates are against.
       by: who judged, for the title.
-      lines: of responses.jsonl; without any there is no such file.
+      written: names of files that are there already.
     """
     if jax.process_index() != 0:
         return
-    out, wrote = config.out, ["results.json"]
+    out, wrote = config.out, ["results.json", *written]
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    if text := "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines):
-        (out / "responses.jsonl").write_text(text, encoding="utf-8")
-        wrote.append("responses.jsonl")
     if curves := frontier(config, results):
         columns = ["utility", "score"] if config.reward else ["utility"]
         figures.frontier(curves, columns, out / "frontier.png")

@@ -181,8 +181,11 @@ def test_few_shot_and_benchmarks(world, tmp_path, capsys):
     count = results["prompts"]
     assert 1 < count < 40  # some leave no room for it beside the demonstrations
     assert "prompts are left out" in capsys.readouterr().out
-    assert all("\n" not in row["response"] for row in rows[count:])
-    assert any("\n" in row["response"] for row in rows[:count])
+    few_shot = [row["response"] for row in rows if row["model"].startswith("few_shot:")]
+    assert len(few_shot) == count
+    assert len(rows) == count + 40  # those of the other model that have no counterpart, too
+    assert all("\n" not in text for text in few_shot)
+    assert any("\n" in row["response"] for row in rows[:40])
     assert results["models"][f"few_shot:{world}/a"]["eos_fraction"] < 1
     benchmarks = results["models"][f"{world}/a"]["benchmarks"]
     mesh = sharding.make_mesh(devices=jax.devices())
@@ -197,6 +200,15 @@ def test_few_shot_and_benchmarks(world, tmp_path, capsys):
     text = "\n\n".join([*examples, records.records[0].prompt]) + "\n"
     assert given[0] == tokenizer(text)["input_ids"]
     assert len(given) == len(records) == count
+
+
+def test_a_model_that_fails_loses_no_responses_of_others(world, tmp_path):
+    """Both demonstrations together leave no room, which is known once the second model is there."""
+    flags = ["--models", f"{world}/a", f"few_shot:{world}/a", "--out", f"{tmp_path}"]
+    flags += ["--prompts", "3", "--max_new_tokens", "8", "--data.cache", "None", "--shots", "20"]
+    with pytest.raises(ValueError, match="--shots 20: these demonstrations leave no room"):
+        evaluate.cli(flags)
+    assert len((tmp_path / "responses.jsonl").read_text().splitlines()) == 3
 
 
 def test_first_lines():
