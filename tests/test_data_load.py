@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from instructjax import ranges
-from instructjax.data import DataConfig, DataError, load, read, tokens
+from instructjax.data import DataConfig, DataError, check, load, read, tokens
 from instructjax.data.__main__ import cli
 from instructjax.data.tokens import tokenise
 
@@ -352,6 +352,44 @@ def test_prompts_with_a_long_common_prefix_are_dropped(tmp_path):
     assert [r.prompt for r in kept] == ["translate: cat", "translate", "summarise: cat"]
     assert "2 dropped: an earlier prompt begins with the same 12 characters" in lines[0]
     assert len(read(DataConfig(spec), "prompts", log=lines.append)) == 5
+
+
+def test_rows_by_the_value_of_a_column(tmp_path):
+    kinds = ("chat", "open qa", None, 3, True, "chat")
+    rows = [{"prompt": f"p{i}", "of": {"kind": kind}} for i, kind in enumerate(kinds)]
+    spec = write(tmp_path / "a", *rows)
+
+    def kept(**options):
+        lines: list[str] = []
+        records = read(DataConfig(spec, **options), "prompts", log=lines.append)
+        return [record.prompt for record in records], "\n".join(lines)
+
+    prompts, said = kept(only="of.kind=chat")
+    assert prompts == ["p0", "p5"]
+    assert "6 rows read" in said
+    assert "4 left out: by --data.only of.kind=chat" in said
+    assert kept(without="of.kind=chat|3")[0] == ["p1", "p2", "p4"]
+    assert kept(only="of.kind=open qa|null|true")[0] == ["p1", "p2", "p4"]
+    assert kept(only="of.kind=chat|3", without="of.kind=chat")[0] == ["p3"]
+    prompts, said = kept(without="of.kind=chatt")
+    assert len(prompts) == 6
+    assert "no row has a value of --data.without of.kind=chatt" in said
+    with pytest.raises(DataError, match="no prompts are left"):
+        kept(only="of.kind=chatt")
+    for flag in ("only", "without"):
+        with pytest.raises(DataError, match=rf"a:1: field 'kind': is missing, and --data\.{flag}"):
+            kept(**{flag: "kind=chat"})
+    assert kept(on_error="skip", only="of.kind=chat")[0] == ["p0", "p5"]
+
+
+@pytest.mark.parametrize("source", ["kind", "=chat", "kind=", "kind=a||b", "a=\udcff"])
+@pytest.mark.parametrize("name", ["only", "without"])
+def test_malformed_filters(tmp_path, name, source):
+    spec = write(tmp_path / "a", {"prompt": "p", "kind": "chat"})
+    with pytest.raises(ValueError, match=f"--data.{name} "):
+        read(DataConfig(spec, **{name: source}), "prompts")
+    with pytest.raises(ValueError, match=f"--prompts.{name} "):
+        check(DataConfig(spec, **{name: source}), "prompts", "--prompts")
 
 
 SPLITS = "train", "validation"

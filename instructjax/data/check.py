@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from instructjax.data import paths
-from instructjax.data.columns import parse_columns
+from instructjax.data.columns import parse_columns, parse_filter
 from instructjax.data.config import DataConfig
 from instructjax.data.errors import DataError
 from instructjax.data.fields import NAMES, Kind
@@ -22,17 +22,20 @@ def check(config: DataConfig, kind: Kind, flag: str = "--data", held_out: bool =
       held_out: whether the validation side is read too.
 
     Raises:
-      ValueError: a SPEC has another form or needs a package, a file is empty, `columns` is
-        malformed, or nothing is held out.
+      ValueError: a SPEC has another form or needs a package, a file is empty, `columns`,
+        `only` or `without` is malformed, or nothing is held out.
       FileNotFoundError: a SPEC names a file or folder that does not exist.
     """
     _check_spec(flag, config, config.spec)
     try:
         parse_columns(config.columns, NAMES[kind])
+        for name, source in (("only", config.only), ("without", config.without)):
+            if source:
+                parse_filter(source, f"--data.{name}")
     except DataError:
         raise
     except ValueError as error:
-        raise ValueError(str(error).replace("--data.columns", f"{flag}.columns", 1)) from error
+        raise ValueError(str(error).replace("--data.", f"{flag}.", 1)) from error
     if isinstance(config.validation, str):
         _check_spec(f"{flag}.validation", config, config.validation)
     elif held_out and config.validation == 0 and config.spec != "miniature":

@@ -207,3 +207,19 @@ def parse_columns(columns: str, fields: tuple[str, ...]) -> dict[str, Column]:
                 raise ValueError(f"--data.columns: field '{name}': {problem}")
         parsed[name] = _column(name, source)
     return parsed
+
+
+def parse_filter(source: str, flag: str) -> tuple[str, Callable[[Any], bool]]:
+    """`column=value|value` -> (column, whether a value of it is one of these).
+
+    Strings are compared as they are, all else in the form that JSON gives it.
+
+    Raises:
+      ValueError: the source has another form, or holds half of a surrogate pair.
+    """
+    check_unicode(flag, source)
+    column, equals, rest = source.partition("=")
+    values = rest.split("|")
+    if not column or not equals or not all(values):
+        raise ValueError(f"{flag} {source}: is not of the form column=value or column=value|value")
+    return column, lambda x: (x if isinstance(x, str) else json.dumps(x)) in values

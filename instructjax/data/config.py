@@ -25,6 +25,13 @@ class DataConfig:
     may be absent, the value that names the best response `ranks=winner:model_a|model_b`, or a
     number that is negative where the first of two responses is better `ranks=preference:signed`.
     Fields not given here are found by their conventional names."""
+    only: str = ""
+    """Rows to read, by the value of a column: `lang=en`, or `category=open_qa|closed_qa` for one of
+    several. The column may be a path, and numbers, booleans and null are written as in JSON. By
+    default all rows are read."""
+    without: str = ""
+    """Rows to leave out, by the value of a column, in the form of `only`: `category=brainstorming`.
+    By default none is left out."""
     on_error: Literal["raise", "skip"] = "raise"
     """What a bad row does: `raise` stops the program; `skip` leaves the row out and reports how
     many were left out and why."""

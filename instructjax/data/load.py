@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from instructjax.data import template as templates
-from instructjax.data.columns import lookup, parse_columns
+from instructjax.data.columns import lookup, parse_columns, parse_filter
 from instructjax.data.config import DataConfig
 from instructjax.data.dialogue import Messages, expand_tree, is_tree, parse_anthropic
 from instructjax.data.errors import DataError, Report, check_unicode
@@ -190,23 +190,61 @@ def _read(
     if own_validation and split == "validation":
         spec = validation_spec
     noted = None if spec == "miniature" else report  # its rows hold what its judge reads
+    given = ("--data.only", config.only, True), ("--data.without", config.without, False)
+    filters = [_Filter(*words) for words in given if words[1]]
     records: list[Record] = []
     for where, row in rows(spec, kind, split, config.txt):
         report.rows += 1
         try:
             if isinstance(row, DataError):
                 raise row
+            if unwanted := [each.name for each in filters if not each.keeps(row, where)]:
+                report.count("left out", f"by {unwanted[0]}")
+                continue
             tree = kind != "text" and is_tree(row)
             parts = expand_tree(row, kind, where, report) if tree else [row]
             records.extend([parse(part, where, kind, columns, template, noted) for part in parts])
         except DataError as error:
             report.bad(error)
+    for each in filters:
+        if not each.matched:
+            report.log(f"{report.name}: no row has a value of {each.name}")
     if config.dedup:
         records = _deduplicate(records, config.dedup, report)
     # The miniature makes its own splits, by customer.
     if split != "all" and spec != "miniature" and not own_validation:
         records = _split(records, config, split, report)
     return records
+
+
+class _Filter:
+    """--data.only or --data.without: which rows are read, by the value of a column.
+
+    Attributes:
+      name: the flag and its value.
+      matched: whether a row had one of the values.
+    """
+
+    def __init__(self, flag: str, source: str, wanted: bool):
+        self.name, self.matched = f"{flag} {source}", False
+        self._flag, self._wanted = flag, wanted
+        self._column, self._matches = parse_filter(source, flag)
+
+    def keeps(self, row: Any, where: str) -> bool:
+        """Whether a row is read. Raises DataError if it lacks the column."""
+        matches = self._matches(_value(row, self._column, where, self._flag))
+        self.matched |= matches
+        return matches == self._wanted
+
+
+def _value(row: Any, column: str, where: str, flag: str) -> Any:
+    """The value of a column that a flag names. Raises DataError if the row lacks it."""
+    try:
+        return lookup(row, column)
+    except KeyError as error:
+        raise DataError(where, column, f"is missing, and {flag} names it") from error
+    except TypeError as error:
+        raise DataError(where, column, str(error)) from error
 
 
 def _deduplicate(records: list[Record], length: int, report: Report) -> list[Record]:
@@ -230,15 +268,13 @@ def _split(records: list[Record], config: DataConfig, split: Split, report: Repo
         elif name == "labeler" and record.labeler is not None:
             value = record.labeler
         else:
+            flag = "--data.split_by"
             try:
-                value = lookup(record.row, name)
-                problem = "is missing, and --data.split_by names it" if value is None else ""
-            except KeyError:
-                value, problem = None, "is missing, and --data.split_by names it"
-            except TypeError as error:
-                value, problem = None, str(error)
-            if problem:
-                report.bad(DataError(record.where, name, problem))
+                value = _value(record.row, name, record.where, flag)
+                if value is None:
+                    raise DataError(record.where, name, f"is missing, and {flag} names it")
+            except DataError as error:
+                report.bad(error)
                 continue
         digest = hashlib.sha256(str(value).encode(errors="surrogatepass")).digest()
         held_out = int.from_bytes(digest[:8]) < config.validation * 2**64
