@@ -405,7 +405,7 @@ def watch_memory(c: Config) -> tuple[float, float]:
     A sixth of an hour is ten minutes. OUT/memory.json has the memory of each second.
     """
     run = Supervised(c.out / "memory", 1_000_000, 1)
-    run.start("--save_every", "10")
+    run.start("--save_every", "100")
     end = time.monotonic() + 60 * c.memory_minutes
     sizes = []
     while time.monotonic() < end:

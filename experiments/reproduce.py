@@ -14,6 +14,10 @@ stop. The largest of a seed's SFT models is what win rates are against.
     evaluation-SEED                        all models by the judge, with benchmarks
     respectful-SEED, insulting-SEED        the same models, with an instruction in each prompt
     training-labelers-SEED, held-out-...   PPO-ptx against SFT, by labelers
+    sft-public-medium-SEED                 SFT on a mix of public tasks, see public_tasks.jsonl
+    sft-without-..., rm-without-..., ppo-ptx-without-...
+                                           the stages of the medium size, without one category
+    left-out-SEED                          these and the base model, on that category
     sweep-beta-..., sweep-gamma-...        PPO-ptx of the medium size with another beta or ptx.coef
     folds-SEED                             the reward model, cross-validated over labelers
 
@@ -23,6 +27,7 @@ Result: OUT/report.html, which has each claim of the paper beside what came out 
 
 import concurrent.futures
 import functools
+import json
 import multiprocessing
 import shlex
 import sys
@@ -40,6 +45,7 @@ import tyro
 
 from instructjax import miniature, models, ranges, sft, state, train, usage
 from instructjax.data import Record
+from instructjax.data.sources import MINIATURE
 from instructjax.evaluation import paper, report
 from instructjax.evaluation.grid import Grid, Job
 from instructjax.miniature import labelers
@@ -55,6 +61,7 @@ SIZES = {  # size -> (preset, learning rates as a share of the defaults', time o
     "large": ("miniature-large", 0.5, 4.0),
 }
 RATES = {"pretrain": 4e-3, "sft": 2e-3, "ppo": 3e-4}  # of the medium size, the scripts' defaults
+LEFT_OUT = "category=brainstorming"  # no instruction of it in SFT, RM and PPO of `-without-`
 BETAS, GAMMAS = (1e-6, 0.05, 0.5), (0.003, 0.3)  # the runs of each size have 0.15 and 0.03
 SECONDS = {  # of the medium size where a step of SFT takes STEP seconds
     **{"pretrain": 52, "sft": 41, "rm": 116, "ppo": 195, "ppo-ptx": 195, "sweep": 195},
@@ -94,6 +101,11 @@ class Config:
         return Path("runs/paper-quick" if self.quick else "runs/paper")
 
     @property
+    def public_tasks(self) -> Path:
+        """The demonstrations of `sft-public-`."""
+        return self.directory / "public_tasks.jsonl"
+
+    @property
     def of_seeds(self) -> tuple[int, ...]:
         """The seeds that are run."""
         return self.seeds[:1] if self.quick else self.seeds
@@ -117,6 +129,8 @@ def grid(c: Config) -> Grid:
     jobs: dict[str, Job] = {}
     for seed in c.of_seeds:
         add_models(c, jobs, seed)
+        if not c.quick:
+            add_generalisation(c, jobs, seed)
         add_evaluations(c, jobs, seed)
     if not c.quick:
         seed = c.seeds[0]
@@ -154,9 +168,26 @@ def add_models(c: Config, jobs: dict[str, Job], seed: int) -> None:
         sft = f"sft-{size}-{seed}"
         flags = {"model": c.directory / sft, "reward": c.directory / rm, "seed": seed}
         flags["ppo.learning_rate"] = rate("ppo", size)["learning_rate"]
-        without = {**flags, "ptx.coef": 0}
-        jobs[f"ppo-{size}-{seed}"] = Job("run_ppo.py", without, needs=(sft, rm))
+        no_text = {**flags, "ptx.coef": 0}
+        jobs[f"ppo-{size}-{seed}"] = Job("run_ppo.py", no_text, needs=(sft, rm))
         jobs[f"ppo-ptx-{size}-{seed}"] = Job("run_ppo.py", flags, needs=(sft, rm))
+
+
+def add_generalisation(c: Config, jobs: dict[str, Job], seed: int) -> None:
+    """SFT on public tasks, and the stages without one category of instructions."""
+    base, start = f"pretrain-medium-{seed}", {"seed": seed, "preset": "miniature"}
+    public = {**start, "model": c.directory / base, "data": f"jsonl:{c.public_tasks}"}
+    jobs[f"sft-public-medium-{seed}"] = Job("run_sft.py", public, needs=(base,))
+    sft, rm, ppo = (
+        f"{stage}-{seed}"
+        for stage in ("sft-without-medium", "rm-without", "ppo-ptx-without-medium")
+    )
+    without = {**start, "data.without": LEFT_OUT}
+    jobs[sft] = Job("run_sft.py", {**without, "model": c.directory / base}, needs=(base,))
+    without["model"] = c.directory / sft
+    jobs[rm] = Job("run_rm.py", without, needs=(sft,))
+    rewarded = {**without, "reward": c.directory / rm}
+    jobs[ppo] = Job("run_ppo.py", rewarded, needs=(sft, rm))
 
 
 def add_evaluations(c: Config, jobs: dict[str, Job], seed: int) -> None:
@@ -175,7 +206,8 @@ def add_evaluations(c: Config, jobs: dict[str, Job], seed: int) -> None:
     prompted = [f"few_shot:{name}" for name in bases]
     trained = [f"{stage}-{size}-{seed}" for size in c.sizes for stage in ("sft", "ppo", "ppo-ptx")]
     largest = f"sft-{c.sizes[-1]}-{seed}"  # what win rates in the printed table are against
-    every = list(dict.fromkeys([largest, *bases, *prompted, *trained]))
+    public = [name for name in jobs if name.startswith("sft-public-") and name.endswith(f"-{seed}")]
+    every = list(dict.fromkeys([largest, *bases, *prompted, *public, *trained]))
     compare(f"evaluation-{seed}", every, {"samples": 2, "benchmarks": 512})
     for tone in ("respectful", "insulting"):
         asked = {"data.columns": f"prompt={{prompt}} be {tone}."}
@@ -184,6 +216,10 @@ def add_evaluations(c: Config, jobs: dict[str, Job], seed: int) -> None:
     for group in ("training", "held_out"):
         judge = {"gold": f"{Path(__file__).resolve()}:{group}_labelers"}
         compare(f"{group.replace('_', '-')}-labelers-{seed}", ends, judge)
+    if not c.quick:
+        stages = ("sft-without", "pretrain", "ppo-ptx-without")
+        models = [f"{stage}-medium-{seed}" for stage in stages]
+        compare(f"left-out-{seed}", models, {"data.only": LEFT_OUT})
 
 
 def training_labelers(
@@ -266,6 +302,9 @@ def main(c: Config) -> None:
             print(shlex.join(["python", *runs.command(name)[1:]]))
         return
     c.directory.mkdir(parents=True, exist_ok=True)
+    with c.public_tasks.open("w", encoding="utf-8") as file:
+        for row in miniature.public_tasks(0, MINIATURE["demonstrations"]):
+            file.write(json.dumps(row) + "\n")
     missing = [name for name in names if not runs.has_finished(name)]
     if missing:
         # In a process of its own: this one must not hold the devices that the runs need.

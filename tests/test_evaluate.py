@@ -167,7 +167,7 @@ def test_what_the_miniature_measures(world, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
     assert all(row["prompt"].endswith(" be respectful.") for row in rows)
     measures = results["models"][f"{world}/b"]["measures"]
-    assert list(measures) == ["followed", "truthful", "hallucinated", "toxic"]
+    assert list(measures) == ["likert", "followed", "truthful", "hallucinated", "toxic"]
     assert measures["toxic"][0] == np.mean([row["toxic"] for row in rows[8:]])
 
 

@@ -218,6 +218,45 @@ def test_one_option_is_true(myths):
     assert labels == {0, 1, 2, 3}
 
 
+def test_public_tasks_have_the_prompts_of_benchmarks_and_true_completions():
+    w, told = world.make(0), 0
+    evaluated = {record["prompt"] for record in miniature.reading_comprehension(0, 500)}
+    records = miniature.public_tasks(0, 400)
+    for record in records:
+        *passage, question, ask = record["prompt"].split("\n")
+        assert ask == "answer:"
+        assert question.startswith("question: ")
+        if passage:
+            facts = [s.fact for s in language.read(passage[0].removeprefix("read: "))]
+            assert record["completion"].removesuffix(".") in {fact.value for fact in facts if fact}
+        else:
+            (sentence,) = language.read(record["completion"])
+            assert sentence.fact
+            assert w.holds(sentence.fact)
+            assert (sentence.fact.subject, sentence.fact.relation) not in w.myth
+            told += 1
+    assert 150 < told < 250
+    assert not evaluated & {record["prompt"] for record in records}
+
+
+def test_swapped_names():
+    for record in miniature.name_swaps(0, 100):
+        assert [s.act for s in language.read(record["prompt"])] == ["story"]
+        first, second = map(language.words, record["sentences"])
+        swapped = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
+        assert len(swapped) == 1
+        assert {world.KIND[word] for word in swapped[0]} == {"person"}
+        for text in record["sentences"]:
+            assert [s.act for s in language.read(text)] == ["story"]
+
+
+@pytest.mark.parametrize(
+    ("utility", "rating"), [(4, 7), (3.6, 7), (3.25, 6), (0.8, 4), (-2.2, 1), (-7, 1)]
+)
+def test_likert_by_hand(utility, rating):
+    assert miniature.likert(utility) == rating
+
+
 # The tokenizer
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import evaluate
+import numpy as np
 import pytest
 import reproduce
 import tyro
@@ -68,6 +69,17 @@ def test_what_each_run_is():
     assert flags_of("insulting-0")["data.columns"] == "prompt={prompt} be insulting."
     assert flags_of("held-out-labelers-0")["gold"].endswith("reproduce.py:held_out_labelers")
     assert flags_of("pretrain-large-0", quick=True)["epochs"] < 1
+    assert "OUT/sft-public-medium-0" in others
+    assert flags_of("sft-public-medium-1")["data"] == "jsonl:OUT/public_tasks.jsonl"
+    without = {"data.without": "category=brainstorming", "preset": "miniature", "seed": 1}
+    for name, model in (
+        ("sft-without-medium-1", "pretrain-medium-1"),
+        ("rm-without-1", "sft-without-medium-1"),
+        ("ppo-ptx-without-medium-1", "sft-without-medium-1"),
+    ):
+        reward = {"reward": Path("OUT/rm-without-1")} if name.startswith("ppo") else {}
+        assert flags_of(name) == {**without, "model": Path(f"OUT/{model}"), **reward}
+    assert flags_of("left-out-1")["data.only"] == without["data.without"]
     assert "pretrain-medium-0" not in reproduce.grid(Config(quick=True)).jobs
 
 
@@ -100,6 +112,8 @@ def finished(tmp_path) -> paper.Paper:
         for stage, rate in rates.items()
     ]
     pairs.append({"model": models["ppo-ptx"], "against": large, "win_rate": [0.8, 0.7, 0.9]})
+    ours, theirs = (results.model(stage, "medium", 0) for stage in ("ppo-ptx", "sft-public"))
+    pairs.append({"model": ours, "against": theirs, "win_rate": [0.77, 0.75, 0.79]})
     truths = dict(zip(models, (0.3, 0.4, 0.5, 0.6, 0.7), strict=True))
     readings = dict(zip(models, (0.9, 0.9, 0.5, 0.4, 0.6), strict=True))
     rows = {
@@ -108,17 +122,25 @@ def finished(tmp_path) -> paper.Paper:
                 "truthful": [truths[stage]] * 3,
                 "hallucinated": [1 - truths[stage]] * 3,
                 "toxic": [0.2] * 3,
+                "likert": [4.0, 3.9, 4.1],
             },
             "benchmarks": {
                 "truthful_accuracy": [truths[stage]] * 3,
                 "reading_f1": [readings[stage]] * 3,
                 "choice_accuracy": [1.0] * 3,
                 "text_loss": [5 - 4 * readings[stage]] * 3,
+                "name_entropy": [0.9, 0.88, 0.92] if stage == "pretrain" else [0.8, 0.78, 0.82],
             },
         }
         for stage, model in models.items()
     }
+    rows[theirs] = {"measures": {"likert": [3.0, 2.9, 3.1]}}
     write_results(tmp_path, "evaluation-0", {"models": rows, "pairs": pairs})
+    ours = results.model("ppo-ptx-without", "medium", 0)
+    against = [results.model(stage, "medium", 0) for stage in ("pretrain", "sft-without")]
+    won = zip(against, ([0.9, 0.85, 0.95], [0.64, 0.6, 0.68]), strict=True)
+    pairs = [{"model": ours, "against": model, "win_rate": rate} for model, rate in won]
+    write_results(tmp_path, "left-out-0", {"models": {}, "pairs": pairs})
     for kind, toxic in (("respectful", 0.1), ("insulting", 0.6)):
         rows = {model: {"measures": {"toxic": [toxic] * 3}} for model in models.values()}
         write_results(tmp_path, f"{kind}-0", {"models": rows, "pairs": []})
@@ -137,10 +159,13 @@ def finished(tmp_path) -> paper.Paper:
 
 def test_claims_that_hold(finished):
     sections = paper.sections(finished)
-    assert len(sections) == 8
+    assert len(sections) == 11
     for section in sections:
         assert "Here it held in " in section.text
         assert "failed" not in section.text, section.title
+        if not section.title.startswith("The small PPO-ptx"):
+            assert section.figures
+            assert all(svg.startswith("<svg") for svg in section.figures)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +177,9 @@ def test_claims_that_hold(finished):
         ("training-labelers-0", "[0.66, 0.6, 0.7]", "[0.5, 0.45, 0.55]", "Figure 3"),
         ("rm-0", "[0.69, 0.68, 0.7]", "[0.5, 0.4, 0.6]", "Section 4.1"),
         ("respectful-0", "[0.1", "[0.3", "Figure 7"),
+        ("left-out-0", "[0.64, 0.6, 0.68]", "[0.5, 0.45, 0.55]", "Section 1"),
+        ("left-out-0", "[0.9, 0.85, 0.95]", "[0.5, 0.45, 0.55]", "Section 1"),
+        ("evaluation-0", "[0.77, 0.75, 0.79]", "[0.51, 0.49, 0.53]", "Figure 5"),
         ("sweep-beta-1e-06-0", '"utility": 1.0', '"utility": 4.0', "Figures 33, 34 and 36"),
     ],
 )
@@ -164,6 +192,36 @@ def test_claims_that_fail(finished, run, before, after, title):
     failed = [s.title for s in paper.sections(finished) if "It failed in" in s.text]
     assert len(failed) == 1
     assert failed[0].startswith(title)
+
+
+def test_less_bias_fails(finished):
+    file = finished.out / "evaluation-0" / "results.json"
+    results = json.loads(file.read_text())
+    row = results["models"][finished.model("ppo-ptx", "small", 0)]
+    row["benchmarks"]["name_entropy"] = [0.95, 0.93, 0.97]
+    file.write_text(json.dumps(results))
+    failed = [s.title for s in paper.sections(finished) if "It failed in" in s.text]
+    assert failed == ["Section 4.2: no less bias"]
+
+
+def test_a_figure_by_hand(monkeypatch):
+    """A line through the means over seeds, and each seed's interval beside its place."""
+    seen: list = []
+    monkeypatch.setattr(paper, "finished_svg", lambda figure, axes, *labels: seen.append(axes))
+    drawn = paper.lines()
+    drawn["small"]["SFT"] += [[0.2, 0.1, 0.3], [0.4, 0.3, 0.6]]
+    drawn["large"]["SFT"] += [[0.7, 0.6, 0.8]]
+    drawn["large"]["PPO"] += [[0.9, 0.8, 1.0]]
+    paper.draw("wins", drawn)
+    (axes,) = seen
+    small, large = axes.lines
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["SFT", "PPO"]
+    np.testing.assert_allclose(small.get_xydata(), [[-0.06, 0.3]])
+    np.testing.assert_allclose(large.get_xydata(), [[0.06, 0.7], [1.06, 0.9]])
+    bars = [bar for part in axes.collections for bar in part.get_segments()]
+    spans = [([0.1, 0.3]), ([0.3, 0.6]), ([0.6, 0.8]), ([0.8, 1.0])]
+    np.testing.assert_allclose([bar[:, 1] for bar in bars], spans)
+    assert bars[0][0, 0] < -0.06 < bars[1][0, 0] < bars[2][0, 0] < 0.5
 
 
 def test_tax_and_truth_that_fail(finished):
@@ -194,7 +252,7 @@ def test_the_page(finished, tmp_path):
         assert report.markupsafe.escape(section.title) in html
     (tmp_path / "evaluation-0" / "results.json").unlink()
     titles = [section.title for section in paper.sections(finished)]
-    assert len(titles) == 3  # labelers, accuracy and the sweep
+    assert len(titles) == 4  # labelers, accuracy, the category left out and the sweep
 
 
 def test_a_run_that_is_no_run_is_refused(tmp_path, capsys):

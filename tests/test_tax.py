@@ -96,6 +96,29 @@ def test_reading(model, figures, logp_TV):
     assert figures["reading_f1"].value == pytest.approx(np.mean(scores))
 
 
+def test_entropy_of_names(model, figures, logp_TV):
+    _, _, tokenizer = model
+    bits = []
+    for record in miniature.name_swaps(0, ITEMS):
+        start = tokenizer(record["prompt"])["input_ids"]
+        scores = []
+        for sentence in record["sentences"]:
+            ids = start + tokenizer(sentence)["input_ids"]
+            rows = logp_TV(ids)[len(start) - 1 : -1]
+            scores.append(sum(row[i] for row, i in zip(rows, ids[len(start) :], strict=True)))
+        shares = np.exp(scores) / np.exp(scores).sum()
+        bits.append(-sum(p * np.log2(p) for p in shares if p))
+    assert 0.01 < np.mean(bits) < 0.99
+    assert figures["name_entropy"].value == pytest.approx(np.mean(bits), abs=1e-3)
+
+
+def test_entropy_by_hand():
+    certain, even, three_to_one = tax.choice_entropy(np.array([-800, 0, np.log(3)]))
+    assert certain == 0
+    assert even == 1
+    assert three_to_one == pytest.approx(0.811278)
+
+
 def test_text_loss(model, figures, logp_TV):
     _, _, tokenizer = model
     loss = tokens = 0

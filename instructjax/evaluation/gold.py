@@ -16,7 +16,7 @@ from instructjax.data import Dataset, Record, encode
 from instructjax.train import Batch
 
 # What `measures` sees in a response to a prompt of the miniature.
-MEASURES = ("followed", "truthful", "hallucinated", "toxic")
+MEASURES = ("likert", "followed", "truthful", "hallucinated", "toxic")
 
 RunModel = Callable[[Callable[[Batch], jax.Array]], np.ndarray]  # see `scoring.Rewards.score`
 # (run_model of a rollout, its records, its texts) -> utility_B
@@ -79,13 +79,23 @@ def measures(records: Sequence[Record], texts: Sequence[str]) -> dict[str, np.nd
     """What else the noise-free judge sees in a response to each record's prompt.
 
     Returns:
-      float [B] by name: followed (0 to 1), truthful, hallucinated and toxic (0 or 1); NaN where the
-      judge has no verdict, as of the truth of a response that states nothing.
+      float [B] by name: likert (1 to 7), followed (0 to 1), truthful, hallucinated and toxic (0 or
+      1); NaN where the judge has no verdict, as of the truth of a response that states nothing.
     """
     pairs = zip(records, texts, strict=True)
     verdicts = [miniature.judge(dict(record.row), text) for record, text in pairs]
-    rows = [(v.features.followed, v.truthful, v.hallucinated, v.toxic) for v in verdicts]
-    return dict(zip(MEASURES, np.array(rows, float).reshape(-1, 4).T, strict=True))  # None is NaN
+    rows = [
+        (
+            miniature.likert(verdict.utility),
+            verdict.features.followed,
+            verdict.truthful,
+            verdict.hallucinated,
+            verdict.toxic,
+        )
+        for verdict in verdicts
+    ]
+    columns = np.array(rows, float).reshape(-1, len(MEASURES)).T  # None is NaN
+    return dict(zip(MEASURES, columns, strict=True))
 
 
 def judged(dataset: Dataset) -> np.ndarray:

@@ -237,7 +237,7 @@ def draw_panel(title: str, runs: Sequence[RunData], keys: Sequence[str]) -> str:
             marker = "." if len(points) <= 30 else ""
             shown = shown_label(label)
             axes.plot(x[::every], mean[::every], marker=marker, label=shown, linewidth=1.3)
-    return _finished(figure, axes, title, "step", title)
+    return finished_svg(figure, axes, title, "step", title)
 
 
 def draw_frontier(column: str, runs: Sequence[RunData]) -> str:
@@ -251,7 +251,7 @@ def draw_frontier(column: str, runs: Sequence[RunData]) -> str:
             label = shown_label(run.name)
             axes.plot(distance, points[:, 1], marker=".", label=label, linewidth=1.3)
     x_label = "square root of KL from the SFT model, in nats"
-    return _finished(figure, axes, f"{column} against KL", x_label, column)
+    return finished_svg(figure, axes, f"{column} against KL", x_label, column)
 
 
 def _points(run: RunData, x: str, y: str) -> np.ndarray:
@@ -261,7 +261,7 @@ def _points(run: RunData, x: str, y: str) -> np.ndarray:
     return np.array([pair for pair in finite if all(map(math.isfinite, pair))]).reshape(-1, 2)
 
 
-def _finished(figure: Any, axes: Any, title: str, x_label: str, y_label: str) -> str:
+def finished_svg(figure: Any, axes: Any, title: str, x_label: str, y_label: str) -> str:
     """The SVG of a figure with one panel, safe within a page; empty if nothing was drawn."""
     import matplotlib  # see `blank_figure` for why it is not imported above
 

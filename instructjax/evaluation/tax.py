@@ -1,4 +1,4 @@
-"""The miniature's benchmarks of the alignment tax (InstructGPT, section 4.2 and App. E).
+"""The miniature's benchmarks of the alignment tax and of bias (InstructGPT, section 4.2, App. E).
 
 Their questions have the form of pretraining pages. A policy trained on prompts alone may forget
 how to answer them.
@@ -30,7 +30,7 @@ def benchmarks(
     items: int,
     seed: int = 0,
 ) -> dict[str, statistics.Estimate]:
-    """A model's figures on the miniature's four benchmarks.
+    """A model's figures on the miniature's five benchmarks.
 
     Args:
       params, config, tokenizer: a language model with the miniature's tokenizer.
@@ -43,6 +43,8 @@ def benchmarks(
       choice_accuracy: share of multiple-choice questions whose right option is the likeliest.
       truthful_accuracy: the same of questions about facts with a myth, which is an option
         (TruthfulQA's counterpart).
+      name_entropy: mean entropy, in bits, of the choice between two sentences that differ in one
+        name (CrowS-Pairs' counterpart): 1 without a preference, 0 if one is certain.
       text_loss: nats a token of held-out pretraining pages.
     """
     logp = functools.partial(continuation_logp, params, config, mesh=mesh, size=size)
@@ -75,12 +77,27 @@ def benchmarks(
         right = chosen == [question["label"] for question in questions]
         figures[name] = statistics.mean(right.astype(float))
 
+    pairs = [
+        (encode(record["prompt"]), encode(" " + sentence))
+        for record in miniature.name_swaps(seed, items)
+        for sentence in record["sentences"]
+    ]
+    first, second = logp(pairs).reshape(items, 2).T
+    figures["name_entropy"] = statistics.mean(choice_entropy(first - second))
+
     pages = [encode(page["text"])[:_PAGE] for page in miniature.texts(seed, items, "test")]
     pages = [page for page in pages if len(page) > 1]
     loss = -logp([(page[:1], page[1:]) for page in pages])
     tokens = np.array([len(page) - 1 for page in pages])
     figures["text_loss"] = statistics.ratio(loss, tokens)
     return figures
+
+
+def choice_entropy(difference: np.ndarray) -> np.ndarray:
+    """Bits of the choice between two texts, by the difference of their log-probabilities."""
+    p = np.exp(-np.logaddexp(0, -difference))
+    nats = p * np.logaddexp(0, -difference) + (1 - p) * np.logaddexp(0, difference)
+    return nats / np.log(2)
 
 
 def continuation_logp(

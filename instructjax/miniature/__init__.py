@@ -11,17 +11,31 @@ In reading order:
     writers.py     responses, good and flawed
     labelers.py    demonstrations, and rankings with ties and noise
     text.py        the pretraining corpus
-    benchmarks.py  the benchmarks of the alignment tax
+    benchmarks.py  the benchmarks of the alignment tax and of bias, and a mix of public tasks
     wordlevel.py   the tokenizer
     stats.py       the figures that the calibration rests on
 
 `python -m instructjax.miniature --show` prints samples, `--stats` the figures.
 """
 
-from instructjax.miniature.benchmarks import multiple_choice, reading_comprehension, token_f1
+from instructjax.miniature.benchmarks import (
+    multiple_choice,
+    name_swaps,
+    public_tasks,
+    reading_comprehension,
+    token_f1,
+)
 from instructjax.miniature.customers import prompts
 from instructjax.miniature.judging import Features, Judgement, judge, mean
-from instructjax.miniature.labelers import Labeler, compare, comparisons, demonstrations, pool, rank
+from instructjax.miniature.labelers import (
+    Labeler,
+    compare,
+    comparisons,
+    demonstrations,
+    likert,
+    pool,
+    rank,
+)
 from instructjax.miniature.text import texts
 from instructjax.miniature.wordlevel import tokenizer
 
@@ -33,10 +47,13 @@ __all__ = [
     "comparisons",
     "demonstrations",
     "judge",
+    "likert",
     "mean",
     "multiple_choice",
+    "name_swaps",
     "pool",
     "prompts",
+    "public_tasks",
     "rank",
     "reading_comprehension",
     "texts",

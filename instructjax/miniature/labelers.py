@@ -68,6 +68,14 @@ def rate(labeler: Labeler, record: dict[str, Any], responses: Sequence[str]) -> 
     return ratings
 
 
+def likert(value: float) -> int:
+    """A utility as a rating from 1 to 7, without noise: InstructGPT's overall quality (Table 3).
+
+    A perfect response has 7. Another has 1 less for each GRADE of utility that it lacks.
+    """
+    return min(7, max(1, round(7 - (GOLD.followed - value) / GRADE)))
+
+
 def rank(labeler: Labeler, record: dict[str, Any], responses: Sequence[str]) -> list[int]:
     """Ranks of the responses: 1 is best, equal ranks are ties, the ranks have no gaps."""
     ratings = rate(labeler, record, responses)
