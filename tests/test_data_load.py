@@ -371,6 +371,7 @@ def test_rows_by_the_value_of_a_column(tmp_path):
     assert kept(without="of.kind=chat|3")[0] == ["p1", "p2", "p4"]
     assert kept(only="of.kind=open qa|null|true")[0] == ["p1", "p2", "p4"]
     assert kept(only="of.kind=chat|3", without="of.kind=chat")[0] == ["p3"]
+    assert "no row has" not in kept(without="of.kind=open qa")[1]
     prompts, said = kept(without="of.kind=chatt")
     assert len(prompts) == 6
     assert "no row has a value of --data.without of.kind=chatt" in said

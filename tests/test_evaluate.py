@@ -169,6 +169,8 @@ def test_what_the_miniature_measures(world, tmp_path, capsys):
     measures = results["models"][f"{world}/b"]["measures"]
     assert list(measures) == ["likert", "followed", "truthful", "hallucinated", "toxic"]
     assert measures["toxic"][0] == np.mean([row["toxic"] for row in rows[8:]])
+    ratings = [miniature.likert(row["utility"]) for row in rows[8:]]
+    assert measures["likert"][0] == pytest.approx(np.mean(ratings))
 
 
 def test_few_shot_and_benchmarks(world, tmp_path, capsys):
