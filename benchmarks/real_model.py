@@ -30,6 +30,7 @@ import gzip
 import json
 import re
 import shlex
+import signal
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -298,6 +299,7 @@ def main(c: Config) -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     c.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the runs too
     unfinished = runs.run_all(names, c.jobs)
     report(c, runs)
     if unfinished:

@@ -30,6 +30,7 @@ import functools
 import json
 import multiprocessing
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -313,6 +314,7 @@ def main(c: Config) -> None:
             share = pool.submit(measured_step).result() / STEP
         left = timedelta(seconds=round(share * sum(seconds(x, runs.jobs[x]) for x in missing)))
         print(f"{len(missing)} of {len(names)} runs are to be made: about {left}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the run too
     unfinished = runs.run_all(names)
     print(f"wrote {write_page(c)}")
     if unfinished:

@@ -3,7 +3,9 @@
 import gzip
 import importlib
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,35 @@ def test_where_a_run_fails_the_others_go_on(tmp_path, monkeypatch, capsys):
     }
     assert Grid(tmp_path, every, tmp_path).run_all(list(every), at_once=2) == ["a", "b"]
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_sigterm_stops_the_runs(tmp_path):
+    """They save before they end, and nothing after them begins."""
+    child = (
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        "    pathlib.Path('saved').write_text('1')\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "pathlib.Path('ready').write_text('1')\n"
+        "time.sleep(60)\n"
+    )
+    grid = (
+        "import pathlib, signal, sys\n"
+        "from instructjax.evaluation.grid import Grid, Job\n"
+        f"Grid.command = lambda grid, name: [sys.executable, '-c', {child!r}]\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "jobs = {'a': Job('', {}), 'b': Job('', {}, needs=('a',))}\n"
+        "Grid(pathlib.Path(), jobs, pathlib.Path()).run_all(['a', 'b'])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", grid], cwd=tmp_path)
+    end = time.monotonic() + 60
+    while not (tmp_path / "ready").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert (tmp_path / "saved").exists()
+    assert not (tmp_path / "b.log").exists()
 
 
 def test_a_missing_data_set_is_named(tmp_path):

@@ -94,6 +94,12 @@ def test_ratings():
     assert sum(seen[::2]) > sum(seen[1::2])  # they like no insults
 
 
+def path_of(model: str) -> str:
+    """The name of a model in the results of evaluate.py, which ran in another folder."""
+    prefix, colon, run = model.rpartition(":")
+    return f"{prefix}{colon}../elsewhere/{run}"
+
+
 def write_results(out: Path, run: str, results: dict) -> None:
     (out / run).mkdir(parents=True, exist_ok=True)
     (out / run / "results.json").write_text(json.dumps(results))
@@ -103,8 +109,12 @@ def write_results(out: Path, run: str, results: dict) -> None:
 def finished(tmp_path) -> paper.Paper:
     """One seed and one size, whose figures are those of the paper's claims."""
     results = paper.Paper(tmp_path, (0,), ("small",), ("small", "large"))
-    models = {stage: results.model(stage, "small", 0) for stage in paper.STAGES}
-    large = results.model("pretrain", "large", 0)
+
+    def model(stage: str, size: str) -> str:
+        return path_of(results.model(stage, size, 0))
+
+    models = {stage: model(stage, "small") for stage in paper.STAGES}
+    large = model("pretrain", "large")
     rates = {"pretrain": 0.1, "few_shot:pretrain": 0.3, "ppo": 0.7, "ppo-ptx": 0.65}
     sft = models["sft"]
     pairs = [
@@ -112,7 +122,7 @@ def finished(tmp_path) -> paper.Paper:
         for stage, rate in rates.items()
     ]
     pairs.append({"model": models["ppo-ptx"], "against": large, "win_rate": [0.8, 0.7, 0.9]})
-    ours, theirs = (results.model(stage, "medium", 0) for stage in ("ppo-ptx", "sft-public"))
+    ours, theirs = (model(stage, "medium") for stage in ("ppo-ptx", "sft-public"))
     pairs.append({"model": ours, "against": theirs, "win_rate": [0.77, 0.75, 0.79]})
     truths = dict(zip(models, (0.3, 0.4, 0.5, 0.6, 0.7), strict=True))
     readings = dict(zip(models, (0.9, 0.9, 0.5, 0.4, 0.6), strict=True))
@@ -136,10 +146,10 @@ def finished(tmp_path) -> paper.Paper:
     }
     rows[theirs] = {"measures": {"likert": [3.0, 2.9, 3.1]}}
     write_results(tmp_path, "evaluation-0", {"models": rows, "pairs": pairs})
-    ours = results.model("ppo-ptx-without", "medium", 0)
-    against = [results.model(stage, "medium", 0) for stage in ("pretrain", "sft-without")]
+    ours = model("ppo-ptx-without", "medium")
+    against = [model(stage, "medium") for stage in ("pretrain", "sft-without")]
     won = zip(against, ([0.9, 0.85, 0.95], [0.64, 0.6, 0.68]), strict=True)
-    pairs = [{"model": ours, "against": model, "win_rate": rate} for model, rate in won]
+    pairs = [{"model": ours, "against": other, "win_rate": rate} for other, rate in won]
     write_results(tmp_path, "left-out-0", {"models": {}, "pairs": pairs})
     for kind, toxic in (("respectful", 0.1), ("insulting", 0.6)):
         rows = {model: {"measures": {"toxic": [toxic] * 3}} for model in models.values()}
@@ -198,7 +208,7 @@ def test_claims_that_fail(finished, run, before, after, title):
 def test_less_bias_fails(finished):
     file = finished.out / "evaluation-0" / "results.json"
     results = json.loads(file.read_text())
-    row = results["models"][finished.model("ppo-ptx", "small", 0)]
+    row = results["models"][path_of("ppo-ptx-small-0")]
     row["benchmarks"]["name_entropy"] = [0.96, 0.93, 0.99]
     file.write_text(json.dumps(results))
     failed = [s.title for s in paper.sections(finished) if "It failed in" in s.text]
@@ -249,7 +259,7 @@ def test_a_figure_by_hand(monkeypatch):
 def test_tax_and_truth_that_fail(finished):
     file = finished.out / "evaluation-0" / "results.json"
     results = json.loads(file.read_text())
-    row = results["models"][finished.model("ppo-ptx", "small", 0)]
+    row = results["models"][path_of("ppo-ptx-small-0")]
     row["benchmarks"]["reading_f1"] = [0.3] * 3  # below PPO
     row["measures"]["hallucinated"] = [0.9] * 3  # above the base model
     file.write_text(json.dumps(results))

@@ -3,10 +3,12 @@
 import concurrent.futures
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,13 +66,19 @@ class Grid:
             names |= set(self.jobs[name].needs if name in names else ())
         return [name for name in self.jobs if name in names]
 
-    def run(self, name: str, cores: set[int] | None = None) -> bool:
+    def run(
+        self,
+        name: str,
+        cores: set[int] | None = None,
+        started: Callable[[subprocess.Popen[bytes]], None] = lambda process: None,
+    ) -> bool:
         """Makes a run with its output in OUT/NAME.log, unless it has finished before.
 
         OUT/NAME.cost.json gets its seconds and its largest memory.
 
         Args:
           cores: processor cores that it may use; None: all.
+          started: gets the process.
 
         Returns:
           whether it succeeded.
@@ -82,6 +90,7 @@ class Grid:
         began, log = time.perf_counter(), self.out / f"{name}.log"
         with log.open("a") as file:
             process = subprocess.Popen(self.command(name), stdout=file, stderr=file)
+            started(process)
             if cores is not None:
                 os.sched_setaffinity(process.pid, cores)
             _, status, usage = os.wait4(process.pid, 0)  # unlike wait(), says how much memory
@@ -96,7 +105,8 @@ class Grid:
     def run_all(self, names: Sequence[str], at_once: int = 1) -> list[str]:
         """Makes runs, each after those that it needs.
 
-        Where one fails, the others go on, but for those that need it.
+        Where one fails, the others go on, but for those that need it. SystemExit, as from a handler
+        of SIGTERM, stops those that run, with SIGTERM. They are waited for, as they save.
 
         Args:
           at_once: runs at the same time. They share the cores evenly.
@@ -108,18 +118,25 @@ class Grid:
         shares = [set(cores[i::at_once]) or None for i in range(at_once)]
         waiting, finished = list(names), set[str]()
         running: dict[Any, tuple[str, set[int] | None]] = {}
+        processes: list[subprocess.Popen[bytes]] = []
         with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
             while True:
                 ready = [name for name in waiting if set(self.jobs[name].needs) <= finished]
                 for name in ready[: len(shares)]:
                     share = shares.pop()
                     waiting.remove(name)
-                    running[pool.submit(self.run, name, share)] = name, share
+                    running[pool.submit(self.run, name, share, processes.append)] = name, share
                 if not running:
                     return [name for name in names if name not in finished]
-                done, _ = concurrent.futures.wait(
-                    running, return_when=concurrent.futures.FIRST_COMPLETED
-                )
+                first = concurrent.futures.FIRST_COMPLETED
+                try:
+                    done, _ = concurrent.futures.wait(running, return_when=first)
+                except SystemExit:
+                    for process in processes:
+                        if process.returncode is None:  # not poll(), which `run`'s wait4 would miss
+                            with suppress(ProcessLookupError):
+                                os.kill(process.pid, signal.SIGTERM)
+                    raise
                 for future in done:
                     name, share = running.pop(future)
                     shares.append(share)

@@ -51,22 +51,27 @@ class Paper:
         return json.loads(file.read_text()) if file.exists() else None
 
     def model(self, stage: str, size: str, seed: int) -> str:
-        """A model's name in the results of evaluate.py."""
-        prefix, _, script = stage.rpartition(":")
-        path = str(self.out / f"{script}-{size}-{seed}")
-        return f"{prefix}:{path}" if prefix else path
+        """A model's name here: its run, after `few_shot:` if it is prompted."""
+        return f"{stage}-{size}-{seed}"
 
     def wins(self, evaluation: str, ours: str, theirs: str) -> Estimate | None:
         """A win rate in an evaluation, if it has both models."""
         for pair in (self.results(evaluation) or {"pairs": ()})["pairs"]:
-            if (pair["model"], pair["against"]) == (ours, theirs):
+            if (_run(pair["model"]), _run(pair["against"])) == (ours, theirs):
                 return pair["win_rate"]
         return None
 
     def figure(self, evaluation: str, model: str, kind: str, name: str) -> Estimate | None:
         """A mean of `measures` or `benchmarks` in an evaluation, if it has the model."""
-        row = (self.results(evaluation) or {"models": {}})["models"].get(model, {})
+        rows = (self.results(evaluation) or {"models": {}})["models"]
+        row = {_run(path): row for path, row in rows.items()}.get(model, {})
         return row.get(kind, {}).get(name)
+
+
+def _run(name: str) -> str:
+    """`few_shot:OUT/run` as `few_shot:run`: another start may have given OUT in another form."""
+    prefix, colon, path = name.rpartition(":")
+    return f"{prefix}{colon}{Path(path).name}"
 
 
 def sections(paper: Paper) -> list[Section]:
