@@ -186,7 +186,9 @@ def add_generalisation(c: Config, jobs: dict[str, Job], seed: int) -> None:
     without = {**start, "data.without": LEFT_OUT}
     jobs[sft] = Job("run_sft.py", {**without, "model": c.directory / base}, needs=(base,))
     without["model"] = c.directory / sft
-    jobs[rm] = Job("run_rm.py", without, needs=(sft,))
+    # The mean score of demonstrations, which is subtracted from all scores, leaves it out too.
+    no_mean = {**without, "demonstrations.without": LEFT_OUT}
+    jobs[rm] = Job("run_rm.py", no_mean, needs=(sft,))
     rewarded = {**without, "reward": c.directory / rm}
     jobs[ppo] = Job("run_ppo.py", rewarded, needs=(sft, rm))
 

@@ -77,8 +77,10 @@ def test_what_each_run_is():
         ("rm-without-1", "sft-without-medium-1"),
         ("ppo-ptx-without-medium-1", "sft-without-medium-1"),
     ):
-        reward = {"reward": Path("OUT/rm-without-1")} if name.startswith("ppo") else {}
-        assert flags_of(name) == {**without, "model": Path(f"OUT/{model}"), **reward}
+        more: dict = {"reward": Path("OUT/rm-without-1")} if name.startswith("ppo") else {}
+        if name.startswith("rm"):
+            more["demonstrations.without"] = "category=brainstorming"
+        assert flags_of(name) == {**without, "model": Path(f"OUT/{model}"), **more}
     assert flags_of("left-out-1")["data.only"] == without["data.without"]
     assert "pretrain-medium-0" not in reproduce.grid(Config(quick=True)).jobs
 
