@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import evaluate
+import markupsafe
 import numpy as np
 import pytest
 import reproduce
@@ -14,7 +15,7 @@ from reproduce import Config
 
 from instructjax import miniature
 from instructjax.data import Record
-from instructjax.evaluation import paper, report
+from instructjax.evaluation import paper
 from instructjax.run import parse
 
 
@@ -283,7 +284,7 @@ def test_the_page(finished, tmp_path):
     c = Config(out=tmp_path, quick=True)
     html = reproduce.write_page(c).read_text()
     for section in paper.sections(finished):
-        assert report.markupsafe.escape(section.title) in html
+        assert markupsafe.escape(section.title) in html
     (tmp_path / "evaluation-0" / "results.json").unlink()
     titles = [section.title for section in paper.sections(finished)]
     assert len(titles) == 4  # labelers, accuracy, the category left out and the sweep

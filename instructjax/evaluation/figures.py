@@ -1,10 +1,15 @@
-"""Figures: curves of a run's metrics, a reward model's accuracy and calibration, KL frontiers."""
+"""Figures: curves of a run's metrics, a reward model's accuracy and calibration, KL frontiers.
 
+The files of a run are PNG, the figures of report.html SVG.
+"""
+
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import markupsafe
 import numpy as np
 
 from instructjax.evaluation import ranking
@@ -50,12 +55,10 @@ def plot_curves(
             points = np.array([(row["step"], row[key]) for row in rows if key in row])
             if not len(points):
                 continue
-            # Where there are many noisy points, they are drawn faintly under their running mean.
-            window = max(1, len(points) // 50)
-            mean = np.convolve(points[:, 1], np.full(window, 1 / window), mode="valid")
+            mean = smoothed(points)
             marker = "." if len(points) <= 30 else ""
-            (line,) = axes.plot(points[window - 1 :, 0], mean, marker=marker, label=key)
-            if window > 1:
+            (line,) = axes.plot(*mean.T, marker=marker, label=key)
+            if len(mean) < len(points):  # the points lie faintly under their running mean
                 axes.plot(*points.T, color=line.get_color(), alpha=0.25, linewidth=0.8, zorder=1)
         axes.set(title=title, xlabel="step", ylabel=title)
         axes.grid(alpha=0.3)
@@ -65,6 +68,50 @@ def plot_curves(
         else:
             axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="grey")
     figure.savefig(file, dpi=150)
+
+
+def smoothed(points: np.ndarray) -> np.ndarray:
+    """[m, 2]: points [n, 2] or, if they are many, their running mean over a fiftieth of them."""
+    if not len(points):
+        return points
+    window = max(1, len(points) // 50)
+    mean = np.convolve(points[:, 1], np.full(window, 1 / window), mode="valid")
+    return np.stack([points[window - 1 :, 0], mean], axis=1)
+
+
+def lines_svg(title: str, lines: Mapping[str, np.ndarray], x_label: str, y_label: str) -> str:
+    """An SVG of lines through points [n, 2], by label. Lines of one point are left out."""
+    figure = blank_figure(4.6, 3.0, fit_margins=False)
+    axes = figure.add_subplot()
+    for label, points in lines.items():
+        if len(points) > 1:
+            marker = "." if len(points) <= 30 else ""
+            axes.plot(*points.T, marker=marker, label=shown_label(label), linewidth=1.3)
+    return finished_svg(figure, axes, title, x_label, y_label)
+
+
+def finished_svg(figure: Any, axes: Any, title: str, x_label: str, y_label: str) -> str:
+    """The SVG of a figure with one panel, safe within a page; empty if nothing was drawn."""
+    import matplotlib  # see `blank_figure` for why it is not imported above
+
+    if not axes.lines:
+        return ""
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    figure.subplots_adjust(left=0.17, right=0.97, bottom=0.16, top=0.9)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    # Ids that depend on the title: those of two figures on a page must differ. Text stays text.
+    style: dict[Any, Any] = {
+        "svg.hashsalt": title,
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+    }
+    drawn = io.StringIO()
+    with matplotlib.rc_context(style):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    svg = drawn.getvalue()
+    return markupsafe.Markup(svg[svg.index("<svg") :])
 
 
 def reliability(pairs: Pairs, file: Path | str, bins: int = 10) -> None:

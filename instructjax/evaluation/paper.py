@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from instructjax.evaluation.figures import blank_figure
-from instructjax.evaluation.report import Section, Table, finished_svg
+from instructjax.evaluation.figures import blank_figure, finished_svg
+from instructjax.evaluation.report import Section, Table
 
 STAGES = {  # stage of a run -> its name on the page, in the order of the paper's Figure 1
     "pretrain": "base",

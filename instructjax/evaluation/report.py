@@ -6,7 +6,6 @@
 The page needs no network. What models wrote is escaped: it is never run as markup.
 """
 
-import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jinja2
-import markupsafe
 import numpy as np
 import tyro
 
 from instructjax import usage
-from instructjax.evaluation.figures import blank_figure, shown_label
+from instructjax.evaluation import figures
 from instructjax.run.flags import flat
 
 _SAMPLES = 300  # rows of a table of samples
@@ -65,7 +63,7 @@ class Section:
     text: str = ""
     about: Sequence[tuple[str, str]] = ()  # (name, value)
     tables: Sequence[Table] = ()
-    figures: Sequence[str] = ()  # of `draw`; empty ones are left out
+    figures: Sequence[str] = ()  # SVGs; empty ones are left out
 
 
 @dataclass(frozen=True)
@@ -129,9 +127,7 @@ def write_for(directory: Path) -> None:
 def page(runs: Sequence[RunData]) -> str:
     """The page of some runs, as HTML."""
     several = len(runs) > 1
-    sections = []
-    if several:
-        sections.append(Section("Flags", tables=[differing_flags(runs)]))
+    sections = [Section("Flags", tables=[differing_flags(runs)])] if several else []
     for run in runs:
         tables = list(result_tables(run.results))
         sections.append(Section(run.name if several else "", about=_about(run), tables=tables))
@@ -223,35 +219,23 @@ def _text(value: Any) -> str:
 
 def draw_panel(title: str, runs: Sequence[RunData], keys: Sequence[str]) -> str:
     """An SVG of some metrics of all runs against the step; empty if none was logged."""
-    figure = blank_figure(4.6, 3.0, fit_margins=False)
-    axes = figure.add_subplot()
+    lines = {}
     for run in runs:
         for key in keys:
-            points = _points(run, "step", key)
-            if len(points) < 2:
-                continue
-            window = max(1, len(points) // 50)  # where there are many noisy points, their mean
-            mean = np.convolve(points[:, 1], np.full(window, 1 / window), mode="valid")
-            x, every = points[window - 1 :, 0], max(1, len(mean) // _POINTS)
             label = key if len(runs) == 1 else f"{run.name}: {key}"
-            marker = "." if len(points) <= 30 else ""
-            shown = shown_label(label)
-            axes.plot(x[::every], mean[::every], marker=marker, label=shown, linewidth=1.3)
-    return finished_svg(figure, axes, title, "step", title)
+            mean = figures.smoothed(_points(run, "step", key))
+            lines[label] = mean[:: max(1, len(mean) // _POINTS)]
+    return figures.lines_svg(title, lines, "step", title)
 
 
 def draw_frontier(column: str, runs: Sequence[RunData]) -> str:
     """An SVG of validation scores against the square root of KL; empty if none was logged."""
-    figure = blank_figure(4.6, 3.0, fit_margins=False)
-    axes = figure.add_subplot()
+    lines = {}
     for run in runs:
-        points = _points(run, "validation/kl", f"validation/{column}")
-        if len(points) > 1:
-            distance = np.sqrt(np.maximum(points[:, 0], 0))
-            label = shown_label(run.name)
-            axes.plot(distance, points[:, 1], marker=".", label=label, linewidth=1.3)
+        kl, value = _points(run, "validation/kl", f"validation/{column}").T
+        lines[run.name] = np.stack([np.sqrt(np.maximum(kl, 0)), value], axis=1)
     x_label = "square root of KL from the SFT model, in nats"
-    return finished_svg(figure, axes, f"{column} against KL", x_label, column)
+    return figures.lines_svg(f"{column} against KL", lines, x_label, column)
 
 
 def _points(run: RunData, x: str, y: str) -> np.ndarray:
@@ -259,30 +243,6 @@ def _points(run: RunData, x: str, y: str) -> np.ndarray:
     pairs = [(row[x], row[y]) for row in run.metrics if x in row and y in row]
     finite = [pair for pair in pairs if all(isinstance(v, int | float) for v in pair)]
     return np.array([pair for pair in finite if all(map(math.isfinite, pair))]).reshape(-1, 2)
-
-
-def finished_svg(figure: Any, axes: Any, title: str, x_label: str, y_label: str) -> str:
-    """The SVG of a figure with one panel, safe within a page; empty if nothing was drawn."""
-    import matplotlib  # see `blank_figure` for why it is not imported above
-
-    if not axes.lines:
-        return ""
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
-    figure.subplots_adjust(left=0.17, right=0.97, bottom=0.16, top=0.9)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
-    # Ids that depend on the title: those of two figures on a page must differ. Text stays text.
-    style: dict[Any, Any] = {
-        "svg.hashsalt": title,
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-    }
-    drawn = io.StringIO()
-    with matplotlib.rc_context(style):
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    svg = drawn.getvalue()
-    return markupsafe.Markup(svg[svg.index("<svg") :])
 
 
 # ------------------------------------------------------------------------------ samples, flags
