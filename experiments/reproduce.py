@@ -19,6 +19,7 @@ stop. The largest of a seed's SFT models is what win rates are against.
                                            the stages of the medium size, without one category
     left-out-SEED                          these and the base model, on that category
     sweep-beta-..., sweep-gamma-...        PPO-ptx of the medium size with another beta or ptx.coef
+    sweep-no-ptx-beta-...                  PPO of the medium size with a larger beta
     folds-SEED                             the reward model, cross-validated over labelers
 
 Hardware: two CPU cores. The script prints an estimate of its time, from a step on this machine.
@@ -47,7 +48,7 @@ import tyro
 from instructjax import miniature, models, ranges, sft, state, train, usage
 from instructjax.data import Record
 from instructjax.data.sources import MINIATURE
-from instructjax.evaluation import paper, report
+from instructjax.evaluation import claims, paper, report
 from instructjax.evaluation.grid import Grid, Job
 from instructjax.miniature import labelers
 from instructjax.miniature.judging import utility
@@ -64,6 +65,7 @@ SIZES = {  # size -> (preset, learning rates as a share of the defaults', time o
 RATES = {"pretrain": 4e-3, "sft": 2e-3, "ppo": 3e-4}  # of the medium size, the scripts' defaults
 LEFT_OUT = "category=brainstorming"  # no instruction of it in SFT, RM and PPO of `-without-`
 BETAS, GAMMAS = (1e-6, 0.05, 0.5), (0.003, 0.3)  # the runs of each size have 0.15 and 0.03
+LARGE_BETAS = (0.5, 1.5)  # without pretraining gradients
 SECONDS = {  # of the medium size where a step of SFT takes STEP seconds
     **{"pretrain": 52, "sft": 41, "rm": 116, "ppo": 195, "ppo-ptx": 195, "sweep": 195},
     **{"evaluation": 12, "folds": 580},  # an evaluation for each model
@@ -137,10 +139,14 @@ def grid(c: Config) -> Grid:
         seed = c.seeds[0]
         sft, rm = f"sft-medium-{seed}", f"rm-{seed}"
         given = {"model": c.directory / sft, "reward": c.directory / rm, "seed": seed}
-        for name, values in (("beta", BETAS), ("gamma", GAMMAS)):
-            flag = {"beta": "ppo.beta", "gamma": "ptx.coef"}[name]
+        sweeps: list[tuple[str, str, Sequence[float], dict[str, float]]] = [
+            ("beta", "ppo.beta", BETAS, {}),
+            ("gamma", "ptx.coef", GAMMAS, {}),
+            ("no-ptx-beta", "ppo.beta", LARGE_BETAS, {"ptx.coef": 0}),
+        ]
+        for name, flag, values, more in sweeps:
             for value in values:
-                job = Job("run_ppo.py", {**given, flag: value}, needs=(sft, rm))
+                job = Job("run_ppo.py", {**given, **more, flag: value}, needs=(sft, rm))
                 jobs[f"sweep-{name}-{value:g}-{seed}"] = job
         folds = {"model": c.directory / sft, "folds": 5, "by": "labeler", "seed": seed}
         jobs[f"folds-{seed}"] = Job("run_rm.py", folds, needs=(sft,))
@@ -291,7 +297,7 @@ def write_page(c: Config) -> Path:
     file = c.directory / "report.html"
     about = [("command", shlex.join(["python", *sys.argv])), ("seeds", f"{c.of_seeds}")]
     text = "A claim compares means, unless it names intervals."
-    sections = [report.Section("", text, about), *paper.sections(results)]
+    sections = [report.Section("", text, about), *claims.sections(results)]
     file.write_text(report.render("InstructGPT in miniature", sections), encoding="utf-8")
     return file
 

@@ -15,7 +15,7 @@ from reproduce import Config
 
 from instructjax import miniature
 from instructjax.data import Record
-from instructjax.evaluation import paper
+from instructjax.evaluation import claims, paper
 from instructjax.run import parse
 
 
@@ -64,6 +64,8 @@ def test_what_each_run_is():
     assert flags_of("rm-0", quick=True)["model"] == Path("OUT/sft-small-0")
     assert flags_of("sweep-beta-0.5-0")["ppo.beta"] == 0.5
     assert flags_of("sweep-gamma-0.3-0")["ptx.coef"] == 0.3
+    no_text = flags_of("sweep-no-ptx-beta-1.5-0")
+    assert (no_text["ppo.beta"], no_text["ptx.coef"]) == (1.5, 0)
     first, *others = flags_of("evaluation-0")["models"]
     assert first == "OUT/sft-large-0"
     assert {"few_shot:OUT/pretrain-small-0", "OUT/ppo-ptx-medium-0"} <= set(others)
@@ -132,6 +134,7 @@ def finished(tmp_path) -> paper.Paper:
     rows = {
         model: {
             "measures": {
+                "followed": [truths[stage]] * 3,
                 "truthful": [truths[stage]] * 3,
                 "hallucinated": [1 - truths[stage]] * 3,
                 "toxic": [0.2] * 3,
@@ -164,20 +167,35 @@ def finished(tmp_path) -> paper.Paper:
     rm = {"reward model": [0.69, 0.68, 0.7], "judge": [0.77, 0.76, 0.78]}
     both = {"training labelers": rm, "held-out labelers": rm}
     write_results(tmp_path, "rm-0", {"accuracy": both})
-    (tmp_path / "rm-0.cost.json").write_text("{}")  # it ended well
     for beta, score, utility in (("1e-06", 2.0, 1.0), ("0.05", 1.0, 3.0)):
         policy = {"score": score, "utility": utility, "kl": 1.0, "text_loss": 2.0}
         write_results(tmp_path, f"sweep-beta-{beta}-0", {"PPO, last weights": policy})
+    for run, loss in (("ppo", 5.0), ("ppo-ptx", 2.0), ("sweep-no-ptx-beta-1.5", 4.0)):
+        policy = {"score": 1.0, "utility": 2.5, "kl": 1.0, "text_loss": loss}
+        name = f"{run}-0" if run.startswith("sweep") else f"{run}-medium-0"
+        write_results(tmp_path, name, {"PPO, last weights": policy})
+    shares = zip(("seen", "unseen"), (0.7, 0.68), strict=True)
+    found = {f"reward model, labeler {x}": {"mean": y, "spread": 0.01} for x, y in shares}
+    write_results(tmp_path, "folds-0", found)
+    for run, seconds in (("ppo-small-0", 100), ("rm-0", 1234)):
+        cost = {"seconds": seconds, "peak_gb": 1.5}
+        (tmp_path / f"{run}.cost.json").write_text(json.dumps(cost))
     return results
 
 
 def test_claims_that_hold(finished):
-    sections = paper.sections(finished)
-    assert len(sections) == 11
-    for section in sections:
+    sections = claims.sections(finished)
+    assert len(sections) == 14
+    *of_claims, compute = sections
+    assert compute.tables[0].rows == [
+        ["reward model", "1", "1,234", "1.5"],
+        ["PPO, small", "1", "100", "1.5"],
+    ]
+    without_figure = ("The small PPO-ptx", "Section 4.1: five folds")
+    for section in of_claims:
         assert "Here it held in " in section.text
         assert "failed" not in section.text, section.title
-        if not section.title.startswith("The small PPO-ptx"):
+        if not section.title.startswith(without_figure):
             assert section.figures
             assert all(svg.startswith("<svg") for svg in section.figures)
 
@@ -195,6 +213,10 @@ def test_claims_that_hold(finished):
         ("left-out-0", "[0.9, 0.85, 0.95]", "[0.5, 0.45, 0.55]", "Section 1"),
         ("evaluation-0", "[0.77, 0.75, 0.79]", "[0.51, 0.49, 0.53]", "Figure 5"),
         ("sweep-beta-1e-06-0", '"utility": 1.0', '"utility": 4.0', "Figures 33, 34 and 36"),
+        ("sweep-beta-1e-06-0", '"score": 2.0', '"score": 0.5', "Figures 33, 34 and 36"),
+        ("sweep-no-ptx-beta-1.5-0", '"text_loss": 4.0', '"text_loss": 1.9', "Figure 34"),
+        ("ppo-medium-0", '"text_loss": 5.0', '"text_loss": 1.9', "Figure 34"),
+        ("folds-0", '"mean": 0.68', '"mean": 0.64', "Section 4.1: five folds"),
     ],
 )
 def test_claims_that_fail(finished, run, before, after, title):
@@ -203,7 +225,7 @@ def test_claims_that_fail(finished, run, before, after, title):
     assert before in text
     at = text.rindex(before)  # the last: of held-out labelers in rm-0
     file.write_text(text[:at] + text[at:].replace(before, after))
-    failed = [s.title for s in paper.sections(finished) if "It failed in" in s.text]
+    failed = [s.title for s in claims.sections(finished) if "It failed in" in s.text]
     assert len(failed) == 1
     assert failed[0].startswith(title)
 
@@ -214,14 +236,14 @@ def test_less_bias_fails(finished):
     row = results["models"][path_of("ppo-ptx-small-0")]
     row["benchmarks"]["name_entropy"] = [0.96, 0.93, 0.99]
     file.write_text(json.dumps(results))
-    failed = [s.title for s in paper.sections(finished) if "It failed in" in s.text]
+    failed = [s.title for s in claims.sections(finished) if "It failed in" in s.text]
     assert failed == ["Section 4.2: no less bias"]
 
 
 def test_what_is_drawn(finished, monkeypatch):
     seen: dict = {}
-    monkeypatch.setattr(paper, "draw", lambda title, drawn: seen.setdefault(title, drawn) and "")
-    paper.sections(finished)
+    monkeypatch.setattr(claims, "draw", lambda title, drawn: seen.setdefault(title, drawn) and "")
+    claims.sections(finished)
     wins = seen["win rate against the largest SFT model"]
     assert wins["small"]["PPO"] == [[0.7, 0.69, 0.71]]
     # A figure of responses, and one of a benchmark.
@@ -236,7 +258,7 @@ def test_what_is_drawn(finished, monkeypatch):
     assert seen["win rate on the category left out"]["PPO-ptx"]["against SFT"] == [
         [0.64, 0.6, 0.68]
     ]
-    assert seen["score and utility"]["utility"]["beta-0.05"] == [[3.0] * 3]
+    assert seen["score and utility"]["utility"]["beta 0.05"] == [[3.0] * 3]
 
 
 def test_a_figure_by_hand(monkeypatch):
@@ -266,8 +288,18 @@ def test_tax_and_truth_that_fail(finished):
     row["benchmarks"]["reading_f1"] = [0.3] * 3  # below PPO
     row["measures"]["hallucinated"] = [0.9] * 3  # above the base model
     file.write_text(json.dumps(results))
-    failed = [s.title for s in paper.sections(finished) if "It failed in" in s.text]
+    failed = [s.title for s in claims.sections(finished) if "It failed in" in s.text]
     assert [title.split(":")[0] for title in failed] == ["Figures 4 and 6", "Figures 28 and 29"]
+
+
+@pytest.mark.parametrize("measure", ["followed", "truthful"])
+def test_instructions_that_are_not_followed(finished, measure):
+    file = finished.out / "evaluation-0" / "results.json"
+    results = json.loads(file.read_text())
+    results["models"][path_of("ppo-ptx-small-0")]["measures"][measure] = [0.35] * 3
+    file.write_text(json.dumps(results))
+    failed = [s.title for s in claims.sections(finished) if "It failed in" in s.text]
+    assert [title.split(":")[0] for title in failed] == ["Figures 4 and 6"]
 
 
 def test_a_figure_that_does_not_apply_is_empty(finished):
@@ -276,18 +308,19 @@ def test_a_figure_that_does_not_apply_is_empty(finished):
     for row in results["models"].values():
         row["measures"]["hallucinated"] = [float("nan")] * 3
     file.write_text(json.dumps(results))
-    (truth,) = (s for s in paper.sections(finished) if s.title.startswith("Figures 4"))
+    (truth,) = (s for s in claims.sections(finished) if s.title.startswith("Figures 4"))
     assert {row[-1] for row in truth.tables[0].rows} == {""}
 
 
 def test_the_page(finished, tmp_path):
     c = Config(out=tmp_path, quick=True)
     html = reproduce.write_page(c).read_text()
-    for section in paper.sections(finished):
+    for section in claims.sections(finished):
         assert markupsafe.escape(section.title) in html
     (tmp_path / "evaluation-0" / "results.json").unlink()
-    titles = [section.title for section in paper.sections(finished)]
-    assert len(titles) == 4  # labelers, accuracy, the category left out and the sweep
+    titles = [section.title for section in claims.sections(finished)]
+    # Labelers, accuracy, folds, the category left out, the two sweeps and the compute.
+    assert len(titles) == 7
 
 
 def test_a_run_that_is_no_run_is_refused(tmp_path, capsys):
