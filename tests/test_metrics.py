@@ -18,7 +18,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from rich.console import Console
 
-from instructjax.evaluation.figures import plot_curves
+from instructjax.evaluation.figures import plot_curves, smoothed
 from instructjax.run import Run, RunConfig
 from instructjax.run import run as run_module
 from instructjax.run.log import Log
@@ -272,6 +272,17 @@ def test_curves_are_drawn(tmp_path):
     for colour in (blue, orange):
         assert (np.abs(left - colour).max(-1) < 0.02).sum() > 50
     assert (np.abs(right - blue).max(-1) < 0.02).sum() == 0  # "not logged"
+
+
+def test_a_running_mean_by_hand():
+    few = np.array([[1, 5.0], [4, 7.0]])
+    np.testing.assert_array_equal(smoothed(few), few)
+    assert len(smoothed(np.zeros((0, 2)))) == 0
+    many = np.stack([10 * np.arange(150), np.arange(150) ** 2], axis=1)
+    mean = smoothed(many)  # over three points, at the last of them
+    assert mean.shape == (148, 2)
+    assert mean[0].tolist() == [20, pytest.approx((0 + 1 + 4) / 3)]
+    assert mean[-1].tolist() == [1490, pytest.approx((147**2 + 148**2 + 149**2) / 3)]
 
 
 def test_a_full_disk_is_named_with_the_log(tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ def finished(tmp_path) -> paper.Paper:
         policy = {"score": score, "utility": utility, "kl": 1.0, "text_loss": 2.0}
         write_results(tmp_path, f"sweep-beta-{beta}-0", {"PPO, last weights": policy})
     for run, loss in (("ppo", 5.0), ("ppo-ptx", 2.0), ("sweep-no-ptx-beta-1.5", 4.0)):
-        policy = {"score": 1.0, "utility": 2.5, "kl": 1.0, "text_loss": loss}
+        policy = {"score": 3.0, "utility": 2.5, "kl": 1.0, "text_loss": loss}
         name = f"{run}-0" if run.startswith("sweep") else f"{run}-medium-0"
         write_results(tmp_path, name, {"PPO, last weights": policy})
     shares = zip(("seen", "unseen"), (0.7, 0.68), strict=True)
@@ -259,6 +259,16 @@ def test_what_is_drawn(finished, monkeypatch):
         [0.64, 0.6, 0.68]
     ]
     assert seen["score and utility"]["utility"]["beta 0.05"] == [[3.0] * 3]
+
+
+def test_sweeps_are_in_the_order_of_their_values(tmp_path):
+    values = (10, 2, 0.5, 30, 1e-6, 4, 0.05)
+    for value in values:
+        write_results(tmp_path, f"sweep-gamma-{value:g}-0", {"PPO, last weights": {"kl": value}})
+    write_results(tmp_path, "sweep-gamma-3-1", {"PPO, last weights": {"kl": 3}})  # another seed
+    swept = paper.swept(paper.Paper(tmp_path, (0, 1), (), ()), "gamma")
+    assert list(swept) == [f"gamma {value:g}" for value in sorted(values)]
+    assert [policy["kl"] for policy in swept.values()] == sorted(values)
 
 
 def test_a_figure_by_hand(monkeypatch):
