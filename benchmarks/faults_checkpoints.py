@@ -6,7 +6,7 @@ A run of run_pretrain.py has ended with checkpoints 2, 4 and 5. Each trial copie
 file of the newest checkpoint or of the run directory, and resumes it. The result is compared with
 the run that nothing happened to: parameters, optimizer, metrics.jsonl and samples.jsonl.
 
-Hardware: two CPU cores; about ten minutes.
+Hardware: CPU; about 20 minutes of one core.
 Result: a Markdown table, a row for each file, with the number of ways that it was damaged and what
 happened; exit code 1 if a damage gave another result without a word.
 """
