@@ -428,6 +428,19 @@ libc.fclose(file)
     assert file.read_text().count("<heap nr=") == 1
 
 
+def test_free_memory_is_returned_once_a_minute(tmp_path, capsys, monkeypatch):
+    """Of steps that take 25 s each, after the third, the sixth and the ninth."""
+    module, now, returned = sys.modules[Run.__module__], [0.0], []
+    monkeypatch.setattr(
+        module, "return_memory", lambda of_small: returned.append((now[0], of_small))
+    )
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    with Run(Toy(out=tmp_path), stage="toy") as run:
+        for _ in run.steps(0, 10):
+            now[0] += 25
+    assert returned == [(75, True), (150, True), (225, True)]
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_a_large_process_returns_what_is_free():
     """Every second of 200 blocks of 1 MB is freed, so 100 MB lie free between the others. A block
@@ -450,6 +463,11 @@ del blocks[::2]
 before = resident()
 process.return_memory()
 small = before - resident()
+process.return_memory(of_small=True)
+asked = before - resident()
+blocks = [b"x" * 2**20 for _ in range(200)]
+del blocks[::2]
+before = resident()
 process.LARGE = 0
 process.return_memory()
 large = before - resident()
@@ -459,11 +477,12 @@ kept = min(faults(size) for _ in range(3))
 process.return_memory()
 anew = min(faults(size) for _ in range(3))
 obeyed = ctypes.CDLL(None).mallopt(process.MMAP_THRESHOLD, process.KEPT)
-print(small, large, kept, anew, obeyed)
+print(small, asked, large, kept, anew, obeyed)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    small, large, kept, anew, obeyed = map(float, done.stdout.split())
+    small, asked, large, kept, anew, obeyed = map(float, done.stdout.split())
     assert abs(small) < 10
+    assert asked > 80
     assert large > 80
     assert kept < 20
     assert anew > kept or not obeyed

@@ -129,7 +129,7 @@ def keep_memory() -> None:
             mallopt(mmap_max, 0)
 
 
-def return_memory() -> None:
+def return_memory(of_small: bool = False) -> None:
     """Gives the arena's free memory back to the system, if the process is large.
 
     Call this between the phases of a run. Their blocks differ in size, so the memory that one
@@ -137,12 +137,18 @@ def return_memory() -> None:
     at 124M parameters, and pages that are needed again must be brought in: a large part of a small
     process's step, so a small process keeps its memory. A large process also maps blocks above
     KEPT_IF_LARGE anew from then on. It does nothing where the C library is not glibc.
+
+    Args:
+      of_small: a small process gives its memory back too, for calls that are minutes apart. The
+        free blocks of an arena scatter, so that over an hour new ones find room only at its end.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):
         return
     # getrusage would give the peak, which a process inherits from the one that started it.
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    if pages * resource.getpagesize() > LARGE:
+    large = pages * resource.getpagesize() > LARGE
+    if large:
         libc.mallopt(MMAP_THRESHOLD, KEPT_IF_LARGE)
+    if large or of_small:
         libc.malloc_trim(0)

@@ -42,10 +42,17 @@ from instructjax.run.checkpoint import Checkpoints, abstract
 from instructjax.run.flags import RunConfig
 from instructjax.run.memory import Memory, ran_out
 from instructjax.run.metrics import MetricsWriter, ProgressLine, import_tracker, to_numbers
-from instructjax.run.process import Signals, cache_compilations, claim, keep_memory
+from instructjax.run.process import (
+    Signals,
+    cache_compilations,
+    claim,
+    keep_memory,
+    return_memory,
+)
 from instructjax.run.watchdog import Watchdog
 
 FINISHED, FAILED, RESUMABLE = 0, 1, hosts.RESUMABLE  # exit codes
+RETURN_EVERY = 60  # seconds of training after which a small process gives free memory back
 
 
 def main(fn: Callable[[], None]) -> NoReturn:
@@ -282,9 +289,12 @@ class Run:
         self._line.begin(start, total)
         self._watchdog.finished(start)
         self._set_outer_phase("compiling and running the first step")
-        self._clock = time.perf_counter()
+        self._clock = returned = time.perf_counter()
         try:
             for step in range(start + 1, total + 1):
+                if time.perf_counter() - returned > RETURN_EVERY:
+                    return_memory(of_small=True)
+                    returned = time.perf_counter()
                 if self.stopping and self._saved == step - 1:
                     sys.exit(RESUMABLE)
                 self._signals.before(step)
