@@ -78,9 +78,9 @@ class Config:
     Each has its mean reported under its own name. The miniature adds what its judge sees: whether
     a response follows its request, is truthful, invents something, is toxic."""
     benchmarks: Count | None = None
-    """Number of questions of each of the miniature's benchmarks of the alignment tax, which are
-    reported for each model. By default none are asked. `python -m instructjax.evaluation` has
-    benchmarks for other models."""
+    """Number of questions of each of the miniature's benchmarks, of the alignment tax and of bias,
+    which are reported for each model. By default none are asked. `python -m
+    instructjax.evaluation` has benchmarks for other models."""
     reference: str | None = None
     """Model that KL is measured from, such as runs/sft. By default none is measured."""
     best_of: tuple[Count, ...] = ()

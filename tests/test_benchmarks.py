@@ -121,17 +121,22 @@ def test_sigterm_stops_the_runs(tmp_path):
         "from instructjax.evaluation.grid import Grid, Job\n"
         f"Grid.command = lambda grid, name: [sys.executable, '-c', {child!r}]\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        "jobs = {'a': Job('', {}), 'b': Job('', {}, needs=('a',))}\n"
+        "jobs = {'a': Job('', {}), 'b': Job('', {})}\n"
         "Grid(pathlib.Path(), jobs, pathlib.Path()).run_all(['a', 'b'])\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", grid], cwd=tmp_path)
+    command = [sys.executable, "-c", grid]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 60
     while not (tmp_path / "ready").exists() and time.monotonic() < end:
         time.sleep(0.02)
     process.terminate()
-    assert process.wait(60) == 143
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert error == "a was stopped, and has saved\n"
     assert (tmp_path / "saved").exists()
     assert not (tmp_path / "b.log").exists()
+    assert not (tmp_path / "a.cost.json").exists()
+    assert json.loads((tmp_path / "a.spent.json").read_text())["seconds"] > 0
 
 
 def test_a_missing_data_set_is_named(tmp_path):

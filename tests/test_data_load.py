@@ -1,5 +1,6 @@
 """Tokens and their cache, limits, splits, TFDS and Hugging Face sets, and the commands."""
 
+import datetime
 import errno
 import json
 import subprocess
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from instructjax import ranges
 from instructjax.data import DataConfig, DataError, check, load, read, tokens
 from instructjax.data.__main__ import cli
+from instructjax.data.columns import spelled
 from instructjax.data.tokens import tokenise
 
 EOS = 256
@@ -355,7 +357,7 @@ def test_prompts_with_a_long_common_prefix_are_dropped(tmp_path):
 
 
 def test_rows_by_the_value_of_a_column(tmp_path):
-    kinds = ("chat", "open qa", None, 3, True, "chat")
+    kinds = ("chat", "open qa", None, 3.0, True, "chat")
     rows = [{"prompt": f"p{i}", "of": {"kind": kind}} for i, kind in enumerate(kinds)]
     spec = write(tmp_path / "a", *rows)
 
@@ -371,16 +373,31 @@ def test_rows_by_the_value_of_a_column(tmp_path):
     assert kept(without="of.kind=chat|3")[0] == ["p1", "p2", "p4"]
     assert kept(only="of.kind=open qa|null|true")[0] == ["p1", "p2", "p4"]
     assert kept(only="of.kind=chat|3", without="of.kind=chat")[0] == ["p3"]
-    assert "no row has" not in kept(without="of.kind=open qa")[1]
-    prompts, said = kept(without="of.kind=chatt")
-    assert len(prompts) == 6
-    assert "no row has a value of --data.without of.kind=chatt" in said
+    prompts, said = kept(without="of.kind=open qa")
+    assert len(prompts) == 5
+    assert "no row has" not in said
+    assert "nothing reads" not in said
+    prompts, said = kept(without="of.kind=chatt|chat")
+    assert len(prompts) == 4
+    assert "no row has 'chatt', which --data.without of.kind=chatt|chat names" in said
+    assert "no row has 'chat'" not in said
     with pytest.raises(DataError, match="no prompts are left"):
         kept(only="of.kind=chatt")
     for flag in ("only", "without"):
         with pytest.raises(DataError, match=rf"a:1: field 'kind': is missing, and --data\.{flag}"):
             kept(**{flag: "kind=chat"})
     assert kept(on_error="skip", only="of.kind=chat")[0] == ["p0", "p5"]
+    # A row that --data.only leaves out need not have the column of --data.without.
+    spec = write(tmp_path / "a", {"prompt": "p", "a": 1, "b": 2}, {"prompt": "q", "a": 2})
+    assert kept(only="a=1", without="b=3")[0] == ["p"]
+
+
+def test_what_a_filter_compares():
+    assert spelled(datetime.date(2026, 11, 30)) == "2026-11-30"
+    assert spelled([1, datetime.date(2026, 11, 30)]) == '[1, "2026-11-30"]'
+    assert [spelled(x) for x in (3.0, 0.5, False, None, "true")] == [
+        *("3", "0.5", "false", "null", "true")
+    ]
 
 
 @pytest.mark.parametrize("source", ["kind", "=chat", "kind=", "kind=a||b", "a=\udcff"])

@@ -304,6 +304,13 @@ def test_resume_compares_with_the_config_of_the_run(tmp_path):
     with pytest.raises(FileExistsError, match="holds a run"):
         compare(config)
     config = dataclasses.replace(config, resume=True)
+    # A version without a flag wrote the file: the flag had its default.
+    del record["config"]["data"]["only"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert compare(config) == []
+    only = dataclasses.replace(config.data, only="lang=en")
+    with pytest.raises(ValueError, match=r"\(data.only: '' -> 'lang=en'\)"):
+        compare(dataclasses.replace(config, data=only))
     with pytest.raises(ValueError, match=r"\(data.dedup: 1 -> 0\)"):
         compare(dataclasses.replace(config, data=DataConfig()))
     with pytest.raises(ValueError, match="stage: 'sft' -> 'rm'"):

@@ -251,7 +251,8 @@ def test_swapped_names():
 
 
 @pytest.mark.parametrize(
-    ("utility", "rating"), [(4, 7), (3.6, 7), (3.25, 6), (0.8, 4), (-2.2, 1), (-7, 1)]
+    ("utility", "rating"),
+    [(4, 7), (3.6, 7), (3.5, 7), (3.25, 6), (2.5, 6), (1.5, 5), (0.8, 4), (-2.2, 1), (-7, 1)],
 )
 def test_likert_by_hand(utility, rating):
     assert miniature.likert(utility) == rating

@@ -102,7 +102,7 @@ def test_ratings():
 def path_of(model: str) -> str:
     """The name of a model in the results of evaluate.py, which ran in another folder."""
     prefix, colon, run = model.rpartition(":")
-    return f"{prefix}{colon}../elsewhere/{run}"
+    return f"{prefix}{colon}../else:where/{run}"
 
 
 def write_results(out: Path, run: str, results: dict) -> None:
@@ -174,6 +174,11 @@ def finished(tmp_path) -> paper.Paper:
         policy = {"score": 3.0, "utility": 2.5, "kl": 1.0, "text_loss": loss}
         name = f"{run}-0" if run.startswith("sweep") else f"{run}-medium-0"
         write_results(tmp_path, name, {"PPO, last weights": policy})
+        given = {"ppo": {"beta": 0.15}, "ptx": {"coef": 0.03 if run == "ppo-ptx" else 0.0}}
+        (tmp_path / name / "config.json").write_text(json.dumps({"config": given}))
+    for gamma, loss in (("0.003", 3.0), ("0.3", 1.0)):
+        policy = {"score": 1.0, "utility": 2.0, "kl": 1.0, "text_loss": loss}
+        write_results(tmp_path, f"sweep-gamma-{gamma}-0", {"PPO, last weights": policy})
     shares = zip(("seen", "unseen"), (0.7, 0.68), strict=True)
     found = {f"reward model, labeler {x}": {"mean": y, "spread": 0.01} for x, y in shares}
     write_results(tmp_path, "folds-0", found)
@@ -185,7 +190,7 @@ def finished(tmp_path) -> paper.Paper:
 
 def test_claims_that_hold(finished):
     sections = claims.sections(finished)
-    assert len(sections) == 14
+    assert len(sections) == 15
     *of_claims, compute = sections
     assert compute.tables[0].rows == [
         ["reward model", "1", "1,234", "1.5"],
@@ -212,8 +217,10 @@ def test_claims_that_hold(finished):
         ("left-out-0", "[0.64, 0.6, 0.68]", "[0.5, 0.45, 0.55]", "Section 1"),
         ("left-out-0", "[0.9, 0.85, 0.95]", "[0.5, 0.45, 0.55]", "Section 1"),
         ("evaluation-0", "[0.77, 0.75, 0.79]", "[0.51, 0.49, 0.53]", "Figure 5"),
-        ("sweep-beta-1e-06-0", '"utility": 1.0', '"utility": 4.0', "Figures 33, 34 and 36"),
-        ("sweep-beta-1e-06-0", '"score": 2.0', '"score": 0.5', "Figures 33, 34 and 36"),
+        ("sweep-beta-1e-06-0", '"utility": 1.0', '"utility": 4.0', "Figure 36"),
+        ("sweep-beta-1e-06-0", '"score": 2.0', '"score": 0.5', "Figure 36"),
+        ("sweep-gamma-0.3-0", '"text_loss": 1.0', '"text_loss": 2.0', "Figure 33"),
+        ("sweep-gamma-0.003-0", '"text_loss": 3.0', '"text_loss": 1.5', "Figure 33"),
         ("sweep-no-ptx-beta-1.5-0", '"text_loss": 4.0', '"text_loss": 1.9', "Figure 34"),
         ("ppo-medium-0", '"text_loss": 5.0', '"text_loss": 1.9', "Figure 34"),
         ("folds-0", '"mean": 0.68', '"mean": 0.64', "Section 4.1: five folds"),
@@ -242,7 +249,10 @@ def test_less_bias_fails(finished):
 
 def test_what_is_drawn(finished, monkeypatch):
     seen: dict = {}
-    monkeypatch.setattr(claims, "draw", lambda title, drawn: seen.setdefault(title, drawn) and "")
+    monkeypatch.setattr(
+        claims, "draw", lambda title, drawn, order=(): seen.setdefault(title, drawn)
+    )
+    monkeypatch.setattr(paper, "draw", claims.draw)  # of `draw_sweep`
     claims.sections(finished)
     wins = seen["win rate against the largest SFT model"]
     assert wins["small"]["PPO"] == [[0.7, 0.69, 0.71]]
@@ -258,7 +268,16 @@ def test_what_is_drawn(finished, monkeypatch):
     assert seen["win rate on the category left out"]["PPO-ptx"]["against SFT"] == [
         [0.64, 0.6, 0.68]
     ]
-    assert seen["score and utility"]["utility"]["beta 0.05"] == [[3.0] * 3]
+    utility = seen["score and utility, by beta"]["utility"]
+    assert utility == {
+        "beta 1e-06": [[1.0] * 3],
+        "beta 0.05": [[3.0] * 3],
+        "beta 0.15": [[2.5] * 3],
+    }
+    losses = seen["loss on text and score, by gamma"]["text loss"]
+    assert losses == {f"gamma {x}": [[y] * 3] for x, y in ((0.003, 3.0), (0.03, 2.0), (0.3, 1.0))}
+    text = seen["loss on text, nats a token"]["text loss"]
+    assert list(text) == ["beta 0.15", "beta 1.5", "PPO-ptx"]
 
 
 def test_sweeps_are_in_the_order_of_their_values(tmp_path):
@@ -266,9 +285,14 @@ def test_sweeps_are_in_the_order_of_their_values(tmp_path):
     for value in values:
         write_results(tmp_path, f"sweep-gamma-{value:g}-0", {"PPO, last weights": {"kl": value}})
     write_results(tmp_path, "sweep-gamma-3-1", {"PPO, last weights": {"kl": 3}})  # another seed
-    swept = paper.swept(paper.Paper(tmp_path, (0, 1), (), ()), "gamma")
-    assert list(swept) == [f"gamma {value:g}" for value in sorted(values)]
-    assert [policy["kl"] for policy in swept.values()] == sorted(values)
+    write_results(tmp_path, "default", {"PPO, last weights": {"kl": 3.5}})
+    (tmp_path / "default" / "config.json").write_text('{"config": {"ptx": {"coef": 3.5}}}')
+    results = paper.Paper(tmp_path, (0, 1), (), ())
+    swept = paper.swept(results, "gamma", "ptx.coef", "default")
+    ordered = sorted([*values, 3.5])
+    assert list(swept) == [f"gamma {value:g}" for value in ordered]
+    assert [policy["kl"] for policy in swept.values()] == ordered
+    assert paper.swept(results, "beta", "ptx.coef", "default") == {}  # no sweep, no default
 
 
 def test_a_figure_by_hand(monkeypatch):
@@ -276,19 +300,19 @@ def test_a_figure_by_hand(monkeypatch):
     seen: list = []
     monkeypatch.setattr(paper, "finished_svg", lambda figure, axes, *labels: seen.append(axes))
     drawn = paper.lines()
+    drawn["large"]["PPO"] += [[0.9, 0.8, 1.0]]
     drawn["small"]["SFT"] += [[0.2, 0.1, 0.3], [0.4, 0.3, 0.6]]
     drawn["large"]["SFT"] += [[0.7, 0.6, 0.8]]
-    drawn["large"]["PPO"] += [[0.9, 0.8, 1.0]]
-    paper.draw("wins", drawn)
+    paper.draw("wins", drawn, ["few-shot", "SFT"])
     (axes,) = seen
-    small, large = axes.lines
+    large, small = axes.lines
     assert [label.get_text() for label in axes.get_xticklabels()] == ["SFT", "PPO"]
-    np.testing.assert_allclose(small.get_xydata(), [[-0.06, 0.3]])
-    np.testing.assert_allclose(large.get_xydata(), [[0.06, 0.7], [1.06, 0.9]])
+    np.testing.assert_allclose(large.get_xydata(), [[-0.06, 0.7], [0.94, 0.9]])
+    np.testing.assert_allclose(small.get_xydata(), [[0.06, 0.3]])
     bars = [bar for part in axes.collections for bar in part.get_segments()]
-    spans = [([0.1, 0.3]), ([0.3, 0.6]), ([0.6, 0.8]), ([0.8, 1.0])]
+    spans = [[0.6, 0.8], [0.8, 1.0], [0.1, 0.3], [0.3, 0.6]]
     np.testing.assert_allclose([bar[:, 1] for bar in bars], spans)
-    assert bars[0][0, 0] < -0.06 < bars[1][0, 0] < bars[2][0, 0] < 0.5
+    assert -0.06 < bars[2][0, 0] < 0.06 < bars[3][0, 0] < 0.5
 
 
 def test_tax_and_truth_that_fail(finished):
@@ -329,8 +353,8 @@ def test_the_page(finished, tmp_path):
         assert markupsafe.escape(section.title) in html
     (tmp_path / "evaluation-0" / "results.json").unlink()
     titles = [section.title for section in claims.sections(finished)]
-    # Labelers, accuracy, folds, the category left out, the two sweeps and the compute.
-    assert len(titles) == 7
+    # Labelers, accuracy, folds, the category left out, the three sweeps and the compute.
+    assert len(titles) == 8
 
 
 def test_a_run_that_is_no_run_is_refused(tmp_path, capsys):

@@ -469,6 +469,8 @@ blocks = [b"x" * 2**20 for _ in range(200)]
 del blocks[::2]
 before = resident()
 process.LARGE = 0
+process.return_memory(of_small=True)
+assert abs(before - resident()) < 10
 process.return_memory()
 large = before - resident()
 process.keep_memory()

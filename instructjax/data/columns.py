@@ -209,17 +209,24 @@ def parse_columns(columns: str, fields: tuple[str, ...]) -> dict[str, Column]:
     return parsed
 
 
-def parse_filter(source: str, flag: str) -> tuple[str, Callable[[Any], bool]]:
-    """`column=value|value` -> (column, whether a value of it is one of these).
-
-    Strings are compared as they are, all else in the form that JSON gives it.
+def parse_filter(source: str, flag: str) -> tuple[str, tuple[str, ...]]:
+    """`column=value|value` -> (column, values).
 
     Raises:
       ValueError: the source has another form, or holds half of a surrogate pair.
     """
     check_unicode(flag, source)
     column, equals, rest = source.partition("=")
-    values = rest.split("|")
+    values = tuple(rest.split("|"))
     if not column or not equals or not all(values):
         raise ValueError(f"{flag} {source}: is not of the form column=value or column=value|value")
-    return column, lambda x: (x if isinstance(x, str) else json.dumps(x)) in values
+    return column, values
+
+
+def spelled(value: Any) -> str:
+    """A value as `parse_filter` has it: a string as it is, `true`, `null`, 3 also for 3.0."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None or isinstance(value, bool | int | float | list | dict):
+        return json.dumps(value, default=str)
+    return str(value)

@@ -26,8 +26,8 @@ class DataConfig:
     number that is negative where the first of two responses is better `ranks=preference:signed`.
     Fields not given here are found by their conventional names."""
     only: str = ""
-    """Rows to read, by the value of a column: `lang=en`, or `category=open_qa|closed_qa` for one of
-    several. The column may be a path, and numbers, booleans and null are written as in JSON. By
+    """Rows to read, by the value of a column: `lang=en`, or `'category=open_qa|closed_qa'` for one
+    of several. The column may be a path, and numbers, booleans and null are written as in JSON. By
     default all rows are read."""
     without: str = ""
     """Rows to leave out, by the value of a column, in the form of `only`: `category=brainstorming`.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from instructjax.data import template as templates
-from instructjax.data.columns import lookup, parse_columns, parse_filter
+from instructjax.data.columns import lookup, parse_columns, parse_filter, spelled
 from instructjax.data.config import DataConfig
 from instructjax.data.dialogue import Messages, expand_tree, is_tree, parse_anthropic
 from instructjax.data.errors import DataError, Report, check_unicode
@@ -198,8 +198,9 @@ def _read(
         try:
             if isinstance(row, DataError):
                 raise row
-            if unwanted := [each.name for each in filters if not each.keeps(row, where)]:
-                report.count("left out", f"by {unwanted[0]}")
+            unwanted = next((each for each in filters if not each.keeps(row, where)), None)
+            if unwanted is not None:
+                report.count("left out", f"by {unwanted.name}")
                 continue
             tree = kind != "text" and is_tree(row)
             parts = expand_tree(row, kind, where, report) if tree else [row]
@@ -207,8 +208,10 @@ def _read(
         except DataError as error:
             report.bad(error)
     for each in filters:
-        if not each.matched:
-            report.log(f"{report.name}: no row has a value of {each.name}")
+        for column in (each.column, each.column.partition(".")[0]):
+            report.unread.pop(column, None)
+        for value in each.unmatched:
+            report.log(f"{report.name}: no row has {value!r}, which {each.name} names")
     if config.dedup:
         records = _deduplicate(records, config.dedup, report)
     # The miniature makes its own splits, by customer.
@@ -222,19 +225,19 @@ class _Filter:
 
     Attributes:
       name: the flag and its value.
-      matched: whether a row had one of the values.
+      unmatched: the values that no row had.
     """
 
     def __init__(self, flag: str, source: str, wanted: bool):
-        self.name, self.matched = f"{flag} {source}", False
-        self._flag, self._wanted = flag, wanted
-        self._column, self._matches = parse_filter(source, flag)
+        self.name, self._flag, self._wanted = f"{flag} {source}", flag, wanted
+        self.column, self._values = parse_filter(source, flag)
+        self.unmatched = set(self._values)
 
     def keeps(self, row: Any, where: str) -> bool:
         """Whether a row is read. Raises DataError if it lacks the column."""
-        matches = self._matches(_value(row, self._column, where, self._flag))
-        self.matched |= matches
-        return matches == self._wanted
+        value = spelled(_value(row, self.column, where, self._flag))
+        self.unmatched.discard(value)
+        return (value in self._values) == self._wanted
 
 
 def _value(row: Any, column: str, where: str, flag: str) -> Any:

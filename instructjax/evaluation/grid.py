@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from instructjax import hosts
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Grid:
     ) -> bool:
         """Makes a run with its output in OUT/NAME.log, unless it has finished before.
 
-        OUT/NAME.cost.json gets its seconds and its largest memory.
+        OUT/NAME.cost.json gets its seconds, those of starts that were stopped included, and its
+        largest memory. Until it ends well, they are in OUT/NAME.spent.json.
 
         Args:
           cores: processor cores that it may use; None: all.
@@ -87,7 +91,11 @@ class Grid:
             print(f"{name} has finished before", flush=True)
             return True
         print(f"{time.strftime('%H:%M')} {name}", flush=True)
-        began, log = time.perf_counter(), self.out / f"{name}.log"
+        log, spent = self.out / f"{name}.log", self.out / f"{name}.spent.json"
+        cost = {"seconds": 0.0, "peak_gb": 0.0}
+        if spent.exists():
+            cost = json.loads(spent.read_text())
+        began = time.perf_counter()
         with log.open("a") as file:
             process = subprocess.Popen(self.command(name), stdout=file, stderr=file)
             started(process)
@@ -95,11 +103,17 @@ class Grid:
                 os.sched_setaffinity(process.pid, cores)
             _, status, usage = os.wait4(process.pid, 0)  # unlike wait(), says how much memory
             process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        cost["seconds"] += time.perf_counter() - began
+        cost["peak_gb"] = max(cost["peak_gb"], usage.ru_maxrss / 1e6)
+        if process.returncode == hosts.RESUMABLE:
+            print(f"{name} was stopped, and has saved", file=sys.stderr, flush=True)
+        elif process.returncode:
             print(f"{name} failed:\n{log.read_text()[-2000:]}", file=sys.stderr, flush=True)
+        if process.returncode:
+            spent.write_text(json.dumps(cost) + "\n")
             return False
-        cost = {"seconds": time.perf_counter() - began, "peak_gb": usage.ru_maxrss / 1e6}
         (self.out / f"{name}.cost.json").write_text(json.dumps(cost) + "\n")
+        spent.unlink(missing_ok=True)
         return True
 
     def run_all(self, names: Sequence[str], at_once: int = 1) -> list[str]:
@@ -119,26 +133,42 @@ class Grid:
         waiting, finished = list(names), set[str]()
         running: dict[Any, tuple[str, set[int] | None]] = {}
         processes: list[subprocess.Popen[bytes]] = []
+        stopping, lock = threading.Event(), threading.Lock()
+
+        def started(process: subprocess.Popen[bytes]) -> None:
+            with lock:
+                processes.append(process)
+                if stopping.is_set():
+                    _stop(process)
+
         with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-            while True:
-                ready = [name for name in waiting if set(self.jobs[name].needs) <= finished]
-                for name in ready[: len(shares)]:
-                    share = shares.pop()
-                    waiting.remove(name)
-                    running[pool.submit(self.run, name, share, processes.append)] = name, share
-                if not running:
-                    return [name for name in names if name not in finished]
-                first = concurrent.futures.FIRST_COMPLETED
-                try:
-                    done, _ = concurrent.futures.wait(running, return_when=first)
-                except SystemExit:
+            try:
+                while True:
+                    ready = [name for name in waiting if set(self.jobs[name].needs) <= finished]
+                    for name in ready[: len(shares)]:
+                        share = shares.pop()
+                        waiting.remove(name)
+                        running[pool.submit(self.run, name, share, started)] = name, share
+                    if not running:
+                        return [name for name in names if name not in finished]
+                    done, _ = concurrent.futures.wait(
+                        running, return_when=concurrent.futures.FIRST_COMPLETED
+                    )
+                    for future in done:
+                        name, share = running.pop(future)
+                        shares.append(share)
+                        if future.result():
+                            finished.add(name)
+            except SystemExit:
+                with lock:
+                    stopping.set()
                     for process in processes:
-                        if process.returncode is None:  # not poll(), which `run`'s wait4 would miss
-                            with suppress(ProcessLookupError):
-                                os.kill(process.pid, signal.SIGTERM)
-                    raise
-                for future in done:
-                    name, share = running.pop(future)
-                    shares.append(share)
-                    if future.result():
-                        finished.add(name)
+                        _stop(process)
+                raise
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, if the process still runs. Not by `send_signal`, which `Grid.run` would miss."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)

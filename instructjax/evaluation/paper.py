@@ -15,6 +15,7 @@ import numpy as np
 
 from instructjax.evaluation.figures import blank_figure, finished_svg
 from instructjax.evaluation.report import Section, Table
+from instructjax.run.flags import flat
 
 STAGES = {  # stage of a run -> its name on the page, in the order of the paper's Figure 1
     "pretrain": "base",
@@ -68,8 +69,8 @@ class Paper:
 
 def _run(name: str) -> str:
     """`few_shot:OUT/run` as `few_shot:run`: another start may have given OUT in another form."""
-    prefix, colon, path = name.rpartition(":")
-    return f"{prefix}{colon}{Path(path).name}"
+    path = name.removeprefix("few_shot:")
+    return f"{name.removesuffix(path)}{Path(path).name}"
 
 
 def by_stage(
@@ -113,15 +114,24 @@ def policy_of(paper: Paper, run: str) -> Mapping[str, float] | None:
     return None if results is None else results["PPO, last weights"]
 
 
-def swept(paper: Paper, flag: str) -> dict[str, Mapping[str, float]]:
-    """`beta 0.5` -> the policy of `sweep-beta-0.5-SEED`, of the first seed, by rising value."""
-    start, end = f"sweep-{flag}-", f"-{paper.seeds[0]}"
+def swept(paper: Paper, name: str, flag: str, default: str) -> dict[str, Mapping[str, float]]:
+    """`beta 0.5` -> the policy of `sweep-beta-0.5-SEED`, of the first seed, by rising value.
+
+    Args:
+      name: of the sweep, which ends in that of the flag: `beta`, `no-ptx-beta`.
+      flag: the flag, dotted as in config.json.
+      default: a run of the grid with the same other flags. It is added, if some of the sweep are.
+    """
+    start, end = f"sweep-{name}-", f"-{paper.seeds[0]}"
     found = {}
     for path in paper.out.glob(f"{start}*{end}"):
         if (policy := policy_of(paper, path.name)) is not None:
             found[float(path.name.removeprefix(start).removesuffix(end))] = policy
-    name = flag.removeprefix("no-ptx-")
-    return {f"{name} {value:g}": found[value] for value in sorted(found)}
+    if found and (policy := policy_of(paper, default)) is not None:
+        config = flat(json.loads((paper.out / default / "config.json").read_text()))
+        found[float(config[f"config.{flag}"])] = policy
+    short = name.rpartition("-")[2]
+    return {f"{short} {value:g}": found[value] for value in sorted(found)}
 
 
 def sweep_rows(policies: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
@@ -150,17 +160,35 @@ def lines() -> Lines:
     return defaultdict(lambda: defaultdict(list))
 
 
-def draw(title: str, drawn: Lines) -> str:
-    """An SVG of lines through the means over seeds, with a bar for each seed's interval."""
+def draw_sweep(
+    title: str, policies: Mapping[str, Mapping[str, float]], columns: Sequence[str]
+) -> str:
+    """An SVG with a line for each column of SWEPT."""
+    drawn = lines()
+    for column in columns:
+        for name, policy in policies.items():
+            drawn[SWEPT[column]][name].append([policy[column]] * 3)
+    return draw(title, drawn)
+
+
+def draw(title: str, drawn: Lines, order: Sequence[str] = ()) -> str:
+    """An SVG of lines through the means over seeds, with a bar for each seed's interval.
+
+    Args:
+      order: places on the axis that come first; others follow as they are found.
+    """
     figure = blank_figure(4.6, 3.0, fit_margins=False)
     axes = figure.add_subplot()
-    places = list(dict.fromkeys(place for line in drawn.values() for place in line))
+    found = dict.fromkeys(place for line in drawn.values() for place in line)
+    places = [place for place in dict.fromkeys((*order, *found)) if place in found]
     for number, (name, line) in enumerate(drawn.items()):
         beside = 0.12 * (number - (len(drawn) - 1) / 2)  # so that no line covers another's bars
-        x = np.array([places.index(place) for place in line]) + beside
-        means = [np.mean([estimate[0] for estimate in line[place]]) for place in line]
+        at_place = sorted(line, key=places.index)
+        x = np.array([places.index(place) for place in at_place]) + beside
+        means = [np.mean([estimate[0] for estimate in line[place]]) for place in at_place]
         (plotted,) = axes.plot(x, means, marker="o", markersize=4, linewidth=1, label=name)
-        for at, estimates in zip(x, line.values(), strict=True):
+        for at, place in zip(x, at_place, strict=True):
+            estimates = line[place]
             beside = 0.03 * (np.arange(len(estimates)) - (len(estimates) - 1) / 2)
             _, low, high = np.array(estimates).T
             axes.vlines(at + beside, low, high, color=plotted.get_color(), linewidth=1)

@@ -6,6 +6,7 @@ by `agreement` (InstructGPT, section 3.4: 72.6 +- 1.5 % among training labelers)
 
 import functools
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,9 +72,10 @@ def rate(labeler: Labeler, record: dict[str, Any], responses: Sequence[str]) -> 
 def likert(value: float) -> int:
     """A utility as a rating from 1 to 7, without noise: InstructGPT's overall quality (Table 3).
 
-    A perfect response has 7. Another has 1 less for each GRADE of utility that it lacks.
+    A perfect response has 7. Another has 1 less for each GRADE of utility that it lacks; a half
+    counts upwards.
     """
-    return min(7, max(1, round(7 - (GOLD.followed - value) / GRADE)))
+    return min(7, max(1, math.floor(7.5 - (GOLD.followed - value) / GRADE)))
 
 
 def rank(labeler: Labeler, record: dict[str, Any], responses: Sequence[str]) -> list[int]:

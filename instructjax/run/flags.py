@@ -288,6 +288,7 @@ def compare(config: RunConfig, stage: str, directory: epath.Path) -> list[str]:
         return []
     try:
         old, new = flat(json.loads(file.read_text())), flat(_record(config, stage))
+        old = _defaults(config) | old  # what wrote the file may have been without some flags
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{file}: damaged, so that --resume cannot compare the flags. Remove it to continue"
@@ -325,6 +326,18 @@ def _record(config: RunConfig, stage: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{x: version(x) for x in PACKAGES}},
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
     }
+
+
+def _defaults(config: Any, prefix: str = "config.") -> dict[str, Any]:
+    """The flags with a default, dotted where nested, in the form of config.json."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            found |= _defaults(value, f"{name}.")
+        elif field.default is not dataclasses.MISSING:
+            found[name] = json.loads(json.dumps(field.default, default=str))
+    return found
 
 
 def refuse_bucket(flag: str, path: Path | str, expected: str) -> None:

@@ -139,8 +139,9 @@ def return_memory(of_small: bool = False) -> None:
     KEPT_IF_LARGE anew from then on. It does nothing where the C library is not glibc.
 
     Args:
-      of_small: a small process gives its memory back too, for calls that are minutes apart. The
-        free blocks of an arena scatter, so that over an hour new ones find room only at its end.
+      of_small: a small process gives its memory back instead, for calls that are minutes apart.
+        The free blocks of an arena scatter, so that over an hour new ones find room only at its
+        end.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):
@@ -148,7 +149,8 @@ def return_memory(of_small: bool = False) -> None:
     # getrusage would give the peak, which a process inherits from the one that started it.
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     large = pages * resource.getpagesize() > LARGE
+    if large == of_small:
+        return
     if large:
         libc.mallopt(MMAP_THRESHOLD, KEPT_IF_LARGE)
-    if large or of_small:
-        libc.malloc_trim(0)
+    libc.malloc_trim(0)
