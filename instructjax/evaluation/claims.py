@@ -195,7 +195,9 @@ def left_out(paper: Paper) -> Section | None:
 
 def public_tasks(paper: Paper) -> Section | None:
     """Figure 5."""
+    stages = ("pretrain", "few_shot:pretrain", "sft-public", "sft", "ppo", "ppo-ptx")
     names = {**STAGES, "sft-public": "SFT on public tasks"}
+    names = {stage: names[stage] for stage in stages}
     rows, verdicts, drawn = [], [], lines()
     for seed in paper.seeds:
         models = {stage: paper.model(stage, "medium", seed) for stage in names}

@@ -5,6 +5,7 @@ A run is named after its stage, the size of its model and its seed: `ppo-ptx-sma
 
 import json
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -192,7 +193,9 @@ def draw(title: str, drawn: Lines, order: Sequence[str] = ()) -> str:
             beside = 0.03 * (np.arange(len(estimates)) - (len(estimates) - 1) / 2)
             _, low, high = np.array(estimates).T
             axes.vlines(at + beside, low, high, color=plotted.get_color(), linewidth=1)
-    axes.set_xticks(range(len(places)), [place.replace(", ", ",\n") for place in places])
+    axes.set_xticks(
+        range(len(places)), [textwrap.fill(place, 10) for place in places], fontsize="small"
+    )
     return finished_svg(figure, axes, title, "", "")
 
 
