@@ -75,8 +75,9 @@ class Config:
     beside its utility, and --best_of chooses by it. By default none is measured."""
     measure: tuple[str, ...] = ()
     """More figures of each response, such as toxicity: functions or reward models as for --gold.
-    Each has its mean reported under its own name. The miniature adds what its judge sees: whether
-    a response follows its request, is truthful, invents something, is toxic."""
+    Each has its mean reported under its own name. The miniature adds what its judge sees: a
+    rating from 1 to 7, and whether a response follows its request, is truthful, invents something,
+    is toxic."""
     benchmarks: Count | None = None
     """Number of questions of each of the miniature's benchmarks, of the alignment tax and of bias,
     which are reported for each model. By default none are asked. `python -m

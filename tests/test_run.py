@@ -429,7 +429,7 @@ libc.fclose(file)
 
 
 def test_free_memory_is_returned_once_a_minute(tmp_path, capsys, monkeypatch):
-    """Of steps that take 25 s each, after the third, the sixth and the ninth."""
+    """Each step takes 25 s, so that memory is returned after the third, sixth and ninth."""
     module, now, returned = sys.modules[Run.__module__], [0.0], []
     monkeypatch.setattr(
         module, "return_memory", lambda of_small: returned.append((now[0], of_small))
