@@ -231,12 +231,12 @@ class _Filter:
     def __init__(self, flag: str, source: str, wanted: bool):
         self.name, self._flag, self._wanted = f"{flag} {source}", flag, wanted
         self.column, self._values = parse_filter(source, flag)
-        self.unmatched = set(self._values)
+        self.unmatched = dict.fromkeys(self._values)  # in their order
 
     def keeps(self, row: Any, where: str) -> bool:
         """Whether a row is read. Raises DataError if it lacks the column."""
         value = spelled(_value(row, self.column, where, self._flag))
-        self.unmatched.discard(value)
+        self.unmatched.pop(value, None)
         return (value in self._values) == self._wanted
 
 
