@@ -18,7 +18,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from rich.console import Console
 
-from instructjax.evaluation.figures import plot_curves, smoothed
+from instructjax.evaluation.figures import lines_svg, plot_curves, smoothed
 from instructjax.run import Run, RunConfig
 from instructjax.run import run as run_module
 from instructjax.run.log import Log
@@ -272,6 +272,13 @@ def test_curves_are_drawn(tmp_path):
     for colour in (blue, orange):
         assert (np.abs(left - colour).max(-1) < 0.02).sum() > 50
     assert (np.abs(right - blue).max(-1) < 0.02).sum() == 0  # "not logged"
+
+
+def test_small_numbers_leave_room_for_the_label():
+    svg = lines_svg("learning rate", {"x": np.array([[0, 0], [9, 3e-4]])}, "step", "learning rate")
+    ticks = re.findall(r">([\d.]+)</text>", svg)
+    assert "3.0" in ticks
+    assert max(map(len, ticks)) <= 4
 
 
 def test_a_running_mean_by_hand():

@@ -97,6 +97,7 @@ def finished_svg(figure: Any, axes: Any, title: str, x_label: str, y_label: str)
     if not axes.lines:
         return ""
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5))  # 0.00030 would push the label out
     figure.subplots_adjust(left=0.17, right=0.97, bottom=0.16, top=0.9)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
