@@ -23,7 +23,8 @@ stop. The largest of a seed's SFT models is what win rates are against.
     folds-SEED                             the reward model, cross-validated over labelers
 
 Hardware: two CPU cores. The script prints an estimate of its time, from a step on this machine.
-Result: OUT/report.html, which has each claim of the paper beside what came out here.
+Result: report.html and report.md in --results, which have each claim of the paper beside what came
+out here.
 """
 
 import concurrent.futures
@@ -31,6 +32,7 @@ import functools
 import json
 import multiprocessing
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -88,6 +90,10 @@ class Config:
     runs: tuple[str, ...] = ()
     """Runs to make, with those that they need: a name, or how names begin, such as ppo-ptx.
     By default all."""
+    results: Path | None = None
+    """Directory of the page, and of the results of each finished run, without its model. A run
+    whose results are there is made again only if another run needs its model, so a grid can be
+    finished on another machine. By default --out."""
     dry_run: bool = False
     """Print the commands and stop."""
 
@@ -102,6 +108,11 @@ class Config:
         if self.out is not None:
             return self.out.expanduser()
         return Path("runs/paper-quick" if self.quick else "runs/paper")
+
+    @property
+    def results_directory(self) -> Path:
+        """--results or its default."""
+        return self.directory if self.results is None else self.results.expanduser()
 
     @property
     def public_tasks(self) -> Path:
@@ -150,7 +161,13 @@ def grid(c: Config) -> Grid:
                 jobs[f"sweep-{name}-{value:g}-{seed}"] = job
         folds = {"model": c.directory / sft, "folds": 5, "by": "labeler", "seed": seed}
         jobs[f"folds-{seed}"] = Job("run_rm.py", folds, needs=(sft,))
-    return Grid(c.directory, jobs, EXPERIMENTS)
+    return Grid(c.directory, jobs, scripts())
+
+
+def scripts() -> Path:
+    """experiments/, as a path from the current directory if it is below that."""
+    here = Path.cwd()
+    return EXPERIMENTS.relative_to(here) if EXPERIMENTS.is_relative_to(here) else EXPERIMENTS
 
 
 def add_models(c: Config, jobs: dict[str, Job], seed: int) -> None:
@@ -223,7 +240,7 @@ def add_evaluations(c: Config, jobs: dict[str, Job], seed: int) -> None:
         compare(f"{tone}-{seed}", trained, asked)
     ends = [f"{stage}-{size}-{seed}" for size in c.sizes for stage in ("sft", "ppo-ptx")]
     for group in ("training", "held_out"):
-        judge = {"gold": f"{Path(__file__).resolve()}:{group}_labelers"}
+        judge = {"gold": f"{scripts() / Path(__file__).name}:{group}_labelers"}
         compare(f"{group.replace('_', '-')}-labelers-{seed}", ends, judge)
     if not c.quick:
         stages = ("sft-without", "pretrain", "ppo-ptx-without")
@@ -288,42 +305,65 @@ def measured_step() -> float:
     return min(times[1:])
 
 
-# ------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------- results and page
+
+
+def has_results(c: Config, name: str) -> bool:
+    """Whether the results of a run are in --results: its cost is written last."""
+    return (c.results_directory / f"{name}.cost.json").exists()
+
+
+def keep_results(c: Config, runs: Grid) -> None:
+    """Copies to --results what the page needs of the finished runs below --out."""
+    for name in runs.jobs:
+        if runs.has_finished(name) and not has_results(c, name):
+            for part in (f"{name}/results.json", f"{name}/config.json", f"{name}.cost.json"):
+                if (written := c.directory / part).exists():
+                    kept = c.results_directory / part
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(written, kept)
 
 
 def write_page(c: Config) -> Path:
-    """OUT/report.html, with what has finished."""
-    results = paper.Paper(c.directory, c.of_seeds, c.sizes, c.bases)
-    file = c.directory / "report.html"
+    """report.html and report.md in --results, with what has finished. Returns the first."""
+    results = paper.Paper(c.results_directory, c.of_seeds, c.sizes, c.bases)
+    title, text = "InstructGPT in miniature", "A claim compares means, unless it names intervals."
     about = [("command", shlex.join(["python", *sys.argv])), ("seeds", f"{c.of_seeds}")]
-    text = "A claim compares means, unless it names intervals."
     sections = [report.Section("", text, about), *claims.sections(results)]
-    file.write_text(report.render("InstructGPT in miniature", sections), encoding="utf-8")
+    paper.write_markdown(title, sections, results.out)
+    file = results.out / "report.html"
+    file.write_text(report.render(title, sections), encoding="utf-8")
     return file
 
 
 def main(c: Config) -> None:
     """Makes the runs, and writes the page of those that have finished."""
     runs = grid(c)
-    names = runs.chosen(c.runs)
+    chosen = runs.chosen(c.runs)
     if c.dry_run:
-        for name in names:
+        for name in chosen:
             print(shlex.join(["python", *runs.command(name)[1:]]))
         return
-    c.directory.mkdir(parents=True, exist_ok=True)
+    for directory in (c.directory, c.results_directory):
+        directory.mkdir(parents=True, exist_ok=True)
     with c.public_tasks.open("w", encoding="utf-8") as file:
         for row in miniature.public_tasks(0, MINIATURE["demonstrations"]):
             file.write(json.dumps(row) + "\n")
-    missing = [name for name in names if not runs.has_finished(name)]
-    if missing:
+    keep_results(c, runs)  # of a start that was killed
+    wanted = [name for name in chosen if not has_results(c, name)]
+    needed = runs.chosen(wanted) if wanted else []
+    if missing := [name for name in needed if not runs.has_finished(name)]:
         # In a process of its own: this one must not hold the devices that the runs need.
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
             share = pool.submit(measured_step).result() / STEP
         left = timedelta(seconds=round(share * sum(seconds(x, runs.jobs[x]) for x in missing)))
-        print(f"{len(missing)} of {len(names)} runs are to be made: about {left}", flush=True)
+        print(f"{len(missing)} of {len(chosen)} runs are to be made: about {left}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the run too
-    unfinished = runs.run_all(names)
+    try:
+        unfinished = runs.run_all(needed)
+    finally:
+        keep_results(c, runs)
     print(f"wrote {write_page(c)}")
     if unfinished:
         sys.exit(f"error: not finished: {', '.join(unfinished)}; the same command goes on")
@@ -334,6 +374,7 @@ def cli(argv: Sequence[str] | None = None) -> None:
 
     def check(config: Config) -> None:
         checks.check_directory("--out", config.directory)
+        checks.check_directory("--results", config.results_directory)
         grid(config).chosen(config.runs)
 
     main(usage.read(lambda: tyro.cli(Config, **keywords), check))

@@ -15,7 +15,7 @@ from reproduce import Config
 
 from instructjax import miniature
 from instructjax.data import Record
-from instructjax.evaluation import claims, paper
+from instructjax.evaluation import claims, paper, report
 from instructjax.run import parse
 
 
@@ -364,23 +364,110 @@ def test_a_run_that_is_no_run_is_refused(tmp_path, capsys):
     assert "--runs pppo: not one of pretrain-small-0" in capsys.readouterr().err
 
 
-def test_finished_runs_are_not_made_again(finished, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """The names of the runs that are asked for. None is made, and sft-small-0 has not finished."""
     executor = concurrent.futures.ThreadPoolExecutor
     monkeypatch.setattr(reproduce, "measured_step", lambda: 2 * reproduce.STEP)
     monkeypatch.setattr(
         reproduce.concurrent.futures, "ProcessPoolExecutor", lambda n, mp_context: executor(n)
     )
-    asked = []
+    names: list[str] = []
     monkeypatch.setattr(
-        reproduce.Grid, "run_all", lambda grid, names: asked.extend(names) or ["sft-small-0"]
+        reproduce.Grid, "run_all", lambda grid, given: names.extend(given) or ["sft-small-0"]
     )
+    return names
+
+
+def test_finished_runs_are_not_made_again(finished, tmp_path, capsys, asked):
     flags = ["--quick", "--out", f"{tmp_path}", "--runs", "rm"]
     with pytest.raises(SystemExit, match="not finished: sft-small-0"):
         reproduce.cli(flags)
     printed = capsys.readouterr().out
     # Pretraining and SFT of the small size take half of 52 and 41 seconds; this is half as fast.
     assert "2 of 3 runs are to be made: about 0:01:33" in printed
-    assert asked == ["pretrain-small-0", "sft-small-0", "rm-0"]
+    assert asked == ["pretrain-small-0", "sft-small-0"]
     assert (tmp_path / "report.html").exists()
     written = (tmp_path / "public_tasks.jsonl").read_text().splitlines()
     assert list(map(json.loads, written)) == miniature.public_tasks(0, 8000)
+
+
+def test_a_grid_is_finished_elsewhere(finished, tmp_path, asked):
+    """A run whose results are there is made again only if another needs its model."""
+    flags = ["--quick", "--out", f"{tmp_path / 'new'}", "--results", f"{tmp_path}"]
+    with pytest.raises(SystemExit):
+        reproduce.cli([*flags, "--runs", "ppo"])  # needs the reward model
+    assert asked == ["pretrain-small-0", "sft-small-0", "rm-0", "ppo-ptx-small-0"]
+    asked.clear()
+    with pytest.raises(SystemExit):
+        reproduce.cli([*flags, "--runs", "rm"])
+    assert asked == ["pretrain-small-0", "sft-small-0"]
+    assert (tmp_path / "report.html").exists()
+    assert not (tmp_path / "new" / "report.html").exists()
+
+
+def test_results_without_models(tmp_path, asked):
+    out, results = tmp_path / "out", tmp_path / "results"
+    write_results(out, "ppo-small-0", {"a": 1})
+    for file in ("config.json", "metrics.jsonl"):
+        (out / "ppo-small-0" / file).write_text(file)
+    write_results(out, "ppo-ptx-small-0", {"a": 1})  # has not finished
+    for run in ("ppo-small-0", "pretrain-small-0"):  # the latter has no results.json
+        (out / f"{run}.cost.json").write_text('{"seconds": 1, "peak_gb": 1}')
+    with pytest.raises(SystemExit):
+        reproduce.cli(["--quick", "--out", f"{out}", "--results", f"{results}"])
+    kept = [str(path.relative_to(results)) for path in results.rglob("*-0*") if path.is_file()]
+    kept += [str(path.relative_to(results)) for path in (results / "ppo-small-0").iterdir()]
+    assert sorted(kept) == [
+        "ppo-small-0.cost.json",
+        "ppo-small-0/config.json",
+        "ppo-small-0/results.json",
+        "pretrain-small-0.cost.json",
+    ]
+    (out / "ppo-small-0" / "results.json").write_text("made again")
+    with pytest.raises(SystemExit):
+        reproduce.cli(["--quick", "--out", f"{out}", "--results", f"{results}"])
+    assert json.loads((results / "ppo-small-0" / "results.json").read_text()) == {"a": 1}
+
+
+def test_paths_of_the_scripts_are_short(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    grid = reproduce.grid(Config(quick=True))
+    assert Path(grid.command("rm-0")[1]).is_absolute()
+    monkeypatch.chdir(reproduce.EXPERIMENTS.parent)
+    grid = reproduce.grid(Config(quick=True))
+    assert grid.command("rm-0")[1] == "experiments/run_rm.py"
+    gold = grid.jobs["held-out-labelers-0"].flags["gold"]
+    assert gold == "experiments/reproduce.py:held_out_labelers"
+
+
+def test_the_page_as_markdown(tmp_path):
+    table = report.Table("rates", ("", "a"), [["x", "1 %"], ["y", "2 %"]])
+    parts = [
+        report.Section("", "Text.", [("seed", "0")]),
+        report.Section("Figure 1: a < b", "Why.", tables=[table], figures=["", "<svg>1</svg>"]),
+    ]
+    paper.write_markdown("Title", parts, tmp_path)
+    assert (
+        (tmp_path / "report.md").read_text()
+        == """# Title
+
+Text.
+
+- seed: `0`
+
+## Figure 1: a < b
+
+Why.
+
+rates:
+
+|  | a |
+| --- | --- |
+| x | 1 % |
+| y | 2 % |
+
+![Figure 1: a < b](figures/figure-1-a-b-1.svg)
+"""
+    )
+    assert (tmp_path / "figures" / "figure-1-a-b-1.svg").read_text() == "<svg>1</svg>"

@@ -5,6 +5,7 @@ A run is named after its stage, the size of its model and its seed: `ppo-ptx-sma
 
 import json
 import math
+import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -207,3 +208,23 @@ def percent(estimate: Estimate | None) -> str:
 
 def plain(estimate: Estimate | None) -> str:
     return "" if estimate is None else "{:.2f} ({:.2f} to {:.2f})".format(*estimate)
+
+
+def write_markdown(title: str, sections: Sequence[Section], directory: Path) -> None:
+    """Writes a page without samples as DIRECTORY/report.md, and its figures, which are SVG files in
+    DIRECTORY/figures."""
+    (directory / "figures").mkdir(exist_ok=True)
+    blocks = [f"# {title}"]
+    for part in sections:
+        blocks += [f"## {part.title}"] if part.title else []
+        blocks += [part.text, *(f"- {name}: `{value}`" for name, value in part.about)]
+        for table in part.tables:
+            rows = [table.columns, ["---"] * len(table.columns), *table.rows]
+            shown = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            blocks += [f"{table.title}:", shown] if table.title else [shown]
+        slug = re.sub(r"\W+", "-", part.title.lower()).strip("-")
+        for number, svg in enumerate(filter(None, part.figures), start=1):
+            file = f"figures/{slug}-{number}.svg"
+            (directory / file).write_text(svg, encoding="utf-8")
+            blocks.append(f"![{part.title}]({file})")
+    (directory / "report.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
