@@ -416,6 +416,8 @@ def test_results_without_models(tmp_path, asked):
         (out / f"{run}.cost.json").write_text('{"seconds": 1, "peak_gb": 1}')
     with pytest.raises(SystemExit):
         reproduce.cli(["--quick", "--out", f"{out}", "--results", f"{results}"])
+    assert "ppo-ptx-small-0" in asked
+    assert "ppo-small-0" not in asked
     kept = [str(path.relative_to(results)) for path in results.rglob("*-0*") if path.is_file()]
     kept += [str(path.relative_to(results)) for path in (results / "ppo-small-0").iterdir()]
     assert sorted(kept) == [
@@ -428,6 +430,36 @@ def test_results_without_models(tmp_path, asked):
     with pytest.raises(SystemExit):
         reproduce.cli(["--quick", "--out", f"{out}", "--results", f"{results}"])
     assert json.loads((results / "ppo-small-0" / "results.json").read_text()) == {"a": 1}
+
+
+def test_results_of_a_grid_that_is_stopped(tmp_path, asked, monkeypatch):
+    out, results = tmp_path / "out", tmp_path / "results"
+
+    def stopped(grid, names):
+        write_results(out, "rm-0", {})
+        (out / "rm-0.cost.json").write_text("{}")
+        raise SystemExit(143)
+
+    monkeypatch.setattr(reproduce.Grid, "run_all", stopped)
+    with pytest.raises(SystemExit, match="143"):
+        reproduce.cli(["--quick", "--out", f"{out}", "--results", f"{results}"])
+    assert (results / "rm-0" / "results.json").exists()
+
+
+def test_results_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        reproduce.cli(["--out", f"{tmp_path}", "--results", f"{tmp_path / 'file'}"])
+    assert end.value.code == 2
+    assert f"--results {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_a_finished_grid_makes_its_page_again(tmp_path, asked, monkeypatch):
+    for name in reproduce.grid(Config(quick=True)).jobs:
+        (tmp_path / f"{name}.cost.json").write_text('{"seconds": 1, "peak_gb": 1}')
+    monkeypatch.setattr(reproduce.Grid, "run_all", lambda grid, names: names)
+    reproduce.cli(["--quick", "--out", f"{tmp_path}"])
+    assert (tmp_path / "report.html").exists()
 
 
 def test_paths_of_the_scripts_are_short(monkeypatch, tmp_path):
