@@ -414,8 +414,9 @@ def test_results_without_models(tmp_path, asked):
     write_results(out, "ppo-ptx-small-0", {"a": 1})  # has not finished
     for run in ("ppo-small-0", "pretrain-small-0"):  # the latter has no results.json
         (out / f"{run}.cost.json").write_text('{"seconds": 1, "peak_gb": 1}')
+    flags = ["--quick", "--out", f"{out}", "--results", f"{results}", "--runs", "ppo"]
     with pytest.raises(SystemExit):
-        reproduce.cli(["--quick", "--out", f"{out}", "--results", f"{results}"])
+        reproduce.cli(flags)
     assert "ppo-ptx-small-0" in asked
     assert "ppo-small-0" not in asked
     kept = [str(path.relative_to(results)) for path in results.rglob("*-0*") if path.is_file()]
@@ -428,7 +429,7 @@ def test_results_without_models(tmp_path, asked):
     ]
     (out / "ppo-small-0" / "results.json").write_text("made again")
     with pytest.raises(SystemExit):
-        reproduce.cli(["--quick", "--out", f"{out}", "--results", f"{results}"])
+        reproduce.cli(flags)
     assert json.loads((results / "ppo-small-0" / "results.json").read_text()) == {"a": 1}
 
 
