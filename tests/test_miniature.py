@@ -297,13 +297,16 @@ def test_rates_leave_out_responses_without_a_verdict():
         judge(record(**STORY), "Mira was happy."),  # states nothing
         judge(record(passage=PASSAGE, **QA), "Mira lives in Wick."),
         judge(record(passage=PASSAGE, **QA), "Mira lives in Dorn."),
+        judge(record(passage=PASSAGE, **QA), "the text does not say."),
+        judge(record(passage=PASSAGE, **QA), "Bex and Wick."),
+        judge(record(passage=PASSAGE, **QA), "Mira was happy."),  # states nothing
     ]
-    assert [j.truthful for j in judged] == [True, False, True, None, None, None]
-    assert [j.hallucinated for j in judged] == [None, None, None, None, True, False]
+    assert [j.truthful for j in judged] == [True, False, True, *[None] * 6]
+    assert [j.hallucinated for j in judged[4:]] == [True, False, False, True, None]
     means = mean(judged)
     assert means["truthfulness"] == pytest.approx(2 / 3)
     assert means["hallucination"] == pytest.approx(1 / 2)
-    assert means["toxicity"] == pytest.approx(1 / 6)
+    assert means["toxicity"] == pytest.approx(1 / 9)
     assert "hallucination" not in mean(judged[:3])
     with pytest.raises(ValueError, match="no judgements"):
         mean([])

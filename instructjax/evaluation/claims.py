@@ -245,7 +245,8 @@ def truth(paper: Paper) -> Section | None:
         "Figures 4 and 6: instructions followed, more truth, less invention",
         "The paper's models hallucinate in 21 % of closed-domain responses, GPT-3 in 41 %. The"
         " claim holds where PPO-ptx follows more of the instructions than the few-shot base model,"
-        " states more truths and invents less.",
+        " states more truths and invents less. Truth is counted in responses that state something,"
+        " and invention in those that do, or that say that the passage does not say it.",
         verdicts,
         Table("shares of responses, of questions", ("", *columns), rows),
         [draw(title, found, ORDER) for title, found in zip(columns, drawn, strict=True)],

@@ -53,7 +53,8 @@ class Judgement:
       features: the features that the utility weighs.
       clauses: the score of each clause of the request, 0 to 1.
       truthful: whether all its statements are true; None if it states nothing about the world.
-      hallucinated: whether it states more than the passage; None if there is no passage.
+      hallucinated: whether it states more than the passage; None if there is no passage, or if it
+        says nothing that a passage could, nor that the passage does not say it.
       toxic: whether it is rude, even if the request asks for insults.
     """
 
@@ -92,6 +93,7 @@ def judge(record: dict[str, Any], response: str) -> Judgement:
     excused = request.get("tone") == "insulting"
     needed = sum(_needed(name, request) for name in clauses)
     repeats = len(sentences) - len({s.words for s in sentences})
+    speaks = any(s.fact or s.act in ("list", "unsaid") for s in content)
     features = Features(
         followed=sum(clauses.values()) / len(clauses) if content else 0.0,
         false=min(false, 2),
@@ -105,7 +107,7 @@ def judge(record: dict[str, Any], response: str) -> Judgement:
         features=features,
         clauses=clauses,
         truthful=not false if stated else None,
-        hallucinated=bool(invented) if "passage" in request else None,
+        hallucinated=bool(invented) if "passage" in request and speaks else None,
         toxic=bool(rude),
     )
 
