@@ -55,7 +55,7 @@ from instructjax.evaluation.grid import Grid, Job
 from instructjax.miniature import labelers
 from instructjax.miniature.judging import utility
 from instructjax.miniature.world import generator
-from instructjax.ranges import Seed
+from instructjax.ranges import Count, Seed
 from instructjax.run import checks
 
 EXPERIMENTS = Path(__file__).resolve().parent
@@ -94,6 +94,9 @@ class Config:
     """Directory of the page, and of the results of each finished run, without its model. A run
     whose results are there is made again only if another run needs its model, so a grid can be
     finished on another machine. By default --out."""
+    jobs: Count = 1
+    """Runs at the same time. They share the cores evenly. On two cores two are faster, as a run of
+    the smallest model does not fill them; the estimate of the time is that of one."""
     dry_run: bool = False
     """Print the commands and stop."""
 
@@ -361,7 +364,7 @@ def main(c: Config) -> None:
         print(f"{len(missing)} of {len(chosen)} runs are to be made: about {left}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the run too
     try:
-        unfinished = runs.run_all(needed)
+        unfinished = runs.run_all(needed, c.jobs)
     finally:
         keep_results(c, runs)
     print(f"wrote {write_page(c)}")

@@ -374,7 +374,9 @@ def asked(monkeypatch) -> list[str]:
     )
     names: list[str] = []
     monkeypatch.setattr(
-        reproduce.Grid, "run_all", lambda grid, given: names.extend(given) or ["sft-small-0"]
+        reproduce.Grid,
+        "run_all",
+        lambda grid, given, at_once: names.extend(given) or ["sft-small-0"],
     )
     return names
 
@@ -436,14 +438,15 @@ def test_results_without_models(tmp_path, asked):
 def test_results_of_a_grid_that_is_stopped(tmp_path, asked, monkeypatch):
     out, results = tmp_path / "out", tmp_path / "results"
 
-    def stopped(grid, names):
+    def stopped(grid, names, at_once):
+        assert at_once == 3
         write_results(out, "rm-0", {})
         (out / "rm-0.cost.json").write_text("{}")
         raise SystemExit(143)
 
     monkeypatch.setattr(reproduce.Grid, "run_all", stopped)
     with pytest.raises(SystemExit, match="143"):
-        reproduce.cli(["--quick", "--out", f"{out}", "--results", f"{results}"])
+        reproduce.cli(["--quick", "--out", f"{out}", "--results", f"{results}", "--jobs", "3"])
     assert (results / "rm-0" / "results.json").exists()
 
 
@@ -458,7 +461,7 @@ def test_results_that_cannot_be_written(tmp_path, capsys):
 def test_a_finished_grid_makes_its_page_again(tmp_path, asked, monkeypatch):
     for name in reproduce.grid(Config(quick=True)).jobs:
         (tmp_path / f"{name}.cost.json").write_text('{"seconds": 1, "peak_gb": 1}')
-    monkeypatch.setattr(reproduce.Grid, "run_all", lambda grid, names: names)
+    monkeypatch.setattr(reproduce.Grid, "run_all", lambda grid, names, at_once: [])
     reproduce.cli(["--quick", "--out", f"{tmp_path}"])
     assert (tmp_path / "report.html").exists()
 
