@@ -187,13 +187,41 @@ def test_a_reply_may_not_hold_an_end(tmp_path):
 
 
 def test_the_models_own_ends(tmp_path):
-    """Ids that only the model's config has end a response too."""
+    """Ids that only the model's config has end a response too. Other special tokens do not, and are
+    left out at the end of one."""
     tokenizer = tokenizer_of("qwen")
     spec = write(tmp_path / "a", {"prompt": "p", "completion": "Hi<|endoftext|>"})
-    for eos_ids, end in (((), "<|endoftext|><|im_end|>"), ((0,), "<|endoftext|>")):
+    for eos_ids, end in (((), "<|im_end|>"), ((0,), "<|endoftext|>")):
         config = DataConfig(spec, cache=None, template="plain")
         data = load(config, "demonstrations", tokenizer, eos_ids=eos_ids, log=str)
         assert tokenizer.decode(data.response[0, 0]) == "Hi" + end
+
+
+@pytest.mark.parametrize(
+    ("completion", "tokens"),
+    [
+        ("Hi <|endoftext|>\n<|im_end|> ", "Hi <|im_end|>"),
+        ("<|endoftext|> ends it", "<|endoftext|> ends it<|im_end|>"),
+        ("Hi\n", "Hi\n<|im_end|>"),
+        ("Hi <tool>", "Hi <tool><|im_end|>"),  # an added token that is not special
+    ],
+)
+def test_special_tokens_spelled_out_at_the_end(completion, tokens, tmp_path):
+    """As P3 has them: the `<|endoftext|>` of another model."""
+    tokenizer = chat_layouts.tokenizer("qwen")
+    tokenizer.add_tokens(["<tool>"])
+    config = DataConfig(
+        write(tmp_path / "a", {"prompt": "p", "completion": completion}),
+        cache=str(tmp_path / "cache"),
+        template="plain",
+    )
+    for _ in range(2):  # the second reads the cache
+        data = load(config, "demonstrations", tokenizer, log=str)
+        assert tokenizer.decode(data.response[0, 0]) == tokens
+    # The cache knows which tokens are special.
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    data = load(config, "demonstrations", tokenizer, log=str)
+    assert tokenizer.decode(data.response[0, 0]) == tokens.replace("<tool>", "")
 
 
 def test_a_reward_models_score_as_trained_and_as_a_rollout_ends(tmp_path, layout, tokenizer):

@@ -56,7 +56,8 @@ def tokenise(
     Args:
       tokenizer: a tokenizer of `transformers`; its Rust backend, if any, uses all cores.
       bos: begin with BOS if the tokenizer adds one; a BOS spelled out in the text is not doubled.
-      eos_id: end in this id, which is not doubled if the text ends in it.
+      eos_id: end in this id. If the text ends in it, or in a special token that is no end (P3 has
+        the `<|endoftext|>` of another model), spelled out, this is left out.
       end_ids: any of these ends the sequence too: what follows the first is left out.
       response: the texts go on from a prompt, so they get no space that they do not have.
       cache: folder of the cache, or None.
@@ -64,18 +65,20 @@ def tokenise(
       Spans of shape [texts].
     """
     begin = [tokenizer.bos_token_id] if bos and _adds_bos(tokenizer) else []
+    marks = () if eos_id is None else _end_marks(tokenizer, eos_id, end_ids)
     file = None
     if cache is not None and texts:
-        settings = json.dumps([begin, tokenizer.bos_token, eos_id, sorted(end_ids), response])
+        settings = json.dumps(
+            [begin, tokenizer.bos_token, eos_id, sorted(end_ids), marks, response]
+        )
         digest = _digest(texts, _fingerprint(tokenizer), settings)
         file = Path(paths.expand(cache)) / "tokens" / f"{digest}.tokens"
         if (spans := _load(file, len(texts), log)) is not None:
             return spans
     if begin:
         texts = [text.removeprefix(tokenizer.bos_token) for text in texts]
-    if eos_id is not None:  # as P3 and chat templates have it
-        spelled = tokenizer.convert_ids_to_tokens(eos_id)
-        texts = [_without(spelled, text) for text in texts]
+    if marks:
+        texts = [_without(marks, text) for text in texts]
     encode = _encoder(tokenizer)
     if response:
         encode = _continuing(encode)
@@ -159,9 +162,19 @@ def _adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("").input_ids
 
 
-def _without(eos: str, text: str) -> str:
-    """The text without an EOS spelled out at its end."""
-    return text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
+def _end_marks(tokenizer: Any, eos_id: int, end_ids: Collection[int]) -> tuple[str, ...]:
+    """How EOS is spelled, and each special token that ends no sequence."""
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    marks = {eos_id, *special} - ({*end_ids} - {eos_id})
+    return tuple(sorted(tokenizer.convert_ids_to_tokens(list(marks))))
+
+
+def _without(marks: tuple[str, ...], text: str) -> str:
+    """The text without the marks that are spelled out at its end."""
+    while (text_left := text.rstrip()).endswith(marks):
+        text = next(text_left.removesuffix(mark) for mark in marks if text_left.endswith(mark))
+    return text
 
 
 # --- the cache ---
