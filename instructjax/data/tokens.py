@@ -166,7 +166,7 @@ def _end_marks(tokenizer: Any, eos_id: int, end_ids: Collection[int]) -> tuple[s
     """How EOS is spelled, and each special token that ends no sequence."""
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-    marks = {eos_id, *special} - ({*end_ids} - {eos_id})
+    marks = special - ({*end_ids} - {eos_id})
     return tuple(sorted(tokenizer.convert_ids_to_tokens(list(marks))))
 
 
