@@ -6,9 +6,9 @@
     python benchmarks/real_model.py --model MODEL --data DATA --dry_run      # prints the commands
 
 MODEL is SmolLM2-135M-Instruct or another chat model. DATA is a folder with the data sets e2e_nlg,
-flagged_licence/e2e_human_ratings, oasst_100_trees, hh_harmless_base_test, dolly_hh_small and
-wikitext2_raw. Each run is a command of experiments/. A finished run is not made again, and a run
-that was stopped goes on.
+flagged_licence/e2e_human_ratings, oasst_100_trees, hh_harmless_base_test, dolly_hh_small,
+p3_t0_subset and wikitext2_raw. Each run is a command of experiments/. A finished run is not made
+again, and a run that was stopped goes on.
 
     e2e-rm         reward models on human ratings of restaurant descriptions, K = 5, for each seed
     e2e-folds      the same, each without a third of the labelers
@@ -17,6 +17,8 @@ that was stopped goes on.
     oasst-rm       reward models on halves A and B of OASST's ranked replies; B is the gold judge
     oasst-dpo      DPO on half A, judged by B
     oasst-ppo      PPO on other prompts of OASST against A, judged by B
+    public-sft     a policy from P3's public tasks, the data of T0
+    public         oasst-ppo against public-sft, judged by B: the paper's Figure 5
     hh-rm          a reward model on pairs of hh-rlhf, harmless-base, for each seed
     short-sft      a policy from demonstrations of at most 48 tokens
     one-sentence   PPO from short-sft against a Python function: one sentence, which ends
@@ -156,6 +158,18 @@ def grid(c: Config) -> Grid:
         needs=("oasst-rm-a", "oasst-rm-b"),
     )
 
+    tasks = {"data": f"jsonl:{c.data}/p3_t0_subset/*.jsonl.gz", "data.max_response": 96}
+    every["public-sft"] = Job("run_sft.py", {**of_model, **tasks, **sft})
+    models = ("oasst-ppo", "public-sft")
+    compared = {"models": [c.out / name for name in models], "prompts": 256, "batch_size": 32}
+    compared |= {"max_new_tokens": 96, "model_dtype": compute.get("model_dtype", "float32")}
+    every["public"] = Job(
+        "evaluate.py",
+        {**compared, **lottery, **gold},
+        needs=(*models, "oasst-rm-b"),
+        resumes=False,
+    )
+
     pairs = {"data": f"jsonl:{c.data}/hh_harmless_base_test/*.jsonl.gz", "data.on_error": "skip"}
     for seed in c.seeds:
         flags = {
@@ -264,6 +278,13 @@ def report(c: Config, runs: Grid) -> None:
         else:  # SFT
             lines = (c.out / name / "metrics.jsonl").read_text().splitlines()
             results = {"last step": json.loads(lines[-1])}
+        if "pairs" in results:  # of evaluate.py
+            results = {
+                f"{Path(pair['model']).name} against {Path(pair['against']).name}": {
+                    key: pair[key] for key in ("win_rate", "win_rate_at_equal_length")
+                }
+                for pair in results["pairs"]
+            }
         cost = c.out / f"{name}.cost.json"
         figures[name] = results | (json.loads(cost.read_text()) if cost.exists() else {})
         if name == "e2e-ppo":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import real_model
+import tyro
 from real_model import Config
 
 from instructjax.evaluation.grid import Grid, Job
@@ -30,11 +31,14 @@ def test_the_scripts_know_all_flags(tmp_path, size):
         argv = grid.command(name)[2:]
         if job.script == "swap_loss.py":
             flags = parse(script.DPO | script.GRPO | script.RLOO, {}, script.__doc__, argv)
+        elif job.script == "evaluate.py":
+            flags = tyro.cli(script.Config, args=argv, use_underscores=True)
+            assert {*flags.models, *flags.gold} == {str(c.out / need) for need in job.needs}
         else:
             flags = parse(script.Config, script.PRESETS, script.__doc__, argv)
             assert flags.preset == "small"
         assert flags.out == c.out / name
-        assert flags.resume
+        assert job.script == "evaluate.py" or flags.resume
         assert (flags.model_dtype == "bfloat16") == (size == "full")
         assert set(job.needs) <= set(grid.jobs)
 
@@ -52,7 +56,7 @@ def test_runs_are_chosen_with_what_they_need(tmp_path):
         grid.chosen(["oasst-pp"])
 
 
-def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypatch):
+def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypatch, capsys):
     script = (
         "import json, pathlib, sys\n"
         "out, need, log = map(pathlib.Path, sys.argv[1:4])\n"
@@ -90,6 +94,14 @@ def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypat
     assert results["sft"]["last step"] == {"step": 2, "loss": 0.5}
     assert (tmp_path / "log").read_text().split() == ["a", "b", "c"]
     assert set(results) == {"a", "b", "c", "sft"}
+    pair = {"model": "x/ours", "against": "y/theirs", "win_rate": [0.6, 0.5, 0.7]}
+    pair["win_rate_at_equal_length"] = [0.55, 0.5, 0.6]
+    (c.out / "a" / "results.json").write_text(json.dumps({"models": {}, "pairs": [pair]}))
+    capsys.readouterr()
+    real_model.report(c, grid)
+    results = json.loads((c.out / "results.json").read_text())
+    assert results["a"]["ours against theirs"]["win_rate"] == [0.6, 0.5, 0.7]
+    assert "ours against" in capsys.readouterr().out
 
 
 def test_where_a_run_fails_the_others_go_on(tmp_path, monkeypatch, capsys):
