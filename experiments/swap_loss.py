@@ -1,8 +1,9 @@
-"""Train by DPO, GRPO or RLOO, each in some forty lines: a file to read, to copy and to change.
+"""Train by DPO, GRPO, RLOO or RAFT, each in some forty lines: a file to read, copy and change.
 
     python experiments/swap_loss.py dpo                     # on the miniature's comparisons
     python experiments/swap_loss.py grpo --samples 8        # on its prompts and reward model
     python experiments/swap_loss.py rloo --reward my_file.py:my_function --data jsonl:prompts.jsonl
+    python experiments/swap_loss.py raft --samples 8        # SFT on the best of 8 samples
 
 An algorithm is a stream of data, a function that prepares a batch for its update, and a loss. The
 model that training starts from is the reference. There is no value net. See docs/swap-a-loss.md.
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ class Algorithm(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(SamplingConfig):
-    """The flags of all three algorithms."""
+    """The flags of all algorithms."""
 
     CURVES: ClassVar[tuple[str, ...]] = ()  # the metrics that curves.png shows
     FIXED = (*SamplingConfig.FIXED, "beta", "learning_rate", "max_new_tokens", "reward", "samples")
@@ -70,7 +71,7 @@ class Config(SamplingConfig):
     """The policy to start from, which stays as the reference.
     A preset, a run directory, a Hugging Face directory or a hub name."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The data to train on: comparisons for DPO, prompts for GRPO and RLOO."""
+    """The data to train on: comparisons for DPO, prompts for GRPO, RLOO and RAFT."""
     steps: CountOrZero = 100
     """Number of updates in all, including those before a --resume."""
     batch_size: Count = 16
@@ -167,7 +168,7 @@ def dpo(config: DPO, start: Start) -> Algorithm:
     return Algorithm(stream, prepare, loss_fn, unseen)
 
 
-# ------------------------------------------------------------------------------- GRPO and RLOO
+# ------------------------------------------------------------------------ GRPO, RLOO and RAFT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,12 +190,15 @@ class Online(Config):
 Advantage = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def online(config: Online, start: Start, advantage: Advantage, loss: Any) -> Algorithm:
+def online(
+    config: Online, start: Start, advantage: Advantage, loss: Any, positive_only: bool = False
+) -> Algorithm:
     """Samples K responses to each prompt, and makes one update per rollout.
 
     Args:
       advantage: compares a response with its group.
       loss: the loss of the rows, with `config` and `shard` still to be bound.
+      positive_only: the loss is of the rows with a positive advantage alone.
     """
     R, K = config.max_new_tokens, config.samples
     read, context = pretrained.reader(start.model, start.tokenizer), start.model.max_length - R + 1
@@ -233,6 +237,10 @@ def online(config: Online, start: Start, advantage: Advantage, loss: Any) -> Alg
         length_B = rows["mask_BR"].sum(1)
         means = {"objective/score": score_B, "objective/kl": kl_B, "rollout/length": length_B}
         metrics = {name: x_B.mean() for name, x_B in means.items()}
+        if positive_only:
+            kept_B = rows["advantage_B"] > 0
+            metrics["objective/kept_score"] = score_B[kept_B].mean()
+            rows = {name: x[kept_B] for name, x in rows.items()}
         return rollout.put(rows, start.mesh), int(length_B.sum()), metrics
 
     stream = Stream(PromptRows(seen), config.batch_size, seed=config.seed)
@@ -317,6 +325,50 @@ def rloo(config: RLOO, start: Start) -> Algorithm:
     return online(config, start, advantage, rloo_loss)
 
 
+# ---- RAFT ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class RAFT(Online):
+    """Reward-ranked fine-tuning, on prompts (Dong et al. 2023, arXiv 2304.06767)."""
+
+    CURVES = (*Online.CURVES, "objective/kept_score")
+    FIXED = (*Online.FIXED, "keep")
+
+    out: Path = Path("runs/raft")
+    beta: NotNegative = 0.0
+    """Weight of the KL to the reference, in the reward. [Section 3.1 has it as an option]"""
+    keep: Literal["best", "random"] = "best"
+    """Which response of a group is learned: the one of the highest reward, or, as a control, a
+    random one."""
+
+
+def raft_advantages(reward_GK: np.ndarray, keep: Literal["best", "random"]) -> np.ndarray:
+    """1 for the response of each group that is kept, and 0 for the others.
+
+    The samples of a group are independent, so the first is a random one.
+    """
+    G, K = reward_GK.shape
+    kept_G = reward_GK.argmax(1) if keep == "best" else np.zeros(G, int)
+    return np.eye(K)[kept_G]
+
+
+def raft_loss(params: Params, rows: Batch, key: Any, **model: Any) -> Loss:
+    """The loss of SFT: cross-entropy of the responses, averaged over their tokens (step 3)."""
+    logp_BR = rollout.token_logp(params, rows, **model)
+    weight = jnp.sum(rows["mask_BR"], dtype=jnp.float32)
+    return -masked_mean(logp_BR, rows["mask_BR"]), (weight, {})
+
+
+def raft(config: RAFT, start: Start) -> Algorithm:
+    """RAFT on prompts, with one update for each set of samples."""
+
+    def advantage(score_GK: np.ndarray, kl_GK: np.ndarray) -> np.ndarray:
+        return raft_advantages(score_GK - config.beta * kl_GK, config.keep)
+
+    return online(config, start, advantage, raft_loss, positive_only=True)
+
+
 # ------------------------------------------------------------------------------------ the loop
 
 
@@ -356,8 +408,8 @@ def swap_loss(config: Config) -> None:
         )
         check_lengths(config, model)
         start = Start(mesh, config.compute(model), params, tokenizer)
-        make_algorithm: Any = {DPO: dpo, GRPO: grpo, RLOO: rloo}[type(config)]
-        algorithm: Algorithm = make_algorithm(config, start)
+        algorithms: Any = {DPO: dpo, GRPO: grpo, RLOO: rloo, RAFT: raft}
+        algorithm: Algorithm = algorithms[type(config)](config, start)
         held_out = prompts_that_fit(config, start.model, algorithm.held_out)
         judge = gold.load_judge(config.gold, config.data.spec, mesh, tokenizer, config.model_dtype)
 
@@ -446,7 +498,7 @@ def compare(
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    algorithms: Any = DPO | GRPO | RLOO
+    algorithms: Any = DPO | GRPO | RLOO | RAFT
     swap_loss(parse(algorithms, {}, __doc__, argv, check))
 
 

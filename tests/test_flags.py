@@ -195,7 +195,8 @@ def test_wrong_usage_is_2_and_no_traceback(argv, message, capsys):
 
 CONFIGS = [
     *(script.Config for script in (run_pretrain, run_sft, run_rm, ppo_config, sample, preflight)),
-    *(swap_loss.DPO, swap_loss.GRPO, swap_loss.RLOO, data_commands.Show, data_commands.Tokenizer),
+    *(swap_loss.DPO, swap_loss.GRPO, swap_loss.RLOO, swap_loss.RAFT),
+    *(data_commands.Show, data_commands.Tokenizer),
 ]
 
 

@@ -59,6 +59,7 @@ SCRIPTS: dict[str, tuple[Any, Read]] = {
     "run_ppo": (ppo_config.Config, training(run_ppo)),
     "dpo": (swap_loss.DPO, training(swap_loss, (swap_loss.DPO, {}))),
     "grpo": (swap_loss.GRPO, training(swap_loss, (swap_loss.GRPO, {}))),
+    "raft": (swap_loss.RAFT, training(swap_loss, (swap_loss.RAFT, {}))),
     "sample": (sample.Config, by_tyro(sample.Config, sample.check)),
     "preflight": (preflight.Config, by_tyro(preflight.Config, preflight.check)),
     **{

@@ -110,7 +110,8 @@ def test_a_missing_run_says_which_script_makes_it(requests, capsys):
         Path(f"runs/{done}/export").mkdir(parents=True)
         Path(f"runs/{done}/export/config.json").touch()
     Path("runs/begun").mkdir()
-    scripts = {"rm": "run_rm.py", "ppo": "run_ppo.py", "grpo": "swap_loss.py grpo"}
+    scripts = {"rm": "run_rm.py", "ppo": "run_ppo.py"}
+    scripts |= {name: f"swap_loss.py {name}" for name in ("grpo", "raft")}
     for name, script in scripts.items():
         with pytest.raises(FileNotFoundError) as caught:
             LOADERS["--model"](f"runs/{name}")

@@ -65,6 +65,14 @@ def test_advantages_by_hand():
     np.testing.assert_allclose(rloo, [[-8 / 3, -4 / 3, -4 / 3, 16 / 3], [-4 / 3] * 3 + [4]])
 
 
+def test_raft_keeps_the_best_or_any():
+    rewards = np.array([[1, 5, 3], [2, 0, 2], [-4, -3, -1]], np.float32)
+    best = swap_loss.raft_advantages(rewards, "best")
+    np.testing.assert_array_equal(best, [[0, 1, 0], [1, 0, 0], [0, 0, 1]])
+    first = swap_loss.raft_advantages(rewards, "random")
+    np.testing.assert_array_equal(first, [[1, 0, 0]] * 3)
+
+
 @pytest.mark.parametrize("samples", [2, 3, 7])
 def test_equal_scores_have_no_advantage(samples):
     scores = np.full((4, samples), 0.1, np.float32) * np.arange(1, 5, dtype=np.float32)[:, None]
@@ -102,11 +110,12 @@ def test_online_losses_against_loops(seed):
     advantages = np.repeat(advantage[:, None], mask.shape[1], axis=1)
     clipped = reference.ppo_clip(now, rows["logp_BR"], advantages, mask, 0.2)
     kl = reference.kl(now, rows["ref_logp_BR"], mask, "k3")
-    of_grpo, of_rloo, divergence = [], [], []
+    of_grpo, of_rloo, of_raft, divergence = [], [], [], []
     for b, n in enumerate(reference.lengths(mask)):
         if n:  # the empty row enters no mean
             of_grpo.append(sum(clipped[b, t] + 0.5 * kl[b, t] for t in range(n)) / n)
             of_rloo.append(-float(advantage[b]) * sum(float(now[b, t]) for t in range(n)))
+            of_raft += [-float(now[b, t]) for t in range(n)]
             divergence.append(sum(kl[b, t] for t in range(n)) / n)
     loss = bound(swap_loss.grpo_loss, beta=0.5)
     mean, (weight, metrics) = loss(PARAMS, rows)
@@ -116,6 +125,9 @@ def test_online_losses_against_loops(seed):
     mean, (weight, _) = bound(swap_loss.rloo_loss)(PARAMS, rows)
     assert weight == 5
     np.testing.assert_allclose(mean, np.mean(of_rloo), rtol=1e-5)
+    mean, (weight, _) = bound(swap_loss.raft_loss)(PARAMS, rows)
+    assert weight == len(of_raft) > 5
+    np.testing.assert_allclose(mean, np.mean(of_raft), rtol=1e-5)
 
 
 def gradient(loss, rows, **keywords):
@@ -274,7 +286,7 @@ def lines(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", "grpo", "rloo"])
+@pytest.mark.parametrize("algorithm", ["dpo", "grpo", "rloo", "raft"])
 def test_each_algorithm_from_its_command_to_its_export_and_resumed(
     start, algorithm, tmp_path, capsys
 ):
@@ -295,6 +307,8 @@ def test_each_algorithm_from_its_command_to_its_export_and_resumed(
         assert rows[2]["loss"] != pytest.approx(math.log(2), abs=1e-5)
         assert rows[0]["dpo/margin"] == pytest.approx(0, abs=1e-5)
     else:
+        if algorithm == "raft":
+            assert rows[0]["objective/kept_score"] > rows[0]["objective/score"]
         assert rows[0]["objective/kl"] == pytest.approx(0, abs=2e-5)
         assert abs(rows[2]["objective/kl"]) > 1e-4
         assert {"objective/score", "rollout/length", "optim/grad_norm"} <= set(rows[2])
@@ -343,6 +357,25 @@ def test_a_prompt_that_stands_twice_in_a_batch_gets_two_groups(start):
     prompts, tokens = np.asarray(rows["prompt_BP"]), np.asarray(rows["tokens_BR"])
     np.testing.assert_array_equal(prompts[:2], prompts[6:8])
     assert (tokens[:2] != tokens[6:8]).any()
+
+
+@pytest.mark.parametrize("keep", ["best", "random"])
+def test_raft_learns_one_response_of_each_group(start, keep):
+    options: Any = {"reward": RewardConfig((f"{start}/rm",)), "batch_size": 8, "samples": 3}
+    options["max_new_tokens"], policy, key = 6, loaded(start), jax.random.key(5)
+    raft = swap_loss.raft(swap_loss.RAFT(**options, keep=keep), policy)
+    grpo = swap_loss.grpo(swap_loss.GRPO(**options), policy)
+    batch = next(raft.stream.iterate())
+    rows, tokens, metrics = raft.prepare(policy.params, batch, key)
+    every, all_tokens, _ = grpo.prepare(policy.params, batch, key)
+    advantage = np.asarray(every["advantage_B"]).reshape(8, 3)
+    at = advantage.argmax(1) if keep == "best" else np.zeros(8, int)
+    assert (at > 0).any() == (keep == "best")
+    for name in ("tokens_BR", "mask_BR", "prompt_BP"):
+        kept = np.asarray(every[name])[3 * np.arange(8) + at]
+        np.testing.assert_array_equal(np.asarray(rows[name]), kept)
+    assert tokens == all_tokens
+    assert (metrics["objective/kept_score"] > metrics["objective/score"]) or keep == "random"
 
 
 def test_the_two_sides_of_a_comparison_are_sampled_independently(start):
@@ -508,7 +541,7 @@ def test_a_group_is_the_responses_to_one_prompt(start, tmp_path):
 
 def test_the_kl_is_in_the_reward_of_rloo_and_in_the_loss_of_grpo(monkeypatch):
     """RLOO compares 4 - 0.5 * 2 = 3 with 1 - 0.5 * 0 = 1. GRPO's advantage has no KL."""
-    monkeypatch.setattr(swap_loss, "online", lambda config, start, *plugged: plugged)
+    monkeypatch.setattr(swap_loss, "online", lambda config, start, *plugged, **flags: plugged)
     score, kl = np.array([[4.0, 1.0]]), np.array([[2.0, 0.0]])
     nothing: Any = None
     advantage, _ = swap_loss.rloo(swap_loss.RLOO(beta=0.5), nothing)
@@ -516,12 +549,15 @@ def test_the_kl_is_in_the_reward_of_rloo_and_in_the_loss_of_grpo(monkeypatch):
     advantage, loss = swap_loss.grpo(swap_loss.GRPO(beta=0.5), nothing)
     np.testing.assert_allclose(advantage(score, kl), [[1, -1]], rtol=1e-3)
     assert loss.keywords == {"beta": 0.5}
+    for beta, kept in ((0.0, [[1, 0]]), (2.0, [[0, 1]])):  # 4 - 2 * 2 = 0 is less than 1
+        advantage, _ = swap_loss.raft(swap_loss.RAFT(beta=beta), nothing)
+        np.testing.assert_allclose(advantage(score, kl), kept)
 
 
 def test_wrong_usage(start, tmp_path, capsys):
     few = flags(start, "grpo", tmp_path / "x")
     for words, named in (
-        ([], "one of {dpo, grpo, rloo}"),
+        ([], "one of {dpo, grpo, rloo, raft}"),
         (["grpo", "--samples", "1"], "--samples 1"),
         (["grpo", "--sample_batch", "5"], "--batch_size 32: not a multiple of --sample_batch 5"),
         (["dpo", "--microbatches", "0"], "--microbatches 0: must be at least 1"),

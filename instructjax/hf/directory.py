@@ -12,7 +12,7 @@ WEIGHTS = ["model*.safetensors"]
 _LARGEST_TEXT = 2**30  # bytes; the largest tokenizer.json have 0.04 of it
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "*.model")
 _SCRIPTS = {name: f"run_{name}.py" for name in ("pretrain", "sft", "rm", "ppo")}  # of runs/NAME
-_SCRIPTS |= {name: f"swap_loss.py {name}" for name in ("dpo", "grpo", "rloo")}
+_SCRIPTS |= {name: f"swap_loss.py {name}" for name in ("dpo", "grpo", "rloo", "raft")}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CONVERT = """\
 Opening pickled weights can run code, so they are refused. Convert them once (needs torch):

@@ -1,0 +1,99 @@
+"""python -m instructjax.run.average: the mean by hand, and models that cannot be averaged."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instructjax import hf, miniature, models
+from instructjax.run import average
+
+TOKENIZER = miniature.tokenizer()
+# Llama's layers: the bias of the score is not folded into a norm.
+CONFIG = dataclasses.replace(models.PRESETS["miniature"], width=16, mlp_width=32)
+
+
+def test_the_mean_of_equal_models_is_that_model():
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    for count in (2, 3, 7):
+        (mean,) = average.average([[values]] * count, [1.0] * count)
+        assert mean.dtype == np.float32
+        np.testing.assert_array_equal(mean, values)
+
+
+def test_weights_by_hand():
+    one = {"a": jnp.array([1.0, 3.0]), "b": jnp.float32(0)}
+    other = {"a": jnp.array([5.0, 7.0]), "b": jnp.float32(8)}
+    mean = average.average(iter([one, other]), [1, 3])
+    np.testing.assert_array_equal(mean["a"], [4, 6])
+    np.testing.assert_array_equal(mean["b"], 6)
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        average.average([one], [1, 3])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Reward models that differ in the head alone: two of one run, and one in a directory."""
+    out = tmp_path_factory.mktemp("runs")
+    params = jax.jit(functools.partial(models.init, CONFIG))(jax.random.key(0))
+    config, params = models.with_scalar_head(params, CONFIG, jax.random.key(1))
+    for place, factor, bias in (
+        ("rm/export", 1, 0.5),
+        ("rm/export-1", 3, 1.0),
+        ("other", -1, 3.0),
+    ):
+        score = {"kernel": factor * params["score"]["kernel"], "bias": jnp.float32(bias)}
+        hf.save(out / place, config, {**params, "score": score}, TOKENIZER)
+    shallow = {**params, "layers": jax.tree.map(lambda x: x[:1], params["layers"])}
+    hf.save(out / "shallow", dataclasses.replace(config, layers=1), shallow, TOKENIZER)
+    return out
+
+
+def test_an_ensemble_and_another_model(runs, tmp_path, capsys):
+    out = tmp_path / "average"
+    words = [f"{runs}/rm", f"{runs}/other", "--out", f"{out}"]
+    average.cli([*words, "--weights", "2", "1", "1"])
+    assert "average of 3 models" in capsys.readouterr().out
+    config, params = hf.load(out)
+    assert config.scalar_head
+    first = hf.load(runs / "rm" / "export")[1]
+    # (2 x 1 + 3 - 1) / 4 = 1 and (2 x 0.5 + 1 + 3) / 4 = 1.25.
+    assert params["score"]["bias"] == 1.25
+    expected = {**first, "score": {**first["score"], "bias": params["score"]["bias"]}}
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert hf.load_tokenizer(out).get_vocab() == hf.load_tokenizer(runs / "other").get_vocab()
+    average.cli(words)
+    np.testing.assert_allclose(hf.load(out)[1]["score"]["bias"], 1.5)
+
+
+def test_what_cannot_be_averaged(runs, tmp_path, capsys):
+    other = f"{runs}/other"
+    for words, named in (
+        ([other], f"{other}: give at least two models"),
+        ([other, f"{runs}/shallow"], f"{runs}/shallow: has layers 1, and {other} has 2"),
+        ([other, other, "--weights", "1"], "--weights: 1 for 2 models"),
+        ([other, other, "--weights", "1", "-1"], "--weights (1.0, -1.0): their sum is 0"),
+        ([other, f"{runs}/none"], f"models: {runs}/none: no such directory"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            average.cli([*words, "--out", f"{tmp_path / 'x'}"])
+        assert end.value.code == 2
+        assert named in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_tokenizers_that_differ(runs, tmp_path):
+    file = tmp_path / "copy" / "tokenizer.json"
+    model = hf.load(runs / "other")
+    hf.save(tmp_path / "copy", *model, hf.load_tokenizer(runs / "other"))
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = " nest", " Davi"
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="copy: its tokenizer differs from that of"):
+        average.cli([f"{runs}/other", f"{tmp_path}/copy", "--out", f"{tmp_path / 'x'}"])
