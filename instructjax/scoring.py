@@ -83,17 +83,21 @@ class Rewards:
           prompts, responses, records: of the rollout, for the functions.
 
         Returns:
-          (score_B float32, the mean of each term by name)
+          (score_B float32, the mean of each term by name; of several reward models also
+          "disagreement", the standard deviation over them, averaged over the responses)
 
         Raises:
           ValueError: a function raised, or did not return one finite number for each response.
         """
         terms: dict[str, np.ndarray] = {}
+        spread = {}
         if self.models:
-            scores = [
-                run_model(functools.partial(fn, params.on_device())) for fn, params in self.models
-            ]
-            terms["model"] = self.combined(np.stack(scores))
+            scores_NB = np.stack(
+                [run_model(functools.partial(fn, params.on_device())) for fn, params in self.models]
+            )
+            terms["model"] = self.combined(scores_NB)
+            if len(scores_NB) > 1:
+                spread["disagreement"] = float(scores_NB.std(0).mean())
         for name, function in self.functions:
             score_B = _call(f"{self.flag} {name}", function, prompts, responses, records)
             # It may be random, or a service: host 0's scores count.
@@ -101,7 +105,8 @@ class Rewards:
         total_B = np.zeros(len(responses), np.float32)
         for weight, term_B in zip(self.weights, terms.values(), strict=True):
             total_B += weight * term_B.astype(np.float32)
-        return total_B, {name: float(term_B.mean()) for name, term_B in terms.items()}
+        means = {name: float(term_B.mean()) for name, term_B in terms.items()}
+        return total_B, means | spread
 
 
 def load(
@@ -165,8 +170,10 @@ def _weights(config: RewardConfig, flag: str) -> tuple[float, ...]:
     terms += [spec for spec in config.spec if is_function(spec)]
     if not terms:
         raise ValueError(f"{flag}: give at least one reward model or function")
-    if len({"model", *names}) <= len(names):
-        raise ValueError(f"{flag}: two functions of one name, or one named `model`")
+    if len({"model", "disagreement", *names}) <= len(names) + 1:
+        raise ValueError(
+            f"{flag}: two functions of one name, or one named `model` or `disagreement`"
+        )
     weights = config.weights or (1.0,) * len(terms)
     if len(weights) != len(terms):
         given = " ".join(map(str, weights))

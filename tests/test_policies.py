@@ -93,6 +93,43 @@ def test_an_evaluation_is_logged_against_the_policy_before():
     assert len(samples) == 2
 
 
+def test_signs_of_drift_by_hand():
+    """Against the mean over the same prompts: 4 tokens, and not the third response's 99."""
+    before = sampled([0.0] * 3, length_B=np.array([3, 5, 99]), disagreement=0.5)
+
+    def signs(length, kl=9.9, disagreement: float | None = 1.0):
+        now = sampled(
+            [0.0] * 2,
+            length_B=np.array([length - 1, length + 1]),
+            kl_B=np.array([kl, kl]),
+            disagreement=disagreement,
+        )
+        return " | ".join(policies.drift(before, now))
+
+    assert signs(6) == signs(3) == signs(4, disagreement=None) == ""
+    assert signs(6.1).startswith("responses have 6.1 tokens, and had 4.0. The reward model may")
+    assert "2.6 tokens" in signs(2.6)
+    assert signs(4, kl=10.5).startswith("the KL from the reference is 10.5 nats a response. The")
+    assert signs(4, disagreement=1.1).startswith("the reward models disagree 2.2 times as much")
+    assert signs(9, kl=11, disagreement=2).count("may be wrong") == 1
+    assert len(signs(9, kl=11, disagreement=2).split(" | ")) == 3
+    unknown = sampled([0.0] * 2, length_B=np.array([4, 4]))
+    assert policies.drift(before, unknown) == []
+
+
+def test_drift_is_said_and_disagreement_logged():
+    logged, said = {}, io.StringIO()
+    run: Any = SimpleNamespace(
+        log=lambda step, values: logged.update(values),
+        metrics=SimpleNamespace(sample=lambda step, sample: None),
+        console=Console(file=said, width=200),
+    )
+    now = sampled([1.0, 1.5], kl_B=np.array([12.0, 12.0]), disagreement=0.25)
+    policies.log(run, 7, sampled([0.0, 0.5]), now)
+    assert "warning: iteration 7: the KL from the reference is 12.0 nats" in said.getvalue()
+    assert logged["validation/disagreement"] == 0.25
+
+
 def test_samples_are_shown_as_they_are():
     before, now = sampled([0.25, 1.0]), sampled([0.75, -1.0], texts=["[bold]x", "y"])
     text = shown(policies.samples_table("iteration 3", before, now, count=1))

@@ -200,6 +200,10 @@ def test_flags_that_do_not_fit(tmp_path):
         load()
     with pytest.raises(ValueError, match="two functions of one name"):
         load(f"{file}:count", f"{file}:count")
+    file = file_with(tmp_path, f"{COUNT}\nmodel = disagreement = count\n")
+    for name in ("model", "disagreement"):
+        with pytest.raises(ValueError, match="or one named `model` or `disagreement`"):
+            load(f"{file}:{name}")
     assert not scoring.is_function("runs/rm")
     assert scoring.is_function("~/some dir/mine.py:f")
 
@@ -240,7 +244,8 @@ def test_an_ensemble(runs):
         for spec in ([runs / "both"], [runs / "rm", runs / "both" / "export-1"]):
             got, terms = score(load(*spec, **flags))
             np.testing.assert_allclose(got, want, atol=1e-6)
-            assert list(terms) == ["model"]
+            assert list(terms) == ["model", "disagreement"]
+            np.testing.assert_allclose(terms["disagreement"], deviation.mean(), rtol=1e-4)
 
 
 def test_combinations_by_hand():

@@ -17,6 +17,11 @@ from instructjax.evaluation.figures import plot_curves
 from instructjax.run import Run
 from instructjax.train import Batch
 
+# Beyond these an evaluation warns that the reward model may not know what it scores [ours].
+LENGTH_RATIO = 1.5  # of mean lengths, in either direction
+DISAGREEMENT_RATIO = 2.0  # of an ensemble of reward models
+KL = 10.0  # nats a response
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -31,6 +36,7 @@ class Sampled:
     kl_B: np.ndarray | None = None  # nats, k1 summed over a response; None without a reference
     utility_B: np.ndarray | None = None  # by the gold judge; see `gold.load_judge`
     text_loss: float | None = None  # the policy's loss on held-out pretraining text, nats a token
+    disagreement: float | None = None  # of several reward models; see `scoring.Rewards.score`
 
     def means(self) -> dict[str, float]:
         """The mean of each per-response figure, by name."""
@@ -66,16 +72,20 @@ def measure(
       kl_B, text_loss: as in `Sampled`.
     """
     prompts = [record.prompt for record in records]
+    score_B, terms = None, {}
+    if reward is not None:
+        score_B, terms = reward.score(run_model, prompts, texts, records)
     return Sampled(
         prompts=prompts,
         turns=[last_turn(record) for record in records],
         texts=texts,
         length_B=rows["mask_BR"].sum(1),
         ended_B=rollout.ended(rows, eos_ids),
-        score_B=None if reward is None else reward.score(run_model, prompts, texts, records)[0],
+        score_B=score_B,
         kl_B=kl_B,
         utility_B=None if judge is None else judge(run_model, records, texts),
         text_loss=text_loss,
+        disagreement=terms.get("disagreement"),
     )
 
 
@@ -89,6 +99,8 @@ def log(run: Run, step: int, before: Sampled, now: Sampled) -> None:
     metrics = {f"validation/{name}": mean for name, mean in now.means().items()}
     if now.text_loss is not None:
         metrics["ptx/validation_loss"] = now.text_loss
+    if now.disagreement is not None:
+        metrics["validation/disagreement"] = now.disagreement
     if now.utility_B is not None and before.utility_B is not None:
         same_prompts = before.utility_B[: len(now.utility_B)]
         metrics["validation/win_rate"] = statistics.win_rate(now.utility_B, same_prompts).value
@@ -97,6 +109,33 @@ def log(run: Run, step: int, before: Sampled, now: Sampled) -> None:
     for prompt, text, score in zip(now.prompts[:4], now.texts, now.score_B, strict=False):
         run.metrics.sample(step, {"prompt": prompt, "response": text, "score": float(score)})
     run.console.print(samples_table(f"iteration {step:,}", before, now))
+    for sign in drift(before, now):
+        run.console.print(f"warning: iteration {step:,}: {sign}")
+
+
+def drift(before: Sampled, now: Sampled) -> list[str]:
+    """What says that responses have left those that the reward models were trained on.
+
+    A reward model is right about responses like those that people compared. Further away its score
+    goes on rising while the responses get worse (Gao et al. 2022, arXiv 2210.10760).
+
+    Args:
+      before: of the policy at the start, with the prompts of `now` first.
+      now: of the policy in training.
+    """
+    signs = []
+    length, length_before = now.length_B.mean(), before.length_B[: len(now.length_B)].mean()
+    if not 1 / LENGTH_RATIO <= length / length_before <= LENGTH_RATIO:
+        signs.append(f"responses have {length:.1f} tokens, and had {length_before:.1f}")
+    if now.kl_B is not None and (kl := now.kl_B.mean()) > KL:
+        signs.append(f"the KL from the reference is {kl:.1f} nats a response")
+    if now.disagreement and before.disagreement:
+        ratio = now.disagreement / before.disagreement
+        if ratio > DISAGREEMENT_RATIO:
+            signs.append(f"the reward models disagree {ratio:.1f} times as much as at the start")
+    if signs:
+        signs[-1] += ". The reward model may be wrong about such responses: read some"
+    return signs
 
 
 def results(sampled: Mapping[str, Sampled]) -> dict[str, Any]:

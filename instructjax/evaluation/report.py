@@ -21,12 +21,12 @@ from instructjax import usage
 from instructjax.evaluation import figures
 from instructjax.run.flags import flat
 
-_SAMPLES = 300  # rows of a table of samples
-_POINTS = 200  # of a curve
+_SAMPLES, _POINTS = 300, 200  # rows of a table of samples, points of a curve
 _PANELS = {  # title -> keys of metrics.jsonl; a panel without data is not drawn
     "loss, nats": ("sft/loss", "rm/loss", "dpo/loss", "loss", "validation/loss"),
     "accuracy on pairs": ("rm/accuracy", "dpo/accuracy", "validation/accuracy"),
     "score": ("objective/score", "validation/score"),
+    "disagreement of the reward models": ("reward/disagreement", "validation/disagreement"),
     "gold utility": ("validation/utility",),
     "win rate by gold": ("validation/win_rate",),
     "KL, nats a response": ("objective/kl", "validation/kl"),
