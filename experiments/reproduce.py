@@ -20,6 +20,7 @@ stop. The largest of a seed's SFT models is what win rates are against.
     left-out-SEED                          these and the base model, on that category
     sweep-beta-..., sweep-gamma-...        PPO-ptx of the medium size with another beta or ptx.coef
     sweep-no-ptx-beta-...                  PPO of the medium size with a larger beta
+    frontier-SEED                          score and utility of all these against KL, and best-of-n
     folds-SEED                             the reward model, cross-validated over labelers
 
 Hardware: two CPU cores. The script prints an estimate of its time, from a step on this machine.
@@ -162,6 +163,15 @@ def grid(c: Config) -> Grid:
             for value in values:
                 job = Job("run_ppo.py", {**given, **more, flag: value}, needs=(sft, rm))
                 jobs[f"sweep-{name}-{value:g}-{seed}"] = job
+        trained = [sft, *(f"{stage}-medium-{seed}" for stage in ("ppo", "ppo-ptx"))]
+        trained += [name for name in jobs if name.startswith("sweep-")]
+        flags = {
+            **{"models": [c.directory / name for name in trained], "seed": seed, "prompts": 256},
+            **{"reference": c.directory / sft, "reward": c.directory / rm},
+            **{"samples": 16, "best_of": (1, 2, 4, 8, 16)},
+        }
+        needs = (*trained, rm)
+        jobs[f"frontier-{seed}"] = Job("evaluate.py", flags, needs=needs, resumes=False)
         folds = {"model": c.directory / sft, "folds": 5, "by": "labeler", "seed": seed}
         jobs[f"folds-{seed}"] = Job("run_rm.py", folds, needs=(sft,))
     return Grid(c.directory, jobs, scripts())
@@ -284,7 +294,8 @@ def ratings(responses: Sequence[str], records: Sequence[Record], held_out: bool)
 def seconds(name: str, job: Job) -> float:
     """A run's seconds on a machine whose step of SFT takes STEP seconds."""
     if job.script == "evaluate.py":
-        return SECONDS["evaluation"] * len(job.flags["models"])
+        samples = job.flags["prompts"] * job.flags.get("samples", 1) / 1024
+        return SECONDS["evaluation"] * len(job.flags["models"]) * max(1, samples)
     stage = next(stage for stage in SECONDS if name.startswith(stage))
     size = next((size for size in SIZES if f"-{size}-" in name), "medium")
     return SECONDS[stage] * SIZES[size][2] * job.flags.get("epochs", 2) / 2

@@ -30,6 +30,7 @@ def test_the_scripts_know_all_flags(quick):
         if job.script == "evaluate.py":
             flags = tyro.cli(evaluate.Config, args=argv, use_underscores=True)
             models = {model.removeprefix("few_shot:") for model in flags.models}
+            models |= {*flags.reward, *([flags.reference] if flags.reference else [])}
             assert {str(Path("OUT") / need) for need in job.needs} == models
         else:
             script = importlib.import_module(job.script.removesuffix(".py"))
@@ -74,6 +75,10 @@ def test_what_each_run_is():
     assert flags_of("pretrain-large-0", quick=True)["epochs"] < 1
     assert "OUT/sft-public-medium-0" in others
     assert flags_of("sft-public-medium-1")["data"] == "jsonl:OUT/public_tasks.jsonl"
+    frontier = flags_of("frontier-0")
+    assert frontier["reference"] == Path("OUT/sft-medium-0") == frontier["models"][0]
+    assert {"sweep-no-ptx-beta-1.5-0", "ppo-medium-0"} < {x.name for x in frontier["models"]}
+    assert frontier["best_of"][-1] == frontier["samples"] == 16
     without = {"data.without": "category=brainstorming", "preset": "miniature", "seed": 1}
     for name, model in (
         ("sft-without-medium-1", "pretrain-medium-1"),
@@ -179,6 +184,22 @@ def finished(tmp_path) -> paper.Paper:
     for gamma, loss in (("0.003", 3.0), ("0.3", 1.0)):
         policy = {"score": 1.0, "utility": 2.0, "kl": 1.0, "text_loss": loss}
         write_results(tmp_path, f"sweep-gamma-{gamma}-0", {"PPO, last weights": policy})
+    figures = {
+        "sft": (0.0, 0.1, 2.0),
+        "ppo": (1.0, 0.5, 2.5),
+        "ppo-ptx": (4.0, 0.75, 3.0),
+        "sweep-beta-0.5": (0.25, 0.4, 2.25),
+        "sweep-gamma-0.3": (9.0, 0.9, 1.5),
+        "sweep-no-ptx-beta-1.5": (0.16, 0.2, 2.125),
+    }
+    rows = {
+        path_of(f"{run}-0" if run.startswith("sweep") else f"{run}-medium-0"): {
+            name: [x] * 3 for name, x in zip(("kl", "score", "utility"), values, strict=True)
+        }
+        for run, values in figures.items()
+    }
+    best = [{"n": n, "kl": n / 4, "score": [n] * 3, "utility": [n / 2] * 3} for n in (1, 4)]
+    write_results(tmp_path, "frontier-0", {"models": rows, "best_of": best, "pairs": []})
     shares = zip(("seen", "unseen"), (0.7, 0.68), strict=True)
     found = {f"reward model, labeler {x}": {"mean": y, "spread": 0.01} for x, y in shares}
     write_results(tmp_path, "folds-0", found)
@@ -190,8 +211,9 @@ def finished(tmp_path) -> paper.Paper:
 
 def test_claims_that_hold(finished):
     sections = claims.sections(finished)
-    assert len(sections) == 15
-    *of_claims, compute = sections
+    assert len(sections) == 16
+    *of_claims, frontier, compute = sections
+    assert [svg[:4] for svg in frontier.figures] == ["<svg"] * 2
     assert compute.tables[0].rows == [
         ["reward model", "1", "1,234", "1.5"],
         ["PPO, small", "1", "100", "1.5"],
@@ -280,6 +302,25 @@ def test_what_is_drawn(finished, monkeypatch):
     assert list(text) == ["beta 0.15", "beta 1.5", "PPO-ptx"]
 
 
+def test_the_frontier_by_hand(finished, monkeypatch):
+    seen: dict = {}
+    monkeypatch.setattr(
+        claims, "lines_svg", lambda title, lines, x, y: seen.setdefault(title, lines)
+    )
+    (section,) = (s for s in claims.sections(finished) if s.title == "Reward against KL")
+    assert [row[:2] for row in section.tables[0].rows] == [
+        *(["best of 1", "0.25"], ["best of 4", "1.00"]),
+        *(["beta-0.5", "0.25"], ["ppo-ptx-medium", "4.00"], ["gamma-0.3", "9.00"]),
+        *(["no-ptx-beta-1.5", "0.16"], ["ppo-medium", "1.00"]),
+    ]
+    assert section.tables[0].rows[3][2:] == ["0.75 (0.75 to 0.75)", "3.00 (3.00 to 3.00)"]
+    score, utility = seen["score against KL"], seen["utility against KL"]
+    np.testing.assert_allclose(score["best of n"], [[0.5, 1], [1, 4]])
+    np.testing.assert_allclose(utility["PPO-ptx, several beta"], [[0.5, 2.25], [2, 3]])
+    np.testing.assert_allclose(score["PPO-ptx, several gamma"], [[2, 0.75], [3, 0.9]])
+    np.testing.assert_allclose(utility["PPO, several beta"], [[0.4, 2.125], [1, 2.5]])
+
+
 def test_sweeps_are_in_the_order_of_their_values(tmp_path):
     values = (10, 2, 0.5, 30, 1e-6, 4, 0.05)
     for value in values:
@@ -353,8 +394,8 @@ def test_the_page(finished, tmp_path):
         assert markupsafe.escape(section.title) in html
     (tmp_path / "evaluation-0" / "results.json").unlink()
     titles = [section.title for section in claims.sections(finished)]
-    # Labelers, accuracy, folds, the category left out, the three sweeps and the compute.
-    assert len(titles) == 8
+    # Labelers, accuracy, folds, the category left out, the three sweeps, the frontier, the compute.
+    assert len(titles) == 9
 
 
 def test_a_run_that_is_no_run_is_refused(tmp_path, capsys):

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from instructjax.evaluation.figures import lines_svg
 from instructjax.evaluation.paper import (
     STAGES,
     SWEPT,
@@ -20,6 +21,7 @@ from instructjax.evaluation.paper import (
     percent,
     plain,
     policy_of,
+    run_name,
     section,
     sweep_rows,
     swept,
@@ -33,7 +35,7 @@ def sections(paper: Paper) -> list[Section]:
     """A section for each claim that some runs speak of."""
     every = (
         *(preference, small_against_large, labelers, accuracy, folds, left_out, public_tasks),
-        *(truth, toxicity, bias, tax, larger_gamma, larger_penalty, no_penalty, compute),
+        *(truth, toxicity, bias, tax, larger_gamma, larger_penalty, no_penalty, frontier, compute),
     )
     return [section for claim in every if (section := claim(paper)) is not None]
 
@@ -378,6 +380,52 @@ def no_penalty(paper: Paper) -> Section | None:
         verdicts,
         Table("after training", ("", *SWEPT.values()), sweep_rows(found)),
         [draw_sweep("score and utility, by beta", found, ("score", "utility"))],
+    )
+
+
+def frontier(paper: Paper) -> Section | None:
+    """What each policy of the sweeps, and the best of n samples, reaches at which KL."""
+    seed = paper.seeds[0]
+    if (results := paper.results(f"frontier-{seed}")) is None:
+        return None
+    of_runs = {
+        run_name(path): row | {"kl": row["kl"][0]} for path, row in results["models"].items()
+    }
+    curves = {"best of n": {f"best of {row['n']}": row for row in results["best_of"]}}
+    for label, begins in (
+        ("PPO-ptx, several beta", ("sweep-beta-", "ppo-ptx-medium-")),
+        ("PPO-ptx, several gamma", ("sweep-gamma-", "ppo-ptx-medium-")),
+        ("PPO, several beta", ("sweep-no-ptx-beta-", "ppo-medium-")),
+    ):
+        runs = sorted(
+            (run for run in of_runs if run.startswith(begins)), key=lambda run: of_runs[run]["kl"]
+        )
+        curves[label] = {
+            run.removeprefix("sweep-").removesuffix(f"-{seed}"): of_runs[run] for run in runs
+        }
+    every = {name: row for curve in curves.values() for name, row in curve.items()}
+    rows = [
+        [name, f"{row['kl']:.2f}", plain(row["score"]), plain(row["utility"])]
+        for name, row in every.items()
+    ]
+    drawn = []
+    for column in ("score", "utility"):
+        points = {
+            label: [(max(row["kl"], 0) ** 0.5, row[column][0]) for row in curve.values()]
+            for label, curve in curves.items()
+        }
+        of_labels = {label: np.array(pairs) for label, pairs in points.items()}
+        x_label = "square root of KL from the SFT model, in nats"
+        drawn.append(lines_svg(f"{column} against KL", of_labels, x_label, column))
+    return section(
+        "Reward against KL",
+        "The score is that of the reward model, which training maximises, and the utility that of"
+        " the judge, which it never sees. The best of n samples of the SFT model is the one of the"
+        " highest score; its KL is log n - (n - 1) / n. Gao et al. (2022, arXiv 2210.10760) find"
+        " that the score goes on rising with the KL where the utility no longer does.",
+        [],
+        Table(f"medium, seed {seed}", ("", "KL, nats", "score", "utility"), rows),
+        drawn,
     )
 
 

@@ -58,18 +58,18 @@ class Paper:
     def wins(self, evaluation: str, ours: str, theirs: str) -> Estimate | None:
         """A win rate in an evaluation, if it has both models."""
         for pair in (self.results(evaluation) or {"pairs": ()})["pairs"]:
-            if (_run(pair["model"]), _run(pair["against"])) == (ours, theirs):
+            if (run_name(pair["model"]), run_name(pair["against"])) == (ours, theirs):
                 return pair["win_rate"]
         return None
 
     def figure(self, evaluation: str, model: str, kind: str, name: str) -> Estimate | None:
         """A mean of `measures` or `benchmarks` in an evaluation, if it has the model."""
         rows = (self.results(evaluation) or {"models": {}})["models"]
-        row = {_run(path): row for path, row in rows.items()}.get(model, {})
+        row = {run_name(path): row for path, row in rows.items()}.get(model, {})
         return row.get(kind, {}).get(name)
 
 
-def _run(name: str) -> str:
+def run_name(name: str) -> str:
     """`few_shot:OUT/run` as `few_shot:run`: another start may have given OUT in another form."""
     path = name.removeprefix("few_shot:")
     return f"{name.removesuffix(path)}{Path(path).name}"
