@@ -117,6 +117,22 @@ def test_signs_of_drift_by_hand():
     assert policies.drift(before, unknown) == []
 
 
+def test_what_a_reward_gives_of_a_rollout():
+    def score(run_model, prompts, texts, records):
+        assert (prompts, texts) == (["p", "q"], ["x", "y"])
+        return np.array([1.0, 2.0]), {"model": 1.5, "disagreement": 0.25}
+
+    rows = {"tokens_BR": np.array([[5, 0], [5, 5]]), "mask_BR": np.ones((2, 2), bool)}
+    records, texts = [Record("0", {}, "p"), Record("1", {}, "q")], ["x", "y"]
+    given: Any = {"rows": rows, "records": records, "texts": texts, "eos_ids": (0,)}
+    reward: Any = SimpleNamespace(score=score)
+    measured = policies.measure(**given, run_model=lambda fn: None, reward=reward)
+    np.testing.assert_array_equal(measured.score_B, [1, 2])
+    assert measured.disagreement == 0.25
+    without = policies.measure(**given, run_model=lambda fn: None)
+    assert without.score_B is without.disagreement is None
+
+
 def test_drift_is_said_and_disagreement_logged():
     logged, said = {}, io.StringIO()
     run: Any = SimpleNamespace(
