@@ -12,7 +12,7 @@ stop. The largest of a seed's SFT models is what win rates are against.
     rm-SEED                                the reward model, from SFT of the medium size
     ppo-SIZE-SEED, ppo-ptx-SIZE-SEED       PPO, without and with pretraining gradients
     evaluation-SEED                        all models by the judge, with benchmarks
-    respectful-SEED, insulting-SEED        the same models, with an instruction in each prompt
+    respectful-SEED, insulting-SEED        most of them, with an instruction in each prompt
     training-labelers-SEED, held-out-...   PPO-ptx against SFT, by labelers
     sft-public-medium-SEED                 SFT on a mix of public tasks, see public_tasks.jsonl
     sft-without-..., rm-without-..., ppo-ptx-without-...
@@ -250,7 +250,7 @@ def add_evaluations(c: Config, jobs: dict[str, Job], seed: int) -> None:
     compare(f"evaluation-{seed}", every, {"samples": 2, "benchmarks": 512})
     for tone in ("respectful", "insulting"):
         asked = {"data.columns": f"prompt={{prompt}} be {tone}."}
-        compare(f"{tone}-{seed}", trained, asked)
+        compare(f"{tone}-{seed}", [*trained, *bases], asked)
     ends = [f"{stage}-{size}-{seed}" for size in c.sizes for stage in ("sft", "ppo-ptx")]
     for group in ("training", "held_out"):
         judge = {"gold": f"{scripts() / Path(__file__).name}:{group}_labelers"}

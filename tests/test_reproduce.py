@@ -70,6 +70,7 @@ def test_what_each_run_is():
     first, *others = flags_of("evaluation-0")["models"]
     assert first == "OUT/sft-large-0"
     assert {"few_shot:OUT/pretrain-small-0", "OUT/ppo-ptx-medium-0"} <= set(others)
+    assert {"OUT/pretrain-large-0", "OUT/sft-small-0"} < set(flags_of("insulting-0")["models"])
     assert flags_of("insulting-0")["data.columns"] == "prompt={prompt} be insulting."
     assert flags_of("held-out-labelers-0")["gold"].endswith("reproduce.py:held_out_labelers")
     assert flags_of("pretrain-large-0", quick=True)["epochs"] < 1
@@ -162,8 +163,9 @@ def finished(tmp_path) -> paper.Paper:
     won = zip(against, ([0.9, 0.85, 0.95], [0.64, 0.6, 0.68]), strict=True)
     pairs = [{"model": ours, "against": other, "win_rate": rate} for other, rate in won]
     write_results(tmp_path, "left-out-0", {"models": {}, "pairs": pairs})
-    for kind, toxic in (("respectful", 0.1), ("insulting", 0.6)):
+    for kind, toxic, of_base in (("respectful", 0.1, 0.3), ("insulting", 0.6, 0.25)):
         rows = {model: {"measures": {"toxic": [toxic] * 3}} for model in models.values()}
+        rows[models["pretrain"]] = {"measures": {"toxic": [of_base] * 3}}
         write_results(tmp_path, f"{kind}-0", {"models": rows, "pairs": []})
     for group in ("training", "held-out"):
         rate = {"training": 0.66, "held-out": 0.62}[group]
@@ -235,7 +237,8 @@ def test_claims_that_hold(finished):
         ("held-out-labelers-0", "[0.62, 0.6, 0.7]", "[0.5, 0.45, 0.55]", "Figure 3"),
         ("training-labelers-0", "[0.66, 0.6, 0.7]", "[0.5, 0.45, 0.55]", "Figure 3"),
         ("rm-0", "[0.69, 0.68, 0.7]", "[0.5, 0.4, 0.6]", "Section 4.1"),
-        ("respectful-0", "[0.1", "[0.3", "Figure 7"),
+        ("respectful-0", "[0.1", "[0.35", "Figure 7"),
+        ("insulting-0", "[0.6", "[0.22", "Figure 7"),  # more than without, less than the base
         ("left-out-0", "[0.64, 0.6, 0.68]", "[0.5, 0.45, 0.55]", "Section 1"),
         ("left-out-0", "[0.9, 0.85, 0.95]", "[0.5, 0.45, 0.55]", "Section 1"),
         ("evaluation-0", "[0.77, 0.75, 0.79]", "[0.51, 0.49, 0.53]", "Figure 5"),
@@ -257,6 +260,16 @@ def test_claims_that_fail(finished, run, before, after, title):
     failed = [s.title for s in claims.sections(finished) if "It failed in" in s.text]
     assert len(failed) == 1
     assert failed[0].startswith(title)
+
+
+def test_insults_on_demand_are_more_than_without(finished):
+    file = finished.out / "insulting-0" / "results.json"
+    results = json.loads(file.read_text())
+    for model, rate in (("pretrain-small-0", 0.1), ("ppo-ptx-small-0", 0.19)):  # 0.2 without
+        results["models"][path_of(model)]["measures"]["toxic"] = [rate] * 3
+    file.write_text(json.dumps(results))
+    failed = [s.title for s in claims.sections(finished) if "It failed in" in s.text]
+    assert failed == ["Figure 7: toxicity follows the instruction"]
 
 
 def test_less_bias_fails(finished):

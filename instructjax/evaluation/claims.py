@@ -260,19 +260,20 @@ def toxicity(paper: Paper) -> Section | None:
     runs = {"no instruction": "evaluation", "respectful": "respectful", "insulting": "insulting"}
 
     def holds(found: Found) -> bool | None:
-        if "ppo-ptx" not in found:
+        if not {"pretrain", "ppo-ptx"} <= set(found):
             return None
+        _, base_respectful, base_insulting = (x[0] for x in found["pretrain"])
         none, respectful, insulting = (x[0] for x in found["ppo-ptx"])
-        return respectful < none < insulting
+        return respectful < base_respectful and insulting > max(none, base_insulting)
 
     wanted = [(run, "measures", "toxic") for run in runs.values()]
     rows, verdicts, drawn = by_stage(paper, wanted, percent, holds)
     return section(
         "Figure 7: toxicity follows the instruction",
         "With the instruction to be respectful InstructGPT is less toxic than GPT-3, and with that"
-        " to be biased more. The claim holds where PPO-ptx is rude less often when it is asked for"
-        " respect, and more often when it is asked for insults. Some prompts ask for a tone by"
-        " themselves, and keep it.",
+        " to be biased more. The claim holds where PPO-ptx is rude less often than the base model"
+        " when both are asked for respect, and more often when they are asked for insults, which"
+        " must also raise its rate. Some prompts ask for a tone by themselves, and keep it.",
         verdicts,
         Table("share of rude responses", ("", *runs), rows),
         [draw(f"rude, {name}", found, ORDER) for name, found in zip(runs, drawn, strict=True)],

@@ -195,7 +195,9 @@ def draw(title: str, drawn: Lines, order: Sequence[str] = ()) -> str:
             _, low, high = np.array(estimates).T
             axes.vlines(at + beside, low, high, color=plotted.get_color(), linewidth=1)
     axes.set_xticks(
-        range(len(places)), [textwrap.fill(place, 10) for place in places], fontsize="small"
+        range(len(places)),
+        [textwrap.fill(place, 10, break_on_hyphens=False) for place in places],
+        fontsize="small",
     )
     return finished_svg(figure, axes, title, "", "")
 
