@@ -342,7 +342,10 @@ def write_page(c: Config) -> Path:
     """report.html and report.md in --results, with what has finished. Returns the first."""
     results = paper.Paper(c.results_directory, c.of_seeds, c.sizes, c.bases)
     title, text = "InstructGPT in miniature", "A claim compares means, unless it names intervals."
-    about = [("command", shlex.join(["python", *sys.argv])), ("seeds", f"{c.of_seeds}")]
+    about = [
+        ("command", shlex.join(["python", *sys.argv])),
+        ("seeds", " ".join(map(str, c.of_seeds))),
+    ]
     sections = [report.Section("", text, about), *claims.sections(results)]
     paper.write_markdown(title, sections, results.out)
     file = results.out / "report.html"

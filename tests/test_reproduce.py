@@ -403,8 +403,11 @@ def test_a_figure_that_does_not_apply_is_empty(finished):
 def test_the_page(finished, tmp_path):
     c = Config(out=tmp_path, quick=True)
     html = reproduce.write_page(c).read_text()
+    markdown = (tmp_path / "report.md").read_text()
+    assert "- seeds: `0`" in markdown
     for section in claims.sections(finished):
         assert markupsafe.escape(section.title) in html
+        assert f"## {section.title}\n" in markdown
     (tmp_path / "evaluation-0" / "results.json").unlink()
     titles = [section.title for section in claims.sections(finished)]
     # Labelers, accuracy, folds, the category left out, the three sweeps, the frontier, the compute.
