@@ -383,7 +383,12 @@ CHANGES = [
         {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2)},
         SAMPLING,
     ),
-    (swap_loss.RAFT(), {"keep": "random", "samples": 7, "beta": 0.5}, SAMPLING),
+    (
+        swap_loss.RAFT(),
+        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2)}
+        | {"keep": "random"},
+        SAMPLING,
+    ),
 ]
 
 
