@@ -24,8 +24,8 @@ stop. The largest of a seed's SFT models is what win rates are against.
     folds-SEED                             the reward model, cross-validated over labelers
 
 Hardware: two CPU cores. The script prints an estimate of its time, from a step on this machine.
-Result: report.html and report.md in --results, which have each claim of the paper beside what came
-out here.
+Result: OUT/report.html, which has each claim of the paper beside what came out here. --results gets
+the same page as report.md, with its figures as files.
 """
 
 import concurrent.futures
@@ -92,7 +92,7 @@ class Config:
     """Runs to make, with those that they need: a name, or how names begin, such as ppo-ptx.
     By default all."""
     results: Path | None = None
-    """Directory of the page, and of the results of each finished run, without its model. A run
+    """Directory of the results of each finished run, without its model, and of report.md. A run
     whose results are there is made again only if another run needs its model, so a grid can be
     finished on another machine. By default --out."""
     jobs: Count = 1
@@ -339,7 +339,7 @@ def keep_results(c: Config, runs: Grid) -> None:
 
 
 def write_page(c: Config) -> Path:
-    """report.html and report.md in --results, with what has finished. Returns the first."""
+    """OUT/report.html, and report.md in --results, with what has finished. Returns the first."""
     results = paper.Paper(c.results_directory, c.of_seeds, c.sizes, c.bases)
     title, text = "InstructGPT in miniature", "A claim compares means, unless it names intervals."
     about = [
@@ -348,7 +348,7 @@ def write_page(c: Config) -> Path:
     ]
     sections = [report.Section("", text, about), *claims.sections(results)]
     paper.write_markdown(title, sections, results.out)
-    file = results.out / "report.html"
+    file = c.directory / "report.html"
     file.write_text(report.render(title, sections), encoding="utf-8")
     return file
 

@@ -73,11 +73,12 @@ def test_an_ensemble_and_another_model(runs, tmp_path, capsys):
 def test_what_cannot_be_averaged(runs, tmp_path, capsys):
     other = f"{runs}/other"
     for words, named in (
-        ([other], f"{other}: give at least two models"),
+        ([], "models: give at least two"),
+        ([other], f"models {other}: give at least two"),
         ([other, f"{runs}/shallow"], f"{runs}/shallow: has layers 1, and {other} has 2"),
         ([other, other, "--weights", "1"], "--weights: 1 for 2 models"),
         ([other, other, "--weights", "1", "-1"], "--weights (1.0, -1.0): their sum is 0"),
-        ([other, f"{runs}/none"], f"models: {runs}/none: no such directory"),
+        ([other, f"{runs}/none"], f"models {runs}/none: no such directory"),
     ):
         with pytest.raises(SystemExit) as end:
             average.cli([*words, "--out", f"{tmp_path / 'x'}"])

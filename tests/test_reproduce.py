@@ -461,8 +461,9 @@ def test_a_grid_is_finished_elsewhere(finished, tmp_path, asked):
     with pytest.raises(SystemExit):
         reproduce.cli([*flags, "--runs", "rm"])
     assert asked == ["pretrain-small-0", "sft-small-0"]
-    assert (tmp_path / "report.html").exists()
-    assert not (tmp_path / "new" / "report.html").exists()
+    assert (tmp_path / "report.md").exists()
+    assert not (tmp_path / "new" / "report.md").exists()
+    assert "Figure 1: base" in (tmp_path / "new" / "report.html").read_text()
 
 
 def test_results_without_models(tmp_path, asked):

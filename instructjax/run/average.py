@@ -71,15 +71,17 @@ def average(models: Iterable[Params], weights: Sequence[float]) -> Params:
 def check(config: Config) -> None:
     """Raises ValueError or OSError for models that cannot be averaged, without reading weights."""
     checks.check_directory("--out", config.out)
-    first, *others = members = config.members
-    if not others:
-        raise ValueError(f"{first}: give at least two models, or a run with --ensemble")
+    members = config.members
+    if len(members) < 2:
+        given = " ".join(["models", *config.models])
+        raise ValueError(f"{given}: give at least two, or a run with --ensemble")
+    first, *others = members
     if config.weights and len(config.weights) != len(members):
         raise ValueError(f"--weights: {len(config.weights)} for {len(members)} models")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    expected = pretrained.check(first, mesh, flag="models:")
+    expected = pretrained.check(first, mesh, flag="models")
     for other in others:
-        found = pretrained.check(other, mesh, flag="models:")
+        found = pretrained.check(other, mesh, flag="models")
         if expected is not None and found is not None:
             _check_equal(expected, found, first, other)
 
@@ -97,12 +99,12 @@ def _check_equal(expected: ModelConfig, found: ModelConfig, first: str, other: s
 def main(config: Config) -> None:
     """Loads the models one after the other, and saves their average."""
     members, mesh = config.members, sharding.make_mesh(devices=jax.devices()[:1])
-    model, params, tokenizer = pretrained.load(members[0], mesh, flag="models:")
+    model, params, tokenizer = pretrained.load(members[0], mesh, flag="models")
 
     def load_each() -> Iterator[Params]:
         yield params
         for member in members[1:]:
-            other, others_params, others_tokenizer = pretrained.load(member, mesh, flag="models:")
+            other, others_params, others_tokenizer = pretrained.load(member, mesh, flag="models")
             _check_equal(model, other, members[0], member)
             if others_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise ValueError(f"{member}: its tokenizer differs from that of {members[0]}")
