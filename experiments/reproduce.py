@@ -115,8 +115,10 @@ class Config:
 
     @property
     def results_directory(self) -> Path:
-        """--results or its default."""
-        return self.directory if self.results is None else self.results.expanduser()
+        """--results (with --quick a folder in it: its runs have the names of others), or --out."""
+        if self.results is None:
+            return self.directory
+        return self.results.expanduser() / ("quick" if self.quick else "")
 
     @property
     def public_tasks(self) -> Path:
@@ -335,7 +337,9 @@ def keep_results(c: Config, runs: Grid) -> None:
                 if (written := c.directory / part).exists():
                     kept = c.results_directory / part
                     kept.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(written, kept)
+                    part_of_file = kept.with_name(f"{kept.name}.part")
+                    shutil.copyfile(written, part_of_file)
+                    part_of_file.replace(kept)  # a kill leaves a whole file or none
 
 
 def write_page(c: Config) -> Path:

@@ -187,7 +187,7 @@ def test_a_reply_may_not_hold_an_end(tmp_path):
 
 
 def test_the_models_own_ends(tmp_path):
-    """Ids that only the model's config has end a response too. Other special tokens do not, and are
+    """Ids that only the model's config has end a response too. Without them, another model's EOS is
     left out at the end of one."""
     tokenizer = tokenizer_of("qwen")
     spec = write(tmp_path / "a", {"prompt": "p", "completion": "Hi<|endoftext|>"})
@@ -203,13 +203,16 @@ def test_the_models_own_ends(tmp_path):
         ("Hi <|endoftext|>\n<|im_end|> ", "Hi <|im_end|>"),
         ("<|endoftext|> ends it", "<|endoftext|> ends it<|im_end|>"),
         ("Hi\n", "Hi\n<|im_end|>"),
-        ("Hi <tool>", "Hi <tool><|im_end|>"),  # an added token that is not special
+        ("Hi <tool>", "Hi <tool><|im_end|>"),  # the end of a call
+        ("Hi </s>", "Hi </s><|im_end|>"),  # this tokenizer has no such token
+        ("Hi!", "Hi!<|im_end|>"),  # the padding token
     ],
 )
-def test_special_tokens_spelled_out_at_the_end(completion, tokens, tmp_path):
+def test_another_models_eos_spelled_out_at_the_end(completion, tokens, tmp_path):
     """As P3 has them: the `<|endoftext|>` of another model."""
     tokenizer = chat_layouts.tokenizer("qwen")
-    tokenizer.add_tokens(["<tool>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    tokenizer.pad_token = "!"
     config = DataConfig(
         write(tmp_path / "a", {"prompt": "p", "completion": completion}),
         cache=str(tmp_path / "cache"),
@@ -218,10 +221,14 @@ def test_special_tokens_spelled_out_at_the_end(completion, tokens, tmp_path):
     for _ in range(2):  # the second reads the cache
         data = load(config, "demonstrations", tokenizer, log=str)
         assert tokenizer.decode(data.response[0, 0]) == tokens
-    # The cache knows which tokens are special.
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
-    data = load(config, "demonstrations", tokenizer, log=str)
-    assert tokenizer.decode(data.response[0, 0]) == tokens.replace("<tool>", "")
+
+
+def test_a_text_keeps_the_ends_of_its_turns(tmp_path):
+    tokenizer = chat_layouts.tokenizer("gemma")
+    assert tokenizer.eos_token == "<eos>"
+    config = DataConfig(write(tmp_path / "a", {"text": "Hi<end_of_turn>"}), cache=None)
+    data = load(config, "text", tokenizer, log=str)
+    assert tokenizer.decode(data.response[0, 0]).endswith("Hi<end_of_turn><eos>")
 
 
 def test_a_reward_models_score_as_trained_and_as_a_rollout_ends(tmp_path, layout, tokenizer):

@@ -47,6 +47,8 @@ def test_quick_runs_are_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", f"{tmp_path}")
     assert Config(quick=True).directory != Config().directory
     assert Config(out=Path("~/x")).directory == tmp_path / "x"
+    kept = Config(results=Path("~/r"), quick=True).results_directory
+    assert kept == Config(results=Path("~/r")).results_directory / "quick" == tmp_path / "r/quick"
 
 
 def flags_of(name: str, quick: bool = False):
@@ -453,7 +455,9 @@ def test_finished_runs_are_not_made_again(finished, tmp_path, capsys, asked):
 
 def test_a_grid_is_finished_elsewhere(finished, tmp_path, asked):
     """A run whose results are there is made again only if another needs its model."""
-    flags = ["--quick", "--out", f"{tmp_path / 'new'}", "--results", f"{tmp_path}"]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "quick").symlink_to(tmp_path)
+    flags = ["--quick", "--out", f"{tmp_path / 'new'}", "--results", f"{tmp_path / 'results'}"]
     with pytest.raises(SystemExit):
         reproduce.cli([*flags, "--runs", "ppo"])  # needs the reward model
     assert asked == ["pretrain-small-0", "sft-small-0", "rm-0", "ppo-ptx-small-0"]
@@ -467,14 +471,14 @@ def test_a_grid_is_finished_elsewhere(finished, tmp_path, asked):
 
 
 def test_results_without_models(tmp_path, asked):
-    out, results = tmp_path / "out", tmp_path / "results"
+    out, results = tmp_path / "out", tmp_path / "results" / "quick"
     write_results(out, "ppo-small-0", {"a": 1})
     for file in ("config.json", "metrics.jsonl"):
         (out / "ppo-small-0" / file).write_text(file)
     write_results(out, "ppo-ptx-small-0", {"a": 1})  # has not finished
     for run in ("ppo-small-0", "pretrain-small-0"):  # the latter has no results.json
         (out / f"{run}.cost.json").write_text('{"seconds": 1, "peak_gb": 1}')
-    flags = ["--quick", "--out", f"{out}", "--results", f"{results}", "--runs", "ppo"]
+    flags = ["--quick", "--out", f"{out}", "--results", f"{results.parent}", "--runs", "ppo"]
     with pytest.raises(SystemExit):
         reproduce.cli(flags)
     assert "ppo-ptx-small-0" in asked
@@ -494,7 +498,7 @@ def test_results_without_models(tmp_path, asked):
 
 
 def test_results_of_a_grid_that_is_stopped(tmp_path, asked, monkeypatch):
-    out, results = tmp_path / "out", tmp_path / "results"
+    out, results = tmp_path / "out", tmp_path / "results" / "quick"
 
     def stopped(grid, names, at_once):
         assert at_once == 3
@@ -504,7 +508,9 @@ def test_results_of_a_grid_that_is_stopped(tmp_path, asked, monkeypatch):
 
     monkeypatch.setattr(reproduce.Grid, "run_all", stopped)
     with pytest.raises(SystemExit, match="143"):
-        reproduce.cli(["--quick", "--out", f"{out}", "--results", f"{results}", "--jobs", "3"])
+        reproduce.cli(
+            ["--quick", "--out", f"{out}", "--results", f"{results.parent}", "--jobs", "3"]
+        )
     assert (results / "rm-0" / "results.json").exists()
 
 

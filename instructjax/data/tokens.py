@@ -21,6 +21,8 @@ from instructjax.data import paths
 from instructjax.data.errors import printable
 
 CHECKSUM = hashlib.sha256().digest_size  # bytes at the start of a cache file
+# The EOS of GPT-2, Pythia, SmolLM2 and Qwen; of Llama 3; of Llama 2, Mistral and T5; of Gemma.
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 CHUNK = 4_000_000  # characters tokenised at once: occupies all cores, and bounds the memory
 
 
@@ -56,8 +58,8 @@ def tokenise(
     Args:
       tokenizer: a tokenizer of `transformers`; its Rust backend, if any, uses all cores.
       bos: begin with BOS if the tokenizer adds one; a BOS spelled out in the text is not doubled.
-      eos_id: end in this id. If the text ends in it, or in a special token that is no end (P3 has
-        the `<|endoftext|>` of another model), spelled out, this is left out.
+      eos_id: end in this id. If the text ends in it, spelled out, or in another model's EOS (P3 has
+        `<|endoftext|>`), this is left out.
       end_ids: any of these ends the sequence too: what follows the first is left out.
       response: the texts go on from a prompt, so they get no space that they do not have.
       cache: folder of the cache, or None.
@@ -163,11 +165,10 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 
 def _end_marks(tokenizer: Any, eos_id: int, end_ids: Collection[int]) -> tuple[str, ...]:
-    """How EOS is spelled, and each special token that ends no sequence."""
-    added = tokenizer.added_tokens_decoder
-    special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-    marks = special - ({*end_ids} - {eos_id})
-    return tuple(sorted(tokenizer.convert_ids_to_tokens(list(marks))))
+    """How EOS is spelled, and the EOS of other models that are tokens and end nothing here."""
+    eos, *ends = tokenizer.convert_ids_to_tokens([eos_id, *sorted(end_ids)])
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return (eos, *(mark for mark in ENDS_OF_TEXT if mark in added and mark not in (eos, *ends)))
 
 
 def _without(marks: tuple[str, ...], text: str) -> str:

@@ -216,6 +216,8 @@ def write_markdown(title: str, sections: Sequence[Section], directory: Path) -> 
     """Writes a page without samples as DIRECTORY/report.md, and its figures, which are SVG files in
     DIRECTORY/figures."""
     (directory / "figures").mkdir(exist_ok=True)
+    for of_an_earlier_page in (directory / "figures").glob("*.svg"):
+        of_an_earlier_page.unlink()
     blocks = [f"# {title}"]
     for part in sections:
         blocks += [f"## {part.title}"] if part.title else []
