@@ -18,7 +18,7 @@ again, and a run that was stopped goes on.
     oasst-dpo      DPO on half A, judged by B
     oasst-ppo      PPO on other prompts of OASST against A, judged by B
     public-sft     a policy from P3's public tasks, the data of T0
-    public         oasst-ppo against public-sft, judged by B: the paper's Figure 5
+    public         oasst-ppo against public-sft, judged by B, as in the paper's Figure 5
     hh-rm          a reward model on pairs of hh-rlhf, harmless-base, for each seed
     short-sft      a policy from demonstrations of at most 48 tokens
     one-sentence   PPO from short-sft against a Python function: one sentence, which ends

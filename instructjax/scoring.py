@@ -134,7 +134,7 @@ def load(
     weights = _weights(config, flag)
     models = []
     for spec in config.spec:
-        for path in () if is_function(spec) else pretrained.ensemble(spec):
+        for path in () if is_function(spec) else _ensemble(spec):
             model, params = load_model(path, mesh, tokenizer, dtype, flag)
             models.append((scorer(model, mesh), to_host(params, offload)))
     return Rewards(models, functions, weights, config.combine, config.spread, flag)
@@ -155,7 +155,7 @@ def check(
         if is_function(spec):
             load_function(spec, flag)
         elif spec not in coming:
-            for path in pretrained.ensemble(spec):
+            for path in _ensemble(spec):
                 pretrained.check(path, mesh, flag=flag, scalar_head=True)
 
 
@@ -282,3 +282,11 @@ def _call(name: str, function: RewardFn, prompts: Any, responses: Any, records: 
         worst = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise ValueError(f"{name}: {scores[worst]} for the response {responses[worst]!r}")
     return scores
+
+
+def _ensemble(spec: str) -> list[str]:
+    """A run's `export`, `export-1`, ...; anything else as it is."""
+    number = lambda path: int(path.name.rpartition("-")[2])  # noqa: E731
+    run = Path(os.path.expanduser(spec))
+    members = [path for path in run.glob("export-*") if path.name[7:].isdecimal()]
+    return [spec, *map(str, sorted(members, key=number))]

@@ -13,7 +13,6 @@ from instructjax import hf, miniature, models
 from instructjax.run import average
 
 TOKENIZER = miniature.tokenizer()
-# Llama's layers: the bias of the score is not folded into a norm.
 CONFIG = dataclasses.replace(models.PRESETS["miniature"], width=16, mlp_width=32)
 
 
@@ -37,37 +36,31 @@ def test_weights_by_hand():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Reward models that differ in the head alone: two of one run, and one in a directory."""
+    """Models that differ in the final norm alone: of a run, and in a directory. Others beside."""
     out = tmp_path_factory.mktemp("runs")
     params = jax.jit(functools.partial(models.init, CONFIG))(jax.random.key(0))
-    config, params = models.with_scalar_head(params, CONFIG, jax.random.key(1))
-    for place, factor, bias in (
-        ("rm/export", 1, 0.5),
-        ("rm/export-1", 3, 1.0),
-        ("other", -1, 3.0),
-    ):
-        score = {"kernel": factor * params["score"]["kernel"], "bias": jnp.float32(bias)}
-        hf.save(out / place, config, {**params, "score": score}, TOKENIZER)
+    for place, factor in (("run/export", 1), ("other", 5)):
+        norm = jax.tree.map(lambda x, factor=factor: factor * x, params["final_norm"])
+        hf.save(out / place, CONFIG, {**params, "final_norm": norm}, TOKENIZER)
     shallow = {**params, "layers": jax.tree.map(lambda x: x[:1], params["layers"])}
-    hf.save(out / "shallow", dataclasses.replace(config, layers=1), shallow, TOKENIZER)
+    hf.save(out / "shallow", dataclasses.replace(CONFIG, layers=1), shallow, TOKENIZER)
+    config, params = models.with_scalar_head(params, CONFIG, jax.random.key(1))
+    hf.save(out / "rm", config, params, TOKENIZER)
     return out
 
 
-def test_an_ensemble_and_another_model(runs, tmp_path, capsys):
+def test_a_run_and_a_directory(runs, tmp_path, capsys):
     out = tmp_path / "average"
-    words = [f"{runs}/rm", f"{runs}/other", "--out", f"{out}"]
-    average.cli([*words, "--weights", "2", "1", "1"])
-    assert "average of 3 models" in capsys.readouterr().out
-    config, params = hf.load(out)
-    assert config.scalar_head
-    first = hf.load(runs / "rm" / "export")[1]
-    # (2 x 1 + 3 - 1) / 4 = 1 and (2 x 0.5 + 1 + 3) / 4 = 1.25.
-    assert params["score"]["bias"] == 1.25
-    expected = {**first, "score": {**first["score"], "bias": params["score"]["bias"]}}
-    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    words = [f"{runs}/run", f"{runs}/other", "--out", f"{out}"]
+    average.cli([*words, "--weights", "3", "1"])
+    assert "average of 2 models" in capsys.readouterr().out
+    params, first = (hf.load(path)[1] for path in (out, runs / "run" / "export"))
+    doubled = jax.tree.map(lambda x: 2 * x, first["final_norm"])  # (3 x 1 + 5) / 4
+    jax.tree.map(np.testing.assert_array_equal, params, {**first, "final_norm": doubled})
     assert hf.load_tokenizer(out).get_vocab() == hf.load_tokenizer(runs / "other").get_vocab()
     average.cli(words)
-    np.testing.assert_allclose(hf.load(out)[1]["score"]["bias"], 1.5)
+    tripled = jax.tree.map(lambda x: 3 * x, first["final_norm"])
+    jax.tree.map(np.testing.assert_array_equal, hf.load(out)[1]["final_norm"], tripled)
 
 
 def test_what_cannot_be_averaged(runs, tmp_path, capsys):
@@ -76,6 +69,7 @@ def test_what_cannot_be_averaged(runs, tmp_path, capsys):
         ([], "models: give at least two"),
         ([other], f"models {other}: give at least two"),
         ([other, f"{runs}/shallow"], f"{runs}/shallow: has layers 1, and {other} has 2"),
+        ([other, f"{runs}/rm"], f"models {runs}/rm: a reward model, not a language model"),
         ([other, other, "--weights", "1"], "--weights: 1 for 2 models"),
         ([other, other, "--weights", "1", "-1"], "--weights (1.0, -1.0): their sum is 0"),
         ([other, f"{runs}/none"], f"models {runs}/none: no such directory"),

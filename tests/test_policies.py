@@ -107,7 +107,7 @@ def test_signs_of_drift_by_hand():
         return " | ".join(policies.drift(before, now))
 
     assert signs(6) == signs(3) == signs(4, disagreement=None) == ""
-    assert signs(6.1).startswith("responses have 6.1 tokens, and had 4.0. The reward model may")
+    assert signs(6.1).startswith("responses have 6.1 tokens, and had 4.0. The reward may")
     assert "2.6 tokens" in signs(2.6)
     assert signs(4, kl=10.5).startswith("the KL from the reference is 10.5 nats a response. The")
     assert signs(4, disagreement=1.1).startswith("the reward models disagree 2.2 times as much")

@@ -178,16 +178,16 @@ def finished(tmp_path) -> paper.Paper:
     write_results(tmp_path, "rm-0", {"accuracy": both})
     for beta, score, utility in (("1e-06", 2.0, 1.0), ("0.05", 1.0, 3.0)):
         policy = {"score": score, "utility": utility, "kl": 1.0, "text_loss": 2.0}
-        write_results(tmp_path, f"sweep-beta-{beta}-0", {"PPO, last weights": policy})
+        write_results(tmp_path, f"sweep-beta-{beta}-0", {"PPO, averaged weights": policy})
     for run, loss in (("ppo", 5.0), ("ppo-ptx", 2.0), ("sweep-no-ptx-beta-1.5", 4.0)):
         policy = {"score": 3.0, "utility": 2.5, "kl": 1.0, "text_loss": loss}
         name = f"{run}-0" if run.startswith("sweep") else f"{run}-medium-0"
-        write_results(tmp_path, name, {"PPO, last weights": policy})
+        write_results(tmp_path, name, {"PPO, averaged weights": policy})
         given = {"ppo": {"beta": 0.15}, "ptx": {"coef": 0.03 if run == "ppo-ptx" else 0.0}}
         (tmp_path / name / "config.json").write_text(json.dumps({"config": given}))
     for gamma, loss in (("0.003", 3.0), ("0.3", 1.0)):
         policy = {"score": 1.0, "utility": 2.0, "kl": 1.0, "text_loss": loss}
-        write_results(tmp_path, f"sweep-gamma-{gamma}-0", {"PPO, last weights": policy})
+        write_results(tmp_path, f"sweep-gamma-{gamma}-0", {"PPO, averaged weights": policy})
     figures = {
         "sft": (0.0, 0.1, 2.0),
         "ppo": (1.0, 0.5, 2.5),
@@ -339,9 +339,11 @@ def test_the_frontier_by_hand(finished, monkeypatch):
 def test_sweeps_are_in_the_order_of_their_values(tmp_path):
     values = (10, 2, 0.5, 30, 1e-6, 4, 0.05)
     for value in values:
-        write_results(tmp_path, f"sweep-gamma-{value:g}-0", {"PPO, last weights": {"kl": value}})
-    write_results(tmp_path, "sweep-gamma-3-1", {"PPO, last weights": {"kl": 3}})  # another seed
-    write_results(tmp_path, "default", {"PPO, last weights": {"kl": 3.5}})
+        write_results(
+            tmp_path, f"sweep-gamma-{value:g}-0", {"PPO, averaged weights": {"kl": value}}
+        )
+    write_results(tmp_path, "sweep-gamma-3-1", {"PPO, averaged weights": {"kl": 3}})  # another seed
+    write_results(tmp_path, "default", {"PPO, averaged weights": {"kl": 3.5}})
     (tmp_path / "default" / "config.json").write_text('{"config": {"ptx": {"coef": 3.5}}}')
     results = paper.Paper(tmp_path, (0, 1), (), ())
     swept = paper.swept(results, "gamma", "ptx.coef", "default")

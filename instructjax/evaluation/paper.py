@@ -111,9 +111,9 @@ SWEPT = {"score": "score", "utility": "utility", "kl": "KL, nats", "text_loss": 
 
 
 def policy_of(paper: Paper, run: str) -> Mapping[str, float] | None:
-    """The figures of a trained policy, if the run has finished."""
+    """The figures of a trained policy, as it is exported, if the run has finished."""
     results = paper.results(run)
-    return None if results is None else results["PPO, last weights"]
+    return None if results is None else results["PPO, averaged weights"]
 
 
 def swept(paper: Paper, name: str, flag: str, default: str) -> dict[str, Mapping[str, float]]:

@@ -17,7 +17,7 @@ from instructjax.evaluation.figures import plot_curves
 from instructjax.run import Run
 from instructjax.train import Batch
 
-# Beyond these an evaluation warns that the reward model may not know what it scores [ours].
+# Beyond these an evaluation warns that the reward may be wrong about the responses [ours].
 LENGTH_RATIO = 1.5  # of mean lengths, in either direction
 DISAGREEMENT_RATIO = 2.0  # of an ensemble of reward models
 KL = 10.0  # nats a response
@@ -114,13 +114,14 @@ def log(run: Run, step: int, before: Sampled, now: Sampled) -> None:
 
 
 def drift(before: Sampled, now: Sampled) -> list[str]:
-    """What says that responses have left those that the reward models were trained on.
+    """What says that responses have left those that reward models were trained on.
 
     A reward model is right about responses like those that people compared. Further away its score
     goes on rising while the responses get worse (Gao et al. 2022, arXiv 2210.10760).
 
     Args:
-      before: of the policy at the start, with the prompts of `now` first.
+      before: of the policy at the start, with the prompts of `now` first. Lengths are compared on
+        these prompts, disagreement on all that each has.
       now: of the policy in training.
     """
     signs = []
@@ -134,7 +135,7 @@ def drift(before: Sampled, now: Sampled) -> list[str]:
         if ratio > DISAGREEMENT_RATIO:
             signs.append(f"the reward models disagree {ratio:.1f} times as much as at the start")
     if signs:
-        signs[-1] += ". The reward model may be wrong about such responses: read some"
+        signs[-1] += ". The reward may be wrong about such responses: read some"
     return signs
 
 

@@ -14,7 +14,7 @@ metrics.py      metrics.jsonl, samples.jsonl, the progress line
 watchdog.py     says where a run stands that does not move, and ends it
 memory.py       the peak of memory by phase; what helps if it runs out
 process.py      signals, memory and the lock on the run directory
-average.py      the average of the weights of several models
+average.py      the average of the weights of several language models
 run.py          Run: restore, steps, log, save, finish; main: exit codes
 """
 

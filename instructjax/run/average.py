@@ -1,14 +1,12 @@
-"""Averages the weights of several models of one architecture that began as the same model.
+"""Averages the weights of several language models that began as the same model.
 
-    python -m instructjax.run.average runs/rm --out runs/rm-average      # of run_rm.py --ensemble 5
     python -m instructjax.run.average runs/facts runs/courtesy --weights 0.3 0.7 --out runs/soup
 
-An average of reward models is less fooled by noise in their labels than one of them, and scores at
-the cost of one (WARM, Rame et al. 2024, arXiv 2401.12187). An average of policies that were trained
-on different rewards trades one reward for the other (rewarded soups, Rame et al. 2023, arXiv
-2306.04488).
+An average of policies that were trained on different rewards trades one reward for the other
+(rewarded soups, Rame et al. 2023, arXiv 2306.04488).
 
-Result: OUT, a Hugging Face directory, which --model and --reward take.
+Result: OUT, a Hugging Face directory, which --model takes. Reward models are refused: those of
+run_rm.py begin with a head each, and an average of unlike heads scores less than any of them.
 """
 
 import dataclasses
@@ -33,8 +31,7 @@ class Config:
     """The models, and where their average goes."""
 
     models: tyro.conf.Positional[tuple[str, ...]]
-    """Run directories or Hugging Face directories, two or more. A run with --ensemble gives all its
-    models."""
+    """Run directories or Hugging Face directories, two or more."""
     out: Path
     """Directory of the average."""
     weights: tuple[Finite, ...] = ()
@@ -44,11 +41,6 @@ class Config:
         ranges.check(self)
         if self.weights and not sum(self.weights):
             raise ValueError(f"--weights {self.weights}: their sum is 0")
-
-    @property
-    def members(self) -> list[str]:
-        """The directories of all models."""
-        return [member for model in self.models for member in pretrained.ensemble(model)]
 
 
 def average(models: Iterable[Params], weights: Sequence[float]) -> Params:
@@ -60,28 +52,30 @@ def average(models: Iterable[Params], weights: Sequence[float]) -> Params:
       models: trees of equal shapes. They are asked for one at a time.
       weights: a factor for each, which are divided by their sum.
     """
-    total: Any = None
     shares = np.asarray(weights, np.float64) / np.sum(weights)
+    totals: list[np.ndarray] = []
+    structure = None
     for params, share in zip(models, shares, strict=True):
-        part = jax.tree.map(lambda x, share=share: share * np.asarray(x, np.float64), params)
-        total = part if total is None else jax.tree.map(np.add, total, part)
-    return jax.tree.map(np.float32, total)
+        leaves, structure = jax.tree.flatten(params)
+        totals = totals or [np.zeros(leaf.shape) for leaf in leaves]
+        for total, leaf in zip(totals, leaves, strict=True):
+            total += share * np.asarray(leaf, np.float64)
+    assert structure is not None
+    return jax.tree.unflatten(structure, [total.astype(np.float32) for total in totals])
 
 
 def check(config: Config) -> None:
     """Raises ValueError or OSError for models that cannot be averaged, without reading weights."""
     checks.check_directory("--out", config.out)
-    members = config.members
-    if len(members) < 2:
-        given = " ".join(["models", *config.models])
-        raise ValueError(f"{given}: give at least two, or a run with --ensemble")
-    first, *others = members
-    if config.weights and len(config.weights) != len(members):
-        raise ValueError(f"--weights: {len(config.weights)} for {len(members)} models")
+    if len(config.models) < 2:
+        raise ValueError(f"{' '.join(['models', *config.models])}: give at least two")
+    first, *others = config.models
+    if config.weights and len(config.weights) != len(config.models):
+        raise ValueError(f"--weights: {len(config.weights)} for {len(config.models)} models")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    expected = pretrained.check(first, mesh, flag="models")
+    expected = pretrained.check(first, mesh, flag="models", scalar_head=False)
     for other in others:
-        found = pretrained.check(other, mesh, flag="models")
+        found = pretrained.check(other, mesh, flag="models", scalar_head=False)
         if expected is not None and found is not None:
             _check_equal(expected, found, first, other)
 
@@ -98,13 +92,15 @@ def _check_equal(expected: ModelConfig, found: ModelConfig, first: str, other: s
 
 def main(config: Config) -> None:
     """Loads the models one after the other, and saves their average."""
-    members, mesh = config.members, sharding.make_mesh(devices=jax.devices()[:1])
-    model, params, tokenizer = pretrained.load(members[0], mesh, flag="models")
+    members, mesh = config.models, sharding.make_mesh(devices=jax.devices()[:1])
+    model, params, tokenizer = pretrained.load(members[0], mesh, flag="models", scalar_head=False)
 
     def load_each() -> Iterator[Params]:
         yield params
         for member in members[1:]:
-            other, others_params, others_tokenizer = pretrained.load(member, mesh, flag="models")
+            other, others_params, others_tokenizer = pretrained.load(
+                member, mesh, flag="models", scalar_head=False
+            )
             _check_equal(model, other, members[0], member)
             if others_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise ValueError(f"{member}: its tokenizer differs from that of {members[0]}")

@@ -225,14 +225,6 @@ def hub_base(model: str) -> str | None:
     return known.get("base_model") if "instructjax" in known.get("tags", ()) else None
 
 
-def ensemble(model: str) -> list[str]:
-    """The models of a run of run_rm.py --ensemble; of anything else, the model itself."""
-    number = lambda path: int(path.name.rpartition("-")[2])  # noqa: E731
-    run = Path(os.path.expanduser(model))
-    others = [path for path in run.glob("export-*") if path.name[7:].isdecimal()]
-    return [model, *map(str, sorted(others, key=number))]
-
-
 def finished(run: Path) -> bool:
     """Whether a run has written its export, as host 0 sees the directory."""
     return bool(hosts.agree((run / "export" / "config.json").is_file()))
