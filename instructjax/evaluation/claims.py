@@ -338,7 +338,7 @@ def larger_gamma(paper: Paper) -> Section | None:
         " large gamma brings the benchmarks back, and the reward falls. The claim holds where the"
         " loss on text falls with each larger gamma.",
         [(held, f"medium, seed {seed}")] if len(found) > 1 else [],
-        Table("after training", ("", *SWEPT.values()), sweep_rows(found)),
+        Table("averaged weights, 1,024 prompts", ("", *SWEPT.values()), sweep_rows(found)),
         [draw_sweep("loss on text and score, by gamma", found, ("text_loss", "score"))],
     )
 
@@ -358,7 +358,7 @@ def larger_penalty(paper: Paper) -> Section | None:
         " brings the benchmarks back. The claim holds where the loss on text stays above that of"
         " PPO-ptx at every beta.",
         [(held, f"medium, seed {seed}")],
-        Table("after training", ("", *SWEPT.values()), sweep_rows(found)),
+        Table("averaged weights, 1,024 prompts", ("", *SWEPT.values()), sweep_rows(found)),
         [draw_sweep("loss on text, nats a token", found, ("text_loss",))],
     )
 
@@ -379,7 +379,7 @@ def no_penalty(paper: Paper) -> Section | None:
         " 0.01 to 0.02. The claim holds where a beta of one millionth has a higher score, by the"
         " reward model, and a lower utility, by the judge, than the beta of the highest utility.",
         verdicts,
-        Table("after training", ("", *SWEPT.values()), sweep_rows(found)),
+        Table("averaged weights, 1,024 prompts", ("", *SWEPT.values()), sweep_rows(found)),
         [draw_sweep("score and utility, by beta", found, ("score", "utility"))],
     )
 

@@ -10,6 +10,7 @@ run_rm.py begin with a head each, and an average of unlike heads scores less tha
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Config:
             raise ValueError(f"--weights {self.weights}: their sum is 0")
 
 
-def average(models: Iterable[Params], weights: Sequence[float]) -> Params:
+def average(models: Iterable[Any], weights: Sequence[float]) -> Any:
     """The weighted mean of the parameters of some models, in float32.
 
     The sum is in float64, so that the mean of equal models is that model, bit for bit.
@@ -93,14 +94,13 @@ def _check_equal(expected: ModelConfig, found: ModelConfig, first: str, other: s
 def main(config: Config) -> None:
     """Loads the models one after the other, and saves their average."""
     members, mesh = config.models, sharding.make_mesh(devices=jax.devices()[:1])
-    model, params, tokenizer = pretrained.load(members[0], mesh, flag="models", scalar_head=False)
+    load = functools.partial(pretrained.load, mesh=mesh, flag="models", scalar_head=False)
+    model, params, tokenizer = load(members[0])
 
     def load_each() -> Iterator[Params]:
         yield params
         for member in members[1:]:
-            other, others_params, others_tokenizer = pretrained.load(
-                member, mesh, flag="models", scalar_head=False
-            )
+            other, others_params, others_tokenizer = load(member)
             _check_equal(model, other, members[0], member)
             if others_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise ValueError(f"{member}: its tokenizer differs from that of {members[0]}")
