@@ -549,7 +549,10 @@ def test_the_page_as_markdown(tmp_path):
         report.Section("", "Text.", [("seed", "0")]),
         report.Section("Figure 1: a < b", "Why.", tables=[table], figures=["", "<svg>1</svg>"]),
     ]
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "earlier.svg").touch()
     paper.write_markdown("Title", parts, tmp_path)
+    assert len(list((tmp_path / "figures").iterdir())) == 1  # that of an earlier page is gone
     assert (
         (tmp_path / "report.md").read_text()
         == """# Title
