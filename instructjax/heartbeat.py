@@ -6,6 +6,7 @@ the number is missing. So each host also writes a beat to the service every seco
 of the others.
 """
 
+import itertools
 import json
 import socket
 import sys
@@ -53,9 +54,7 @@ class Heartbeat:
             thread.join()
 
     def _beat(self) -> None:
-        number = 0
-        while not self._done.wait(self._every):
-            number += 1
+        for number in itertools.count():  # the first one at once: it brings the name
             with suppress(JaxRuntimeError):  # the service is gone, and jax is about to say so
                 beat = json.dumps([number, socket.gethostname()])
                 self._client.key_value_set(f"{BEATS}/{self._host}", beat, allow_overwrite=True)
@@ -64,6 +63,8 @@ class Heartbeat:
                     if beat != self._beats.get(host):
                         self._beats[host], self._heard[host] = beat, time.monotonic()
                 self._heard[0] = time.monotonic()  # it has answered
+            if self._done.wait(self._every):
+                return
 
     def _look(self) -> None:
         named: set[int] = set()

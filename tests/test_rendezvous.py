@@ -96,6 +96,16 @@ def test_a_host_that_falls_silent_is_named_and_is_heard_again(printed, monkeypat
     assert "host 0 (" not in printed.text
 
 
+def test_a_host_gives_its_name_before_the_first_second_has_passed():
+    """A host that dies early is named too."""
+    service = Service()
+    with Heartbeat(service, 1, 2, every=60):
+        deadline = time.monotonic() + 30
+        while "instructjax/beat/1" not in service.values:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def test_a_service_that_does_not_answer_names_host_0_alone(printed):
     """Nothing is known of the others then."""
     released, service = threading.Event(), Service()
