@@ -82,7 +82,10 @@ class Config(SamplingConfig):
     learning_rate: NotNegative = 3e-4
     """Learning rate of Adam, which is constant. [Ours]"""
     eval_prompts: Count = 256
-    """Held-out prompts of the comparison at the end."""
+    """Held-out prompts of each evaluation, and of the comparison with the start at the end."""
+    eval_every: Count | None = None
+    """Updates between evaluations on held-out prompts. By default the comparison at the end is the
+    only one."""
 
 
 # ---------------------------------------------------------------------------------------- DPO
@@ -412,6 +415,11 @@ def swap_loss(config: Config) -> None:
         algorithm: Algorithm = algorithms[type(config)](config, start)
         held_out = prompts_that_fit(config, start.model, algorithm.held_out)
         judge = gold.load_judge(config.gold, config.data.spec, mesh, tokenizer, config.model_dtype)
+        assess = make_assess(config, start, algorithm.reward, judge, held_out)
+        # A key for each policy, because a win rate is of independent samples.
+        before_key, now_key = jax.random.split(jax.random.key(config.seed))
+        with run.phase("sampling responses of the start to held-out prompts"):
+            before = assess(start.params, before_key)
 
         tx, key = train.adam(config.learning_rate), jax.random.key(config.seed)
         layout = state.shardings(start.params, tx)
@@ -424,15 +432,18 @@ def swap_loss(config: Config) -> None:
                 rows, tokens, rollout_metrics = algorithm.prepare(current.params, batch, step_key)
             current, metrics = step_fn(current, rows, step_key)
             run.log(step, metrics | rollout_metrics, tokens=tokens)
+            if config.eval_every and step % config.eval_every == 0:
+                with run.phase("evaluating on held-out prompts"):
+                    policies.log(run, step, before, assess(current.params, now_key))
             if run.should_save(step):
                 run.save(step, current)
 
         hf.save(config.out / "export", start.model, current.params, start.tokenizer)
         with run.phase("comparing with the start on held-out prompts"):
-            sampled = compare(config, start, current.params, algorithm.reward, judge, held_out)
-        before, after = sampled.values()
+            after = assess(current.params, now_key)
         run.console.print(policies.samples_table("held-out prompts", before, after))
         curves = {metric: [metric] for metric in config.CURVES}
+        sampled = {"start": before, type(config).__name__: after}
         policies.finish(run, sampled, time.perf_counter() - began, curves)
 
 
@@ -447,26 +458,23 @@ def prompts_that_fit(config: Config, model: ModelConfig, held_out: Dataset) -> D
     return held_out.take(fits & (np.cumsum(fits) <= config.eval_prompts))
 
 
-def compare(
+def make_assess(
     config: Config,
     start: Start,
-    params: Params,
     reward: scoring.Rewards | None,
     judge: gold.Judge | None,
     held_out: Dataset,
-) -> dict[str, policies.Sampled]:
-    """Responses of the start and of the trained policy to held-out prompts, and their figures."""
+) -> Callable[[Params, jax.Array], policies.Sampled]:
+    """A function of (params, key) that samples responses to held-out prompts and measures them."""
     R = config.max_new_tokens
     prompts = [held_out.prompt[i].tolist() for i in range(len(held_out))]
     model: Any = {"config": start.model, "shard": config.constrainer(start.mesh)}
     everywhere = sharding.replicated(start.mesh)
     logp_of = jax.jit(functools.partial(rollout.token_logp, **model), out_shardings=everywhere)
-    # A key for each policy, because a win rate is of independent samples.
-    keys, sampled = jax.random.split(jax.random.key(config.seed)), {}
-    policies_by_name = {"start": start.params, type(config).__name__: params}
-    for (name, weights), key in zip(policies_by_name.items(), keys, strict=True):
+
+    def assess(params: Params, key: jax.Array) -> policies.Sampled:
         responses, _ = rollout.sample(
-            weights,
+            params,
             start.model,
             prompts,
             key,
@@ -476,15 +484,15 @@ def compare(
         )
         rows = rollout.left_padded(prompts, max(map(len, prompts))) | responses
 
-        def run_model(fn: Callable[[Batch], jax.Array], rows: Batch = rows) -> np.ndarray:
+        def run_model(fn: Callable[[Batch], jax.Array]) -> np.ndarray:
             size = config.batch_size // config.microbatches
             return rollout.map_batches(fn, rows, size, [R], start.mesh)
 
         texts = start.tokenizer.batch_decode(rollout.token_ids(rows), skip_special_tokens=True)
         logp_BR, ref_logp_BR = (
-            run_model(functools.partial(logp_of, x)) for x in (weights, start.params)
+            run_model(functools.partial(logp_of, x)) for x in (params, start.params)
         )
-        sampled[name] = policies.measure(
+        return policies.measure(
             rows,
             held_out.records,
             texts,
@@ -494,7 +502,8 @@ def compare(
             judge=judge,
             kl_B=(logp_BR - ref_logp_BR).sum(1, where=rows["mask_BR"]),
         )
-    return sampled
+
+    return assess
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

@@ -30,6 +30,7 @@ from instructjax.run import pretrained
 from instructjax.train import Batch
 
 RewardFn = Callable[[Sequence[str], Sequence[str], Sequence[Record]], Sequence[float]]
+Combine = Literal["mean", "min", "mean-std", "mean-variance"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,13 @@ class RewardConfig:
     """Factor of each term of the score: one for all reward models together, then one for each
     function in the order given.
     Default: 1 each."""
-    combine: Literal["mean", "min", "mean-std"] = "mean"
+    combine: Combine = "mean"
     """How several reward models give one score: their mean, their minimum, or their mean minus
-    --reward.spread standard deviations."""
+    --reward.spread standard deviations or variances. [Coste et al. 2023, arXiv 2310.02743, compare
+    mean, min and mean-variance]"""
     spread: NotNegative = 1.0
-    """Standard deviations that `mean-std` subtracts from the mean."""
+    """Factor of the standard deviation, or of the variance, that is subtracted from the mean.
+    [Ours]"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Rewards:
     models: list[tuple[Callable[[Params, Batch], jax.Array], Offloaded]]
     functions: list[tuple[str, RewardFn]]  # by SPEC
     weights: tuple[float, ...]
-    combine: Literal["mean", "min", "mean-std"]
+    combine: Combine
     spread: float
     flag: str = "--reward"  # the flag that named the terms, for errors
 
@@ -66,7 +69,12 @@ class Rewards:
         if self.combine == "min":
             return scores_NB.min(0)
         mean_B = scores_NB.mean(0)
-        return mean_B - self.spread * scores_NB.std(0) if self.combine == "mean-std" else mean_B
+        match self.combine:
+            case "mean-std":
+                return mean_B - self.spread * scores_NB.std(0)
+            case "mean-variance":
+                return mean_B - self.spread * scores_NB.var(0)
+        return mean_B
 
     def score(
         self,

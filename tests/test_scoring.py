@@ -257,6 +257,7 @@ def test_combinations_by_hand():
     np.testing.assert_array_equal(of("mean", 1.0), [3, 0.25])
     np.testing.assert_array_equal(of("min", 1.0), [1, 0.25])
     np.testing.assert_allclose(of("mean-std", 0.5), [3 - 0.5 * (8 / 3) ** 0.5, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(of("mean-variance", 0.5), [3 - 0.5 * 8 / 3, 0.25], rtol=1e-6)
 
 
 def test_a_model_and_a_function(runs, tmp_path):

@@ -378,15 +378,25 @@ def test_raft_learns_one_response_of_each_group(start, keep):
     assert (metrics["objective/kept_score"] > metrics["objective/score"]) or keep == "random"
 
 
-def test_the_two_sides_of_a_comparison_are_sampled_independently(start):
-    """One policy against itself gives other responses, as independent samples do."""
-    policy, config = loaded(start), swap_loss.DPO(max_new_tokens=12)
-    held_out = data.load(config.data, "prompts", TOKENIZER, split="validation")
-    sampled = swap_loss.compare(config, policy, policy.params, None, None, held_out)
-    before, after = sampled["start"], sampled["DPO"]
-    assert len(before.texts) == len(after.texts) == len(held_out)
-    assert before.texts != after.texts
-    np.testing.assert_allclose([before.kl_B, after.kl_B], 0, atol=1e-4)
+def test_evaluations_sample_independently_of_the_start(start, tmp_path, monkeypatch):
+    """A win rate is of independent samples. All evaluations have the same noise."""
+    keys, make = [], swap_loss.make_assess
+
+    def make_assess(*args):
+        assess = make(*args)
+        return lambda params, key: keys.append(key) or assess(params, key)
+
+    monkeypatch.setattr(swap_loss, "make_assess", make_assess)
+    out = tmp_path / "run"
+    swap_loss.cli([*flags(start, "dpo", out), "--steps", "2", "--eval_every", "1"])
+    before, *others = [jax.random.key_data(key).tolist() for key in keys]
+    assert len(others) == 3
+    assert all(key == others[0] != before for key in others)
+    steps = [row for row in lines(out) if "validation/kl" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    after = json.loads((out / "results.json").read_text())["DPO"]
+    assert steps[1]["validation/utility"] == pytest.approx(after["utility"])
+    assert steps[1]["validation/kl"] == pytest.approx(after["kl"]) != steps[0]["validation/kl"]
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "rloo"])
@@ -424,9 +434,10 @@ def test_the_kl_of_the_comparison_against_a_loop(start, monkeypatch):
         "sample",
         lambda *args, **flags: samples.append(sample(*args, **flags)[0]) or (samples[-1], 1.0),
     )
-    sampled = swap_loss.compare(config, policy, trained, None, None, held_out)
+    assess = swap_loss.make_assess(config, policy, None, None, held_out)
+    np.testing.assert_allclose(assess(policy.params, jax.random.key(0)).kl_B, 0, atol=1e-4)
+    after = assess(trained, jax.random.key(1))
     assert len(samples) == 2
-    np.testing.assert_allclose(sampled["start"].kl_B, 0, atol=1e-4)
     for i in range(3):
         prompt = held_out.prompt[i].tolist()
         ids = [*prompt, *samples[1]["tokens_BR"][i][samples[1]["mask_BR"][i]].tolist()]
@@ -435,8 +446,8 @@ def test_the_kl_of_the_comparison_against_a_loop(start, monkeypatch):
             logits = models.logits(params, CONFIG, jnp.array([ids]))
             logp = np.asarray(jax.nn.log_softmax(logits[0]))
             total += sign * sum(logp[t, ids[t + 1]] for t in range(len(prompt) - 1, len(ids) - 1))
-        assert sampled["DPO"].kl_B[i] == pytest.approx(total, abs=1e-3)
-        assert abs(total) > 0.01
+        assert after.kl_B[i] == pytest.approx(total, abs=1e-3)
+    assert np.abs(after.kl_B).max() > 0.01
 
 
 def test_the_flags_of_the_model_are_honoured(start, tmp_path):
@@ -503,7 +514,7 @@ def test_sample_batch_and_eval_prompts(start, tmp_path, monkeypatch):
         out = tmp_path / f"{len(extra)}"
         few = [*flags(start, "grpo", out), "--steps", "1", "--eval_prompts", "3", *extra]
         swap_loss.cli(few)
-        assert counts == ([2, 2, 2, 2, 2, 1, 2, 1] if extra else [8, 3, 3])
+        assert counts == ([2, 1, 2, 2, 2, 2, 2, 1] if extra else [3, 8, 3])
         assert len((out / "samples_after.jsonl").read_text().splitlines()) == 3
         rows.append(lines(out)[0])
     assert rows[0]["rollout/length"] == rows[1]["rollout/length"]

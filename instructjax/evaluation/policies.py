@@ -105,9 +105,9 @@ def log(run: Run, step: int, before: Sampled, now: Sampled) -> None:
         same_prompts = before.utility_B[: len(now.utility_B)]
         metrics["validation/win_rate"] = statistics.win_rate(now.utility_B, same_prompts).value
     run.log(step, metrics)
-    assert now.score_B is not None
-    for prompt, text, score in zip(now.prompts[:4], now.texts, now.score_B, strict=False):
-        run.metrics.sample(step, {"prompt": prompt, "response": text, "score": float(score)})
+    for i, prompt in enumerate(now.prompts[:4]):
+        score = {} if now.score_B is None else {"score": float(now.score_B[i])}
+        run.metrics.sample(step, {"prompt": prompt, "response": now.texts[i], **score})
     run.console.print(samples_table(f"iteration {step:,}", before, now))
     for sign in drift(before, now):
         run.console.print(f"warning: iteration {step:,}: {sign}")
