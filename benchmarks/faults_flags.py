@@ -170,7 +170,7 @@ WRONG = [
     ),
     *lines(
         "evaluate.py",
-        ("--models lm", "--models lm"),
+        ("--models lm lm", "--models lm lm"),
         ("--models lm runs/nothing", "--models runs/nothing"),
         ("--models lm rm", "--models rm"),
         ("--models lm hf:lm --data jsonl:demos.jsonl", "--gold"),

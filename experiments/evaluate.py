@@ -8,6 +8,8 @@ r"""Compares models by a judge on held-out prompts: win rates with intervals, at
     python experiments/evaluate.py --models runs/pretrain few_shot:runs/pretrain runs/ppo \
         --benchmarks 512                                                 # and the alignment tax
     python experiments/evaluate.py --labels rankings.jsonl                   # what labelers said
+    python experiments/evaluate.py --models runs/sft --split train --samples 4 --comparisons \
+        --gold my_file.py:my_judge --data jsonl:prompts.jsonl       # comparisons, for run_rm.py
 
 Each model answers each prompt --samples times, independently. The judge gives every response a
 utility. A model wins a prompt against another as often as a response of its own has the higher
@@ -19,8 +21,8 @@ Likert scores of 1 to 7; their means are reported too.
 
 Hardware: two CPU cores suffice for the miniature.
 Result: a table of win rates against the first model; OUT/results.json with those of all pairs,
-OUT/responses.jsonl with each response and its utility, and with --best_of or --reference
-OUT/frontier.png.
+OUT/responses.jsonl with each response and its utility, with --best_of or --reference
+OUT/frontier.png, and with --comparisons OUT/comparisons.jsonl.
 """
 
 import dataclasses
@@ -49,7 +51,7 @@ from instructjax.run.process import cache_compilations
 from instructjax.train import Batch
 
 FEW_SHOT = "few_shot:"  # before a model's name
-RESPONSES = "responses.jsonl"
+RESPONSES, COMPARISONS = "responses.jsonl", "comparisons.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +90,13 @@ class Config:
     """Values of n. For each, what the best of n samples of the first model would give, averaged
     over all subsets of n of its --samples responses. The best is the one of the highest score by
     --reward, or by the judge without it."""
-    split: Literal["validation", "all"] = "validation"
-    """Which prompts: those held out by --data.split_by and --data.validation, or all."""
+    comparisons: bool = False
+    """Also write OUT/comparisons.jsonl, which run_rm.py reads: the first model's --samples
+    responses to each prompt, ranked by their utility. Left out are responses that did not end, and
+    prompts whose responses all have one utility."""
+    split: Literal["validation", "train", "all"] = "validation"
+    """Which prompts: those held out by --data.split_by and --data.validation, those that training
+    reads, or all."""
     prompts: Count = 512
     """Number of prompts, the first of the data."""
     samples: Count = 1
@@ -113,8 +120,8 @@ class Config:
 
     def __post_init__(self) -> None:
         ranges.check(self)
-        if self.labels is None and len(set(self.models)) < max(2, len(self.models)):
-            raise ValueError(f"--models {' '.join(self.models)}: give at least two, each once")
+        if self.labels is None and not len(set(self.models)) == len(self.models) > 0:
+            raise ValueError(f"--models {' '.join(self.models)}: give at least one, each once")
         if self.labels is None and not self.gold and self.data.spec != "miniature":
             raise ValueError("--gold: these data have no judge of their own; name one")
         if self.benchmarks is not None and self.data.spec != "miniature":
@@ -126,6 +133,8 @@ class Config:
             raise ValueError("--reference: the KL of a few_shot: model cannot be measured")
         if max(self.best_of, default=0) > self.samples:
             raise ValueError(f"--best_of {max(self.best_of)}: more than --samples {self.samples}")
+        if self.comparisons and not 2 <= self.samples <= 9:
+            raise ValueError(f"--comparisons: needs --samples from 2 to 9, not {self.samples}")
         flags.refuse_bucket("--out", self.out, "a directory on a disk")
         sharding.parse_mesh(self.mesh)
 
@@ -189,7 +198,14 @@ def evaluate(config: Config) -> dict[str, Any]:
         print(f"{left_out:,} prompts are left out: a model has no room for them")
     if config.best_of:
         results["best_of"] = comparison.best_of(answers[first], config.best_of)
-    write(config, results, first, "the judge", [RESPONSES])
+    written = [RESPONSES]
+    if config.comparisons:
+        rows = comparison.comparisons(answers[first])
+        if jax.process_index() == 0:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (config.out / COMPARISONS).write_text(text, encoding="utf-8")
+        written.append(COMPARISONS)
+    write(config, results, first, "the judge", written)
     return results
 
 
@@ -285,6 +301,7 @@ def answer(config: Config, name: str, mesh: Mesh, key: jax.Array) -> comparison.
     return comparison.Answers(
         keys=comparison.keys(records.records),
         prompts=[record.prompt for record in records.records],
+        prompt_rows=[comparison.prompt_row(record) for record in records.records],
         texts=[texts[i : i + S] for i in range(0, len(texts), S)],
         tokens_PS=by_prompt(measured.length_B),
         ended_PS=by_prompt(measured.ended_B),

@@ -2,11 +2,14 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
+import chat_layouts
 import numpy as np
 import pytest
 
-from instructjax.data import Record
+from instructjax import data
+from instructjax.data import DataConfig, Dataset, Record
 from instructjax.evaluation import comparison, statistics
 from instructjax.evaluation.comparison import Answers
 
@@ -18,7 +21,8 @@ def answers(names, utility_PS, length_PS, score_PS=None) -> Answers:
     tokens_PS = np.full(utility_PS.shape, 7)
     ended_PS = np.ones(utility_PS.shape, bool)
     score_PS = None if score_PS is None else np.array(score_PS, float)
-    return Answers(keys, names, texts, tokens_PS, ended_PS, utility_PS, score_PS)
+    rows = [{"prompt": name} for name in names]
+    return Answers(keys, names, rows, texts, tokens_PS, ended_PS, utility_PS, score_PS)
 
 
 def test_all_figures_are_of_the_prompts_that_all_answered():
@@ -37,6 +41,43 @@ def test_all_figures_are_of_the_prompts_that_all_answered():
     assert results["models"]["ours"]["tokens"] == 7
     with pytest.raises(ValueError, match="--models a b: no prompt has room in all of them"):
         comparison.shared({"a": ours, "b": answers(["9"], [[1]], [[2]])})
+
+
+def test_comparisons_are_of_different_responses_that_ended():
+    given = answers(["1", "2", "3", "4"], [[5, 2, 5], [1, 1, 1], [3, 4, 3], [7, 8, 9]], [[1, 2, 1]])
+    texts = [["a", "b", "a"], ["a", "b", "c"], ["a", "b", "c"], ["a", "b", "c"]]
+    ended_PS = np.array([[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 0, 1]], bool)
+    rows = comparison.comparisons(replace(given, texts=texts, ended_PS=ended_PS))
+    assert rows == [
+        {"prompt": "1", "responses": ["a", "b"], "scores": [5, 2]},
+        {"prompt": "4", "responses": ["a", "c"], "scores": [7, 9]},
+    ]
+
+
+@pytest.mark.parametrize("layout", chat_layouts.LAYOUTS)
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_a_prompt_of_comparisons_is_rendered_as_it_was(layout, template, tmp_path):
+    tokenizer = chat_layouts.tokenizer(layout)
+    turns = [{"role": role, "content": f"Hi {role}"} for role in ("user", "assistant", "user")]
+    prompts = [{"prompt": "name a river, please "}, {"messages": turns}, {"prompt": turns[:1]}]
+    if (layout, template) == ("qwen", "chat"):
+        prompts.append({"messages": turns[:1], "tools": [{"name": "river"}]})
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+
+    def load(name: str, kind: Any) -> Dataset:
+        config = DataConfig(f"jsonl:{tmp_path}/{name}.jsonl", template=template, cache=None)
+        return data.load(config, kind, tokenizer)
+
+    before = load("prompts", "prompts")
+    rows = [
+        {**comparison.prompt_row(record), "responses": ["one", "two"], "scores": [0, 1]}
+        for record in before.records
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    after = load("rows", "comparisons")
+    assert len(after) == len(before) == len(prompts)
+    for i in range(len(prompts)):
+        assert after.prompt[i].tolist() == before.prompt[i].tolist()
 
 
 def test_measures_are_means_of_what_applies():

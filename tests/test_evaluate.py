@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructjax import hf, miniature, models, rollout, sharding
+from instructjax import data, hf, miniature, models, rollout, sharding
 from instructjax.evaluation import statistics, tax
 from instructjax.models import ModelConfig
 
@@ -158,6 +158,38 @@ def test_prompts_of_a_tree(world, tmp_path):
     assert results["pairs"][0]["win_rate"][0] == pytest.approx(np.mean(won))
 
 
+def test_comparisons_of_one_model(world, tmp_path, capsys):
+    """Responses that ended, ranked by the judge, in rows that run_rm.py reads."""
+    flags = ["--models", f"{world}/a", "--samples", "6", "--max_new_tokens", "40", "--comparisons"]
+    results = run(world, tmp_path, *flags)
+    assert results["pairs"] == []
+    assert "comparisons.jsonl" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    records = data.read(data.DataConfig(f"jsonl:{tmp_path}/comparisons.jsonl"), "comparisons")
+    assert records
+    for record in records:
+        utility = {x["response"]: x["utility"] for x in rows if x["prompt"] == record.prompt}
+        assert 2 <= len(record.responses) <= len(utility)
+        better = {(a, b) for a in record.responses for b in record.responses if len(a) > len(b)}
+        rank = dict(zip(record.responses, record.ranks, strict=True))
+        assert all(rank[a] < rank[b] for a, b in better)
+        assert all(utility[text] == len(text) for text in record.responses)
+
+
+def test_the_prompts_of_training(world, tmp_path):
+    """--split train has those that --split validation lacks."""
+    said = []
+    for split in ("train", "validation", "all"):
+        flags = ["--split", split, "--data.validation", "0.4", "--max_new_tokens", "2"]
+        run(world, tmp_path / split, *flags)
+        lines = (tmp_path / split / "responses.jsonl").read_text().splitlines()
+        said.append({json.loads(line)["prompt"] for line in lines})
+    train, validation, every = said
+    assert train | validation == every
+    assert not train & validation
+    assert train
+
+
 def test_what_the_miniature_measures(world, tmp_path, capsys):
     """Prompts are those that --data.columns makes; their judge needs no flag."""
     flags = ["--models", f"{world}/a", f"{world}/b", "--out", f"{tmp_path}", "--prompts", "8"]
@@ -248,7 +280,9 @@ def test_labels(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--models", "runs/sft"], "--models runs/sft: give at least two"),
+        (["--models", "a", "b", "a"], "--models a b a: give at least one, each once"),
+        (["--comparisons"], "--comparisons: needs --samples from 2 to 9, not 1"),
+        (["--comparisons", "--samples", "10"], "--comparisons: needs --samples from 2 to 9"),
         (["--data", "jsonl:prompts.jsonl"], "--gold: these data have no judge"),
         (["--benchmarks", "8", "--data", "jsonl:x", "--gold", "x.py:f"], "--benchmarks: only the"),
         (["--models", "few_shot:x", "y", "--reference", "y"], "--reference: the KL of a few_shot:"),

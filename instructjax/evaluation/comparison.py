@@ -27,6 +27,7 @@ class Answers:
 
     keys: Sequence[Key]  # [P], see `keys`
     prompts: Sequence[str]  # [P], as the model reads them
+    prompt_rows: Sequence[Mapping[str, Any]]  # [P], see `prompt_row`
     texts: Sequence[Sequence[str]]  # [P][S]
     tokens_PS: np.ndarray  # length by the model's own tokenizer, EOS included
     ended_PS: np.ndarray  # bool, whether a response ends in EOS
@@ -70,6 +71,12 @@ def keys(records: Sequence[Record]) -> list[Key]:
         numbered.append((*said, seen[said]))
         seen[said] += 1
     return numbered
+
+
+def prompt_row(record: Record) -> dict[str, Any]:
+    """The prompt as a row of a data file has it, so that it is rendered once more as it was."""
+    row = {"prompt": record.prompt if record.verbatim else list(record.messages)}
+    return row if record.tools is None else row | {"tools": record.tools}
 
 
 def shared(answers: Mapping[str, Answers]) -> dict[str, Answers]:
@@ -147,6 +154,25 @@ def lines(answers: Mapping[str, Answers]) -> Iterator[dict[str, Any]]:
                     if not np.isnan(values_PS[i, j]):
                         line[column] = float(values_PS[i, j])
                 yield line | {"where": given.keys[i][0]}
+
+
+def comparisons(given: Answers) -> list[dict[str, Any]]:
+    """Rows of comparisons for run_rm.py: a prompt, a model's different responses, their utilities.
+
+    Left out are responses that did not end, and prompts whose responses all have one utility.
+    """
+    rows = []
+    for i, row in enumerate(given.prompt_rows):
+        utilities = {
+            text: float(utility)
+            for text, utility, ended in zip(
+                given.texts[i], given.utility_PS[i], given.ended_PS[i], strict=True
+            )
+            if ended
+        }
+        if len(set(utilities.values())) > 1:
+            rows.append({**row, "responses": [*utilities], "scores": [*utilities.values()]})
+    return rows
 
 
 # ------------------------------------------------------------------------------------ best of n
