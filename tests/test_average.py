@@ -44,8 +44,10 @@ def runs(tmp_path_factory):
         hf.save(out / place, CONFIG, {**params, "final_norm": norm}, TOKENIZER)
     shallow = {**params, "layers": jax.tree.map(lambda x: x[:1], params["layers"])}
     hf.save(out / "shallow", dataclasses.replace(CONFIG, layers=1), shallow, TOKENIZER)
-    config, params = models.with_scalar_head(params, CONFIG, jax.random.key(1))
-    hf.save(out / "rm", config, params, TOKENIZER)
+    for name, seed, factor in (("rm", 1, 1), ("trained-rm", 1, 3), ("other-rm", 2, 1)):
+        config, scoring = models.with_scalar_head(params, CONFIG, jax.random.key(seed))
+        scoring["score"]["kernel"] = factor * scoring["score"]["kernel"]
+        hf.save(out / name, config, scoring, TOKENIZER)
     return out
 
 
@@ -63,13 +65,24 @@ def test_a_run_and_a_directory(runs, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, hf.load(out)[1]["final_norm"], tripled)
 
 
+def test_reward_models_that_began_with_one_head(runs, tmp_path):
+    out, members = tmp_path / "average", [f"{runs}/rm", f"{runs}/trained-rm"]
+    average.cli([*members, "--out", f"{out}"])
+    config, params = hf.load(out)
+    assert config.scalar_head
+    head = hf.load(runs / "rm")[1]["score"]["kernel"]
+    np.testing.assert_allclose(params["score"]["kernel"], 2 * head, rtol=1e-6)  # (1 + 3) / 2
+    with pytest.raises(ValueError, match=r"other-rm: its head is not that of .*rm \(cosine"):
+        average.cli([*members, f"{runs}/other-rm", "--out", f"{tmp_path / 'x'}"])
+
+
 def test_what_cannot_be_averaged(runs, tmp_path, capsys):
     other = f"{runs}/other"
     for words, named in (
         ([], "models: give at least two"),
         ([other], f"models {other}: give at least two"),
         ([other, f"{runs}/shallow"], f"{runs}/shallow: has layers 1, and {other} has 2"),
-        ([other, f"{runs}/rm"], f"models {runs}/rm: a reward model, not a language model"),
+        ([other, f"{runs}/rm"], f"{runs}/rm: has scalar_head True, and {other} has False"),
         ([other, other, "--weights", "1"], "--weights: 1 for 2 models"),
         ([other, other, "--weights", "1", "-1"], "--weights (1.0, -1.0): their sum is 0"),
         ([other, f"{runs}/none"], f"models {runs}/none: no such directory"),

@@ -1,12 +1,19 @@
-"""Averages the weights of several language models that began as the same model.
+"""Averages the weights of several models that began as the same model.
 
     python -m instructjax.run.average runs/facts runs/courtesy --weights 0.3 0.7 --out runs/soup
+    python -m instructjax.run.average runs/rms/export runs/rms/export-1 --out runs/warm
 
 An average of policies that were trained on different rewards trades one reward for the other
-(rewarded soups, Rame et al. 2023, arXiv 2306.04488).
+(rewarded soups, Rame et al. 2023, arXiv 2306.04488). An average of reward models takes the time of
+one, and is less misled by noisy labels than its members (WARM, Rame et al. 2024, arXiv 2401.12187).
 
-Result: OUT, a Hugging Face directory, which --model takes. Reward models are refused: those of
-run_rm.py begin with a head each, and an average of unlike heads scores less than any of them.
+Reward models must have begun with one head. run_rm.py draws a head for each seed, so it has to make
+a first reward model, and the others from that one:
+
+    python experiments/run_rm.py --steps 100 --out runs/rm-start
+    python experiments/run_rm.py --model runs/rm-start --ensemble 4 --out runs/rms
+
+Result: OUT, a Hugging Face directory, which --model takes, or --reward.
 """
 
 import dataclasses
@@ -25,6 +32,8 @@ from instructjax import hf, ranges, sharding, usage
 from instructjax.models import ModelConfig, Params
 from instructjax.ranges import Finite
 from instructjax.run import checks, pretrained
+
+LEAST_COSINE = 0.5  # of heads. Of independent ones it is near 0, after training of one 0.99 [ours]
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,9 @@ def check(config: Config) -> None:
     if config.weights and len(config.weights) != len(config.models):
         raise ValueError(f"--weights: {len(config.weights)} for {len(config.models)} models")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    expected = pretrained.check(first, mesh, flag="models", scalar_head=False)
+    expected = pretrained.check(first, mesh, flag="models")
     for other in others:
-        found = pretrained.check(other, mesh, flag="models", scalar_head=False)
+        found = pretrained.check(other, mesh, flag="models")
         if expected is not None and found is not None:
             _check_equal(expected, found, first, other)
 
@@ -91,10 +100,24 @@ def _check_equal(expected: ModelConfig, found: ModelConfig, first: str, other: s
             )
 
 
+def _check_heads(expected: Params, found: Params, first: str, other: str) -> None:
+    """Raises ValueError for reward models that began with other heads. Training turns them little.
+
+    An average of such models scores less well than any of them.
+    """
+    ours, theirs = (np.ravel(params["score"]["kernel"]) for params in (expected, found))
+    cosine = ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs))
+    if cosine < LEAST_COSINE:
+        raise ValueError(
+            f"{other}: its head is not that of {first} (cosine {cosine:.2f}); begin both from one"
+            " reward model, with run_rm.py --model RM"
+        )
+
+
 def main(config: Config) -> None:
     """Loads the models one after the other, and saves their average."""
     members, mesh = config.models, sharding.make_mesh(devices=jax.devices()[:1])
-    load = functools.partial(pretrained.load, mesh=mesh, flag="models", scalar_head=False)
+    load = functools.partial(pretrained.load, mesh=mesh, flag="models")
     model, params, tokenizer = load(members[0])
 
     def load_each() -> Iterator[Params]:
@@ -102,6 +125,8 @@ def main(config: Config) -> None:
         for member in members[1:]:
             other, others_params, others_tokenizer = load(member)
             _check_equal(model, other, members[0], member)
+            if model.scalar_head:
+                _check_heads(params, others_params, members[0], member)
             if others_tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise ValueError(f"{member}: its tokenizer differs from that of {members[0]}")
             yield others_params
