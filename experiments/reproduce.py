@@ -33,8 +33,6 @@ import functools
 import json
 import multiprocessing
 import shlex
-import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -48,15 +46,14 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from instructjax import miniature, models, ranges, sft, state, train, usage
+from instructjax import miniature, models, sft, state, train, usage
 from instructjax.data import Record
 from instructjax.data.sources import MINIATURE
 from instructjax.evaluation import claims, paper, report
-from instructjax.evaluation.grid import Grid, Job
+from instructjax.evaluation.grid import Grid, GridConfig, Job
 from instructjax.miniature import labelers
 from instructjax.miniature.judging import utility
 from instructjax.miniature.world import generator
-from instructjax.ranges import Count, Seed
 from instructjax.run import checks
 
 EXPERIMENTS = Path(__file__).resolve().parent
@@ -76,8 +73,8 @@ SECONDS = {  # of the medium size where a step of SFT takes STEP seconds
 STEP = 0.045
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(GridConfig):
     """The grid."""
 
     out: Path | None = None
@@ -86,25 +83,6 @@ class Config:
     quick: bool = False
     """One seed, the smallest policy, a large base model that is trained for a third of its steps,
     no sweeps and no folds."""
-    seeds: tuple[Seed, ...] = (0, 1, 2)
-    """Seeds of the models. The miniature's world is the same for all."""
-    runs: tuple[str, ...] = ()
-    """Runs to make, with those that they need: a name, or how names begin, such as ppo-ptx.
-    By default all."""
-    results: Path | None = None
-    """Directory of the results of each finished run, without its model, and of report.md. A run
-    whose results are there is made again only if another run needs its model, so a grid can be
-    finished on another machine. By default --out."""
-    jobs: Count = 1
-    """Runs at the same time. They share the cores evenly. On two cores two are faster, as a run of
-    the smallest model does not fill them; the estimate of the time is that of one."""
-    dry_run: bool = False
-    """Print the commands and stop."""
-
-    def __post_init__(self) -> None:
-        ranges.check(self)
-        if not self.seeds:
-            raise ValueError("--seeds: give at least one")
 
     @property
     def directory(self) -> Path:
@@ -176,7 +154,7 @@ def grid(c: Config) -> Grid:
         jobs[f"frontier-{seed}"] = Job("evaluate.py", flags, needs=needs, resumes=False)
         folds = {"model": c.directory / sft, "folds": 5, "by": "labeler", "seed": seed}
         jobs[f"folds-{seed}"] = Job("run_rm.py", folds, needs=(sft,))
-    return Grid(c.directory, jobs, scripts())
+    return Grid(c.directory, jobs, scripts(), c.results_directory)
 
 
 def scripts() -> Path:
@@ -324,24 +302,6 @@ def measured_step() -> float:
 # ----------------------------------------------------------------------------- results and page
 
 
-def has_results(c: Config, name: str) -> bool:
-    """Whether the results of a run are in --results: its cost is written last."""
-    return (c.results_directory / f"{name}.cost.json").exists()
-
-
-def keep_results(c: Config, runs: Grid) -> None:
-    """Copies to --results what the page needs of the finished runs below --out."""
-    for name in runs.jobs:
-        if runs.has_finished(name) and not has_results(c, name):
-            for part in (f"{name}/results.json", f"{name}/config.json", f"{name}.cost.json"):
-                if (written := c.directory / part).exists():
-                    kept = c.results_directory / part
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    part_of_file = kept.with_name(f"{kept.name}.part")
-                    shutil.copyfile(written, part_of_file)
-                    part_of_file.replace(kept)  # a kill leaves a whole file or none
-
-
 def write_page(c: Config) -> Path:
     """OUT/report.html, and report.md in --results, with what has finished. Returns the first."""
     results = paper.Paper(c.results_directory, c.of_seeds, c.sizes, c.bases)
@@ -362,29 +322,21 @@ def main(c: Config) -> None:
     runs = grid(c)
     chosen = runs.chosen(c.runs)
     if c.dry_run:
-        for name in chosen:
-            print(shlex.join(["python", *runs.command(name)[1:]]))
+        runs.print_commands(chosen)
         return
     for directory in (c.directory, c.results_directory):
         directory.mkdir(parents=True, exist_ok=True)
     with c.public_tasks.open("w", encoding="utf-8") as file:
         for row in miniature.public_tasks(0, MINIATURE["demonstrations"]):
             file.write(json.dumps(row) + "\n")
-    keep_results(c, runs)  # of a start that was killed
-    wanted = [name for name in chosen if not has_results(c, name)]
-    needed = runs.chosen(wanted) if wanted else []
-    if missing := [name for name in needed if not runs.has_finished(name)]:
+    if missing := [name for name in runs.needed(chosen) if not runs.has_finished(name)]:
         # In a process of its own: this one must not hold the devices that the runs need.
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
             share = pool.submit(measured_step).result() / STEP
         left = timedelta(seconds=round(share * sum(seconds(x, runs.jobs[x]) for x in missing)))
         print(f"{len(missing)} of {len(chosen)} runs are to be made: about {left}", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the run too
-    try:
-        unfinished = runs.run_all(needed, c.jobs)
-    finally:
-        keep_results(c, runs)
+    unfinished = runs.make(chosen, c.jobs)
     print(f"wrote {write_page(c)}")
     if unfinished:
         sys.exit(f"error: not finished: {', '.join(unfinished)}; the same command goes on")

@@ -1,8 +1,13 @@
-"""Runs of the scripts that need one another: made one after another, and never twice."""
+"""Runs of the scripts that need one another: made one after another, and never twice.
+
+The flags of a script that makes such a grid, and its runs.
+"""
 
 import concurrent.futures
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +19,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instructjax import hosts
+from instructjax import hosts, ranges
+from instructjax.ranges import Count, Seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """The flags of a script that makes a grid of runs."""
+
+    out: Path | None = None
+    """Directory of the runs and of the page."""
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    """Seeds. What they draw stands in the text above."""
+    runs: tuple[str, ...] = ()
+    """Runs to make, with those that they need: a name, or how names begin, such as ppo. By default
+    all."""
+    results: Path | None = None
+    """Directory of the results of each finished run, without its model, and of report.md. A run
+    whose results are there is made again only if another run needs its model, so a grid can be
+    finished on another machine. By default --out."""
+    jobs: Count = 1
+    """Runs at the same time. They share the cores evenly. On two cores two are faster, as a run of
+    a small model does not fill them."""
+    dry_run: bool = False
+    """Print the commands and stop."""
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
+        if not self.seeds:
+            raise ValueError("--seeds: give at least one")
+
+    @property
+    def directory(self) -> Path:
+        """--out, with `~` expanded."""
+        assert self.out is not None
+        return self.out.expanduser()
+
+    @property
+    def results_directory(self) -> Path:
+        """--results or --out."""
+        return self.directory if self.results is None else self.results.expanduser()
 
 
 @dataclass(frozen=True)
 class Job:
     """A run of a script of experiments/. Its name is its directory below OUT."""
 
-    script: str
+    script: str  # or, with a `-m ` before it, a module
     flags: Mapping[str, Any]  # without --out; a sequence gives a flag several values
     needs: tuple[str, ...] = ()  # names of runs that must have finished
     positional: tuple[str, ...] = ()
@@ -35,11 +79,14 @@ class Grid:
     out: Path
     jobs: Mapping[str, Job]  # by name, each after those that it needs
     scripts: Path  # the directory experiments/
+    results: Path | None = None  # where results of finished runs are kept; None: nowhere else
 
     def command(self, name: str) -> list[str]:
         """The words of a run's command."""
         job = self.jobs[name]
-        words = [sys.executable, str(self.scripts / job.script), *job.positional]
+        module = job.script.removeprefix("-m ")
+        script = [str(self.scripts / job.script)] if module == job.script else ["-m", module]
+        words = [sys.executable, *script, *job.positional]
         for flag, value in job.flags.items():
             several = isinstance(value, tuple | list)
             words += [f"--{flag}", *map(str, value if several else [value])]
@@ -48,6 +95,46 @@ class Grid:
     def has_finished(self, name: str) -> bool:
         """Whether a run has ended well: its cost is written after that."""
         return (self.out / f"{name}.cost.json").exists()
+
+    def has_results(self, name: str) -> bool:
+        """Whether the results of a run are kept, here or from another machine."""
+        return ((self.results or self.out) / f"{name}.cost.json").exists()
+
+    def needed(self, names: Sequence[str]) -> list[str]:
+        """Some runs and those that they need, without those whose results are enough."""
+        wanted = [name for name in names if not self.has_results(name)]
+        return self.chosen(wanted) if wanted else []
+
+    def keep_results(self) -> None:
+        """Copies to `results` what a page needs of the finished runs."""
+        if self.results is None:
+            return
+        for name in self.jobs:
+            if self.has_finished(name) and not self.has_results(name):
+                # The cost last: it says that all is there.
+                for part in (f"{name}/results.json", f"{name}/config.json", f"{name}.cost.json"):
+                    if (written := self.out / part).exists():
+                        kept = self.results / part
+                        kept.parent.mkdir(parents=True, exist_ok=True)
+                        part_of_file = kept.with_name(f"{kept.name}.part")
+                        shutil.copyfile(written, part_of_file)
+                        part_of_file.replace(kept)  # a kill leaves a whole file or none
+
+    def make(self, names: Sequence[str], at_once: int = 1) -> list[str]:
+        """Makes those of some runs whose results are not kept, and what they need; see `run_all`.
+
+        SIGTERM stops them. Results are kept in any case.
+        """
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        self.keep_results()  # of a start that was killed
+        try:
+            return self.run_all(self.needed(names), at_once)
+        finally:
+            self.keep_results()
+
+    def print_commands(self, names: Sequence[str]) -> None:
+        for name in names:
+            print(shlex.join(["python", *self.command(name)[1:]]))
 
     def chosen(self, runs: Sequence[str], flag: str = "--runs") -> list[str]:
         """The names that some words stand for, and what these need; without words, all.
