@@ -48,6 +48,7 @@ from instructjax.ranges import Count, Positive, Seed
 from instructjax.run import checks, flags, main, pretrained
 from instructjax.run.metrics import phase
 from instructjax.run.process import cache_compilations
+from instructjax.scoring import RewardConfig
 from instructjax.train import Batch
 
 FEW_SHOT = "few_shot:"  # before a model's name
@@ -72,7 +73,7 @@ class Config:
     gold: tuple[str, ...] = ()
     """Judge: reward models and functions, as for --reward of run_ppo.py. Their sum is a response's
     utility. By default the miniature has its own judge; other data need one."""
-    reward: tuple[str, ...] = ()
+    reward: RewardConfig = field(default_factory=lambda: RewardConfig(()))
     """Proxy: what training maximised, as for --reward of run_ppo.py. Each response gets its score
     beside its utility, and --best_of chooses by it. By default none is measured."""
     measure: tuple[str, ...] = ()
@@ -149,12 +150,12 @@ def check(config: Config) -> None:
             raise FileNotFoundError(f"--labels {config.labels}: no such file")
         return
     checks.check_rows("--batch_size", config.batch_size, 1, mesh)
-    for flag, specs in (("--gold", config.gold), ("--reward", config.reward)):
-        if specs:
-            scoring.check(scoring.RewardConfig(specs), mesh, flag)
+    for flag, rewards in (("--gold", RewardConfig(config.gold)), ("--reward", config.reward)):
+        if rewards.spec:
+            scoring.check(rewards, mesh, flag)
     names = [*gold.MEASURES] if config.data.spec == "miniature" else []
     for spec in config.measure:
-        scoring.check(scoring.RewardConfig((spec,)), mesh, "--measure")
+        scoring.check(RewardConfig((spec,)), mesh, "--measure")
         names.append(measure_name(spec))
         if names.count(names[-1]) > 1 or names[-1] in comparison.COLUMNS:
             raise ValueError(f"--measure {spec}: {names[-1]} is the name of another figure")
@@ -223,7 +224,7 @@ def write(config: Config, results: Any, first: str, by: str, written: Sequence[s
     out, wrote = config.out, ["results.json", *written]
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     if curves := frontier(config, results):
-        columns = ["utility", "score"] if config.reward else ["utility"]
+        columns = ["utility", "score"] if config.reward.spec else ["utility"]
         figures.frontier(curves, columns, out / "frontier.png")
         wrote.append("frontier.png")
     console = Console()
@@ -403,12 +404,11 @@ def load(config: Config, name: str, flag: str, mesh: Mesh) -> tuple[ModelConfig,
 
 
 def load_rewards(
-    config: Config, specs: tuple[str, ...], flag: str, mesh: Mesh, tokenizer: Any
+    config: Config, rewards: RewardConfig, flag: str, mesh: Mesh, tokenizer: Any
 ) -> scoring.Rewards | None:
-    """What some SPECs give a response, as one sum; None without any. They wait in host memory."""
-    if not specs:
+    """What gives a response its score; None without any SPEC. It waits in host memory."""
+    if not rewards.spec:
         return None
-    rewards = scoring.RewardConfig(specs)
     return scoring.load(rewards, mesh, tokenizer, config.model_dtype, offload=True, flag=flag)
 
 
@@ -429,7 +429,7 @@ def measure(
     figures_B = gold.measures(records, texts) if config.data.spec == "miniature" else {}
     prompts = [record.prompt for record in records]
     for spec in config.measure:
-        rewards = load_rewards(config, (spec,), "--measure", mesh, tokenizer)
+        rewards = load_rewards(config, RewardConfig((spec,)), "--measure", mesh, tokenizer)
         assert rewards is not None
         figures_B[measure_name(spec)] = rewards.score(run_model, prompts, texts, records)[0]
     return figures_B

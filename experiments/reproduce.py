@@ -32,8 +32,6 @@ import concurrent.futures
 import functools
 import json
 import multiprocessing
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,8 +47,8 @@ import tyro
 from instructjax import miniature, models, sft, state, train, usage
 from instructjax.data import Record
 from instructjax.data.sources import MINIATURE
-from instructjax.evaluation import claims, paper, report
-from instructjax.evaluation.grid import Grid, GridConfig, Job
+from instructjax.evaluation import claims, paper
+from instructjax.evaluation.grid import Grid, GridConfig, Job, from_here
 from instructjax.miniature import labelers
 from instructjax.miniature.judging import utility
 from instructjax.miniature.world import generator
@@ -154,13 +152,7 @@ def grid(c: Config) -> Grid:
         jobs[f"frontier-{seed}"] = Job("evaluate.py", flags, needs=needs, resumes=False)
         folds = {"model": c.directory / sft, "folds": 5, "by": "labeler", "seed": seed}
         jobs[f"folds-{seed}"] = Job("run_rm.py", folds, needs=(sft,))
-    return Grid(c.directory, jobs, scripts(), c.results_directory)
-
-
-def scripts() -> Path:
-    """experiments/, as a path from the current directory if it is below that."""
-    here = Path.cwd()
-    return EXPERIMENTS.relative_to(here) if EXPERIMENTS.is_relative_to(here) else EXPERIMENTS
+    return Grid(c.directory, jobs, from_here(EXPERIMENTS), c.results_directory)
 
 
 def add_models(c: Config, jobs: dict[str, Job], seed: int) -> None:
@@ -233,7 +225,7 @@ def add_evaluations(c: Config, jobs: dict[str, Job], seed: int) -> None:
         compare(f"{tone}-{seed}", [*trained, *bases], asked)
     ends = [f"{stage}-{size}-{seed}" for size in c.sizes for stage in ("sft", "ppo-ptx")]
     for group in ("training", "held_out"):
-        judge = {"gold": f"{scripts() / Path(__file__).name}:{group}_labelers"}
+        judge = {"gold": f"{from_here(EXPERIMENTS) / Path(__file__).name}:{group}_labelers"}
         compare(f"{group.replace('_', '-')}-labelers-{seed}", ends, judge)
     if not c.quick:
         stages = ("sft-without", "pretrain", "ppo-ptx-without")
@@ -302,33 +294,9 @@ def measured_step() -> float:
 # ----------------------------------------------------------------------------- results and page
 
 
-def write_page(c: Config) -> Path:
-    """OUT/report.html, and report.md in --results, with what has finished. Returns the first."""
-    results = paper.Paper(c.results_directory, c.of_seeds, c.sizes, c.bases)
-    title, text = "InstructGPT in miniature", "A claim compares means, unless it names intervals."
-    about = [
-        ("command", shlex.join(["python", *sys.argv])),
-        ("seeds", " ".join(map(str, c.of_seeds))),
-    ]
-    sections = [report.Section("", text, about), *claims.sections(results)]
-    paper.write_markdown(title, sections, results.out)
-    file = c.directory / "report.html"
-    file.write_text(report.render(title, sections), encoding="utf-8")
-    return file
-
-
-def main(c: Config) -> None:
-    """Makes the runs, and writes the page of those that have finished."""
-    runs = grid(c)
+def print_estimate(c: Config, runs: Grid) -> None:
+    """Prints how long the runs that are missing will take."""
     chosen = runs.chosen(c.runs)
-    if c.dry_run:
-        runs.print_commands(chosen)
-        return
-    for directory in (c.directory, c.results_directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    with c.public_tasks.open("w", encoding="utf-8") as file:
-        for row in miniature.public_tasks(0, MINIATURE["demonstrations"]):
-            file.write(json.dumps(row) + "\n")
     if missing := [name for name in runs.needed(chosen) if not runs.has_finished(name)]:
         # In a process of its own: this one must not hold the devices that the runs need.
         spawn = multiprocessing.get_context("spawn")
@@ -336,10 +304,25 @@ def main(c: Config) -> None:
             share = pool.submit(measured_step).result() / STEP
         left = timedelta(seconds=round(share * sum(seconds(x, runs.jobs[x]) for x in missing)))
         print(f"{len(missing)} of {len(chosen)} runs are to be made: about {left}", flush=True)
-    unfinished = runs.make(chosen, c.jobs)
-    print(f"wrote {write_page(c)}")
-    if unfinished:
-        sys.exit(f"error: not finished: {', '.join(unfinished)}; the same command goes on")
+
+
+def write_public_tasks(c: Config) -> None:
+    c.directory.mkdir(parents=True, exist_ok=True)
+    with c.public_tasks.open("w", encoding="utf-8") as file:
+        for row in miniature.public_tasks(0, MINIATURE["demonstrations"]):
+            file.write(json.dumps(row) + "\n")
+
+
+def main(c: Config) -> None:
+    """Makes the runs, and writes the page of those that have finished."""
+    runs = grid(c)
+    if not c.dry_run:
+        write_public_tasks(c)
+        print_estimate(c, runs)
+    results = paper.Paper(c.results_directory, c.of_seeds, c.sizes, c.bases)
+    text = "A claim compares means, unless it names intervals."
+    sections = functools.partial(claims.sections, results)
+    paper.make_page(c, runs, "InstructGPT in miniature", text, sections)
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

@@ -425,6 +425,8 @@ def swap_loss(config: Config) -> None:
         layout = state.shardings(start.params, tx)
         step_fn = train.make_train_step(algorithm.loss_fn, tx, config.microbatches, layout)
         current, done, _ = run.restore(state.create(start.params, tx))
+        if config.eval_every and not done:
+            policies.log(run, 0, before, before)
         batches = algorithm.stream.iterate(done)
         for step, batch in zip(run.steps(done, config.steps), batches, strict=False):
             step_key = jax.random.fold_in(key, step)

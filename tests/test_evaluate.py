@@ -88,13 +88,15 @@ def test_reward_against_kl(world, tmp_path, capsys):
     """KL, the proxy and the best of n are those of the responses that were written."""
     flags = ["--samples", "4", "--max_new_tokens", "6", "--temperature", "0.7"]
     flags += ["--reference", f"{world}/a", "--reward", f"{world}/judge.py:spaces"]
-    flags += ["--measure", f"{world}/judge.py:spaces"]
+    flags += ["--measure", f"{world}/judge.py:spaces", "--reward.weights", "2"]
     results = run(world, tmp_path, *flags, "--best_of", "1", "4")
     rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
-    assert [row["score"] for row in rows] == [row["response"].count(" ") for row in rows]
+    assert [row["score"] for row in rows] == [2 * row["response"].count(" ") for row in rows]
     of_a, of_b = results["models"].values()
     assert of_a["kl"] == pytest.approx([0, 0, 0], abs=1e-4)
-    assert of_a["measures"] == {"spaces": pytest.approx(of_a["score"])}
+    assert of_a["measures"] == {"spaces": pytest.approx([x / 2 for x in of_a["score"]])}
+    for name in ("utility", "score"):
+        assert of_b[f"{name}_deviation"] == pytest.approx(np.std([row[name] for row in rows[20:]]))
     a, b = (hf.load(world / name) for name in ("a", "b"))
     tokenizer = hf.load_tokenizer(str(world / "a"))
 

@@ -30,7 +30,7 @@ def test_the_scripts_know_all_flags(quick):
         if job.script == "evaluate.py":
             flags = tyro.cli(evaluate.Config, args=argv, use_underscores=True)
             models = {model.removeprefix("few_shot:") for model in flags.models}
-            models |= {*flags.reward, *([flags.reference] if flags.reference else [])}
+            models |= {*flags.reward.spec, *([flags.reference] if flags.reference else [])}
             assert {str(Path("OUT") / need) for need in job.needs} == models
         else:
             script = importlib.import_module(job.script.removesuffix(".py"))
@@ -406,7 +406,7 @@ def test_a_figure_that_does_not_apply_is_empty(finished):
 
 def test_the_page(finished, tmp_path):
     c = Config(out=tmp_path, quick=True)
-    html = reproduce.write_page(c).read_text()
+    html = paper.write_page("Title", "Text.", claims.sections(finished), c).read_text()
     markdown = (tmp_path / "report.md").read_text()
     assert "- seeds: `0`" in markdown
     for section in claims.sections(finished):

@@ -81,7 +81,10 @@ def test_a_run_directory_is_complete_and_its_export_loads(whole):
     config, _ = hf.load(whole / "export")
     assert not config.scalar_head
     results = json.loads((whole / "results.json").read_text())
-    assert set(results) == {"SFT", "PPO, averaged weights", "PPO, last weights", "seconds"}
+    names = {"SFT", "PPO, averaged weights", "PPO, last weights", "seconds", "evaluations"}
+    assert set(results) == names
+    assert [row["step"] for row in results["evaluations"]] == [0, 2, 3]
+    assert results["evaluations"][1]["kl"] == rows[2]["validation/kl"]
 
 
 def test_the_first_iteration_begins_at_the_reference(whole):
@@ -358,7 +361,7 @@ def test_plain_ppo_without_reference_on_a_function(start, tmp_path, monkeypatch)
     assert [words(texts) for texts in seen] == [words(decode(ids)) for ids in prompts]
     row = metrics_of(out)[1]
     results = json.loads((out / "results.json").read_text())
-    assert set(results) == {"SFT", "PPO, last weights", "seconds"}
+    assert set(results) == {"SFT", "PPO, last weights", "seconds", "evaluations"}
     for name in ("SFT", "PPO, last weights"):  # by the gold judge, which gave no reward
         letters = np.mean([len(line[name]) for line in texts])
         assert results[name]["utility"] == pytest.approx(letters)

@@ -393,10 +393,15 @@ def test_evaluations_sample_independently_of_the_start(start, tmp_path, monkeypa
     assert len(others) == 3
     assert all(key == others[0] != before for key in others)
     steps = [row for row in lines(out) if "validation/kl" in row]
-    assert [row["step"] for row in steps] == [1, 2]
-    after = json.loads((out / "results.json").read_text())["DPO"]
-    assert steps[1]["validation/utility"] == pytest.approx(after["utility"])
-    assert steps[1]["validation/kl"] == pytest.approx(after["kl"]) != steps[0]["validation/kl"]
+    assert [row["step"] for row in steps] == [0, 1, 2]
+    assert steps[0]["validation/kl"] == pytest.approx(0, abs=1e-5)
+    results = json.loads((out / "results.json").read_text())
+    columns = ("kl", "length", "utility")
+    kept = [{"step": x["step"]} | {c: x[f"validation/{c}"] for c in columns} for x in steps]
+    assert results["evaluations"] == kept  # DPO has no score
+    after = results["DPO"]
+    assert steps[2]["validation/utility"] == pytest.approx(after["utility"])
+    assert steps[2]["validation/kl"] == pytest.approx(after["kl"]) != steps[1]["validation/kl"]
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "rloo"])

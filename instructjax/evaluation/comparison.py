@@ -106,6 +106,7 @@ def compare(answers: Mapping[str, Answers]) -> dict[str, Any]:
     for name, given in answers.items():
         row: dict[str, Any] = {
             "utility": statistics.mean(given.utility_PS.mean(1)),
+            "utility_deviation": float(given.utility_PS.std()),  # of a response
             "tokens": float(given.tokens_PS.mean()),
             "characters": float(given.characters_PS.mean()),
             "eos_fraction": float(given.ended_PS.mean()),
@@ -113,6 +114,8 @@ def compare(answers: Mapping[str, Answers]) -> dict[str, Any]:
         for column, values_PS in (("score", given.score_PS), ("kl", given.kl_PS)):
             if values_PS is not None:
                 row[column] = statistics.mean(values_PS.mean(1))
+        if given.score_PS is not None:
+            row["score_deviation"] = float(given.score_PS.std())
         if given.measures:
             row["measures"] = {name: _mean_of(x) for name, x in given.measures.items()}
         if given.benchmarks:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class GridConfig:
         return self.out.expanduser()
 
     @property
+    def of_seeds(self) -> tuple[int, ...]:
+        """The seeds that are run."""
+        return self.seeds
+
+    @property
     def results_directory(self) -> Path:
         """--results or --out."""
         return self.directory if self.results is None else self.results.expanduser()
@@ -70,6 +75,7 @@ class Job:
     needs: tuple[str, ...] = ()  # names of runs that must have finished
     positional: tuple[str, ...] = ()
     resumes: bool = True  # whether the script takes --resume
+    prepare: Callable[[], object] | None = None  # is called before the run begins, or goes on
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,8 @@ class Grid:
         cost = {"seconds": 0.0, "peak_gb": 0.0}
         if spent.exists():
             cost = json.loads(spent.read_text())
+        if (prepare := self.jobs[name].prepare) is not None:
+            prepare()
         began = time.perf_counter()
         with log.open("a") as file:
             process = subprocess.Popen(self.command(name), stdout=file, stderr=file)
@@ -252,6 +260,46 @@ class Grid:
                     for process in processes:
                         _stop(process)
                 raise
+
+
+def from_here(path: Path) -> Path:
+    """A path from the current directory, if it is below that: a command then names no folder of
+    this machine."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def flags_of(config: Any, name: str) -> dict[str, Any]:
+    """The flags that give a script the same config, for `Job.flags`, where they differ from the
+    defaults: {"data": "jsonl:a.jsonl", "data.max_prompt": 64}.
+
+    Args:
+      config: a dataclass whose `spec` has the flag --NAME itself, such as `DataConfig`.
+    """
+    flags = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            flags[name if field.name == "spec" else f"{name}.{field.name}"] = value
+    return flags
+
+
+def parse_flags(text: str) -> dict[str, list[str]]:
+    """`--ppo.beta 0.1 --mesh data=2` -> {"ppo.beta": ["0.1"], "mesh": ["data=2"]}, for `Job.flags`.
+
+    Raises:
+      ValueError: it does not begin with a flag.
+    """
+    flags: dict[str, list[str]] = {}
+    for word in shlex.split(text):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            flags[name] = [value] if equals else []
+        elif flags:
+            flags[next(reversed(flags))].append(word)
+        else:
+            raise ValueError(f"{word}: expected a flag, such as --steps 100")
+    return flags
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

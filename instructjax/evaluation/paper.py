@@ -6,6 +6,8 @@ A run is named after its stage, the size of its model and its seed: `ppo-ptx-sma
 import json
 import math
 import re
+import shlex
+import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from instructjax.evaluation.figures import blank_figure, finished_svg
-from instructjax.evaluation.report import Section, Table
+from instructjax.evaluation.grid import Grid, GridConfig
+from instructjax.evaluation.report import Section, Table, render
 from instructjax.run.flags import flat
 
 STAGES = {  # stage of a run -> its name on the page, in the order of the paper's Figure 1
@@ -48,8 +51,7 @@ class Paper:
 
     def results(self, run: str) -> Mapping[str, Any] | None:
         """What a run's results.json holds, if it has finished."""
-        file = self.out / run / "results.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return results_of(self.out, run)
 
     def model(self, stage: str, size: str, seed: int) -> str:
         """A model's name here: its run, after `few_shot:` if it is prompted."""
@@ -67,6 +69,12 @@ class Paper:
         rows = (self.results(evaluation) or {"models": {}})["models"]
         row = {run_name(path): row for path, row in rows.items()}.get(model, {})
         return row.get(kind, {}).get(name)
+
+
+def results_of(out: Path, run: str) -> Mapping[str, Any] | None:
+    """What OUT/RUN/results.json holds, if the run has finished."""
+    file = out / run / "results.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def run_name(name: str) -> str:
@@ -210,6 +218,43 @@ def percent(estimate: Estimate | None) -> str:
 
 def plain(estimate: Estimate | None) -> str:
     return "" if estimate is None else "{:.2f} ({:.2f} to {:.2f})".format(*estimate)
+
+
+def make_page(
+    config: GridConfig, runs: Grid, title: str, text: str, sections: Callable[[], Sequence[Section]]
+) -> None:
+    """Makes the runs that --runs chooses, and writes the page of those that have finished.
+
+    Args:
+      text, sections: of the page, see `write_page`.
+    """
+    chosen = runs.chosen(config.runs)
+    if config.dry_run:
+        runs.print_commands(chosen)
+        return
+    for directory in (config.directory, config.results_directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    unfinished = runs.make(chosen, config.jobs)
+    print(f"wrote {write_page(title, text, sections(), config)}")
+    if unfinished:
+        sys.exit(f"error: not finished: {', '.join(unfinished)}; the same command goes on")
+
+
+def write_page(title: str, text: str, sections: Sequence[Section], config: GridConfig) -> Path:
+    """Writes OUT/report.html, and RESULTS/report.md with its figures as files. Returns the first.
+
+    Args:
+      text: what stands above the sections.
+    """
+    about = [
+        ("command", shlex.join(["python", *sys.argv])),
+        ("seeds", " ".join(map(str, config.of_seeds))),
+    ]
+    every = [Section("", text, about), *sections]
+    write_markdown(title, every, config.results_directory)
+    file = config.directory / "report.html"
+    file.write_text(render(title, every), encoding="utf-8")
+    return file
 
 
 def write_markdown(title: str, sections: Sequence[Section], directory: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from instructjax.train import Batch
 LENGTH_RATIO = 1.5  # of mean lengths, in either direction
 DISAGREEMENT_RATIO = 2.0  # of an ensemble of reward models
 KL = 10.0  # nats a response
+
+_EVALUATED = ("step", *(f"validation/{name}" for name in ("score", "kl", "length", "utility")))
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,17 @@ def results(sampled: Mapping[str, Sampled]) -> dict[str, Any]:
     return rows
 
 
+def evaluations(metrics: Path) -> list[dict[str, float]]:
+    """What `log` wrote to a metrics.jsonl: step, score, kl, length, utility of each evaluation."""
+    with metrics.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [
+        {name.removeprefix("validation/"): x for name, x in row.items() if name in _EVALUATED}
+        for row in rows
+        if "validation/length" in row
+    ]
+
+
 def finish(
     run: Run,
     sampled: Mapping[str, Sampled],
@@ -177,6 +191,7 @@ def finish(
     if jax.process_index() != 0:
         return rows
     out = run.out
+    rows["evaluations"] = evaluations(out / "metrics.jsonl")
     (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     with (out / "samples_after.jsonl").open("w", encoding="utf-8") as file:
         for i, prompt in enumerate(base.prompts):

@@ -5,10 +5,11 @@ prompts, each with all that was measured on it.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import expit, gammaln
+from scipy.special import expit, gammaln, stdtrit
 
 _NEWTON_STEPS = 25  # 8 are enough unless one side wins always
 
@@ -118,6 +119,43 @@ def best_of_n_kl(n: int) -> float:
     This is an upper bound, and exact where no two responses are equal.
     """
     return math.log(n) - (n - 1) / n
+
+
+def over_runs(values: Sequence[float]) -> Estimate:
+    """The mean of a figure over runs of other seeds, with the interval of Student's t.
+
+    Of one run, the interval is that value.
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return Estimate(mean, mean, mean)
+    half = float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n))
+    return Estimate(mean, mean - half, mean + half)
+
+
+class Overoptimisation(NamedTuple):
+    """Coefficients of a gold score's gain over d, the square root of the KL from the start.
+
+    The gain is d (alpha - beta d) for best-of-n, and d (alpha - beta log d) for reinforcement
+    learning (Gao et al. 2022, arXiv 2210.10760, section 1).
+    """
+
+    alpha: float
+    beta: float
+    peak: float  # the d of the largest gain; inf where the gain has no maximum above 0
+
+
+def fit_best_of_n(d: np.ndarray, gain: np.ndarray) -> Overoptimisation:
+    """Least squares of d (alpha - beta d)."""
+    alpha, beta = np.linalg.lstsq(np.stack([d, -(d**2)], axis=1), gain)[0].tolist()
+    return Overoptimisation(alpha, beta, alpha / (2 * beta) if min(alpha, beta) > 0 else math.inf)
+
+
+def fit_rl(d: np.ndarray, gain: np.ndarray) -> Overoptimisation:
+    """Least squares of d (alpha - beta log d). Points of d = 0 have no part in it."""
+    d, gain = d[d > 0], gain[d > 0]
+    alpha, beta = np.linalg.lstsq(np.stack([d, -d * np.log(d)], axis=1), gain)[0].tolist()
+    return Overoptimisation(alpha, beta, math.exp(alpha / beta - 1) if beta > 0 else math.inf)
 
 
 def _log_choose(n: np.ndarray | int, k: int) -> np.ndarray:

@@ -156,5 +156,7 @@ PRESETS: dict[str, ModelConfig] = {
     "miniature": _miniature(2, 128, 4),  # 0.45M parameters
     "miniature-small": _miniature(2, 64, 4),  # 0.16M
     "miniature-large": _miniature(4, 192, 6),  # 2.0M
+    "miniature-45k": _miniature(1, 32, 2),  # for reward models of overoptimise.py
+    "miniature-20k": _miniature(1, 16, 2),
     "tiny": ModelConfig(4096, 4, 256, heads=4, mlp_width=1024, max_length=1024, unroll=4),
 }
