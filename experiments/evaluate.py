@@ -93,8 +93,8 @@ class Config:
     --reward, or by the judge without it."""
     comparisons: bool = False
     """Also write OUT/comparisons.jsonl, which run_rm.py reads: the first model's --samples
-    responses to each prompt, ranked by their utility. Left out are responses that did not end, and
-    prompts whose responses all have one utility."""
+    responses to each prompt, ranked by their utility. Left out are responses that are empty or did
+    not end, and prompts whose responses all have one utility."""
     split: Literal["validation", "train", "all"] = "validation"
     """Which prompts: those held out by --data.split_by and --data.validation, those that training
     reads, or all."""

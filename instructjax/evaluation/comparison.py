@@ -162,7 +162,8 @@ def lines(answers: Mapping[str, Answers]) -> Iterator[dict[str, Any]]:
 def comparisons(given: Answers) -> list[dict[str, Any]]:
     """Rows of comparisons for run_rm.py: a prompt, a model's different responses, their utilities.
 
-    Left out are responses that did not end, and prompts whose responses all have one utility.
+    Left out are responses that are empty or did not end, and prompts whose responses all have one
+    utility.
     """
     rows = []
     for i, row in enumerate(given.prompt_rows):
@@ -171,7 +172,7 @@ def comparisons(given: Answers) -> list[dict[str, Any]]:
             for text, utility, ended in zip(
                 given.texts[i], given.utility_PS[i], given.ended_PS[i], strict=True
             )
-            if ended
+            if ended and text.strip()
         }
         if len(set(utilities.values())) > 1:
             rows.append({**row, "responses": [*utilities], "scores": [*utilities.values()]})
