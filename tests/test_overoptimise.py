@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -73,7 +74,8 @@ def test_reward_models_of_each_size_and_of_each_number_of_pairs():
     jobs = overoptimise.grid(REAL).jobs
     assert jobs["ppo-small-lm-40-3"].flags["value_model"] == Path("OUT/rm-large-lm-40-3")
     assert jobs["rm-large-lm-20-5"].flags["data"] == "jsonl:OUT/pairs-20-5.jsonl"
-    assert jobs["rm-large-lm-20-5"].prepare.args[1:] == (Path("OUT/pairs-20-5.jsonl"), 20, 5, 0)
+    write: Any = jobs["rm-large-lm-20-5"].prepare
+    assert write.args[1:] == (Path("OUT/pairs-20-5.jsonl"), 20, 5, 0)
     assert len(overoptimise.grid(Config()).jobs) == 1 + 5 + 3 * 9 * 3
 
 
