@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import proxy_config as proxy
+import policy_grids as grids
 import tyro
 
 from instructjax import usage
@@ -54,7 +54,7 @@ FITS = {"best-of-n": statistics.fit_best_of_n, "PPO": statistics.fit_rl}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(proxy.ProxyConfig):
+class Config(grids.ProxyConfig):
     """The reward models and their scores."""
 
     out: Path | None = Path("runs/ensembles")
@@ -75,8 +75,8 @@ class Config(proxy.ProxyConfig):
 
 def grid(c: Config) -> Grid:
     """The runs, each after those that it needs."""
-    jobs: dict[str, Job] = {"pairs": proxy.pairs_job(c)}
-    base = proxy.add_base(c, jobs, c.rm_model)
+    jobs: dict[str, Job] = {"pairs": grids.pairs_job(c)}
+    base = grids.add_base(c, jobs, c.rm_model)
     for seed in c.seeds:
         for labels in LABELS:
             add_reward_models(c, jobs, base, labels, seed)
@@ -91,9 +91,9 @@ def add_reward_models(c: Config, jobs: dict[str, Job], base: str, labels: str, s
     flips = c.flipped if labels == "flipped" else 0.0
     start, members = f"rm-start-{end}", f"rm-members-{end}"
     ensemble = {"ensemble": c.members}
-    jobs[f"rm-{end}"] = proxy.rm_job(c, base, c.pairs, seed, flips, **ensemble)
-    jobs[start] = proxy.rm_job(c, base, c.pairs, seed, flips, steps=c.start_steps)
-    jobs[members] = proxy.rm_job(c, start, c.pairs, seed, flips, **ensemble)
+    jobs[f"rm-{end}"] = grids.rm_job(c, base, c.pairs, seed, flips, **ensemble)
+    jobs[start] = grids.rm_job(c, base, c.pairs, seed, flips, steps=c.start_steps)
+    jobs[members] = grids.rm_job(c, start, c.pairs, seed, flips, **ensemble)
     exports = ["export", *(f"export-{i}" for i in range(1, c.members))]
     jobs[f"rm-average-{end}"] = Job(
         "-m instructjax.run.average",
@@ -114,11 +114,11 @@ def add_maximisers(c: Config, jobs: dict[str, Job], score: str, labels: str, see
         reward["reward.combine"] = score
     if score == "mean-variance":
         reward["reward.spread"] = c.spread
-    jobs[f"best-of-n-{score}-{end}"] = proxy.best_of_n_job(c, rm, seed, **reward)
+    jobs[f"best-of-n-{score}-{end}"] = grids.best_of_n_job(c, (rm,), seed, **reward)
     if score != "member":
         value = {"value_model": c.directory / f"rm-{end}"}  # its first member
         needs = (rm, f"rm-{end}")
-        jobs[f"ppo-{score}-{end}"] = proxy.ppo_job(c, needs, seed, **reward, **value)
+        jobs[f"ppo-{score}-{end}"] = grids.ppo_job(c, needs, seed, **reward, **value)
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -169,7 +169,7 @@ def differences(title: str, curves: Mapping[str, Mapping[int, Curve]]) -> Sectio
 
 def check(c: Config) -> None:
     grid(c).chosen(c.runs)
-    c.check((c.rm_model,))
+    c.check_models((c.rm_model,))
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

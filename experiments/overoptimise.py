@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import proxy_config as proxy
+import policy_grids as grids
 import tyro
 
 from instructjax import usage
@@ -47,7 +47,7 @@ FITS = {"best-of-n": statistics.fit_best_of_n, "PPO": statistics.fit_rl}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(proxy.ProxyConfig):
+class Config(grids.ProxyConfig):
     """The reward models."""
 
     out: Path | None = Path("runs/overoptimise")
@@ -82,8 +82,8 @@ def name_of(model: str, count: int, seed: int) -> str:
 
 def grid(c: Config) -> Grid:
     """The runs, each after those that it needs."""
-    jobs: dict[str, Job] = {"pairs": proxy.pairs_job(c)}
-    bases = {model: proxy.add_base(c, jobs, model) for model in c.rm_models}
+    jobs: dict[str, Job] = {"pairs": grids.pairs_job(c)}
+    bases = {model: grids.add_base(c, jobs, model) for model in c.rm_models}
     shared = (c.middle, c.pairs[-1])
     cells = dict.fromkeys([shared, *c.axes["size"], *c.axes["pairs"]])
     for seed in c.seeds:
@@ -91,10 +91,10 @@ def grid(c: Config) -> Grid:
         for model, count in cells:
             name = name_of(model, count, seed)
             rm, reward = f"rm-{name}", {"reward": c.directory / f"rm-{name}"}
-            jobs[rm] = proxy.rm_job(c, bases[model], count, seed)
-            jobs[f"best-of-n-{name}"] = proxy.best_of_n_job(c, rm, seed, **reward)
+            jobs[rm] = grids.rm_job(c, bases[model], count, seed)
+            jobs[f"best-of-n-{name}"] = grids.best_of_n_job(c, (rm,), seed, **reward)
             flags = reward | {"value_model": c.directory / value}
-            jobs[f"ppo-{name}"] = proxy.ppo_job(c, (rm, value), seed, **flags)
+            jobs[f"ppo-{name}"] = grids.ppo_job(c, (rm, value), seed, **flags)
     return Grid(c.directory, jobs, from_here(EXPERIMENTS), c.results_directory)
 
 
@@ -151,7 +151,7 @@ def accuracies(c: Config) -> Section | None:
 
 def check(c: Config) -> None:
     grid(c).chosen(c.runs)
-    c.check(c.rm_models)
+    c.check_models(c.rm_models)
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

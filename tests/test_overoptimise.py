@@ -10,7 +10,7 @@ from typing import Any
 import evaluate
 import numpy as np
 import overoptimise
-import proxy_config
+import policy_grids
 import pytest
 import tyro
 from overoptimise import Config
@@ -86,7 +86,7 @@ def rows_of(file: Path) -> list[dict]:
 @pytest.fixture
 def judged(tmp_path, monkeypatch) -> Config:
     """A run `pairs` of 30 rows."""
-    monkeypatch.setattr(proxy_config, "HELD_OUT", 4)
+    monkeypatch.setattr(policy_grids, "HELD_OUT", 4)
     rows = [{"prompt": f"{i}", "responses": ["a", "b"], "scores": [i, -i]} for i in range(1, 31)]
     (tmp_path / "pairs").mkdir()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -99,7 +99,7 @@ def test_pairs_of_a_seed(judged, tmp_path):
     written = {}
     for count, seed, flipped in ((5, 0, 0), (20, 0, 0), (20, 1, 0), (20, 0, 0.5), (5, 0, 0.5)):
         file = tmp_path / "x.jsonl"
-        proxy_config.write_pairs(judged, file, count, seed, flipped)
+        policy_grids.write_pairs(judged, file, count, seed, flipped)
         assert [row["prompt"] for row in rows_of(tmp_path / "pairs-held-out.jsonl")] == list("1234")
         written[count, seed, flipped] = rows_of(file)
         assert len({row["prompt"] for row in written[count, seed, flipped]} - {*"1234"}) == count
@@ -112,7 +112,7 @@ def test_pairs_of_a_seed(judged, tmp_path):
     assert 4 < sum(turned) < 16
     assert all(flip or a == b for flip, (a, b) in zip(turned, pairs, strict=True))
     with pytest.raises(SystemExit, match="they gave 26 pairs besides 4 for validation, and 27 are"):
-        proxy_config.write_pairs(judged, tmp_path / "x.jsonl", 27, 0, 0)
+        policy_grids.write_pairs(judged, tmp_path / "x.jsonl", 27, 0, 0)
 
 
 START = {

@@ -4,6 +4,7 @@ Gao et al. 2022, arXiv 2210.10760, plot both against the square root of the KL f
 both are gains over the start, in standard deviations over the start's responses.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ class Curve(NamedTuple):
     """What a policy gains as it moves away from the start. All arrays have n places."""
 
     d: np.ndarray  # square root of the KL from the start
-    proxy: np.ndarray  # gain of what is maximised
+    proxy: np.ndarray  # gain of what is maximised; NaN where that is no score, as for DPO
     gold: np.ndarray
 
 
@@ -41,8 +42,8 @@ def of_training(results: Mapping[str, Any], start: Mapping[str, Any]) -> Curve:
     Args:
       start: the results of evaluate.py on the start with the same --reward, for the deviations.
     """
-    columns = ("kl", "score", "utility")
-    return _gains([[row[name] for name in columns] for row in results["evaluations"]], start)
+    rows = results["evaluations"]
+    return _gains([[row["kl"], row.get("score", math.nan), row["utility"]] for row in rows], start)
 
 
 def _gains(rows: Sequence[Sequence[float]], start: Mapping[str, Any]) -> Curve:

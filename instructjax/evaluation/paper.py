@@ -217,7 +217,9 @@ def percent(estimate: Estimate | None) -> str:
 
 
 def plain(estimate: Estimate | None) -> str:
-    return "" if estimate is None else "{:.2f} ({:.2f} to {:.2f})".format(*estimate)
+    if estimate is None or math.isnan(estimate[0]):
+        return ""
+    return "{:.2f} ({:.2f} to {:.2f})".format(*estimate)
 
 
 def make_page(

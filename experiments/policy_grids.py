@@ -1,16 +1,17 @@
-"""What overoptimise.py and ensembles.py share: reward models on a judge's pairs, and what maximises
-them."""
+"""What the grids of policies share: their flags; reward models on a judge's pairs, for those of
+overoptimise.py and ensembles.py; and what maximises a reward."""
 
 import functools
 import json
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from instructjax import data, models, scoring, sharding
 from instructjax.data import DataConfig
@@ -26,33 +27,29 @@ NS = (1, 2, 4, 8, 16, 32, 64)  # of best-of-n
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProxyConfig(GridConfig):
-    """The policy, the judge, and more flags of the scripts."""
+class PolicyConfig(GridConfig):
+    """The policy at the start, its prompts, their judge, and more flags of the scripts."""
 
     model: str = "runs/sft"
     """Policy at the start: a run directory, a Hugging Face directory or a hub name."""
-    prompts: Count = 16_000
-    """Number of prompts that the policy answers twice, for the pairs. Those whose two responses
-    have one gold score give no pair."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts."""
     gold: tuple[str, ...] = ()
     """Judge: reward models and functions, as for --reward of run_ppo.py. By default the miniature
     has its own judge."""
-    rm_flags: str = ""
-    """More flags of each run_rm.py, in one word: --rm_flags='--epochs 2 --length 1024'."""
     ppo_flags: str = ""
-    """More flags of each run_ppo.py, likewise."""
+    """More flags of each run_ppo.py, in one word: --ppo_flags='--steps 40 --max_new_tokens 64'."""
     evaluate_flags: str = ""
     """More flags of each evaluate.py, likewise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for flag in ("rm_flags", "ppo_flags", "evaluate_flags"):
-            try:
-                parse_flags(getattr(self, flag))
-            except ValueError as error:
-                raise ValueError(f"--{flag}: {error}") from error
+        for each in fields(self):
+            if each.name.endswith("_flags"):
+                try:
+                    parse_flags(getattr(self, each.name))
+                except ValueError as error:
+                    raise ValueError(f"--{each.name}: {error}") from error
         if not self.gold and self.data.spec != "miniature":
             raise ValueError("--gold: these data have no judge of their own; name one")
 
@@ -61,20 +58,37 @@ class ProxyConfig(GridConfig):
         """The flags of the prompts and their judge."""
         return flags_of(self.data, "data") | ({"gold": self.gold} if self.gold else {})
 
-    def check(self, rm_models: tuple[str, ...]) -> None:
+    def check(self, reward: RewardConfig | None = None) -> Mesh:
         """Raises ValueError or OSError for flags that cannot work, before anything runs."""
         checks.check_directory("--out", self.directory)
         checks.check_directory("--results", self.results_directory)
-        if self.dry_run:
-            return
         mesh = sharding.make_mesh(devices=jax.devices())
-        pretrained.check(self.model, mesh, scalar_head=False)
+        if not self.dry_run:
+            pretrained.check(self.model, mesh, scalar_head=False)
+            if self.gold:
+                scoring.check(RewardConfig(self.gold), mesh, "--gold")
+            if reward is not None:
+                scoring.check(reward, mesh)
+            data.check(self.data, "prompts")
+        return mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyConfig(PolicyConfig):
+    """Also the pairs that reward models learn from."""
+
+    prompts: Count = 16_000
+    """Number of prompts that the policy answers twice, for the pairs. Those whose two responses
+    have one gold score give no pair."""
+    rm_flags: str = ""
+    """More flags of each run_rm.py, likewise."""
+
+    def check_models(self, rm_models: tuple[str, ...]) -> None:
+        """As `check`, with the models that reward models start from."""
+        mesh = self.check()
         for model in rm_models:
-            if model not in models.PRESETS:
+            if not self.dry_run and model not in models.PRESETS:
                 pretrained.check(model, mesh, flag="--rm_model")
-        if self.gold:
-            scoring.check(RewardConfig(self.gold), mesh, "--gold")
-        data.check(self.data, "prompts")
 
 
 # ------------------------------------------------------------------------------------- the runs
@@ -124,21 +138,21 @@ def rm_job(
     )
 
 
-def best_of_n_job(c: ProxyConfig, needs: str, seed: int, **reward: Any) -> Job:
+def best_of_n_job(c: PolicyConfig, needs: tuple[str, ...], seed: int, **reward: Any) -> Job:
     """The best of n responses of the policy.
 
     Args:
-      needs: the run that makes the reward.
+      needs: the runs that make the reward.
       reward: flags of the reward.
     """
     flags = {
         **{"models": c.model, "samples": NS[-1], "best_of": NS, "prompts": 128},
         **{"batch_size": 512, "seed": seed, **c.prompt_flags, **parse_flags(c.evaluate_flags)},
     }
-    return Job("evaluate.py", flags | reward, needs=(needs,), resumes=False)
+    return Job("evaluate.py", flags | reward, needs=needs, resumes=False)
 
 
-def ppo_job(c: ProxyConfig, needs: tuple[str, ...], seed: int, **reward: Any) -> Job:
+def ppo_job(c: PolicyConfig, needs: tuple[str, ...], seed: int, **reward: Any) -> Job:
     """PPO without a KL penalty. Arguments: as of `best_of_n_job`."""
     flags = {
         **{"model": c.model, "ppo.beta": BETA, "ptx.coef": 0, "eval_every": 6},

@@ -1,0 +1,226 @@
+r"""RAFT, best-of-n, DPO, GRPO, RLOO, PPO and PPO-ptx against one reward, on one axis.
+
+    python experiments/compare_algorithms.py                                 # the miniature
+    python experiments/compare_algorithms.py --model MODEL --reward runs/rm --gold runs/gold-rm \
+        --data jsonl:prompts.jsonl --comparisons jsonl:pairs.jsonl --pretrain jsonl:text.jsonl
+    python experiments/compare_algorithms.py --dry_run                       # prints the commands
+
+All but DPO sample --responses responses in all, and maximise the mean --reward. The page has what
+that gains by the reward and by a judge, against the KL from the start and against the responses
+that were sampled.
+
+    best-of-n-SEED               the best of n samples of the start
+    raft-N-SEED                  RAFT: rounds of SFT on the best of N samples (Dong et al. 2023,
+                                 arXiv 2304.06767)
+    raft-random-SEED             its control: SFT on any of them
+    dpo-SEED                     DPO on comparisons. It samples nothing
+    grpo-SEED, rloo-SEED         of swap_loss.py
+    ppo-SEED, ppo-ptx-SEED       without and with pretraining gradients
+
+A seed draws samples and their order. The start and the reward model are the same for all.
+
+Hardware: two CPU cores, once run_rm.py has made runs/sft and runs/rm.
+Result: OUT/report.html, and report.md in --results. A run that has finished is not made again, and
+one that was stopped goes on with the same command.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import policy_grids as grids
+import tyro
+
+from instructjax import usage
+from instructjax.data import DataConfig
+from instructjax.evaluation import overoptimisation, paper, statistics
+from instructjax.evaluation.figures import lines_svg
+from instructjax.evaluation.grid import Grid, Job, flags_of, from_here, parse_flags
+from instructjax.evaluation.overoptimisation import Curve
+from instructjax.evaluation.report import Section, Table
+from instructjax.ranges import Count, CountFrom2
+from instructjax.scoring import RewardConfig
+
+EXPERIMENTS = Path(__file__).resolve().parent
+POINTS = 12  # evaluations of a run
+CONTROL = "raft-random"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(grids.PolicyConfig):
+    """The algorithms and their flags."""
+
+    out: Path | None = Path("runs/algorithms")
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """What is maximised."""
+    comparisons: DataConfig = field(default_factory=DataConfig)
+    """Comparisons for DPO. An empty SPEC leaves DPO out."""
+    pretrain: DataConfig = field(default_factory=lambda: DataConfig(""))
+    """Pretraining text for PPO-ptx. By default the miniature has its own, and other data leave
+    PPO-ptx out."""
+    responses: Count = 30_720
+    """Number of responses that a run samples in training."""
+    raft: tuple[CountFrom2, ...] = (4, 8, 16)
+    """Values of RAFT's N. The control has the middle one."""
+    raft_prompts: Count = 32
+    """Number of prompts of a round of RAFT. [Dong et al.: 2,048]"""
+    raft_flags: str = "--learning_rate 1e-3"
+    """More flags of RAFT and its control, in one word."""
+    grpo_flags: str = "--beta 0.1"
+    """More flags of GRPO, likewise."""
+    rloo_flags: str = ""
+    """More flags of RLOO, likewise."""
+    dpo_flags: str = ""
+    """More flags of DPO, likewise."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.raft or len(set(self.raft)) < len(self.raft):
+            raise ValueError("--raft: give at least one N, each once")
+
+    @property
+    def algorithms(self) -> dict[str, int]:
+        """Responses that an update or iteration of each algorithm samples, by the run's name."""
+        raft = {f"raft-{n}": n * self.raft_prompts for n in self.raft}
+        raft[CONTROL] = self.raft[len(self.raft) // 2] * self.raft_prompts
+        sampled = raft | {"grpo": 128, "rloo": 128, "ppo": 256, "ppo-ptx": 256, "dpo": 0}
+        if not self.comparisons.spec:
+            del sampled["dpo"]
+        if self.data.spec != "miniature" and not self.pretrain.spec:
+            del sampled["ppo-ptx"]
+        return sampled
+
+
+# ------------------------------------------------------------------------------------- the runs
+
+
+def grid(c: Config) -> Grid:
+    """The runs. They need no other."""
+    jobs: dict[str, Job] = {}
+    reward = flags_of(c.reward, "reward") | {"reward": c.reward.spec}
+    for seed in c.seeds:
+        jobs[f"best-of-n-{seed}"] = grids.best_of_n_job(c, (), seed, **reward)
+        for name, sampled in c.algorithms.items():
+            steps = c.responses // sampled if sampled else 100
+            flags = {
+                **{"model": c.model, "steps": steps, "eval_every": -(-steps // POINTS)},
+                **{"eval_prompts": 256, "seed": seed, **({"gold": c.gold} if c.gold else {})},
+            }
+            if name != "dpo":
+                flags |= c.prompt_flags | reward
+            jobs[f"{name}-{seed}"] = job_of(c, name, flags)
+    return Grid(c.directory, jobs, from_here(EXPERIMENTS), c.results_directory)
+
+
+def job_of(c: Config, name: str, flags: dict[str, Any]) -> Job:
+    """The run of an algorithm."""
+    if name in ("ppo", "ppo-ptx"):
+        text = flags_of(c.pretrain, "pretrain") if c.pretrain.spec else {}
+        text = text if name == "ppo-ptx" else {"ptx.coef": 0}
+        own = {"batch_size": c.algorithms[name], "final_prompts": 256, **text}
+        return Job("run_ppo.py", flags | own | parse_flags(c.ppo_flags))
+    if name == "dpo":
+        own = flags_of(c.comparisons, "data") | parse_flags(c.dpo_flags)
+        return Job("swap_loss.py", flags | own, positional=("dpo",))
+    if name.startswith("raft"):
+        own = {"batch_size": c.raft_prompts, "samples": c.algorithms[name] // c.raft_prompts}
+        own |= {"keep": "random" if name == CONTROL else "best", **parse_flags(c.raft_flags)}
+        return Job("swap_loss.py", flags | own, positional=("raft",))
+    own = {"batch_size": c.algorithms[name] // 4, "samples": 4}
+    more = parse_flags(c.grpo_flags if name == "grpo" else c.rloo_flags)
+    return Job("swap_loss.py", flags | own | more, positional=(name,))
+
+
+# ------------------------------------------------------------------------------------- the page
+
+
+def curves_of(c: Config, name: str) -> dict[int, Curve]:
+    """The curve of each seed that has finished."""
+    curves = {}
+    for seed in c.seeds:
+        of_start = paper.results_of(c.results_directory, f"best-of-n-{seed}")
+        results = paper.results_of(c.results_directory, f"{name}-{seed}")
+        if of_start is not None and name == "best-of-n":
+            curves[seed] = overoptimisation.of_best_of_n(of_start)
+        elif of_start is not None and results is not None:
+            curves[seed] = overoptimisation.of_training(results, of_start)
+    return curves
+
+
+def sections(c: Config) -> list[Section]:
+    """What has finished."""
+    every = {name: curves_of(c, name) for name in ("best-of-n", *c.algorithms)}
+    every = {name: curves for name, curves in every.items() if curves}
+    if not every:
+        return []
+    of_seeds = {name: list(curves.values()) for name, curves in every.items()}
+    columns = ("", "d at the end", "gold at the end", "proxy at the end")
+    rows = [[name, *ends(curves)] for name, curves in of_seeds.items()]
+    title = "Against the KL"
+    text = "The best of n samples trains nothing. DPO has no proxy."
+    page = [
+        Section(title, text, (), [Table("", columns, rows)], overoptimisation.draw(title, of_seeds))
+    ]
+    page.append(against_responses(c, of_seeds))
+    middle = f"raft-{c.raft[len(c.raft) // 2]}"
+    pairs = [(middle, CONTROL), ("ppo", middle), ("best-of-n", middle)]
+    rows = [
+        [f"{ours} less {theirs}", paper.plain(statistics.over_runs(gains))]
+        for ours, theirs in pairs
+        if (gains := differences(every.get(ours, {}), every.get(theirs, {})))
+    ]
+    if rows:
+        text = "Gold at the end, of runs with the same seed."
+        page.append(
+            Section("RAFT, its control, and PPO", text, (), [Table("", ("", "gain"), rows)])
+        )
+    return page
+
+
+def ends(curves: Sequence[Curve]) -> list[str]:
+    """d, gold and proxy at the end of curves of several seeds."""
+    figures = [(curve.d[-1], curve.gold[-1], curve.proxy[-1]) for curve in curves]
+    return [paper.plain(statistics.over_runs(column)) for column in zip(*figures, strict=True)]
+
+
+def differences(ours: Mapping[int, Curve], theirs: Mapping[int, Curve]) -> list[float]:
+    """Gold at the end of ours, less that of theirs, for each seed that both have."""
+    return [ours[seed].gold[-1] - theirs[seed].gold[-1] for seed in ours if seed in theirs]
+
+
+def against_responses(c: Config, curves: Mapping[str, Sequence[Curve]]) -> Section:
+    """Figures of gold and proxy against the responses that were sampled in training."""
+    figures = []
+    for column in ("gold", "proxy"):
+        lines = {}
+        for name, sampled in c.algorithms.items():
+            if sampled and name in curves:
+                gain = getattr(overoptimisation.mean(curves[name]), column)
+                responses = np.linspace(0, c.responses, len(gain))
+                lines[name] = np.stack([responses, gain], axis=1)
+        title = f"{column} against responses"
+        figures.append(
+            lines_svg(title, lines, "responses sampled", f"gain of {column}, deviations")
+        )
+    return Section("Against the responses sampled", "", figures=figures)
+
+
+# ------------------------------------------------------------------------------- from the command
+
+
+def check(c: Config) -> None:
+    grid(c).chosen(c.runs)
+    c.check(c.reward)
+
+
+def cli(argv: Sequence[str] | None = None) -> None:
+    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
+    c = usage.read(lambda: tyro.cli(Config, **keywords), check)
+    title = "Algorithms against one reward"
+    paper.make_page(c, grid(c), title, overoptimisation.TEXT, lambda: sections(c))
+
+
+if __name__ == "__main__":
+    cli()
