@@ -139,3 +139,24 @@ def test_fits_of_overoptimisation_by_hand():
     assert statistics.fit_best_of_n(d, d + d**2).peak == math.inf
     assert statistics.fit_best_of_n(d, -d - d**2).peak == math.inf
     assert statistics.fit_rl(d, d * (1 + np.log(d))).peak == math.inf
+
+
+def test_hypervolume_by_hand():
+    reference = np.zeros(2)
+    # Two rectangles of 2 and of 3, which share 1; a dominated point, and one below the reference.
+    points = np.array([[1.0, 2.0], [3.0, 1.0], [1.0, 1.0], [5.0, -1.0]])
+    assert statistics.hypervolume(points, reference) == 2 + 3 - 1
+    assert statistics.hypervolume(points[::-1] + 7, reference + 7) == 2 + 3 - 1
+    assert statistics.hypervolume(points[3:], reference) == 0
+    assert statistics.hypervolume(np.array([[2.0], [5.0]]), np.array([1.0])) == 4
+    # Three boxes of 1 x 2 x 3, 3 x 1 x 2 and 2 x 3 x 1: 6 each, less three overlaps of 2, plus 1.
+    boxes = np.array([[1.0, 2, 3], [3, 1, 2], [2, 3, 1]])
+    overlaps = [np.minimum(boxes[i], boxes[j]).prod() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert statistics.hypervolume(boxes, np.zeros(3)) == 18 - sum(overlaps) + 1
+
+
+def test_hypervolume_against_samples():
+    rng = np.random.default_rng(7)
+    points, samples = rng.random((6, 3)), rng.random((200_000, 3))
+    below = (samples[:, None] < points).all(2).any(1).mean()
+    assert statistics.hypervolume(points, np.zeros(3)) == pytest.approx(below, abs=0.005)

@@ -158,6 +158,29 @@ def fit_rl(d: np.ndarray, gain: np.ndarray) -> Overoptimisation:
     return Overoptimisation(alpha, beta, math.exp(alpha / beta - 1) if beta > 0 else math.inf)
 
 
+def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
+    """Volume of all that some point is above in every column, and that is above the reference.
+
+    It is a sum of slices along the last column, from one point's value to the next lower one.
+
+    Args:
+      points: float [n, K], what n policies have of K rewards.
+      reference: float [K].
+    """
+    points = points[(points > reference).all(1)]
+    if not len(points):
+        return 0.0
+    if points.shape[1] == 1:
+        return float(points.max() - reference[0])
+    points = points[np.argsort(-points[:, -1])]
+    lower = np.append(points[1:, -1], reference[-1])
+    return sum(
+        float(height) * hypervolume(points[: i + 1, :-1], reference[:-1])
+        for i, height in enumerate(points[:, -1] - lower)
+        if height
+    )
+
+
 def _log_choose(n: np.ndarray | int, k: int) -> np.ndarray:
     return gammaln(np.add(n, 1)) - gammaln(k + 1) - gammaln(np.subtract(n, k) + 1)
 
