@@ -17,6 +17,8 @@ again, and a run that was stopped goes on.
     oasst-rm       reward models on halves A and B of OASST's ranked replies; B is the gold judge
     oasst-dpo      DPO on half A, judged by B
     oasst-ppo      PPO on other prompts of OASST against A, judged by B
+    oasst-best-of-n    the best of up to 16 samples by A, judged by B
+    oasst-raft     RAFT on other prompts of OASST against A, judged by B
     public-sft     a policy from P3's public tasks, the data of T0
     public         oasst-ppo against public-sft, judged by B, as in the paper's Figure 5
     hh-rm          a reward model on pairs of hh-rlhf, harmless-base, for each seed
@@ -25,14 +27,14 @@ again, and a run that was stopped goes on.
 
 Hardware: `--size small` takes an hour or two a run on one CPU core of 130 GFLOP/s; `full` is for a
 GPU, where it has not been run.
-Result: OUT/NAME for each run, OUT/results.json, and a table of both.
+Result: OUT/NAME for each run, and results.json in --results (or OUT) with the figures of all, which
+are printed too. With --results a run whose results are there is made again only if another needs
+its model.
 """
 
 import gzip
 import json
 import re
-import shlex
-import signal
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,39 +47,27 @@ import rich
 import tyro
 from rich.table import Table
 
-from instructjax import ranges
 from instructjax.data import files
-from instructjax.evaluation.grid import Grid, Job
-from instructjax.ranges import Count, Seed
+from instructjax.evaluation.grid import Grid, GridConfig, Job
+from instructjax.ranges import Seed
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(GridConfig):
     """Runs on a real model."""
 
     model: str
     """The chat model to align: a Hugging Face directory."""
     data: Path
     """The folder of data sets."""
-    out: Path = Path("runs/real")
+    out: Path | None = Path("runs/real")
     """The folder of the runs."""
-    runs: tuple[str, ...] = ()
-    """Runs to make, with those that they need: a name, or how names begin, such as e2e.
-    By default all."""
     seeds: tuple[Seed, ...] = (0,)
     """Seeds of the reward models of e2e-rm and hh-rm."""
     size: Literal["small", "full"] = "small"
     """`small` is cut to what a CPU can do; `full` takes all data and computes in bfloat16."""
-    jobs: Count = 1
-    """Runs at the same time. They share the CPU cores evenly: on two cores, two runs of one core
-    each are faster than one run of both."""
-    dry_run: bool = False
-    """Print the commands and stop."""
-
-    def __post_init__(self) -> None:
-        ranges.check(self)
 
 
 # ---------------------------------------------------------------------------- the runs
@@ -85,7 +75,7 @@ class Config:
 
 def grid(c: Config) -> Grid:
     """The runs."""
-    full = c.size == "full"
+    full, out = c.size == "full", c.directory
 
     def cut(value: Any) -> dict[str, Any]:
         """--steps of the small size."""
@@ -100,7 +90,7 @@ def grid(c: Config) -> Grid:
         **{"data.on_error": "skip", "data.validation": 0.25},
     }  # fmt: skip
     inputs = {"data": f"jsonl:{c.data}/e2e_nlg/devset.csv.gz"}
-    halves = {half: f"jsonl:{c.out}/data/oasst-{half}.jsonl" for half in "ab"}
+    halves = {half: f"jsonl:{out}/data/oasst-{half}.jsonl" for half in "ab"}
     lottery = {"data": f"jsonl:{c.data}/oasst_100_trees/prompt_lottery_en_250_text.jsonl.gz"}
     lottery |= {"data.validation": 0.25, "data.max_prompt": 128}
     rm = {"length": 512, "batch_size": 4, "microbatches": 1 if full else 2, **compute}
@@ -132,7 +122,7 @@ def grid(c: Config) -> Grid:
     first = c.seeds[0]
     every["e2e-ppo"] = Job(
         "run_ppo.py",
-        {"model": c.out / "e2e-sft", "reward": c.out / f"e2e-rm-{first}", **each_input, **text}
+        {"model": out / "e2e-sft", "reward": out / f"e2e-rm-{first}", **each_input, **text}
         | ppo | exploits | {"max_new_tokens": 80, "steps": 100 if full else 30},
         needs=("e2e-sft", f"e2e-rm-{first}"),
     )  # fmt: skip
@@ -141,28 +131,56 @@ def grid(c: Config) -> Grid:
         on = {"data": halves[half], "data.validation": halves[other]}
         flags = {**of_model, **on, **rm, "length": 2048, "batch_size": 2, "learning_rate": 2e-5}
         every[f"oasst-rm-{half}"] = Job("run_rm.py", {**flags, "epochs": 2 if full else 1})
-    gold = {"gold": c.out / "oasst-rm-b"}
+    gold = {"gold": out / "oasst-rm-b"}
     dpo = {"learning_rate": 5e-6, "batch_size": 8, "microbatches": 1 if full else 4, **compute}
     dpo |= {"steps": 40 if full else 10, "max_new_tokens": 96, "eval_prompts": 64}
     every["oasst-dpo"] = Job(
         "swap_loss.py",
-        {**of_model, "data": f"jsonl:{c.out}/data/oasst-a-pairs.jsonl", **short, **dpo, **gold}
+        {
+            **of_model,
+            "data": f"jsonl:{out}/data/oasst-a-pairs.jsonl",
+            **short,
+            **dpo,
+            **gold,
+        }
         | {"data.validation": 0.25},
         needs=("oasst-rm-b",),
         positional=("dpo",),
     )
     every["oasst-ppo"] = Job(
         "run_ppo.py",
-        {**of_model, "reward": c.out / "oasst-rm-a", **gold, **lottery, **ppo, "ptx.coef": 0}
+        {**of_model, "reward": out / "oasst-rm-a", **gold, **lottery, **ppo, "ptx.coef": 0}
         | {"max_new_tokens": 96, "steps": 100 if full else 30, "ppo.missing_eos": "none"},
         needs=("oasst-rm-a", "oasst-rm-b"),
+    )
+    proxy = {
+        **of_model,
+        "reward": out / "oasst-rm-a",
+        **gold,
+        **lottery,
+        "max_new_tokens": 96,
+    }
+    dtype = {"model_dtype": compute.get("model_dtype", "float32")}
+    every["oasst-best-of-n"] = Job(
+        "evaluate.py",
+        {"models": c.model, **{k: v for k, v in proxy.items() if k != "model"}, **dtype}
+        | {"samples": 16, "best_of": (1, 2, 4, 8, 16), "prompts": 64, "batch_size": 32},
+        needs=("oasst-rm-a", "oasst-rm-b"),
+        resumes=False,
+    )
+    every["oasst-raft"] = Job(
+        "swap_loss.py",
+        {**proxy, **compute, "samples": 16, "batch_size": 8, "steps": 64 if full else 10}
+        | {"microbatches": 1 if full else 4, "learning_rate": 1e-5, "eval_prompts": 64},
+        needs=("oasst-rm-a", "oasst-rm-b"),
+        positional=("raft",),
     )
 
     tasks = {"data": f"jsonl:{c.data}/p3_t0_subset/*.jsonl.gz", "data.max_response": 96}
     every["public-sft"] = Job("run_sft.py", {**of_model, **tasks, **sft})
     models = ("oasst-ppo", "public-sft")
-    compared = {"models": [c.out / name for name in models], "prompts": 256, "batch_size": 32}
-    compared |= {"max_new_tokens": 96, "model_dtype": compute.get("model_dtype", "float32")}
+    compared = {"models": [out / name for name in models], "prompts": 256, "batch_size": 32}
+    compared |= {"max_new_tokens": 96, **dtype}
     every["public"] = Job(
         "evaluate.py",
         {**compared, **lottery, **gold},
@@ -189,10 +207,10 @@ def grid(c: Config) -> Grid:
     function = {"reward": f"{Path(__file__).resolve()}:one_sentence", "ptx.coef": 0, "steps": 40}
     every["one-sentence"] = Job(
         "run_ppo.py",
-        {"model": c.out / "short-sft", **lottery, **ppo, **function, "max_new_tokens": 64},
+        {"model": out / "short-sft", **lottery, **ppo, **function, "max_new_tokens": 64},
         needs=("short-sft",),
     )
-    return Grid(c.out, every, EXPERIMENTS)
+    return Grid(out, every, EXPERIMENTS, c.results_directory)
 
 
 def one_sentence(prompts: Sequence[str], responses: Sequence[str], records: Any) -> list[float]:
@@ -214,7 +232,7 @@ def one_sentence(prompts: Sequence[str], responses: Sequence[str], records: Any)
 
 def write_halves(c: Config) -> None:
     """OASST's trees in two halves, and the first half as pairs of the best and the worst reply."""
-    out = c.out / "data"
+    out = c.directory / "data"
     out.mkdir(parents=True, exist_ok=True)
     source = c.data / "oasst_100_trees" / "en_100_tree.jsonl.gz"
     with gzip.open(source, "rt", encoding="utf-8") as lines:
@@ -251,7 +269,7 @@ def overlaps(c: Config, name: str) -> dict[str, tuple[float, float]]:
     references = defaultdict(list)
     for _, row in files.read_files(f"{c.data}/e2e_nlg/devset.csv.gz", "file"):
         references[row["mr"]].append(row["ref"])
-    lines = (c.out / name / "samples_after.jsonl").read_text().splitlines()
+    lines = (c.directory / name / "samples_after.jsonl").read_text().splitlines()
     shares = defaultdict(list)
     for sample in map(json.loads, lines):
         prompt = sample.pop("prompt")
@@ -271,27 +289,32 @@ def f1(text: str, reference: str, n: int) -> float:
 def report(c: Config, runs: Grid) -> None:
     """Prints the figures of all runs that have finished, and writes them to OUT/results.json."""
     figures: dict[str, Any] = {}
-    for name in filter(runs.has_finished, runs.jobs):
-        file = c.out / name / "results.json"
-        if file.exists():
-            results = json.loads(file.read_text())
-        else:  # SFT
-            lines = (c.out / name / "metrics.jsonl").read_text().splitlines()
-            results = {"last step": json.loads(lines[-1])}
-        if "pairs" in results:  # of evaluate.py
+    for name in filter(runs.has_results, runs.jobs):
+        of_run = c.results_directory / name / "results.json"
+        metrics = c.directory / name / "metrics.jsonl"
+        results: dict[str, Any] = {}
+        if of_run.exists():
+            results = json.loads(of_run.read_text())
+        elif metrics.exists():  # of SFT
+            results = {"last step": json.loads(metrics.read_text().splitlines()[-1])}
+        if "best_of" in results:  # of evaluate.py
+            results = {f"best of {row['n']}": row for row in results["best_of"]}
+        elif "pairs" in results:
             results = {
                 f"{Path(pair['model']).name} against {Path(pair['against']).name}": {
                     key: pair[key] for key in ("win_rate", "win_rate_at_equal_length")
                 }
                 for pair in results["pairs"]
             }
-        cost = c.out / f"{name}.cost.json"
-        figures[name] = results | (json.loads(cost.read_text()) if cost.exists() else {})
-        if name == "e2e-ppo":
+        figures[name] = results | json.loads(
+            (c.results_directory / f"{name}.cost.json").read_text()
+        )
+        if name == "e2e-ppo" and runs.has_finished(name):
             for policy, shares in overlaps(c, name).items():
                 figures[name][policy] |= dict(zip(("word_f1", "pair_f1"), shares, strict=True))
-    (c.out / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
-    table = Table("run", "of", "figures", title=f"{c.out / 'results.json'}")
+    written = c.results_directory / "results.json"
+    written.write_text(json.dumps(figures, indent=2) + "\n")
+    table = Table("run", "of", "figures", title=f"{written}")
     for name, results in figures.items():
         rows = results.get("accuracy", results)
         rows = {label: row for label, row in rows.items() if isinstance(row, dict)}
@@ -312,20 +335,19 @@ def main(c: Config) -> None:
     try:
         names = runs.chosen(c.runs)
         if c.dry_run:
-            for name in names:
-                print(shlex.join(["python", *runs.command(name)[1:]]))
+            runs.print_commands(names)
             return
-        if any(name.startswith("oasst") for name in names):
+        for directory in (c.directory, c.results_directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        if any(name.startswith("oasst") for name in runs.needed(names)):
             write_halves(c)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    c.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the runs too
-    unfinished = runs.run_all(names, c.jobs)
+    unfinished = runs.make(names, c.jobs)
     report(c, runs)
     if unfinished:
         sys.exit(f"error: not finished: {', '.join(unfinished)}; the same command goes on")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, description=__doc__, use_underscores=True))

@@ -30,10 +30,11 @@ def test_the_scripts_know_all_flags(tmp_path, size):
         script = importlib.import_module(job.script.removesuffix(".py"))
         argv = grid.command(name)[2:]
         if job.script == "swap_loss.py":
-            flags = parse(script.DPO | script.GRPO | script.RLOO, {}, script.__doc__, argv)
+            flags = parse(script.DPO | script.RAFT, {}, script.__doc__, argv)
         elif job.script == "evaluate.py":
             flags = tyro.cli(script.Config, args=argv, use_underscores=True)
-            assert {*flags.models, *flags.gold} == {str(c.out / need) for need in job.needs}
+            used = {*flags.models, *flags.gold, *flags.reward.spec} - {"MODEL"}
+            assert used == {str(c.directory / need) for need in job.needs}
         else:
             flags = parse(script.Config, script.PRESETS, script.__doc__, argv)
             assert flags.preset == "small"
@@ -102,6 +103,10 @@ def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypat
     results = json.loads((c.out / "results.json").read_text())
     assert results["a"]["ours against theirs"]["win_rate"] == [0.6, 0.5, 0.7]
     assert "ours against" in capsys.readouterr().out
+    best_of = {"models": {}, "pairs": [], "best_of": [{"n": 4, "kl": 0.6, "score": [1, 0, 2]}]}
+    (c.out / "a" / "results.json").write_text(json.dumps(best_of))
+    real_model.report(c, grid)
+    assert json.loads((c.out / "results.json").read_text())["a"]["best of 4"]["score"] == [1, 0, 2]
 
 
 def test_where_a_run_fails_the_others_go_on(tmp_path, monkeypatch, capsys):
