@@ -38,7 +38,7 @@ def test_the_scripts_know_all_flags(tmp_path, size):
         else:
             flags = parse(script.Config, script.PRESETS, script.__doc__, argv)
             assert flags.preset == "small"
-        assert flags.out == c.out / name
+        assert flags.out == c.directory / name
         assert job.script == "evaluate.py" or flags.resume
         assert (flags.model_dtype == "bfloat16") == (size == "full")
         assert set(job.needs) <= set(grid.jobs)
@@ -67,46 +67,50 @@ def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypat
         "(out / 'results.json').write_text(json.dumps({'x': {'score': 0.5}}))\n"
     )
     c = config(tmp_path)
-    c.out.mkdir()
+    c.directory.mkdir()
     every = {"c": Job("", {}, needs=("b",)), "a": Job("", {}), "b": Job("", {}, needs=("a",))}
 
     def command(grid, name):
         needs = grid.jobs[name].needs
-        need = str(c.out / needs[0]) if needs else ""
-        return [sys.executable, "-c", script, str(c.out / name), need, str(tmp_path / "log")]
+        need = str(c.directory / needs[0]) if needs else ""
+        return [sys.executable, "-c", script, str(c.directory / name), need, str(tmp_path / "log")]
 
     monkeypatch.setattr(Grid, "command", command)
     for _ in range(2):
-        assert Grid(c.out, every, tmp_path).run_all(list(every), at_once=2) == []
+        assert Grid(c.directory, every, tmp_path).run_all(list(every), at_once=2) == []
     assert (tmp_path / "log").read_text().split() == ["a", "b", "c"]
-    real_model.report(c, Grid(c.out, {**every, "not run": Job("", {})}, tmp_path))
-    results = json.loads((c.out / "results.json").read_text())
+    real_model.report(c, Grid(c.directory, {**every, "not run": Job("", {})}, tmp_path))
+    results = json.loads((c.directory / "results.json").read_text())
     assert set(results) == {"a", "b", "c"}
     assert results["b"]["x"] == {"score": 0.5}
     assert results["b"]["seconds"] > 0
     assert 0.001 < results["b"]["peak_gb"] < 10
-    (c.out / "sft").mkdir()  # SFT writes no results.json
-    (c.out / "sft.cost.json").write_text("{}")
-    (c.out / "sft" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
-    grid = Grid(c.out, {**every, "sft": Job("run_sft.py", {})}, tmp_path)
+    (c.directory / "sft").mkdir()  # SFT writes no results.json
+    (c.directory / "sft.cost.json").write_text("{}")
+    (c.directory / "sft" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
+    grid = Grid(c.directory, {**every, "sft": Job("run_sft.py", {})}, tmp_path)
     grid.run_all(["sft"])
     real_model.report(c, grid)
-    results = json.loads((c.out / "results.json").read_text())
+    results = json.loads((c.directory / "results.json").read_text())
     assert results["sft"]["last step"] == {"step": 2, "loss": 0.5}
     assert (tmp_path / "log").read_text().split() == ["a", "b", "c"]
     assert set(results) == {"a", "b", "c", "sft"}
     pair = {"model": "x/ours", "against": "y/theirs", "win_rate": [0.6, 0.5, 0.7]}
     pair["win_rate_at_equal_length"] = [0.55, 0.5, 0.6]
-    (c.out / "a" / "results.json").write_text(json.dumps({"models": {}, "pairs": [pair]}))
+    (c.directory / "a" / "results.json").write_text(json.dumps({"models": {}, "pairs": [pair]}))
     capsys.readouterr()
     real_model.report(c, grid)
-    results = json.loads((c.out / "results.json").read_text())
+    results = json.loads((c.directory / "results.json").read_text())
     assert results["a"]["ours against theirs"]["win_rate"] == [0.6, 0.5, 0.7]
     assert "ours against" in capsys.readouterr().out
     best_of = {"models": {}, "pairs": [], "best_of": [{"n": 4, "kl": 0.6, "score": [1, 0, 2]}]}
-    (c.out / "a" / "results.json").write_text(json.dumps(best_of))
+    (c.directory / "a" / "results.json").write_text(json.dumps(best_of))
     real_model.report(c, grid)
-    assert json.loads((c.out / "results.json").read_text())["a"]["best of 4"]["score"] == [1, 0, 2]
+    assert json.loads((c.directory / "results.json").read_text())["a"]["best of 4"]["score"] == [
+        1,
+        0,
+        2,
+    ]
 
 
 def test_where_a_run_fails_the_others_go_on(tmp_path, monkeypatch, capsys):
@@ -180,7 +184,7 @@ def test_halves_and_pairs_by_hand(tmp_path):
     real_model.write_halves(c)
 
     def read(name):
-        lines = (c.out / "data" / name).read_text().splitlines()
+        lines = (c.directory / "data" / name).read_text().splitlines()
         return [json.loads(line) for line in lines]
 
     assert read("oasst-a.jsonl") == [trees[0], trees[2]]
