@@ -20,8 +20,7 @@ or invented), courtesy (a courteous sentence, none that is rude) and form (no pa
 garbled). Courtesy and form disagree: a courteous sentence that was not asked for is padding.
 
 Hardware: two CPU cores, once run_sft.py has made runs/sft.
-Result: OUT/report.html, and report.md in --results. A run that has finished is not made again, and
-one that was stopped goes on with the same command.
+Result: OUT/report.html, and report.md in --results. The same command goes on after a stop.
 """
 
 import itertools
@@ -34,13 +33,11 @@ import numpy as np
 import policy_grids as grids
 import tyro
 
-from instructjax import miniature, scoring, usage
-from instructjax.data import Record
+from instructjax import scoring, usage
 from instructjax.evaluation import paper, statistics
+from instructjax.evaluation.figures import lines_svg
 from instructjax.evaluation.grid import Grid, Job, from_here, parse_flags
 from instructjax.evaluation.report import Section, Table
-from instructjax.miniature import language
-from instructjax.miniature.judging import GOLD
 from instructjax.scoring import RewardConfig
 
 EXPERIMENTS = Path(__file__).resolve().parent
@@ -66,8 +63,13 @@ class Config(grids.PolicyConfig):
     @property
     def rewards(self) -> tuple[str, ...]:
         """--reward or its default."""
-        file = from_here(EXPERIMENTS) / Path(__file__).name
+        file = from_here(EXPERIMENTS) / "miniature_rewards.py"
         return self.reward or tuple(f"{file}:{name}" for name in ("facts", "courtesy", "form"))
+
+    @property
+    def names(self) -> list[str]:
+        """What evaluate.py calls the rewards."""
+        return [x.rpartition(":")[2] if scoring.is_function(x) else x for x in self.rewards]
 
     @property
     def corners(self) -> list[Weights]:
@@ -75,45 +77,17 @@ class Config(grids.PolicyConfig):
         return [tuple(row) for row in np.eye(len(self.rewards)).tolist()]
 
     @property
+    def halves(self) -> dict[tuple[int, int], Weights]:
+        """Equal weights of two rewards, by their numbers."""
+        numbers = range(len(self.rewards))
+        pairs = itertools.combinations(numbers, 2)
+        return {pair: tuple(0.5 * (i in pair) for i in numbers) for pair in pairs}
+
+    @property
     def mixtures(self) -> list[Weights]:
         """Equal weights of two rewards, and of all."""
         count = len(self.rewards)
-        pairs = itertools.combinations(range(count), 2)
-        rows = [tuple(0.5 if i in pair else 0.0 for i in range(count)) for pair in pairs]
-        return list(dict.fromkeys([*rows, (round(1 / count, 3),) * count]))
-
-
-# ------------------------------------------------------------------------------ the miniature's
-
-
-Texts = Sequence[str]
-Records = Sequence[Record]
-
-
-def facts(prompts: Texts, responses: Texts, records: Records) -> list[float]:
-    """What the judge's utility says of what was asked for, false and invented."""
-    return _parts(responses, records, ("followed", "false", "invented"))
-
-
-def form(prompts: Texts, responses: Texts, records: Records) -> list[float]:
-    """What it says of padding and garbled sentences."""
-    return _parts(responses, records, ("padding", "garbled"))
-
-
-def courtesy(prompts: Texts, responses: Texts, records: Records) -> list[float]:
-    """2 for a courteous sentence, and what the utility says of rude ones."""
-    rude = _parts(responses, records, ("rude",))
-    acts = ({sentence.act for sentence in language.read(text)} for text in responses)
-    return [2 * ("courtesy" in said) + cost for said, cost in zip(acts, rude, strict=True)]
-
-
-def _parts(responses: Texts, records: Records, names: Sequence[str]) -> list[float]:
-    """The terms of the judge's utility for some features."""
-    values = []
-    for record, text in zip(records, responses, strict=True):
-        features = miniature.judge(dict(record.row), text).features
-        values.append(sum(getattr(GOLD, name) * getattr(features, name) for name in names))
-    return values
+        return list(dict.fromkeys([*self.halves.values(), (round(1 / count, 3),) * count]))
 
 
 # ------------------------------------------------------------------------------------- the runs
@@ -159,10 +133,9 @@ def grid(c: Config) -> Grid:
 def points_of(c: Config, seed: int) -> dict[str, np.ndarray]:
     """What each model of a seed gets of each reward, if its evaluation has finished: float [K]."""
     results = paper.results_of(c.results_directory, f"evaluation-{seed}")
-    names = [spec.rpartition(":")[2] if scoring.is_function(spec) else spec for spec in c.rewards]
     rows = {} if results is None else results["models"]
     return {
-        paper.run_name(path): np.array([row["measures"][name][0] for name in names])
+        paper.run_name(path): np.array([row["measures"][name][0] for name in c.names])
         for path, row in rows.items()
     }
 
@@ -188,11 +161,9 @@ def sections(c: Config) -> list[Section]:
     by_seed = {seed: found for seed in c.seeds if (found := volumes(c, seed))}
     if not by_seed:
         return []
-    runs = {"one reward each": len(c.corners), "soups": len(c.corners)}
-    runs["sweep"] = len(c.corners) + len(c.mixtures)
-    shares = {
-        label: [found[label] / found["sweep"] for found in by_seed.values()] for label in runs
-    }
+    few = len(c.corners)
+    runs = {"one reward each": few, "soups": few, "sweep": few + len(c.mixtures)}
+    shares = {name: [found[name] / found["sweep"] for found in by_seed.values()] for name in runs}
     rows = [
         [label, f"{count}", paper.percent(statistics.over_runs(shares[label]))]
         for label, count in runs.items()
@@ -207,20 +178,28 @@ def sections(c: Config) -> list[Section]:
 
 
 def rewards(c: Config) -> Section:
-    """The rewards of each policy, over seeds."""
-    rows, of_seeds = [], [points_of(c, seed) for seed in c.seeds]
+    """The rewards of each policy over seeds, and what two rewards trade for each other."""
+    of_seeds = {seed: points for seed in c.seeds if (points := points_of(c, seed))}
     kinds = [("ppo", c.corners), ("ppo", c.mixtures), ("soup", c.mixtures)]
-    for kind, weights in [(kind, w) for kind, every in kinds for w in every]:
-        found = [
-            points[name_of(kind, weights, seed)]
-            for seed, points in zip(c.seeds, of_seeds, strict=True)
-            if points
-        ]
-        label = name_of(kind, weights, 0).rpartition("-")[0]
-        columns = zip(*found, strict=True)
-        rows.append([label, *(paper.plain(statistics.over_runs(column)) for column in columns)])
-    names = [spec.rpartition(":")[2] for spec in c.rewards]
-    return Section("Rewards of each policy", "", tables=[Table("", ("", *names), rows)])
+    policies = {  # (kind, weights) -> float [seeds, K]
+        (kind, w): np.array([points[name_of(kind, w, seed)] for seed, points in of_seeds.items()])
+        for kind, every in kinds
+        for w in every
+    }
+    rows = [
+        [name_of(*policy, 0)[:-2], *(paper.plain(statistics.over_runs(x)) for x in found.T)]
+        for policy, found in policies.items()
+    ]
+    figures = []
+    for (i, j), half in c.halves.items():
+        lines = {}
+        for label, kind in (("sweep", "ppo"), ("soups", "soup")):
+            line = [("ppo", c.corners[i]), (kind, half), ("ppo", c.corners[j])]
+            lines[label] = np.array([policies[policy].mean(0)[[i, j]] for policy in line])
+        title = f"{c.names[i]} and {c.names[j]}"
+        figures.append(lines_svg(title, lines, c.names[i], c.names[j]))
+    text = "Each figure has the policies of two rewards and, between them, those of equal weights."
+    return Section("Rewards of each policy", text, (), [Table("", ("", *c.names), rows)], figures)
 
 
 # ------------------------------------------------------------------------------- from the command

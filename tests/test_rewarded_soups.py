@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import evaluate
+import miniature_rewards
 import numpy as np
 import pytest
 import rewarded_soups
@@ -63,7 +64,7 @@ def test_the_weights():
     assert three.corners == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
     assert three.mixtures == [(0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5), (0.333,) * 3]
     assert two.mixtures == [(0.5, 0.5)]
-    assert three.rewards[1].endswith("experiments/rewarded_soups.py:courtesy")
+    assert three.rewards[1].endswith("experiments/miniature_rewards.py:courtesy")
 
 
 def test_the_rewards_are_parts_of_the_utility():
@@ -76,7 +77,7 @@ def test_the_rewards_are_parts_of_the_utility():
     prompts = [record.prompt for record in records]
     facts, courtesy, form = (
         np.array(reward(prompts, texts, records))
-        for reward in (rewarded_soups.facts, rewarded_soups.courtesy, rewarded_soups.form)
+        for reward in (miniature_rewards.facts, miniature_rewards.courtesy, miniature_rewards.form)
     )
     utility = [
         miniature.judge(dict(record.row), text).utility
@@ -119,6 +120,9 @@ def test_the_page(tmp_path):
     table = {row[0]: row[1:] for row in rewards.tables[0].rows}
     assert table["soup-0.5-0.5"] == ["2.00 (2.00 to 2.00)", "3.00 (3.00 to 3.00)"]
     assert list(table) == ["ppo-1-0", "ppo-0-1", "ppo-0.5-0.5", "soup-0.5-0.5"]
+    (figure,) = rewards.figures
+    assert "rm and short" in figure or "runs/rm and short" in figure
+    assert ">soups<" in figure
 
 
 def test_wrong_flags(tmp_path, capsys):
