@@ -1,4 +1,4 @@
-"""Parts of the miniature judge's utility as rewards: `--reward experiments/miniature_rewards.py:facts`.
+"""Rewards that are parts of the utility of the miniature's judge, for --reward of run_ppo.py.
 
 Their sum is the utility, but for the 2 of courtesy, which is ours: courtesy and form then disagree,
 since a courteous sentence that was not asked for is padding.
