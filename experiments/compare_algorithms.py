@@ -66,7 +66,7 @@ class Config(grids.PolicyConfig):
     """Values of RAFT's N. The control has the middle one."""
     raft_prompts: Count = 32
     """Number of prompts of a round of RAFT. [Dong et al.: 2,048]"""
-    raft_flags: str = "--learning_rate 1e-3"
+    raft_flags: str = ""
     """More flags of RAFT and its control, in one word."""
     grpo_flags: str = "--beta 0.1"
     """More flags of GRPO, likewise."""

@@ -64,7 +64,7 @@ def test_the_scripts_know_all_flags(c):
             if name.startswith("raft"):
                 assert flags.keep == ("random" if "random" in name else "best")
                 assert f"{flags.samples}" == name.split("-")[1] or "random" in name
-                assert flags.learning_rate == (2e-5 if real else 1e-3)
+                assert flags.learning_rate == (2e-5 if real else 1e-4)
             elif real:
                 assert flags.beta == {"grpo": 0.2, "rloo": 0.3, "dpo": 0.4}[name.split("-")[0]]
         if not name.startswith("dpo"):
