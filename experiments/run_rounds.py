@@ -1,0 +1,247 @@
+r"""Rounds of RLHF: label the newest policy's responses, retrain the reward model, run PPO again.
+
+    python experiments/run_rounds.py                                         # the miniature
+    python experiments/run_rounds.py --rounds 4 --memory all newest --start sft last --seeds 0 1 2
+    python experiments/run_rounds.py --model runs/sft --data jsonl:prompts.jsonl --labels page \
+        --gold runs/gold-rm --ppo_flags='--max_new_tokens 128'               # people label
+    python experiments/run_rounds.py --dry_run                               # prints the commands
+
+The paper has one round, and notes that its authors made the step over again with newer comparisons
+(InstructGPT, section 3.1). Llama 2 made five (Touvron et al. 2023, arXiv 2307.09288).
+
+A round takes the policy of the round before it, which is --model at first:
+
+    samples-ROUND-...       its responses to prompts, with the ratings of --labels
+    rm-ROUND-...            a reward model on the comparisons of all rounds, or of the newest alone
+    ppo-ROUND-...           PPO against it, from --model or from the policy of the round before
+    evaluation-SEED         all policies by the judge, against --model
+
+The names end in -MEMORY-START-SEED, where these differ.
+
+With --labels page people label. The script then stops before each reward model, says what is to be
+labeled and where the labels go, and goes on with the same command.
+
+Hardware: two CPU cores, once run_sft.py has made runs/sft.
+Result: OUT/report.html, and report.md in --results.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import policy_grids as grids
+import tyro
+
+from instructjax import usage
+from instructjax.evaluation import paper, statistics
+from instructjax.evaluation.grid import Grid, Job, from_here, parse_flags
+from instructjax.evaluation.report import Section, Table
+from instructjax.ranges import Count, Seed
+from instructjax.run import RESUMABLE
+from instructjax.scoring import RewardConfig
+
+EXPERIMENTS = Path(__file__).resolve().parent
+PAGE = "page"
+COLUMNS = ("utility", "kl", "wins")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(grids.PolicyConfig):
+    """The rounds."""
+
+    out: Path | None = Path("runs/rounds")
+    seeds: tuple[Seed, ...] = (0,)
+    """Seeds of samples, heads of reward models and PPO."""
+    rounds: Count = 2
+    """Number of rounds."""
+    labels: tuple[str, ...] = ()
+    """Who rates the responses: `page` for people, or functions and reward models, as for --reward
+    of run_ppo.py. By default the miniature's training labelers, one for each prompt."""
+    memory: tuple[Literal["all", "newest"], ...] = ("all",)
+    """Which comparisons a reward model learns from: those of `all` rounds, those of the `newest`,
+    or both ways, one after the other."""
+    start: tuple[Literal["sft", "last"], ...] = ("sft",)
+    """What PPO begins at in later rounds: --model (`sft`), the policy of the `last` round, or both
+    ways. It is the reference too."""
+    prompts: Count = 2000
+    """Number of prompts of a round, the same in each."""
+    samples: Count = 4
+    """Responses to a prompt, from 2 to 9."""
+    rm_flags: str = ""
+    """More flags of each run_rm.py, likewise."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.samples <= 9:
+            raise ValueError(f"--samples {self.samples}: must be from 2 to 9")
+        if PAGE in self.labels and len(self.labels) > 1:
+            raise ValueError("--labels: give either page, or functions and reward models")
+        if not self.labels and self.data.spec != "miniature":
+            raise ValueError("--labels: only the miniature has labelers of its own; give some")
+
+    @property
+    def labelers(self) -> tuple[str, ...]:
+        """--labels or its default, for --gold of evaluate.py."""
+        by_default = f"{from_here(EXPERIMENTS)}/reproduce.py:training_labelers"
+        return self.labels or (by_default,)
+
+
+# ------------------------------------------------------------------------------------- the runs
+
+
+def name_of(kind: str, number: int, way: tuple[str, str], seed: int) -> str:
+    """The name of a run; all ways share a first policy, and so the samples of two rounds."""
+    ways = () if number <= (2 if kind == "samples" else 1) else way
+    return "-".join([kind, f"{number}", *ways, f"{seed}"])
+
+
+def grid(c: Config) -> Grid:
+    """The runs, each after those that it needs."""
+    jobs: dict[str, Job] = {}
+    ways = [(memory, start) for memory in c.memory for start in c.start]
+    for seed in c.seeds:
+        for way in ways:
+            for number in range(1, c.rounds + 1):
+                add_round(c, jobs, number, way, seed)
+        trained = tuple(x for x in jobs if x.startswith("ppo-") and x.endswith(f"-{seed}"))
+        flags = {
+            **{"models": [c.model, *(c.directory / name for name in trained)], "prompts": 512},
+            **{"reference": c.model, "seed": seed, **c.prompt_flags},
+        }
+        flags |= parse_flags(c.evaluate_flags)
+        jobs[f"evaluation-{seed}"] = Job("evaluate.py", flags, needs=trained, resumes=False)
+    return Grid(c.directory, jobs, from_here(EXPERIMENTS), c.results_directory)
+
+
+def add_round(
+    c: Config, jobs: dict[str, Job], number: int, way: tuple[str, str], seed: int
+) -> None:
+    """The three runs of a round, if they are not there."""
+    memory, start = way
+    samples, rm, ppo = (name_of(kind, number, way, seed) for kind in ("samples", "rm", "ppo"))
+    before = name_of("ppo", number - 1, way, seed) if number > 1 else None
+    policy = c.directory / before if before else c.model
+    flags = {
+        **{"models": policy, "split": "train", "prompts": c.prompts, "samples": c.samples},
+        **{"batch_size": 512, "seed": 1000 * number + seed},
+        **{**c.prompt_flags, **parse_flags(c.evaluate_flags)},
+    }
+    if c.labels != (PAGE,):
+        flags |= {"comparisons": [], "gold": c.labelers}
+    needs = (before,) if before else ()
+    jobs.setdefault(samples, Job("evaluate.py", flags, needs=needs, resumes=False))
+
+    rounds = range(1 if memory == "all" else number, number + 1)
+    of_rounds = [name_of("samples", i, way, seed) for i in rounds]
+    file = c.directory / f"{rm}.jsonl"
+    flags = {"model": c.model, "data": f"jsonl:{file}", "seed": seed}
+    flags |= {"preset": "miniature"} if c.data.spec == "miniature" else {}
+    write = functools.partial(write_labels, c, file, of_rounds)
+    flags |= parse_flags(c.rm_flags)
+    jobs.setdefault(rm, Job("run_rm.py", flags, needs=tuple(of_rounds), prepare=write))
+
+    model = policy if start == "last" else c.model
+    flags = {"model": model, "reward": c.directory / rm, "seed": seed, **c.prompt_flags}
+    needs = (rm, before) if before and start == "last" else (rm,)
+    jobs.setdefault(ppo, Job("run_ppo.py", flags | parse_flags(c.ppo_flags), needs=needs))
+
+
+def write_labels(c: Config, file: Path, of_rounds: Sequence[str]) -> None:
+    """Writes the comparisons of some rounds to one file.
+
+    Raises:
+      SystemExit: people have not labeled a round; the message says what to do.
+    """
+    lines: list[str] = []
+    for samples in of_rounds:
+        labels = c.directory / samples / "comparisons.jsonl"
+        if c.labels == (PAGE,):
+            labels = c.directory / f"{samples}-labels.jsonl"
+            if not labels.exists():
+                database = labels.with_suffix(".db")
+                print(
+                    f"{samples}: its responses are to be labeled:\n"
+                    f"  python -m instructjax.label --data jsonl:{c.directory / samples}/"
+                    f"responses.jsonl --out {database}\n"
+                    f"Export the comparisons to {labels}; the same command goes on.",
+                    file=sys.stderr,
+                )
+                sys.exit(RESUMABLE)
+        lines += [line for line in labels.read_text("utf-8").split("\n") if line]
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------- the page
+
+
+def figures_of(c: Config, way: tuple[str, str], number: int) -> dict[int, dict[str, float]]:
+    """Utility, KL and win rate against --model of a policy, by seed."""
+    figures = {}
+    for seed in c.seeds:
+        results = paper.results_of(c.results_directory, f"evaluation-{seed}")
+        name = name_of("ppo", number, way, seed)
+        if results is not None:
+            rows = {paper.run_name(path): row for path, row in results["models"].items()}
+            won = {
+                paper.run_name(pair["model"]): pair["win_rate"][0]
+                for pair in results["pairs"]
+                if pair["against"] == c.model
+            }
+            row = rows[name]
+            figures[seed] = {"utility": row["utility"][0], "kl": row["kl"][0], "wins": won[name]}
+    return figures
+
+
+def sections(c: Config) -> list[Section]:
+    """What has finished."""
+    rows, drawn, last = [], paper.lines(), {}
+    for way in ((memory, start) for memory in c.memory for start in c.start):
+        for number in range(1, c.rounds + 1):
+            if figures := figures_of(c, way, number):
+                columns = {key: [row[key] for row in figures.values()] for key in COLUMNS}
+                means = {key: statistics.over_runs(values) for key, values in columns.items()}
+                cells = [
+                    paper.percent(means["wins"]),
+                    *(paper.plain(means[k]) for k in COLUMNS[:2]),
+                ]
+                rows.append([" ".join(way), f"{number}", *cells])
+                drawn[" ".join(way)][f"round {number}"].append(means["utility"])
+                last[way] = figures
+    if not rows:
+        return []
+    text = "`all` and `newest` are the comparisons, `sft` and `last` where PPO begins."
+    table = Table("", ("", "round", "wins against the start", "utility", "KL, nats"), rows)
+    figure = paper.draw("utility by round", drawn)
+    page = [Section("Policies by round", text, tables=[table], figures=[figure])]
+    (first, of_first), *others = last.items()
+    if others:
+        rows = []
+        for way, figures in others:
+            gains = [of_first[seed]["utility"] - figures[seed]["utility"] for seed in figures]
+            rows.append([" ".join(way), paper.plain(statistics.over_runs(gains))])
+        title = f"{' '.join(first)} after the last round"
+        table = Table("", ("", "difference"), rows)
+        page.append(Section(title, "Utility less another way's, seed by seed.", tables=[table]))
+    return page
+
+
+# ------------------------------------------------------------------------------- from the command
+
+
+def check(c: Config) -> None:
+    grid(c).chosen(c.runs)
+    c.check(None if c.labels == (PAGE,) else RewardConfig(c.labelers))
+
+
+def cli(argv: Sequence[str] | None = None) -> None:
+    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
+    c = usage.read(lambda: tyro.cli(Config, **keywords), check)
+    text = "Means over responses to held-out prompts, by the judge. Intervals are over seeds."
+    paper.make_page(c, grid(c), "Rounds", text, lambda: sections(c))
+
+
+if __name__ == "__main__":
+    cli()
