@@ -313,6 +313,9 @@ def report(c: Config, runs: Grid) -> None:
             for policy, shares in overlaps(c, name).items():
                 figures[name][policy] |= dict(zip(("word_f1", "pair_f1"), shares, strict=True))
     written = c.results_directory / "results.json"
+    if written.exists():  # some figures are of files that another machine has
+        earlier = json.loads(written.read_text())
+        figures = {name: earlier.get(name, {}) | x for name, x in figures.items()}
     written.write_text(json.dumps(figures, indent=2) + "\n")
     table = Table("run", "of", "figures", title=f"{written}")
     for name, results in figures.items():
@@ -334,6 +337,7 @@ def main(c: Config) -> None:
     runs = grid(c)
     try:
         names = runs.chosen(c.runs)
+        runs.check(c.runs)
         if c.dry_run:
             runs.print_commands(names)
             return

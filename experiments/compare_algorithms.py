@@ -2,12 +2,13 @@ r"""RAFT, best-of-n, DPO, GRPO, RLOO, PPO and PPO-ptx against one reward, on one
 
     python experiments/compare_algorithms.py                                 # the miniature
     python experiments/compare_algorithms.py --model MODEL --reward runs/rm --gold runs/gold-rm \
-        --data jsonl:prompts.jsonl --comparisons jsonl:pairs.jsonl --pretrain jsonl:text.jsonl
+        --data jsonl:prompts.jsonl --comparisons jsonl:pairs.jsonl --pretrain jsonl:text.jsonl \
+        --max_new_tokens 128
     python experiments/compare_algorithms.py --dry_run                       # prints the commands
 
-All but DPO sample --responses responses in all, and maximise the mean --reward. The page has what
-that gains by the reward and by a judge, against the KL from the start and against the responses
-that were sampled.
+All but DPO sample --responses responses in all, unless their flags have other --steps, and maximise
+--reward. The page has what that gains by the reward and by a judge, against the KL from the start
+and against the responses that were sampled.
 
     best-of-n-SEED               the best of n samples of the start
     raft-N-SEED                  RAFT: rounds of SFT on the best of N samples (Dong et al. 2023,
@@ -24,6 +25,7 @@ Result: OUT/report.html, and report.md in --results. A run that has finished is 
 one that was stopped goes on with the same command.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +35,7 @@ import numpy as np
 import policy_grids as grids
 import tyro
 
-from instructjax import usage
+from instructjax import data, usage
 from instructjax.data import DataConfig
 from instructjax.evaluation import overoptimisation, paper, statistics
 from instructjax.evaluation.figures import lines_svg
@@ -55,8 +57,8 @@ class Config(grids.PolicyConfig):
     out: Path | None = Path("runs/algorithms")
     reward: RewardConfig = field(default_factory=RewardConfig)
     """What is maximised."""
-    comparisons: DataConfig = field(default_factory=DataConfig)
-    """Comparisons for DPO. An empty SPEC leaves DPO out."""
+    comparisons: DataConfig = field(default_factory=lambda: DataConfig(""))
+    """Comparisons for DPO. By default the miniature has its own, and other data leave DPO out."""
     pretrain: DataConfig = field(default_factory=lambda: DataConfig(""))
     """Pretraining text for PPO-ptx. By default the miniature has its own, and other data leave
     PPO-ptx out."""
@@ -79,6 +81,8 @@ class Config(grids.PolicyConfig):
         super().__post_init__()
         if not self.raft or len(set(self.raft)) < len(self.raft):
             raise ValueError("--raft: give at least one N, each once")
+        if self.responses < (most := max(self.algorithms.values())):
+            raise ValueError(f"--responses {self.responses}: an update or iteration has {most}")
 
     @property
     def algorithms(self) -> dict[str, int]:
@@ -86,7 +90,7 @@ class Config(grids.PolicyConfig):
         raft = {f"raft-{n}": n * self.raft_prompts for n in self.raft}
         raft[CONTROL] = self.raft[len(self.raft) // 2] * self.raft_prompts
         sampled = raft | {"grpo": 128, "rloo": 128, "ppo": 256, "ppo-ptx": 256, "dpo": 0}
-        if not self.comparisons.spec:
+        if self.data.spec != "miniature" and not self.comparisons.spec:
             del sampled["dpo"]
         if self.data.spec != "miniature" and not self.pretrain.spec:
             del sampled["ppo-ptx"]
@@ -106,10 +110,10 @@ def grid(c: Config) -> Grid:
             steps = c.responses // sampled if sampled else 100
             flags = {
                 **{"model": c.model, "steps": steps, "eval_every": -(-steps // POINTS)},
-                **{"eval_prompts": 256, "seed": seed, **({"gold": c.gold} if c.gold else {})},
+                **{"eval_prompts": 256, "seed": seed, **c.prompt_flags},
             }
             if name != "dpo":
-                flags |= c.prompt_flags | reward
+                flags |= reward
             jobs[f"{name}-{seed}"] = job_of(c, name, flags)
     return Grid(c.directory, jobs, from_here(EXPERIMENTS), c.results_directory)
 
@@ -120,10 +124,12 @@ def job_of(c: Config, name: str, flags: dict[str, Any]) -> Job:
         text = flags_of(c.pretrain, "pretrain") if c.pretrain.spec else {}
         text = text if name == "ppo-ptx" else {"ptx.coef": 0}
         own = {"batch_size": c.algorithms[name], "final_prompts": 256, **text}
+        own |= {"ppo.missing_eos": "none"}  # as the others have no penalty
         return Job("run_ppo.py", flags | own | parse_flags(c.ppo_flags))
     if name == "dpo":
-        own = flags_of(c.comparisons, "data") | parse_flags(c.dpo_flags)
-        return Job("swap_loss.py", flags | own, positional=("dpo",))
+        flags = {flag: x for flag, x in flags.items() if flag.partition(".")[0] != "data"}
+        own = flags_of(c.comparisons, "data") if c.comparisons.spec else {}
+        return Job("swap_loss.py", flags | own | parse_flags(c.dpo_flags), positional=("dpo",))
     if name.startswith("raft"):
         own = {"batch_size": c.raft_prompts, "samples": c.algorithms[name] // c.raft_prompts}
         own |= {"keep": "random" if name == CONTROL else "best", **parse_flags(c.raft_flags)}
@@ -159,7 +165,10 @@ def sections(c: Config) -> list[Section]:
     columns = ("", "d at the end", "gold at the end", "proxy at the end")
     rows = [[name, *ends(curves)] for name, curves in of_seeds.items()]
     title = "Against the KL"
-    text = "The best of n samples trains nothing. DPO has no proxy."
+    text = (
+        "The best of n samples trains nothing. DPO has no proxy, and is measured on the held-out"
+        " prompts of its comparisons, the others on those of --data."
+    )
     page = [
         Section(title, text, (), [Table("", columns, rows)], overoptimisation.draw(title, of_seeds))
     ]
@@ -197,22 +206,33 @@ def against_responses(c: Config, curves: Mapping[str, Sequence[Curve]]) -> Secti
         lines = {}
         for name, sampled in c.algorithms.items():
             if sampled and name in curves:
-                gain = getattr(overoptimisation.mean(curves[name]), column)
-                responses = np.linspace(0, c.responses, len(gain))
-                lines[name] = np.stack([responses, gain], axis=1)
+                curve = overoptimisation.mean(curves[name])
+                responses = curve.step * responses_of_a_step(c, name)
+                lines[name] = np.stack([responses, getattr(curve, column)], axis=1)
         title = f"{column} against responses"
         figures.append(
             lines_svg(title, lines, "responses sampled", f"gain of {column}, deviations")
         )
-    return Section("Against the responses sampled", "", figures=figures)
+    return Section("Against the responses sampled", "DPO samples none.", figures=figures)
+
+
+def responses_of_a_step(c: Config, name: str) -> int:
+    """What an update or iteration sampled, as the run's own config.json says."""
+    runs = (c.results_directory / f"{name}-{seed}" / "config.json" for seed in c.seeds)
+    config = next(json.loads(file.read_text())["config"] for file in runs if file.exists())
+    return config["batch_size"] * config.get("samples", 1)
 
 
 # ------------------------------------------------------------------------------- from the command
 
 
 def check(c: Config) -> None:
-    grid(c).chosen(c.runs)
-    c.check(c.reward)
+    if c.check(grid(c), c.reward) is None:
+        return
+    if c.comparisons.spec:
+        data.check(c.comparisons, "comparisons", "--comparisons")
+    if c.pretrain.spec:
+        data.check(c.pretrain, "text", "--pretrain")
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

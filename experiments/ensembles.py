@@ -2,8 +2,8 @@ r"""Several reward models in place of one: which of their scores can be maximise
 
     python experiments/ensembles.py                                          # the miniature
     python experiments/ensembles.py --model MODEL --rm_model MODEL --data jsonl:prompts.jsonl \
-        --gold runs/gold-rm --pairs 8000 --prompts 20000 --rm_flags='--length 1024' \
-        --ppo_flags='--max_new_tokens 128' --evaluate_flags='--max_new_tokens 128'
+        --gold runs/gold-rm --pairs 8000 --prompts 20000 --max_new_tokens 128 \
+        --rm_flags='--length 1024'
     python experiments/ensembles.py --dry_run                                # prints the commands
 
 As in overoptimise.py, a judge ranks pairs of the policy's own responses, reward models learn from
@@ -85,15 +85,21 @@ def grid(c: Config) -> Grid:
     return Grid(c.directory, jobs, from_here(EXPERIMENTS), c.results_directory)
 
 
-def add_reward_models(c: Config, jobs: dict[str, Job], base: str, labels: str, seed: int) -> None:
+def add_reward_models(
+    c: Config, jobs: dict[str, Job], base: grids.Base, labels: str, seed: int
+) -> None:
     """Reward models with heads of their own, and some of one head, with their average."""
     end = f"{labels}-{seed}"
     flips = c.flipped if labels == "flipped" else 0.0
     start, members = f"rm-start-{end}", f"rm-members-{end}"
-    ensemble = {"ensemble": c.members}
-    jobs[f"rm-{end}"] = grids.rm_job(c, base, c.pairs, seed, flips, **ensemble)
-    jobs[start] = grids.rm_job(c, base, c.pairs, seed, flips, steps=c.start_steps)
-    jobs[members] = grids.rm_job(c, start, c.pairs, seed, flips, **ensemble)
+    # Member i has the seed of the flag plus i: no two grids' seeds share one.
+    own = {"seed": seed * c.members}
+    ensemble = own | {"ensemble": c.members}
+    jobs[f"rm-{end}"] = grids.rm_job(c, base, c.pairs, seed, flips, ensemble)
+    steps = own | {"steps": c.start_steps}
+    jobs[start] = grids.rm_job(c, base, c.pairs, seed, flips, steps)
+    begun = grids.Base(c.directory / start, (start,))
+    jobs[members] = grids.rm_job(c, begun, c.pairs, seed, flips, ensemble)
     exports = ["export", *(f"export-{i}" for i in range(1, c.members))]
     jobs[f"rm-average-{end}"] = Job(
         "-m instructjax.run.average",
@@ -168,8 +174,7 @@ def differences(title: str, curves: Mapping[str, Mapping[int, Curve]]) -> Sectio
 
 
 def check(c: Config) -> None:
-    grid(c).chosen(c.runs)
-    c.check_models((c.rm_model,))
+    c.check_all(grid(c), "--rm_model", (c.rm_model,))
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

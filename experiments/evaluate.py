@@ -134,6 +134,10 @@ class Config:
             raise ValueError("--reference: the KL of a few_shot: model cannot be measured")
         if max(self.best_of, default=0) > self.samples:
             raise ValueError(f"--best_of {max(self.best_of)}: more than --samples {self.samples}")
+        if self.comparisons and self.labels is not None:
+            raise ValueError("--comparisons: not with --labels, which loads no model")
+        if not self.reward.spec and self.reward != RewardConfig(()):
+            raise ValueError("--reward: its other flags need a reward model or a function")
         if self.comparisons and not 2 <= self.samples <= 9:
             raise ValueError(f"--comparisons: needs --samples from 2 to 9, not {self.samples}")
         flags.refuse_bucket("--out", self.out, "a directory on a disk")
@@ -201,8 +205,10 @@ def evaluate(config: Config) -> dict[str, Any]:
         results["best_of"] = comparison.best_of(answers[first], config.best_of)
     written = [RESPONSES]
     if config.comparisons:
-        rows = comparison.comparisons(answers[first])
+        rows, left_out = comparison.comparisons(answers[first])
         if jax.process_index() == 0:
+            for what, count in left_out.items():
+                print(f"{COMPARISONS} leaves out {count:,} {what}")
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (config.out / COMPARISONS).write_text(text, encoding="utf-8")
         written.append(COMPARISONS)

@@ -2,8 +2,8 @@ r"""Over-optimisation of a reward model: what a judge gives to a policy that max
 
     python experiments/overoptimise.py                                       # the miniature
     python experiments/overoptimise.py --model MODEL --rm_models A B C --data jsonl:prompts.jsonl \
-        --gold runs/gold-rm --pairs 2000 8000 32000 --prompts 50000 --rm_flags='--length 1024' \
-        --ppo_flags='--max_new_tokens 128' --evaluate_flags='--max_new_tokens 128'
+        --gold runs/gold-rm --pairs 2000 8000 32000 --prompts 50000 --max_new_tokens 128 \
+        --rm_flags='--length 1024'
     python experiments/overoptimise.py --dry_run                             # prints the commands
 
 The procedure is that of Gao et al. 2022, arXiv 2210.10760. The judge ranks pairs of the policy's
@@ -61,6 +61,9 @@ class Config(grids.ProxyConfig):
         super().__post_init__()
         if not self.rm_models or not self.pairs or list(self.pairs) != sorted(set(self.pairs)):
             raise ValueError("--rm_models and --pairs: give at least one, and --pairs rising")
+        names = [Path(model).name for model in self.rm_models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--rm_models: two are named alike: {', '.join(names)}")
 
     @property
     def middle(self) -> str:
@@ -150,8 +153,7 @@ def accuracies(c: Config) -> Section | None:
 
 
 def check(c: Config) -> None:
-    grid(c).chosen(c.runs)
-    c.check_models(c.rm_models)
+    c.check_all(grid(c), "--rm_models", c.rm_models)
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

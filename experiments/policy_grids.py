@@ -3,11 +3,12 @@ overoptimise.py and ensembles.py; and what maximises a reward."""
 
 import functools
 import json
-import sys
-import tempfile
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,13 +16,14 @@ from jax.sharding import Mesh
 
 from instructjax import data, models, scoring, sharding
 from instructjax.data import DataConfig
-from instructjax.evaluation.grid import GridConfig, Job, flags_of, parse_flags
+from instructjax.evaluation.grid import Grid, GridConfig, Job, flags_of, parse_flags
 from instructjax.ranges import Count
 from instructjax.run import checks, pretrained
 from instructjax.scoring import RewardConfig
 
 HELD_OUT = 500  # pairs that no reward model learns from
 HELD_OUT_FILE = "pairs-held-out.jsonl"
+BEST_FILE = "best-held-out.jsonl"  # the better responses of these, whose mean score becomes 0
 BETA = 1e-6  # of the KL penalty: none, but the KL is measured
 NS = (1, 2, 4, 8, 16, 32, 64)  # of best-of-n
 
@@ -37,8 +39,10 @@ class PolicyConfig(GridConfig):
     gold: tuple[str, ...] = ()
     """Judge: reward models and functions, as for --reward of run_ppo.py. By default the miniature
     has its own judge."""
+    max_new_tokens: Count = 32
+    """Longest response in tokens, EOS included, in training and in evaluation."""
     ppo_flags: str = ""
-    """More flags of each run_ppo.py, in one word: --ppo_flags='--steps 40 --max_new_tokens 64'."""
+    """More flags of each run_ppo.py, in one word: --ppo_flags='--steps 40 --ppo.epochs 1'."""
     evaluate_flags: str = ""
     """More flags of each evaluate.py, likewise."""
 
@@ -47,29 +51,44 @@ class PolicyConfig(GridConfig):
         for each in fields(self):
             if each.name.endswith("_flags"):
                 try:
-                    parse_flags(getattr(self, each.name))
+                    flags = parse_flags(getattr(self, each.name))
                 except ValueError as error:
                     raise ValueError(f"--{each.name}: {error}") from error
+                if "max_new_tokens" in flags:
+                    raise ValueError(f"--{each.name}: give --max_new_tokens to this script")
         if not self.gold and self.data.spec != "miniature":
             raise ValueError("--gold: these data have no judge of their own; name one")
+        if float(parse_flags(self.ppo_flags).get("ppo.beta", ["1"])[0]) == 0:
+            raise ValueError(f"--ppo_flags: --ppo.beta 0 measures no KL; give {BETA}")
 
     @property
     def prompt_flags(self) -> dict[str, Any]:
-        """The flags of the prompts and their judge."""
-        return flags_of(self.data, "data") | ({"gold": self.gold} if self.gold else {})
+        """The flags of the prompts, their judge and the length of responses."""
+        gold = {"gold": self.gold} if self.gold else {}
+        return flags_of(self.data, "data") | gold | {"max_new_tokens": self.max_new_tokens}
 
-    def check(self, reward: RewardConfig | None = None) -> Mesh:
-        """Raises ValueError or OSError for flags that cannot work, before anything runs."""
+    def check(self, runs: Grid, reward: RewardConfig | None = None) -> Mesh | None:
+        """Raises ValueError or OSError for flags that cannot work, before anything runs.
+
+        Args:
+          runs: the grid of these flags.
+
+        Returns:
+          a mesh for more checks; None if nothing is to run.
+        """
+        runs.check(self.runs)
         checks.check_directory("--out", self.directory)
         checks.check_directory("--results", self.results_directory)
-        mesh = sharding.make_mesh(devices=jax.devices())
-        if not self.dry_run:
-            pretrained.check(self.model, mesh, scalar_head=False)
-            if self.gold:
-                scoring.check(RewardConfig(self.gold), mesh, "--gold")
-            if reward is not None:
-                scoring.check(reward, mesh)
-            data.check(self.data, "prompts")
+        if self.dry_run or not runs.needed(runs.chosen(self.runs)):
+            return None
+        jax.config.update("jax_platforms", "cpu")  # of this process: the runs need the accelerators
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        pretrained.check(self.model, mesh, scalar_head=False)
+        if self.gold:
+            scoring.check(RewardConfig(self.gold), mesh, "--gold")
+        if reward is not None:
+            scoring.check(reward, mesh)
+        data.check(self.data, "prompts")
         return mesh
 
 
@@ -83,57 +102,73 @@ class ProxyConfig(PolicyConfig):
     rm_flags: str = ""
     """More flags of each run_rm.py, likewise."""
 
-    def check_models(self, rm_models: tuple[str, ...]) -> None:
-        """As `check`, with the models that reward models start from."""
-        mesh = self.check()
+    def check_all(self, runs: Grid, flag: str, rm_models: tuple[str, ...]) -> None:
+        """As `check`, with the models that reward models start from, which `flag` names."""
+        if (mesh := self.check(runs)) is None:
+            return
         for model in rm_models:
-            if not self.dry_run and model not in models.PRESETS:
-                pretrained.check(model, mesh, flag="--rm_model")
+            if model not in models.PRESETS:
+                pretrained.check(model, mesh, flag=flag)
+            elif self.data.spec != "miniature":
+                raise ValueError(f"{flag} {model}: presets have the miniature's vocabulary")
 
 
 # ------------------------------------------------------------------------------------- the runs
 
 
+class Base(NamedTuple):
+    """What a reward model starts from."""
+
+    model: Any  # --model of run_rm.py
+    needs: tuple[str, ...] = ()  # the runs that make it
+
+
 def pairs_job(c: ProxyConfig) -> Job:
     """Two responses of the policy to each prompt, ranked by the judge."""
-    flags = {
-        **{"models": c.model, "split": "train", "prompts": c.prompts, "samples": 2},
-        **{"comparisons": [], "batch_size": 512, **c.prompt_flags},
-    }
-    return Job("evaluate.py", flags | parse_flags(c.evaluate_flags), resumes=False)
+    flags = {"models": c.model, "batch_size": 512, **c.prompt_flags}
+    own = {"split": "train", "prompts": c.prompts, "samples": 2, "comparisons": []}
+    return Job("evaluate.py", flags | parse_flags(c.evaluate_flags) | own, resumes=False)
 
 
-def add_base(c: ProxyConfig, jobs: dict[str, Job], model: str) -> str:
-    """The run that a reward model starts from, which is added for a preset; else the model."""
+def add_base(c: ProxyConfig, jobs: dict[str, Job], model: str) -> Base:
+    """A model that a reward model starts from. A preset gets a run that pretrains it."""
     if model not in models.PRESETS:
-        return model
+        return Base(model)
     name = f"pretrain-{model}"
     rate = 2e-3 if model == "miniature-large" else 4e-3  # as in reproduce.py
     jobs[name] = Job("run_pretrain.py", {"model": model, "learning_rate": rate})
-    return name
+    return Base(c.directory / name, (name,))
 
 
 def rm_job(
-    c: ProxyConfig, base: str, count: int, seed: int, flipped: float = 0, **more: Any
+    c: ProxyConfig,
+    base: Base,
+    count: int,
+    seed: int,
+    flipped: float = 0,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Job:
     """A reward model on `count` pairs.
 
     Args:
-      base: from `add_base`, or the name of another run.
       flipped: share of pairs whose order is reversed.
       more: more flags.
     """
     file = c.directory / f"pairs-{count}-{seed}{'-flipped' if flipped else ''}.jsonl"
-    is_run = base.startswith(("pretrain-", "rm-"))
+    template = {"data.template": c.data.template} if c.data.template != "auto" else {}
     flags = {
-        **{"model": c.directory / base if is_run else base, "seed": seed},
+        **{"model": base.model, "seed": seed, **template},
         **{"data": f"jsonl:{file}", "data.validation": f"jsonl:{c.directory / HELD_OUT_FILE}"},
+        # Scores of several reward models are comparable: those of these responses have mean 0.
+        **{"demonstrations": f"jsonl:{c.directory / BEST_FILE}", "demonstrations.validation": 0.9},
         **({"preset": "miniature"} if c.data.spec == "miniature" else {}),
     }
+    if template:
+        flags["demonstrations.template"] = c.data.template
     return Job(
         "run_rm.py",
-        flags | parse_flags(c.rm_flags) | more,
-        needs=("pairs", base) if is_run else ("pairs",),
+        flags | parse_flags(c.rm_flags) | {**more},
+        needs=("pairs", *base.needs),
         prepare=functools.partial(write_pairs, c, file, count, seed, flipped),
     )
 
@@ -146,8 +181,9 @@ def best_of_n_job(c: PolicyConfig, needs: tuple[str, ...], seed: int, **reward: 
       reward: flags of the reward.
     """
     flags = {
-        **{"models": c.model, "samples": NS[-1], "best_of": NS, "prompts": 128},
-        **{"batch_size": 512, "seed": seed, **c.prompt_flags, **parse_flags(c.evaluate_flags)},
+        **{"models": c.model, "prompts": 128, "batch_size": 512, "seed": seed},
+        **{**c.prompt_flags, **parse_flags(c.evaluate_flags)},
+        **{"samples": NS[-1], "best_of": NS},
     }
     return Job("evaluate.py", flags | reward, needs=needs, resumes=False)
 
@@ -155,8 +191,8 @@ def best_of_n_job(c: PolicyConfig, needs: tuple[str, ...], seed: int, **reward: 
 def ppo_job(c: PolicyConfig, needs: tuple[str, ...], seed: int, **reward: Any) -> Job:
     """PPO without a KL penalty. Arguments: as of `best_of_n_job`."""
     flags = {
-        **{"model": c.model, "ppo.beta": BETA, "ptx.coef": 0, "eval_every": 6},
-        **{"eval_prompts": 256, "final_prompts": 256, "seed": seed},
+        **{"model": c.model, "ppo.beta": BETA, "ptx.coef": 0, "ppo.missing_eos": "none"},
+        **{"eval_every": 6, "eval_prompts": 256, "final_prompts": 256, "seed": seed},
         **{**c.prompt_flags, **parse_flags(c.ppo_flags)},
     }
     return Job("run_ppo.py", flags | reward, needs=tuple(dict.fromkeys(needs)))
@@ -166,21 +202,33 @@ def write_pairs(c: ProxyConfig, file: Path, count: int, seed: int, flipped: floa
     """Writes the pairs that a reward model learns from, and those that none learns from.
 
     Fewer pairs of a seed are among more pairs of it, and are flipped where those are.
+
+    Raises:
+      ValueError: there are too few.
     """
     lines = (c.directory / "pairs" / "comparisons.jsonl").read_text("utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line]
     held_out, rows = rows[:HELD_OUT], rows[HELD_OUT:]
     if len(rows) < count:
-        sys.exit(
-            f"error: --prompts {c.prompts}: they gave {len(rows):,} pairs besides {HELD_OUT} for"
-            f" validation, and {count:,} are asked for"
+        raise ValueError(
+            f"{c.directory / 'pairs'} has {len(rows):,} pairs besides {HELD_OUT} for validation,"
+            f" and {count:,} are asked for; give more --prompts, and another --out"
         )
     rng = np.random.default_rng(seed)
     order, turned = rng.permutation(len(rows)), rng.random(len(rows)) < flipped
     pairs = [
         rows[i] | ({"scores": rows[i]["scores"][::-1]} if turned[i] else {}) for i in order[:count]
     ]
-    for path, written in ((file, pairs), (c.directory / HELD_OUT_FILE, held_out)):
-        with tempfile.NamedTemporaryFile("w", dir=c.directory, delete=False) as part:
-            part.writelines(json.dumps(row) + "\n" for row in written)
-        Path(part.name).replace(path)  # at once: another run may read it
+    best = []
+    for row in held_out:
+        prompt = {name: value for name, value in row.items() if name in ("prompt", "tools")}
+        _, better = max(zip(row["scores"], row["responses"], strict=True))
+        best.append({**prompt, "completion": better})
+    for path, written in (
+        (file, pairs),
+        (c.directory / HELD_OUT_FILE, held_out),
+        (c.directory / BEST_FILE, best),
+    ):
+        part = path.with_name(f"{path.name}.{threading.get_ident()}.part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
+        part.replace(path)  # at once: another run may read it

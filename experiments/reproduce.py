@@ -44,7 +44,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from instructjax import miniature, models, sft, state, train, usage
+from instructjax import hosts, miniature, models, sft, state, train, usage
 from instructjax.data import Record
 from instructjax.data.sources import MINIATURE
 from instructjax.evaluation import claims, paper
@@ -275,6 +275,7 @@ def seconds(name: str, job: Job) -> float:
 
 def measured_step() -> float:
     """Seconds of a step of SFT of the medium size on this machine, the least of ten."""
+    hosts.choose_platform()
     tokens_BT = jnp.ones((8, 128), jnp.int32)
     positions_BT = jnp.broadcast_to(jnp.arange(128), (8, 128))
     batch = {"tokens_BT": tokens_BT, "segments_BT": tokens_BT, "positions_BT": positions_BT}
@@ -331,7 +332,7 @@ def cli(argv: Sequence[str] | None = None) -> None:
     def check(config: Config) -> None:
         checks.check_directory("--out", config.directory)
         checks.check_directory("--results", config.results_directory)
-        grid(config).chosen(config.runs)
+        grid(config).check(config.runs)
 
     main(usage.read(lambda: tyro.cli(Config, **keywords), check))
 

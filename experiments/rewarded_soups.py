@@ -2,7 +2,7 @@ r"""Several objectives: averages of policies that each learned one of them, agai
 
     python experiments/rewarded_soups.py                                     # the miniature
     python experiments/rewarded_soups.py --model MODEL --data jsonl:prompts.jsonl \
-        --reward runs/rm my_file.py:short --gold runs/gold-rm --ppo_flags='--max_new_tokens 128'
+        --reward runs/rm my_file.py:short --gold runs/gold-rm --max_new_tokens 128
     python experiments/rewarded_soups.py --dry_run                           # prints the commands
 
 Rewarded soups (Rame et al. 2023, arXiv 2306.04488) take one run of PPO for each reward, and trade
@@ -13,7 +13,9 @@ the page. The sets have the same weights, besides those of one reward, which the
 
     ppo-WEIGHTS-SEED         PPO on a weighted sum, such as 1-0-0 and 0.5-0.5-0
     soup-WEIGHTS-SEED        the weighted mean of the policies with one reward
-    evaluation-SEED          all of them, on held-out prompts
+    evaluation-SEED          all of them and the start, on held-out prompts
+
+A seed draws the samples of PPO and of the evaluation. The start is the same for all.
 
 The miniature's rewards are parts of its judge's utility: facts (what was asked for, nothing false
 or invented), courtesy (a courteous sentence, none that is rude) and form (no padding, nothing
@@ -24,6 +26,7 @@ Result: OUT/report.html, and report.md in --results. The same command goes on af
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +37,7 @@ import policy_grids as grids
 import tyro
 
 from instructjax import scoring, usage
-from instructjax.evaluation import paper, statistics
+from instructjax.evaluation import comparison, gold, paper, statistics
 from instructjax.evaluation.figures import lines_svg
 from instructjax.evaluation.grid import Grid, Job, from_here, parse_flags
 from instructjax.evaluation.report import Section, Table
@@ -57,6 +60,9 @@ class Config(grids.PolicyConfig):
         super().__post_init__()
         if not self.reward and self.data.spec != "miniature":
             raise ValueError("--reward: only the miniature has rewards of its own; name some")
+        taken = {*comparison.COLUMNS, *gold.MEASURES, "model", "disagreement"}
+        if taken & {*self.names} or len(set(self.names)) < len(self.names):
+            raise ValueError(f"--reward: {', '.join(self.names)}: two alike, or a name in use")
         if len(self.rewards) < 2 or not all(map(scoring.is_function, self.rewards[1:])):
             raise ValueError("--reward: give two or more, and a reward model first")
 
@@ -120,7 +126,7 @@ def grid(c: Config) -> Grid:
         names = tuple(name for name in jobs if name.endswith(f"-{seed}"))
         flags = {
             **{"models": [c.model, *(c.directory / name for name in names)], "prompts": 512},
-            **{"measure": c.rewards, "reference": c.model, "seed": seed, **c.prompt_flags},
+            **{"measure": c.rewards, "seed": seed, **c.prompt_flags},
         }
         flags |= parse_flags(c.evaluate_flags)
         jobs[f"evaluation-{seed}"] = Job("evaluate.py", flags, needs=names, resumes=False)
@@ -163,7 +169,10 @@ def sections(c: Config) -> list[Section]:
         return []
     few = len(c.corners)
     runs = {"one reward each": few, "soups": few, "sweep": few + len(c.mixtures)}
-    shares = {name: [found[name] / found["sweep"] for found in by_seed.values()] for name in runs}
+    shares = {
+        name: [found[name] / (found["sweep"] or math.nan) for found in by_seed.values()]
+        for name in runs
+    }
     rows = [
         [label, f"{count}", paper.percent(statistics.over_runs(shares[label]))]
         for label, count in runs.items()
@@ -181,14 +190,16 @@ def rewards(c: Config) -> Section:
     """The rewards of each policy over seeds, and what two rewards trade for each other."""
     of_seeds = {seed: points for seed in c.seeds if (points := points_of(c, seed))}
     kinds = [("ppo", c.corners), ("ppo", c.mixtures), ("soup", c.mixtures)]
+    start = np.array([points[paper.run_name(c.model)] for points in of_seeds.values()])
     policies = {  # (kind, weights) -> float [seeds, K]
         (kind, w): np.array([points[name_of(kind, w, seed)] for seed, points in of_seeds.items()])
         for kind, every in kinds
         for w in every
     }
+    of_names = {"start": start} | {name_of(*x, 0)[:-2]: found for x, found in policies.items()}
     rows = [
-        [name_of(*policy, 0)[:-2], *(paper.plain(statistics.over_runs(x)) for x in found.T)]
-        for policy, found in policies.items()
+        [name, *(paper.plain(statistics.over_runs(x)) for x in found.T)]
+        for name, found in of_names.items()
     ]
     figures = []
     for (i, j), half in c.halves.items():
@@ -206,8 +217,7 @@ def rewards(c: Config) -> Section:
 
 
 def check(c: Config) -> None:
-    grid(c).chosen(c.runs)
-    c.check(RewardConfig(c.rewards))
+    c.check(grid(c), RewardConfig(c.rewards))
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

@@ -3,7 +3,7 @@ r"""Rounds of RLHF: label the newest policy's responses, retrain the reward mode
     python experiments/run_rounds.py                                         # the miniature
     python experiments/run_rounds.py --rounds 4 --memory all newest --start sft last --seeds 0 1 2
     python experiments/run_rounds.py --model runs/sft --data jsonl:prompts.jsonl --labels page \
-        --gold runs/gold-rm --ppo_flags='--max_new_tokens 128'               # people label
+        --gold runs/gold-rm --max_new_tokens 128                             # people label
     python experiments/run_rounds.py --dry_run                               # prints the commands
 
 The paper has one round, and notes that its authors made the step over again with newer comparisons
@@ -26,7 +26,6 @@ Result: OUT/report.html, and report.md in --results.
 """
 
 import functools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +36,9 @@ import tyro
 
 from instructjax import usage
 from instructjax.evaluation import paper, statistics
-from instructjax.evaluation.grid import Grid, Job, from_here, parse_flags
+from instructjax.evaluation.grid import Grid, Job, NotReadyError, from_here, parse_flags
 from instructjax.evaluation.report import Section, Table
 from instructjax.ranges import Count, Seed
-from instructjax.run import RESUMABLE
 from instructjax.scoring import RewardConfig
 
 EXPERIMENTS = Path(__file__).resolve().parent
@@ -153,7 +151,7 @@ def write_labels(c: Config, file: Path, of_rounds: Sequence[str]) -> None:
     """Writes the comparisons of some rounds to one file.
 
     Raises:
-      SystemExit: people have not labeled a round; the message says what to do.
+      NotReadyError: people have not labeled a round; the message says what to do.
     """
     lines: list[str] = []
     for samples in of_rounds:
@@ -162,14 +160,12 @@ def write_labels(c: Config, file: Path, of_rounds: Sequence[str]) -> None:
             labels = c.directory / f"{samples}-labels.jsonl"
             if not labels.exists():
                 database = labels.with_suffix(".db")
-                print(
+                raise NotReadyError(
                     f"{samples}: its responses are to be labeled:\n"
                     f"  python -m instructjax.label --data jsonl:{c.directory / samples}/"
                     f"responses.jsonl --out {database}\n"
-                    f"Export the comparisons to {labels}; the same command goes on.",
-                    file=sys.stderr,
+                    f"Export the comparisons to {labels}; the same command goes on."
                 )
-                sys.exit(RESUMABLE)
         lines += [line for line in labels.read_text("utf-8").split("\n") if line]
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -232,8 +228,7 @@ def sections(c: Config) -> list[Section]:
 
 
 def check(c: Config) -> None:
-    grid(c).chosen(c.runs)
-    c.check(None if c.labels == (PAGE,) else RewardConfig(c.labelers))
+    c.check(grid(c), None if c.labels == (PAGE,) else RewardConfig(c.labelers))
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

@@ -84,8 +84,8 @@ class Config(SamplingConfig):
     eval_prompts: Count = 256
     """Held-out prompts of each evaluation, and of the comparison with the start at the end."""
     eval_every: Count | None = None
-    """Updates between evaluations on held-out prompts. By default the comparison at the end is the
-    only one."""
+    """Updates between evaluations on held-out prompts. The last update has one too. By default the
+    comparison at the end is the only one."""
 
 
 # ---------------------------------------------------------------------------------------- DPO
@@ -434,7 +434,7 @@ def swap_loss(config: Config) -> None:
                 rows, tokens, rollout_metrics = algorithm.prepare(current.params, batch, step_key)
             current, metrics = step_fn(current, rows, step_key)
             run.log(step, metrics | rollout_metrics, tokens=tokens)
-            if config.eval_every and step % config.eval_every == 0:
+            if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
                 with run.phase("evaluating on held-out prompts"):
                     policies.log(run, step, before, assess(current.params, now_key))
             if run.should_save(step):

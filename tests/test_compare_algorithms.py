@@ -33,7 +33,8 @@ REAL = Config(
     rloo_flags="--beta 0.3",
     dpo_flags="--beta 0.4",
     ppo_flags="--ppo.beta 0.5",
-    evaluate_flags="--max_new_tokens 48",
+    max_new_tokens=48,
+    evaluate_flags="--temperature 0.9",
 )
 
 
@@ -44,12 +45,13 @@ def test_the_scripts_know_all_flags(c):
         argv = runs.command(name)[2:]
         if job.script == "evaluate.py":
             flags = tyro.cli(evaluate.Config, args=argv, use_underscores=True)
-            assert flags.max_new_tokens == (48 if real else 32)
+            assert flags.temperature == (0.9 if real else 1)
         elif job.script == "run_ppo.py":
             flags = parse(run_ppo.Config, run_ppo.PRESETS, run_ppo.__doc__, argv)
             sampled = flags.steps * flags.batch_size
             assert sampled == c.responses
-            assert (flags.ptx.coef == 0) == name.startswith("ppo-3") or name.startswith("ppo-5")
+            assert (flags.ptx.coef == 0) == ("ptx" not in name)
+            assert flags.ppo.missing_eos == "none"
             assert flags.ppo.beta == (0.5 if real else 0.15)
             if name.startswith("ppo-ptx"):
                 assert flags.pretrain == c.pretrain
@@ -58,7 +60,7 @@ def test_the_scripts_know_all_flags(c):
             flags = parse(configs, {}, swap_loss.__doc__, argv)
             assert type(flags).__name__.lower() == name.split("-")[0]
             if name.startswith("dpo"):
-                assert flags.data == c.comparisons
+                assert flags.data == (c.comparisons if real else DataConfig())
             else:
                 assert flags.steps * flags.batch_size * flags.samples == c.responses
             if name.startswith("raft"):
@@ -70,7 +72,7 @@ def test_the_scripts_know_all_flags(c):
         if not name.startswith("dpo"):
             assert flags.reward == c.reward
             assert flags.data == c.data
-        assert flags.gold == c.gold
+        assert (flags.gold, flags.max_new_tokens) == (c.gold, 48 if real else 32)
         assert flags.out == Path("OUT") / name
         assert name.endswith(f"-{flags.seed}")
 
@@ -85,8 +87,10 @@ def test_what_is_left_out():
     assert compare_algorithms.grid(REAL).jobs["raft-random-3"].flags["samples"] == 16
 
 
-def write(out: Path, name: str, results: dict) -> None:
+def write(out: Path, name: str, results: dict, batch: int = 1) -> None:
     (out / name).mkdir()
+    config = {"config": {"batch_size": batch} | ({"samples": 4} if "raft" in name else {})}
+    (out / name / "config.json").write_text(json.dumps(config))
     (out / name / "results.json").write_text(json.dumps(results))
 
 
@@ -109,7 +113,7 @@ def test_the_page(tmp_path):
         write(tmp_path, f"raft-16-{seed}", evaluations(1, 3, 1 + seed))
         write(tmp_path, f"raft-random-{seed}", evaluations(1, 1, 2))
         write(tmp_path, f"dpo-{seed}", evaluations(1, 2, scored=False))
-    write(tmp_path, "ppo-5", evaluations(0, 8))
+    write(tmp_path, "ppo-5", evaluations(0, 8), batch=7)
     against_kl, against_responses, raft = compare_algorithms.sections(c)
     table = {row[0]: row[1:] for row in against_kl.tables[0].rows}
     assert list(table) == ["best-of-n", "raft-16", "raft-random", "ppo", "dpo"]
@@ -123,6 +127,8 @@ def test_the_page(tmp_path):
         "ppo less raft-16": "0.75 (0.75 to 0.75)",  # of seed 5: 2 less 1.25
         "best-of-n less raft-16": f"-0.75 ({-0.75 - half:.2f} to {-0.75 + half:.2f})",
     }
+    assert compare_algorithms.responses_of_a_step(c, "raft-16") == 4
+    assert compare_algorithms.responses_of_a_step(c, "ppo") == 7
     gold, proxy = against_responses.figures
     assert "dpo" not in gold
     assert ">raft-16<" in gold
@@ -132,6 +138,7 @@ def test_the_page(tmp_path):
 def test_wrong_flags(tmp_path, capsys):
     for flags, named in (
         (["--raft", "4", "4"], "--raft: give at least one N, each once"),
+        (["--responses", "511"], "--responses 511: an update or iteration has 512"),
         (["--raft_flags", "x"], "--raft_flags: x: expected a flag"),
         (["--model", "miniature", "--reward", "runs/nothing"], "--reward runs/nothing"),
     ):

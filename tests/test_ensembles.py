@@ -54,6 +54,8 @@ def test_which_reward_models_and_which_score():
     assert jobs["rm-clean-3"].flags["ensemble"] == 3
     assert jobs["rm-start-clean-3"].flags["steps"] == 7
     assert jobs["rm-members-flipped-5"].flags["model"] == Path("OUT/rm-start-flipped-5")
+    for run in ("rm-clean-5", "rm-start-clean-5", "rm-members-clean-5"):
+        assert jobs[run].flags["seed"] == 15  # members have 15, 16, 17; those of seed 4: 12 to 14
     assert jobs["rm-members-flipped-5"].flags["ensemble"] == 3
     for name, flips in (("clean", 0), ("flipped", 0.4)):
         for run in (f"rm-{name}-5", f"rm-start-{name}-5", f"rm-members-{name}-5"):

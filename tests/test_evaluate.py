@@ -165,7 +165,9 @@ def test_comparisons_of_one_model(world, tmp_path, capsys):
     flags = ["--models", f"{world}/a", "--samples", "6", "--max_new_tokens", "40", "--comparisons"]
     results = run(world, tmp_path, *flags)
     assert results["pairs"] == []
-    assert "comparisons.jsonl" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "comparisons.jsonl leaves out " in said
+    assert f"{tmp_path}/comparisons.jsonl" in said.replace("\n", "")
     rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
     records = data.read(data.DataConfig(f"jsonl:{tmp_path}/comparisons.jsonl"), "comparisons")
     assert records
@@ -284,6 +286,8 @@ def test_labels(tmp_path, capsys):
     [
         (["--models", "a", "b", "a"], "--models a b a: give at least one, each once"),
         (["--comparisons"], "--comparisons: needs --samples from 2 to 9, not 1"),
+        (["--comparisons", "--labels", "x.jsonl"], "--comparisons: not with --labels"),
+        (["--reward.weights", "2"], "--reward: its other flags need"),
         (["--comparisons", "--samples", "10"], "--comparisons: needs --samples from 2 to 9"),
         (["--data", "jsonl:prompts.jsonl"], "--gold: these data have no judge"),
         (["--benchmarks", "8", "--data", "jsonl:x", "--gold", "x.py:f"], "--benchmarks: only the"),

@@ -26,11 +26,12 @@ REAL = Config(
     rm_models=("small-lm", "large-lm"),
     pairs=(20, 40),
     seeds=(3, 5),
-    data=DataConfig("jsonl:prompts.jsonl", max_prompt=64),
+    data=DataConfig("jsonl:prompts.jsonl", max_prompt=64, template="plain"),
     gold=("judge.py:f", "runs/gold"),
+    max_new_tokens=48,
     rm_flags="--length 1024 --epochs=2",
     ppo_flags="--ppo.learning_rate 1e-5",
-    evaluate_flags="--max_new_tokens 48",
+    evaluate_flags="--temperature 0.9 --samples 4",
 )
 
 
@@ -43,7 +44,9 @@ def test_the_scripts_know_all_flags(c):
         before.add(name)
         if job.script == "evaluate.py":
             flags = tyro.cli(evaluate.Config, args=argv, use_underscores=True)
-            assert flags.max_new_tokens == (48 if c is REAL else 32)
+            assert flags.temperature == (0.9 if c is REAL else 1)
+            if name == "pairs":
+                assert (flags.samples, flags.prompts) == (2, c.prompts)
             used = {flags.models[0], *flags.reward.spec}
         else:
             script = importlib.import_module(job.script.removesuffix(".py"))
@@ -55,12 +58,16 @@ def test_the_scripts_know_all_flags(c):
             used |= {flags.reward.spec[0], flags.value_model}
             assert flags.ppo.learning_rate == (1e-5 if c is REAL else 3e-4)
             assert (flags.ppo.beta, flags.ptx.coef) == (1e-6, 0)
+            assert flags.ppo.missing_eos == "none"
         if job.script == "run_rm.py":
             assert flags.data.validation == "jsonl:OUT/pairs-held-out.jsonl"
             assert flags.epochs == (2 if c is REAL else 2.4)
+            assert flags.demonstrations.spec == "jsonl:OUT/best-held-out.jsonl"
+            assert flags.data.template == flags.demonstrations.template == c.data.template
             used |= {"OUT/pairs"}
         elif c is REAL:
             assert (flags.data, flags.gold) == (c.data, c.gold)
+            assert flags.max_new_tokens == 48
         needs = {f"OUT/{need}" for need in job.needs}
         assert needs == {path for path in used if path.startswith("OUT/")}
         if name.endswith(("-3", "-5")):
@@ -101,6 +108,8 @@ def test_pairs_of_a_seed(judged, tmp_path):
         file = tmp_path / "x.jsonl"
         policy_grids.write_pairs(judged, file, count, seed, flipped)
         assert [row["prompt"] for row in rows_of(tmp_path / "pairs-held-out.jsonl")] == list("1234")
+        best = rows_of(tmp_path / "best-held-out.jsonl")
+        assert best == [{"prompt": i, "completion": "a"} for i in "1234"]
         written[count, seed, flipped] = rows_of(file)
         assert len({row["prompt"] for row in written[count, seed, flipped]} - {*"1234"}) == count
     assert written[5, 0, 0] == written[20, 0, 0][:5]
@@ -111,7 +120,7 @@ def test_pairs_of_a_seed(judged, tmp_path):
     turned = [b["scores"] == a["scores"][::-1] for a, b in pairs]
     assert 4 < sum(turned) < 16
     assert all(flip or a == b for flip, (a, b) in zip(turned, pairs, strict=True))
-    with pytest.raises(SystemExit, match="they gave 26 pairs besides 4 for validation, and 27 are"):
+    with pytest.raises(ValueError, match="pairs has 26 pairs besides 4 for validation, and 27 are"):
         policy_grids.write_pairs(judged, tmp_path / "x.jsonl", 27, 0, 0)
 
 
@@ -130,6 +139,7 @@ def test_curves_by_hand():
     np.testing.assert_allclose(curve.d, [0, 0.8, 1.2])
     np.testing.assert_allclose(curve.proxy, [0, 2, 3])
     np.testing.assert_allclose(curve.gold, [0, 0.5, 0.25])
+    np.testing.assert_array_equal(curve.step, [1, 4, 8])
     rows = [(0, -0.01, 1, 2), (6, 4.0, 2, 3), (12, 9.0, 5, -2)]
     names = ("step", "kl", "score", "utility")
     results = {"evaluations": [dict(zip(names, row, strict=True)) for row in rows]}
@@ -137,17 +147,24 @@ def test_curves_by_hand():
     np.testing.assert_allclose(curve.d, [0, 2, 3])
     np.testing.assert_allclose(curve.proxy, [0, 0.5, 2])
     np.testing.assert_allclose(curve.gold, [0, 0.25, -1])
+    np.testing.assert_array_equal(curve.step, [0, 6, 12])
     assert overoptimisation.is_overoptimised(curve)
 
 
 def test_over_optimised_is_a_fall_of_gold_while_the_proxy_rises():
     def over(proxy, gold) -> bool:
-        return overoptimisation.is_overoptimised(Curve(np.arange(3), *map(np.array, (proxy, gold))))
+        d = np.arange(3)
+        return overoptimisation.is_overoptimised(Curve(d, *map(np.array, (proxy, gold)), step=d))
 
     assert over([0, 1, 2], [0, 1, 0.7])
     assert not over([0, 1, 2], [0, 1, 0.9])  # by less than 0.2
     assert not over([0, 1, 0.5], [0, 1, 0.5])  # the proxy falls too
     assert not over([0, 1, 2], [0, 0.5, 1])
+
+
+def test_the_mean_goes_as_far_as_all_seeds():
+    short, long = (Curve(*([np.arange(n) + n] * 4)) for n in (2, 3))
+    np.testing.assert_array_equal(overoptimisation.mean([short, long]), [[2.5, 3.5]] * 4)
 
 
 def test_the_page(tmp_path):
@@ -193,11 +210,15 @@ ACC = {"accuracy": {"held-out prompts": {"reward model": [0.7, 0.6, 0.8]}}}
     ("flags", "named"),
     [
         (["--pairs", "40", "20"], "--pairs rising"),
+        (["--rm_models", "a/export", "b/export"], "--rm_models: two are named alike"),
+        (["--ppo_flags=--ppo.beta 0"], "--ppo_flags: --ppo.beta 0 measures no KL"),
+        (["--evaluate_flags=--max_new_tokens 9"], "--evaluate_flags: give --max_new_tokens to"),
+        (["--seeds", "1", "1"], "--seeds: give at least one, each once"),
         (["--ppo_flags", "3"], "--ppo_flags: 3: expected a flag"),
         (["--data", "jsonl:x.jsonl"], "--gold: these data have no judge"),
         (["--model", "runs/nothing"], "--model runs/nothing: no such directory"),
         (["--runs", "x"], "--runs x: not one of pairs"),
-        (["--model", "miniature", "--rm_models", "runs/nothing"], "--rm_model runs/nothing"),
+        (["--model", "miniature", "--rm_models", "runs/nothing"], "--rm_models runs/nothing"),
     ],
 )
 def test_wrong_flags(flags, named, tmp_path, capsys):

@@ -24,7 +24,8 @@ REAL = Config(
     data=DataConfig("jsonl:prompts.jsonl"),
     gold=("judge.py:f",),
     ppo_flags="--steps 7",
-    evaluate_flags="--max_new_tokens 48",
+    max_new_tokens=48,
+    evaluate_flags="--temperature 0.9",
 )
 
 
@@ -42,12 +43,12 @@ def test_the_scripts_know_all_flags(c):
             assert (flags.reward.spec, flags.reward.weights) == (c.rewards, values)
             assert flags.steps == (7 if c is REAL else 120)
             assert (flags.data, flags.gold, flags.ptx.coef) == (c.data, c.gold, 0)
-            assert f"{flags.seed}" == seed
+            assert (f"{flags.seed}", flags.max_new_tokens) == (seed, c.max_new_tokens)
         elif job.script == "evaluate.py":
             flags = tyro.cli(evaluate.Config, args=command[2:], use_underscores=True)
             assert flags.models == (c.model, *(f"OUT/{need}" for need in job.needs))
-            assert (flags.measure, flags.reference) == (c.rewards, c.model)
-            assert f"{flags.seed}" == seed
+            assert (flags.measure, flags.max_new_tokens) == (c.rewards, c.max_new_tokens)
+            assert (f"{flags.seed}", flags.temperature) == (seed, 0.9 if c is REAL else 1)
         else:
             assert job.script == "-m instructjax.run.average"
             flags = tyro.cli(average.Config, args=command[3:], use_underscores=True)
@@ -119,9 +120,9 @@ def test_the_page(tmp_path):
     assert shares["sweep"] == ["3", "100.0 % (100.0 to 100.0)"]
     table = {row[0]: row[1:] for row in rewards.tables[0].rows}
     assert table["soup-0.5-0.5"] == ["2.00 (2.00 to 2.00)", "3.00 (3.00 to 3.00)"]
-    assert list(table) == ["ppo-1-0", "ppo-0-1", "ppo-0.5-0.5", "soup-0.5-0.5"]
+    assert list(table) == ["start", "ppo-1-0", "ppo-0-1", "ppo-0.5-0.5", "soup-0.5-0.5"]
     (figure,) = rewards.figures
-    assert "rm and short" in figure or "runs/rm and short" in figure
+    assert "runs/rm and short" in figure
     assert ">soups<" in figure
 
 
@@ -129,6 +130,8 @@ def test_wrong_flags(tmp_path, capsys):
     for flags, named in (
         (["--reward", "f.py:f"], "--reward: give two or more"),
         (["--reward", "f.py:f", "runs/rm"], "--reward: give two or more, and a reward model first"),
+        (["--reward", "f.py:f", "g.py:f"], "--reward: f, f: two alike, or a name in use"),
+        (["--reward", "f.py:f", "g.py:toxic"], "--reward: f, toxic: two alike"),
         (["--data", "jsonl:x", "--gold", "f.py:f"], "--reward: only the miniature has"),
     ):
         with pytest.raises(SystemExit) as end:

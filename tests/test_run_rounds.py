@@ -12,6 +12,7 @@ import tyro
 from run_rounds import Config
 
 from instructjax.data import DataConfig
+from instructjax.evaluation.grid import NotReadyError
 from instructjax.run import parse
 
 WAYS = Config(
@@ -24,7 +25,7 @@ REAL = Config(
     labels=("runs/ai",),
     rm_flags="--epochs 2",
     ppo_flags="--ptx.coef 0",
-    evaluate_flags="--max_new_tokens 48",
+    max_new_tokens=48,
 )
 
 
@@ -48,7 +49,7 @@ def test_the_scripts_know_all_flags(c):
             flags = parse(script.Config, script.PRESETS, script.__doc__, argv)
             used = {flags.model} | ({*flags.reward.spec} if job.script == "run_ppo.py" else set())
         if job.script != "run_rm.py":
-            assert flags.data == c.data
+            assert (flags.data, flags.max_new_tokens) == (c.data, c.max_new_tokens)
             assert {*job.needs} == {path[4:] for path in used if path.startswith("OUT/")}
         assert flags.out == Path("OUT") / name
         assert name.endswith(f"-{flags.seed % 1000}")
@@ -74,14 +75,13 @@ def test_the_policy_and_the_labels_of_a_round():
     assert len(jobs["evaluation-3"].flags["models"]) == 1 + 1 + 4 * 2
 
 
-def test_labels_of_people_are_waited_for(tmp_path, capsys):
+def test_labels_of_people_are_waited_for(tmp_path):
     c = replace(REAL, out=tmp_path, labels=("page",))
     file = tmp_path / "rm.jsonl"
     (tmp_path / "samples-1-0-labels.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(NotReadyError) as waiting:
         run_rounds.write_labels(c, file, ["samples-1-0", "samples-2-0"])
-    assert end.value.code == 75
-    said = capsys.readouterr().err
+    said = str(waiting.value)
     assert f"--data jsonl:{tmp_path}/samples-2-0/responses.jsonl" in said
     assert f"Export the comparisons to {tmp_path}/samples-2-0-labels.jsonl" in said
     (tmp_path / "samples-2-0-labels.jsonl").write_text('{"b": 2}')

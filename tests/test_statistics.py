@@ -127,18 +127,12 @@ def test_the_interval_over_runs_holds_the_truth():
 
 
 def test_fits_of_overoptimisation_by_hand():
-    """Exact data give their coefficients back, and the gain has its maximum at the peak."""
+    """Exact data give their coefficients back."""
     d = np.array([0.2, 0.5, 1.0, 1.7, 3.0])
     best_of_n = statistics.fit_best_of_n(d, d * (1.5 - 0.25 * d))
-    np.testing.assert_allclose(best_of_n, [1.5, 0.25, 3.0])  # 1.5 / (2 x 0.25)
+    np.testing.assert_allclose(best_of_n, [1.5, 0.25])
     rl = statistics.fit_rl(np.append(0, d), np.append(0, d * (1.5 - 0.5 * np.log(d))))
-    np.testing.assert_allclose(rl, [1.5, 0.5, math.exp(2)])
-    near = rl.peak + np.array([-0.01, 0, 0.01])
-    assert (near * (1.5 - 0.5 * np.log(near))).argmax() == 1
-    # A gain that never falls has no peak, nor has one that falls from the start.
-    assert statistics.fit_best_of_n(d, d + d**2).peak == math.inf
-    assert statistics.fit_best_of_n(d, -d - d**2).peak == math.inf
-    assert statistics.fit_rl(d, d * (1 + np.log(d))).peak == math.inf
+    np.testing.assert_allclose(rl, [1.5, 0.5])
 
 
 def test_hypervolume_by_hand():

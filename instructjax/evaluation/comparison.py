@@ -159,24 +159,31 @@ def lines(answers: Mapping[str, Answers]) -> Iterator[dict[str, Any]]:
                 yield line | {"where": given.keys[i][0]}
 
 
-def comparisons(given: Answers) -> list[dict[str, Any]]:
+def comparisons(given: Answers) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Rows of comparisons for run_rm.py: a prompt, a model's different responses, their utilities.
 
-    Left out are responses that are empty or did not end, and prompts whose responses all have one
-    utility.
+    Returns:
+      (the rows, how many of what were left out)
     """
-    rows = []
+    rows, left_out = [], Counter[str]()
     for i, row in enumerate(given.prompt_rows):
-        utilities = {
-            text: float(utility)
-            for text, utility, ended in zip(
-                given.texts[i], given.utility_PS[i], given.ended_PS[i], strict=True
-            )
-            if ended and text.strip()
-        }
+        utilities: dict[str, float] = {}
+        answers = zip(given.texts[i], given.utility_PS[i], given.ended_PS[i], strict=True)
+        for text, utility, ended in answers:
+            reply = text.strip()  # a template may do so
+            if not ended:
+                left_out["responses that did not end"] += 1
+            elif not reply:
+                left_out["empty responses"] += 1
+            elif reply in utilities:
+                left_out["repeated responses"] += 1
+            else:
+                utilities[reply] = float(utility)
         if len(set(utilities.values())) > 1:
             rows.append({**row, "responses": [*utilities], "scores": [*utilities.values()]})
-    return rows
+        else:
+            left_out["prompts without two responses of different utility"] += 1
+    return rows, dict(left_out)
 
 
 # ------------------------------------------------------------------------------------ best of n

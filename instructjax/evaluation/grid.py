@@ -46,8 +46,8 @@ class GridConfig:
 
     def __post_init__(self) -> None:
         ranges.check(self)
-        if not self.seeds:
-            raise ValueError("--seeds: give at least one")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("--seeds: give at least one, each once")
 
     @property
     def directory(self) -> Path:
@@ -66,6 +66,10 @@ class GridConfig:
         return self.directory if self.results is None else self.results.expanduser()
 
 
+class NotReadyError(Exception):
+    """A run waits for something from outside, such as labels by people. The message says what."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A run of a script of experiments/. Its name is its directory below OUT."""
@@ -75,7 +79,8 @@ class Job:
     needs: tuple[str, ...] = ()  # names of runs that must have finished
     positional: tuple[str, ...] = ()
     resumes: bool = True  # whether the script takes --resume
-    prepare: Callable[[], object] | None = None  # is called before the run begins, or goes on
+    # Is called before the run begins, or goes on. ValueError, OSError: the run has failed.
+    prepare: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,29 @@ class Grid:
         module = job.script.removeprefix("-m ")
         script = [str(self.scripts / job.script)] if module == job.script else ["-m", module]
         words = [sys.executable, *script, *job.positional]
-        for flag, value in job.flags.items():
-            several = isinstance(value, tuple | list)
-            words += [f"--{flag}", *map(str, value if several else [value])]
+        for flag, values in _words(job).items():
+            words += [f"--{flag}", *values] if flag else []
         return [*words, "--out", str(self.out / name), *["--resume"] * job.resumes]
+
+    def check(self, runs: Sequence[str]) -> None:
+        """Raises ValueError if `runs` are not `chosen`, or have finished with other flags."""
+        for name in self.chosen(runs):
+            cost = self.out / f"{name}.cost.json"
+            recorded = json.loads(cost.read_text()).get("flags") if cost.exists() else None
+            flags = self._flags(name)
+            for flag in flags if recorded is None else {**recorded, **flags}:
+                before, now = (x.get(flag) for x in (recorded or flags, flags))
+                if before != now:
+                    before, now = (" ".join(["--" + flag, *(x or ["..."])]) for x in (before, now))
+                    raise ValueError(
+                        f"--out {self.out}: {name} was made with {before}, not {now}; give another"
+                        f" --out, or remove {cost.name}"
+                    )
+
+    def _flags(self, name: str) -> dict[str, list[str]]:
+        """A run's flags wherever its grid is."""
+        words = _words(self.jobs[name])
+        return {k: [word.replace(str(self.out), "OUT") for word in x] for k, x in words.items()}
 
     def has_finished(self, name: str) -> bool:
         """Whether a run has ended well: its cost is written after that."""
@@ -130,6 +154,9 @@ class Grid:
         """Makes those of some runs whose results are not kept, and what they need; see `run_all`.
 
         SIGTERM stops them. Results are kept in any case.
+
+        Raises:
+          NotReadyError: as of `run_all`.
         """
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         self.keep_results()  # of a start that was killed
@@ -189,7 +216,11 @@ class Grid:
         if spent.exists():
             cost = json.loads(spent.read_text())
         if (prepare := self.jobs[name].prepare) is not None:
-            prepare()
+            try:
+                prepare()
+            except (ValueError, OSError) as error:
+                print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+                return False
         began = time.perf_counter()
         with log.open("a") as file:
             process = subprocess.Popen(self.command(name), stdout=file, stderr=file)
@@ -207,7 +238,8 @@ class Grid:
         if process.returncode:
             spent.write_text(json.dumps(cost) + "\n")
             return False
-        (self.out / f"{name}.cost.json").write_text(json.dumps(cost) + "\n")
+        written = cost | {"flags": self._flags(name)}
+        (self.out / f"{name}.cost.json").write_text(json.dumps(written) + "\n")
         spent.unlink(missing_ok=True)
         return True
 
@@ -222,11 +254,15 @@ class Grid:
 
         Returns:
           the names of all that have not finished.
+
+        Raises:
+          NotReadyError: all that could be made is made, and some run waits.
         """
         cores = sorted(os.sched_getaffinity(0)) if at_once > 1 else []
         shares = [set(cores[i::at_once]) or None for i in range(at_once)]
         waiting, finished = list(names), set[str]()
         running: dict[Any, tuple[str, set[int] | None]] = {}
+        not_ready: list[str] = []
         processes: list[subprocess.Popen[bytes]] = []
         stopping, lock = threading.Event(), threading.Lock()
 
@@ -244,6 +280,8 @@ class Grid:
                         share = shares.pop()
                         waiting.remove(name)
                         running[pool.submit(self.run, name, share, started)] = name, share
+                    if not running and not_ready:
+                        raise NotReadyError("\n".join(not_ready))
                     if not running:
                         return [name for name in names if name not in finished]
                     done, _ = concurrent.futures.wait(
@@ -252,14 +290,24 @@ class Grid:
                     for future in done:
                         name, share = running.pop(future)
                         shares.append(share)
-                        if future.result():
-                            finished.add(name)
+                        try:
+                            finished |= {name} if future.result() else set()
+                        except NotReadyError as error:
+                            not_ready.append(f"{error}")
             except SystemExit:
                 with lock:
                     stopping.set()
                     for process in processes:
                         _stop(process)
                 raise
+
+
+def _words(job: Job) -> dict[str, list[str]]:
+    """The values of each flag of a run, and under "" what has no flag."""
+    words = {"": [*job.positional]}
+    for flag, value in job.flags.items():
+        words[flag] = [str(x) for x in (value if isinstance(value, tuple | list) else [value])]
+    return words
 
 
 def from_here(path: Path) -> Path:

@@ -28,11 +28,12 @@ class Curve(NamedTuple):
     d: np.ndarray  # square root of the KL from the start
     proxy: np.ndarray  # gain of what is maximised; NaN where that is no score, as for DPO
     gold: np.ndarray
+    step: np.ndarray  # updates or iterations before; n of best-of-n
 
 
 def of_best_of_n(results: Mapping[str, Any]) -> Curve:
     """The best of n samples, from the results of evaluate.py with --reward and --best_of."""
-    rows = [(row["kl"], row["score"][0], row["utility"][0]) for row in results["best_of"]]
+    rows = [(row["kl"], row["score"][0], row["utility"][0], row["n"]) for row in results["best_of"]]
     return _gains(rows, results)
 
 
@@ -42,17 +43,20 @@ def of_training(results: Mapping[str, Any], start: Mapping[str, Any]) -> Curve:
     Args:
       start: the results of evaluate.py on the start with the same --reward, for the deviations.
     """
-    rows = results["evaluations"]
-    return _gains([[row["kl"], row.get("score", math.nan), row["utility"]] for row in rows], start)
+    rows = [
+        (row["kl"], row.get("score", math.nan), row["utility"], row["step"])
+        for row in results["evaluations"]
+    ]
+    return _gains(rows, start)
 
 
 def _gains(rows: Sequence[Sequence[float]], start: Mapping[str, Any]) -> Curve:
-    """Rows of (KL, proxy, gold), of which the first is of the start."""
-    kl, proxy, gold = np.array(rows).T
+    """Rows of (KL, proxy, gold, step), of which the first is of the start."""
+    kl, proxy, gold, step = np.array(rows).T
     (model,) = start["models"].values()
-    scales = model["score_deviation"], model["utility_deviation"]
+    scales = (model[key] or math.nan for key in ("score_deviation", "utility_deviation"))
     proxy, gold = ((x - x[0]) / scale for x, scale in zip((proxy, gold), scales, strict=True))
-    return Curve(np.sqrt(np.maximum(kl, 0)), proxy, gold)
+    return Curve(np.sqrt(np.maximum(kl, 0)), proxy, gold, step)
 
 
 def is_overoptimised(curve: Curve) -> bool:
@@ -62,8 +66,10 @@ def is_overoptimised(curve: Curve) -> bool:
 
 
 def mean(curves: Sequence[Curve]) -> Curve:
-    """The mean curve of several seeds, place by place."""
-    return Curve(*(np.mean(arrays, axis=0) for arrays in zip(*curves, strict=True)))
+    """The mean curve of several seeds, place by place, as far as all of them go."""
+    length = min(len(curve.d) for curve in curves)
+    columns = zip(*curves, strict=True)
+    return Curve(*(np.mean([array[:length] for array in arrays], axis=0) for arrays in columns))
 
 
 def draw(title: str, curves: Mapping[str, Sequence[Curve]]) -> list[str]:
@@ -92,7 +98,7 @@ def row(label: str, curves: Sequence[Curve], fit: Any) -> list[str]:
     figures = []
     for curve in curves:
         best = int(curve.gold.argmax())
-        alpha, beta, _ = fit(curve.d, curve.gold)
+        alpha, beta = fit(curve.d, curve.gold)
         ends = curve.gold[-1], curve.proxy[-1], curve.d[-1]
         figures.append((curve.gold[best], curve.d[best], *ends, alpha, beta))
     return [

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from instructjax import hosts
 from instructjax.evaluation.figures import blank_figure, finished_svg
-from instructjax.evaluation.grid import Grid, GridConfig
+from instructjax.evaluation.grid import Grid, GridConfig, NotReadyError
 from instructjax.evaluation.report import Section, Table, render
 from instructjax.run.flags import flat
 
@@ -236,8 +237,15 @@ def make_page(
         return
     for directory in (config.directory, config.results_directory):
         directory.mkdir(parents=True, exist_ok=True)
-    unfinished = runs.make(chosen, config.jobs)
+    unfinished, not_ready = [], None
+    try:
+        unfinished = runs.make(chosen, config.jobs)
+    except NotReadyError as error:
+        not_ready = error
     print(f"wrote {write_page(title, text, sections(), config)}")
+    if not_ready is not None:
+        print(not_ready, file=sys.stderr)
+        sys.exit(hosts.RESUMABLE)
     if unfinished:
         sys.exit(f"error: not finished: {', '.join(unfinished)}; the same command goes on")
 

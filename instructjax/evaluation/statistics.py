@@ -142,20 +142,18 @@ class Overoptimisation(NamedTuple):
 
     alpha: float
     beta: float
-    peak: float  # the d of the largest gain; inf where the gain has no maximum above 0
 
 
 def fit_best_of_n(d: np.ndarray, gain: np.ndarray) -> Overoptimisation:
     """Least squares of d (alpha - beta d)."""
-    alpha, beta = np.linalg.lstsq(np.stack([d, -(d**2)], axis=1), gain)[0].tolist()
-    return Overoptimisation(alpha, beta, alpha / (2 * beta) if min(alpha, beta) > 0 else math.inf)
+    return Overoptimisation(*np.linalg.lstsq(np.stack([d, -(d**2)], axis=1), gain)[0].tolist())
 
 
 def fit_rl(d: np.ndarray, gain: np.ndarray) -> Overoptimisation:
     """Least squares of d (alpha - beta log d). Points of d = 0 have no part in it."""
     d, gain = d[d > 0], gain[d > 0]
-    alpha, beta = np.linalg.lstsq(np.stack([d, -d * np.log(d)], axis=1), gain)[0].tolist()
-    return Overoptimisation(alpha, beta, math.exp(alpha / beta - 1) if beta > 0 else math.inf)
+    columns = np.stack([d, -d * np.log(d)], axis=1)
+    return Overoptimisation(*np.linalg.lstsq(columns, gain)[0].tolist())
 
 
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:

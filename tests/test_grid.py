@@ -1,0 +1,94 @@
+"""Grids of runs: flags that changed, runs that wait, and flags as text."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from instructjax.data import DataConfig
+from instructjax.evaluation import grid, paper
+from instructjax.evaluation.grid import Grid, GridConfig, Job, NotReadyError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A run is an empty program."""
+    monkeypatch.setattr(Grid, "command", lambda *_: [sys.executable, "-c", "pass"])
+
+
+def runs_in(out: Path, **flags) -> Grid:
+    return Grid(
+        out, {"a": Job("x.py", {"data": f"jsonl:{out}/f", **flags}, positional=("p",))}, out
+    )
+
+
+def test_a_finished_run_with_other_flags_is_refused(tmp_path):
+    runs = runs_in(tmp_path, steps=3, models=("m", "n"))
+    assert runs.run_all(["a"]) == []
+    runs.check([])
+    cost = tmp_path / "a.cost.json"
+    moved = tmp_path / "moved"  # with the same files elsewhere
+    moved.mkdir()
+    (moved / "a.cost.json").write_text(cost.read_text())
+    runs_in(moved, steps=3, models=["m", "n"]).check([])
+    for flags, said in (
+        ({"steps": 4, "models": ("m", "n")}, "a was made with --steps 3, not --steps 4"),
+        ({"steps": 3}, r"a was made with --models m n, not --models \.\.\."),
+        ({"steps": 3, "models": ("m", "n"), "seed": 1}, r"with --seed \.\.\., not --seed 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            runs_in(tmp_path, **flags).check(["a"])
+    cost.write_text('{"seconds": 1}')  # of an earlier version
+    runs_in(tmp_path, steps=4).check([])
+    with pytest.raises(ValueError, match="--runs b: not one of a"):
+        runs.check(["b"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(GridConfig):
+    out: Path | None = None
+
+
+def test_a_run_that_waits_stops_no_other(tmp_path, capsys):
+    """What can be made is made, the page is written, and the exit code says that it can go on."""
+
+    def wait():
+        raise NotReadyError("label this first")
+
+    def fail():
+        raise ValueError("too few pairs")
+
+    jobs = {
+        "a": Job("", {}, prepare=wait),
+        "b": Job("", {}, needs=("a",)),
+        "c": Job("", {}, prepare=fail),
+        "d": Job("", {}),
+    }
+    runs = Grid(tmp_path, jobs, tmp_path)
+    with pytest.raises(SystemExit) as end:
+        paper.make_page(Config(out=tmp_path), runs, "T", "", list)
+    assert end.value.code == 75
+    printed = capsys.readouterr()
+    assert "label this first\n" in printed.err
+    assert "c failed: too few pairs\n" in printed.err
+    assert "report.html" in printed.out
+    assert [name for name in jobs if runs.has_finished(name)] == ["d"]
+    jobs["a"] = Job("", {})
+    with pytest.raises(SystemExit, match="not finished: c; the same command goes on"):
+        paper.make_page(Config(out=tmp_path), runs, "T", "", list)
+
+
+def test_flags_as_text():
+    parsed = grid.parse_flags("--ppo.beta 0.1 --mesh=data=2 --models a 'b c' --resume")
+    assert parsed == {
+        "ppo.beta": ["0.1"],
+        "mesh": ["data=2"],
+        "models": ["a", "b c"],
+        "resume": [],
+    }
+    config = DataConfig("jsonl:x", max_prompt=3)
+    assert grid.flags_of(config, "data") == {"data": "jsonl:x", "data.max_prompt": 3}
+    assert grid.flags_of(DataConfig(), "data") == {}
+    assert json.dumps(parsed)
