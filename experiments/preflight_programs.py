@@ -61,7 +61,7 @@ def rm_step(config: run_rm.Config, model: ModelConfig, mesh: Mesh) -> Compilable
     names = "tokens_BT", "segments_BT", "parents_BT", "positions_BT"
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (B, config.length or P + K * R))
     shapes |= dict.fromkeys(("last_BCK", "ranks_BCK", "mask_BCK"), (B, 1, K))
-    shapes["margin_BC"] = B, 1
+    shapes |= {"margin_BC": (B, 1), "confidence_BC": (B, 1)}
     args = abstract_state(params, tx), abstract_rows(shapes, mesh), abstract_key(mesh)
     return Compilable("RM step", step, args)
 
@@ -221,7 +221,7 @@ def abstract_key(mesh: Mesh) -> Any:
 
 def abstract_rows(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> dict[str, Any]:
     """A batch by its arrays' names: of masks, of floating-point numbers, of ids."""
-    floats = ("logp_BR", "value_BR", "advantage_BR", "return_BR", "margin_BC")
+    floats = ("logp_BR", "value_BR", "advantage_BR", "return_BR", "margin_BC", "confidence_BC")
 
     def dtype(name: str) -> Any:
         return jnp.bool_ if "mask" in name else jnp.float32 if name in floats else jnp.int32

@@ -40,10 +40,13 @@ def pairwise_ranking(
     ranks_BK: jax.Array,
     mask_BK: jax.Array,
     margin_B: jax.Array | None = None,
+    confidence_B: jax.Array | None = None,
 ) -> jax.Array:
     """The reward model's loss, all pairs of a prompt as one element (InstructGPT, eq. 1).
 
     l[b] = -1 / C(K, 2) sum over w better than l of log sigmoid(s[b, w] - s[b, l] - margin[b])
+
+    With a confidence c below 1, log sigmoid(x) becomes c log sigmoid(x) + (1 - c) log sigmoid(-x).
 
     Ties are dropped, yet C(K, 2) counts all pairs of the responses present, as printed. A prompt
     of ties alone gives 0 and no gradient.
@@ -53,6 +56,8 @@ def pairwise_ranking(
       ranks_BK: int, 1 is best, equal ranks are ties.
       mask_BK: whether the slot holds a response.
       margin_B: how much better the winner has to be (Llama 2, eq. 2); default 0.
+      confidence_B: probability that the winner is better, from 0.5: a soft label, as a model gives
+        it (Lee et al. 2023, arXiv 2309.00267); default 1.
 
     Returns:
       loss_B.
@@ -64,7 +69,11 @@ def pairwise_ranking(
     gap_BKK = jnp.where(pairs_BKK, scores_BK[:, :, None] - scores_BK[:, None, :], 0)
     if margin_B is not None:
         gap_BKK -= margin_B[:, None, None]
-    loss_B = -masked_sum(jax.nn.log_sigmoid(gap_BKK), pairs_BKK, axis=(1, 2))
+    loss_BKK = -jax.nn.log_sigmoid(gap_BKK)
+    if confidence_B is not None:
+        share_BKK = confidence_B[:, None, None]
+        loss_BKK = share_BKK * loss_BKK - (1 - share_BKK) * jax.nn.log_sigmoid(-gap_BKK)
+    loss_B = masked_sum(loss_BKK, pairs_BKK, axis=(1, 2))
     present_B = jnp.sum(mask_BK != 0, axis=1)
     return loss_B / jnp.maximum(present_B * (present_B - 1) / 2, 1)
 

@@ -80,14 +80,15 @@ def loss_fn(
     """
     score_BK = score(params, config, batch, key=key, shard=shard)
     if "last_BCK" in batch:  # the C comparisons of a packed row become rows of their own
-        names = ("ranks_BCK", "mask_BCK", "margin_BC")
-        ranks_BK, mask_BK, margin_B = (jnp.concatenate(batch[name]) for name in names)
+        names = ("ranks_BCK", "mask_BCK", "margin_BC", "confidence_BC")
+        ranks_BK, mask_BK, margin_B, confidence_B = (jnp.concatenate(batch[x]) for x in names)
         score_BK = jnp.concatenate(score_BK)
     else:
-        ranks_BK, mask_BK, margin_B = batch["ranks_BK"], batch["mask_BK"], batch["margin_B"]
+        names = ("ranks_BK", "mask_BK", "margin_B", "confidence_B")
+        ranks_BK, mask_BK, margin_B, confidence_B = (batch[x] for x in names)
     pairs_BKK = losses.strict_pairs(ranks_BK, mask_BK)
     counts_B = jnp.any(pairs_BKK, axis=(1, 2)).astype(jnp.float32)
-    loss_B = losses.pairwise_ranking(score_BK, ranks_BK, mask_BK, margin_B)
+    loss_B = losses.pairwise_ranking(score_BK, ranks_BK, mask_BK, margin_B, confidence_B)
     right_BKK = score_BK[:, :, None] > score_BK[:, None, :]
     mean = masked_mean(loss_B, counts_B)
     accuracy = masked_mean(masked_mean(right_BKK, pairs_BKK, axis=(1, 2)), counts_B)

@@ -93,6 +93,7 @@ def rm_step(uncached):
         "ranks_BK": ((B, K), "int32"),
         "mask_BK": ((B, K), "bool"),
         "margin_B": ((B,), "float32"),
+        "confidence_B": ((B,), "float32"),
     }
     return compiled_step(reward, dataclasses.replace(CONFIG, scalar_head=True), shapes)
 

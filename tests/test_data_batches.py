@@ -157,6 +157,7 @@ def test_comparisons_by_hand():
     assert batch["ranks_BK"].tolist() == [[2, 1, 0], [1, 1, 3]]
     assert batch["mask_BK"].tolist() == [[True, True, False], [True] * 3]
     assert batch["margin_B"].tolist() == [0, 0]
+    assert batch["confidence_B"].tolist() == [1, 1]
     dtypes = {name: str(array.dtype) for name, array in batch.items()}
     assert dtypes == {
         "prompt_BP": "int32",
@@ -166,6 +167,7 @@ def test_comparisons_by_hand():
         "ranks_BK": "int32",
         "mask_BK": "bool",
         "margin_B": "float32",
+        "confidence_B": "float32",
     }
 
 
@@ -189,6 +191,7 @@ def test_packed_comparisons_by_hand():
         "ranks_BCK": [[1, 1, 3], [2, 1, 0]],
         "mask_BCK": [[True] * 3, [True, True, False]],
         "margin_BC": [0, 0],
+        "confidence_BC": [1, 1],
     }
     assert {name: array[0].tolist() for name, array in batch.items()} == expected
     assert batch["ranks_BCK"][1].tolist() == [[1, 2, 0], [0, 0, 0]]

@@ -462,7 +462,7 @@ def test_splits_by_labeler_and_by_prompt(tmp_path):
 
 COMPARISONS = [
     {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 1, 2], "labeler": "w"},
-    {"prompt": "ü", "responses": ["a", "b"], "ranks": [1, 2], "margin": 0.5},
+    {"prompt": "ü", "responses": ["a", "b"], "ranks": [1, 2], "margin": 0.5, "confidence": 0.75},
 ]
 
 
@@ -505,7 +505,8 @@ def test_prepare_writes_what_tfds_reads(tmp_path, monkeypatch, capsys, kind, row
     def content(spec):
         config = DataConfig(spec)
         records = read(config, kind, log=str, tokenizer=tokenizer)
-        fields = ("prompt", "responses", "ranks", "labeler", "margin", "said", "tools")
+        fields = ("prompt", "responses", "ranks", "labeler", "margin", "confidence", "said")
+        fields += ("tools",)
         return [[getattr(record, field) for field in fields] for record in records]
 
     assert content(f"tfds:{folder}") == content(spec)

@@ -102,6 +102,12 @@ def test_labelers_and_margins():
     assert record(row, "comparisons").margin == 0
     parsed = record({**row, "labeler": 7, "margin": 0.5}, "comparisons")
     assert (parsed.labeler, parsed.margin) == ("7", 0.5)
+    assert parsed.confidence == 1
+    for given in (0.5, "0.5", 1):
+        assert record({**row, "confidence": given}, "comparisons").confidence == float(given)
+    for given in (0.49, 1.01, True, "sure"):
+        with pytest.raises(DataError, match=r"field 'confidence': "):
+            record({**row, "confidence": given}, "comparisons")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Array losses against loops over pairs and tokens, and by hand."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,34 +14,38 @@ from hypothesis import strategies as st
 from instructjax import losses
 
 
-def loop(scores, ranks, mask, margin):
+def loop(scores, ranks, mask, margin, confidence):
     """Eq. 1 as it reads: over all pairs of the responses present, ties dropped."""
     out = []
-    for s, r, m, d in zip(scores, ranks, mask, margin, strict=True):
+    for s, r, m, d, c in zip(scores, ranks, mask, margin, confidence, strict=True):
         live = [k for k in range(len(s)) if m[k]]
         total, pairs = 0.0, 0
         for i, j in itertools.combinations(live, 2):
             pairs += 1
             if r[i] != r[j]:
                 best, worst = (i, j) if r[i] < r[j] else (j, i)
-                total -= np.log(1 / (1 + np.exp(-(float(s[best]) - float(s[worst]) - d))))
+                gap, sure = float(s[best]) - float(s[worst]) - float(d), float(c)
+                total += sure * math.log(1 + math.exp(-gap))
+                total += (1 - sure) * math.log(1 + math.exp(gap))
         out.append(total / pairs if pairs else 0.0)
     return np.array(out)
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), K=st.integers(2, 9), margin=st.booleans())
-def test_pairwise_ranking_against_a_loop(seed, K, margin):
+@given(seed=st.integers(0, 10**6), K=st.integers(2, 9), given=st.tuples(*[st.booleans()] * 2))
+def test_pairwise_ranking_against_a_loop(seed, K, given):
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(5, K)).astype(np.float32) * 3
     ranks = rng.integers(1, 4, (5, K))  # ties are common
     mask = rng.random((5, K)) < 0.7
-    margins = rng.random(5).astype(np.float32) * margin
+    margins = rng.random(5).astype(np.float32) * given[0]
+    confidences = 1 - rng.random(5).astype(np.float32) / 2 * given[1]
     scores[~mask] = rng.choice([np.nan, np.inf, 1e30], (~mask).sum())  # garbage in empty slots
-    got = losses.pairwise_ranking(
-        jnp.array(scores), ranks, mask, jnp.array(margins) if margin else None
-    )
-    np.testing.assert_allclose(got, loop(scores, ranks, mask, margins), rtol=1e-5, atol=1e-6)
+    remarks = ((margins, given[0]), (confidences, given[1]))
+    arrays = (jnp.array(values) if present else None for values, present in remarks)
+    got = losses.pairwise_ranking(jnp.array(scores), ranks, mask, *arrays)
+    expected = loop(scores, ranks, mask, margins, confidences)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_pairwise_ranking_by_hand():
@@ -49,6 +54,13 @@ def test_pairwise_ranking_by_hand():
     ranks, mask = jnp.array([[1, 2, 2, 0]]), jnp.array([[1, 1, 1, 0]])
     got = losses.pairwise_ranking(scores, ranks, mask)
     np.testing.assert_allclose(got, [2 * np.log(4 / 3) / 3], rtol=1e-6)
+    # Certain labels are the default, bit for bit. A label of 3/4 is learned at these scores.
+    certain = losses.pairwise_ranking(scores, ranks, mask, confidence_B=jnp.ones(1))
+    assert (certain == got).all()
+    soft = lambda s: losses.pairwise_ranking(s, ranks, mask, confidence_B=jnp.full(1, 0.75))  # noqa: E731
+    entropy = 0.75 * np.log(4 / 3) + 0.25 * np.log(4)
+    np.testing.assert_allclose(soft(scores), [2 * entropy / 3], rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda s: soft(s).sum())(scores), 0, atol=1e-7)
 
 
 def test_gradients_of_empty_slots_and_ties_are_zero():

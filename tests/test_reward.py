@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,7 @@ def comparison_batch(seed=0, B=3, K=4, P=6, R=5):
         "ranks_BK": jnp.array(np.where(mask, [[1, 2, 2, 3], [1, 1, 0, 0], [2, 1, 3, 0]], 0)),
         "mask_BK": jnp.array(mask),
         "margin_B": jnp.zeros(B),
+        "confidence_B": jnp.ones(B),
     }
 
 
@@ -121,6 +123,20 @@ def test_scores_equal_separate_passes(config):
         assert abs(got[b, k] - want) < 1e-5
 
 
+def test_margins_and_confidences_reach_the_loss():
+    """By hand: one pair, whose winner has the higher score by `gap`."""
+    _, rm_config, rm = models_of(LM)
+    batch = jax.tree.map(lambda x: x[1:2], comparison_batch())
+    scores = reward.score(rm, rm_config, batch)[0, :2]
+    batch["ranks_BK"] = jnp.array([[1, 2, 0, 0]])
+    batch |= {"margin_B": jnp.array([0.25]), "confidence_B": jnp.array([0.7])}
+    gap = float(scores[0] - scores[1]) - 0.25
+    expected = 0.7 * math.log(1 + math.exp(-gap)) + 0.3 * math.log(1 + math.exp(gap))
+    mean, (weight, _) = reward.loss_fn(rm, batch, None, config=rm_config)
+    assert float(mean) == pytest.approx(expected, rel=1e-5)
+    assert weight == 1
+
+
 @pytest.mark.parametrize("config", [LM, WINDOWED], ids=["full", "window"])
 def test_packed_comparisons_are_scored_as_those_in_slots(config):
     """Scores, loss and gradient are equal. One row has one comparison, one has two, two are empty.
@@ -128,16 +144,18 @@ def test_packed_comparisons_are_scored_as_those_in_slots(config):
     _, rm_config, rm = models_of(config)
     slots = comparison_batch()
     slots["margin_B"] = jnp.array([0.5, 0.0, 1.5])
+    slots["confidence_B"] = jnp.array([0.9, 1.0, 0.6])
     flat = jax.tree.map(np.asarray, slots)
     T, K = 48, flat["ranks_BK"].shape[1]
     tokens, segments, parents, positions = np.zeros((4, 4, T), np.int32)
     last, ranks = np.zeros((2, 4, 2, K), np.int32)
-    margin = np.zeros((4, 2), np.float32)
+    margin, confidence = np.zeros((2, 4, 2), np.float32)
     place = {0: (0, 0), 1: (1, 0), 2: (1, 1)}  # comparison -> row, which of its comparisons
     ends = [0, 0]
     for i, (row, c) in place.items():
         prompt = flat["prompt_BP"][i][flat["prompt_mask_BP"][i]]
         ranks[row, c], margin[row, c] = flat["ranks_BK"][i], flat["margin_B"][i]
+        confidence[row, c] = flat["confidence_B"][i]
         for k in range(-1, int(flat["mask_BK"][i].sum())):
             live = flat["response_mask_BKR"][i, k]
             span = prompt if k < 0 else flat["responses_BKR"][i, k][live]
@@ -150,7 +168,7 @@ def test_packed_comparisons_are_scored_as_those_in_slots(config):
     packed = {
         "tokens_BT": tokens, "segments_BT": segments, "parents_BT": parents,
         "positions_BT": positions, "last_BCK": last, "ranks_BCK": ranks, "mask_BCK": ranks > 0,
-        "margin_BC": margin,
+        "margin_BC": margin, "confidence_BC": confidence,
     }  # fmt: skip
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     on_mesh = jax.device_put(packed, sharding.batched(mesh))

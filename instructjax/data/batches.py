@@ -126,7 +126,8 @@ class ComparisonRows:
         includes EOS;
       ranks_BK [K] int32: 1 is best, equal ranks are ties, 0 is an empty slot;
       mask_BK [K] bool: whether the slot holds a response;
-      margin_B [] float32: 0 if the record has none.
+      margin_B [] float32: 0 if the record has none;
+      confidence_B [] float32: 1 if the record has none.
 
     K, P and R are the largest in the data, R rounded up so that `multiple` divides P + R.
     """
@@ -161,6 +162,7 @@ class ComparisonRows:
             "ranks_BK": ranks_K,
             "mask_BK": ranks_K > 0,
             "margin_B": np.asarray(self.dataset.records[index].margin, np.float32),
+            "confidence_B": np.asarray(self.dataset.records[index].confidence, np.float32),
         }
 
     def by_comparison(self, scores: np.ndarray) -> np.ndarray:
@@ -177,7 +179,7 @@ class PackedComparisonRows:
       parents_BT [T] int32: the segment of the prompt, for the prompt's tokens too;
       positions_BT [T] int32: from 0 in each prompt; each response continues its prompt's positions;
       last_BCK [C, K] int32: index into T of the last token of each response;
-      ranks_BCK [C, K], mask_BCK [C, K] and margin_BC [C]: as in ComparisonRows.
+      ranks_BCK [C, K], mask_BCK [C, K], margin_BC [C], confidence_BC [C]: as in ComparisonRows.
 
     C is the largest number of comparisons in a row.
 
@@ -208,10 +210,13 @@ class PackedComparisonRows:
         tokens_T, segments_T, parents_T, positions_T = np.zeros((4, self.tokens), np.int32)
         K, data = self.dataset.ranks.shape[1], self.dataset
         last_CK, ranks_CK = np.zeros((2, self.C, K), np.int32)
-        margin_C, start, segment = np.zeros(self.C, np.float32), 0, 0
+        margin_C, confidence_C = np.zeros((2, self.C), np.float32)
+        start, segment = 0, 0
         for c, comparison in enumerate(self.rows[index]):
             prompt, parent = data.prompt[comparison], segment + 1
-            ranks_CK[c], margin_C[c] = data.ranks[comparison], data.records[comparison].margin
+            record = data.records[comparison]
+            ranks_CK[c] = data.ranks[comparison]
+            margin_C[c], confidence_C[c] = record.margin, record.confidence
             count = np.count_nonzero(ranks_CK[c])
             responses = [data.response[comparison, k] for k in range(count)]
             for k, ids in enumerate([prompt, *responses], start=-1):
@@ -231,6 +236,7 @@ class PackedComparisonRows:
             "ranks_BCK": ranks_CK,
             "mask_BCK": ranks_CK > 0,
             "margin_BC": margin_C,
+            "confidence_BC": confidence_C,
         }
 
     def by_comparison(self, scores: np.ndarray) -> np.ndarray:

@@ -12,12 +12,12 @@ from instructjax.data.errors import DataError, check_text, type_name
 Kind = Literal["demonstrations", "comparisons", "prompts", "text"]
 
 CONTEXT = ("system", "history", "tools")
-OPTIONAL = (*CONTEXT, "labeler", "margin")  # blank is absent
+OPTIONAL = (*CONTEXT, "labeler", "margin", "confidence")  # blank is absent
 NAMES: dict[str, tuple[str, ...]] = {
     "demonstrations": ("prompt", "completion", "messages", *CONTEXT),
     "comparisons": (
         *("prompt", "messages", "responses", "ranks", "scores", "chosen", "rejected"),
-        *("labeler", "margin", *CONTEXT),
+        *("labeler", "margin", "confidence", *CONTEXT),
     ),
     "prompts": ("prompt", "messages", "completion", "responses", "chosen", "rejected", *CONTEXT),
     "text": ("text",),

@@ -51,6 +51,7 @@ def write_tfds(
             "ranks": sequence(np.int32),
             "labeler": text,
             "margin": np.float32,
+            "confidence": np.float32,
         },
         "prompts": {"prompt": text},
         "text": {"text": text},
@@ -71,6 +72,7 @@ def write_tfds(
         if kind == "comparisons":
             row |= {"responses": responses, "ranks": list(record.ranks)}
             row |= {"labeler": record.labeler or "", "margin": record.margin}
+            row["confidence"] = record.confidence
         if "tools" in columns:
             row["tools"] = "" if record.tools is None else json.dumps(record.tools)
         return row

@@ -37,6 +37,7 @@ class Record:
     ranks: tuple[int, ...] = ()  # comparisons only: 1 is best, equal ranks are ties
     labeler: str | None = None  # comparisons only
     margin: float = 0.0  # comparisons only: by how much the best is better; 0 if not given
+    confidence: float = 1.0  # comparisons only: probability that the better ones are better
     messages: Sequence[Message] = ()  # what `prompt` renders; a plain prompt is a user's message
     turns: tuple[Message, ...] = ()  # the replies that `responses` render
     tools: Any = None  # descriptions of tools that the chat template has in the prompt
@@ -156,7 +157,8 @@ def _check_repeats(fields: Fields, record: Record, names: list[str], report: Rep
 
 
 def _remarks(fields: Fields) -> dict[str, Any]:
-    """Who ranked the responses, and by how much the best is better, where the row says so."""
+    """Who ranked the responses, by how much the best is better, and how surely, where the row says
+    so."""
     labeler = fields.get("labeler") if fields.has("labeler") else None
     if isinstance(labeler, float) and labeler.is_integer():  # of a column that has nulls
         labeler = int(labeler)
@@ -168,7 +170,17 @@ def _remarks(fields: Fields) -> dict[str, Any]:
     if not 0 <= margin <= LARGEST_MARGIN:
         problem = f"by how much the best is better: from 0 to {LARGEST_MARGIN:.2g}, not {margin}"
         raise fields.error("margin", problem)
-    return {"labeler": None if labeler is None else str(labeler), "margin": float(margin)}
+    confidence = 1.0
+    if fields.has("confidence"):
+        confidence = float(fields.number(fields.get("confidence"), "confidence"))
+    if not 0.5 <= confidence <= 1:
+        problem = f"probability that the better response is better: 0.5 to 1, not {confidence}"
+        raise fields.error("confidence", problem)
+    return {
+        "labeler": None if labeler is None else str(labeler),
+        "margin": float(margin),
+        "confidence": confidence,
+    }
 
 
 def _rendered(
