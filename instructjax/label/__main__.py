@@ -13,6 +13,7 @@ Result: --out, a SQLite database; with --export the files DIR/comparisons.jsonl 
 DIR/demonstrations.jsonl for run_sft.py and DIR/rankings.jsonl for `evaluate.py --labels`.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import socket
@@ -150,34 +151,33 @@ def serve(config: Config, store: Store, listener: socket.socket) -> None:
 def cli(argv: Sequence[str] | None = None) -> None:
     """Exits with 2 on wrong usage, with 1 on data that cannot be used."""
     keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-    opened: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        opened: list[Any] = []
 
-    def parse() -> Config:
-        config = tyro.cli(Config, prog="python -m instructjax.label", **keywords)
-        out, to = config.out.expanduser(), config.export  # of `--out=~/labels.db`
-        return dataclasses.replace(config, out=out, export=to and to.expanduser())
+        def parse() -> Config:
+            config = tyro.cli(Config, prog="python -m instructjax.label", **keywords)
+            out, to = config.out.expanduser(), config.export  # of `--out=~/labels.db`
+            return dataclasses.replace(config, out=out, export=to and to.expanduser())
 
-    def check_and_open(config: Config) -> None:
-        check(config)
-        if config.export is None:
-            opened.append(bind(config.host, config.port))
+        def check_and_open(config: Config) -> None:
+            check(config)
+            if config.export is None:
+                opened.append(stack.enter_context(bind(config.host, config.port)))
+            try:
+                opened.append(stack.enter_context(contextlib.closing(Store(config.out))))
+            except ValueError as error:
+                raise ValueError(f"--out {error}") from error
+
+        config = usage.read(parse, check_and_open)
         try:
-            opened.append(Store(config.out))
-        except ValueError as error:
-            raise ValueError(f"--out {error}") from error
-
-    config = usage.read(parse, check_and_open)
-    try:
-        if config.export is not None:
-            export.write(opened[0], config.export)
-        else:
-            serve(config, opened[1], opened[0])
-    except KeyboardInterrupt:
-        pass
-    except (DataError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        opened[-1].close()
+            if config.export is not None:
+                export.write(opened[0], config.export)
+            else:
+                serve(config, opened[1], opened[0])
+        except KeyboardInterrupt:
+            pass
+        except (DataError, ValueError) as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def comparison(label: Label) -> dict[str, Any] | None:
     if "ranks" not in label.answer:
         return None
     kept = [i for i, text in enumerate(label.screen.texts) if text.strip()]
-    ranks = rank([-label.answer["ranks"][i] for i in kept])
+    ranks = [*rank([-label.answer["ranks"][i] for i in kept])]
     if len(set(ranks)) < 2 or len({label.screen.texts[i] for i in kept}) < 2:
         return None
     row = _prompt(label) | {"responses": _at(label.screen.responses, kept), "ranks": ranks}
@@ -94,7 +94,7 @@ def ranking(label: Label) -> dict[str, Any] | None:
     prompt = label.screen.prompt
     if not isinstance(prompt, str):
         prompt = "\n\n".join(f"{role}: {text}" for role, text in label.screen.turns)
-    ranks = rank([-label.answer["ranks"][i] for _, i in of])
+    ranks = [*rank([-label.answer["ranks"][i] for _, i in of])]
     return {"prompt": prompt, "models": [m for m, _ in of], "ranks": ranks} | _who(label)
 
 

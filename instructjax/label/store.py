@@ -1,9 +1,9 @@
 """The database of a labeling: screens, labelers, and all that was ever submitted.
 
-SQLite in WAL mode, with `synchronous=FULL`: what `submit` has returned from is on the disk, whatever
-ends the process. Labels are only ever added. Of several by one labeler for one screen the latest
-counts. A submission has an id that its page has drawn, and one id is kept once: a page that got no
-answer may send it again.
+SQLite in WAL mode, with `synchronous=FULL`: what `submit` has returned from is on the disk,
+whatever ends the process. Labels are only ever added. Of several by one labeler for one screen the
+latest counts. A submission has an id that its page has drawn, and one id is kept once: a page that
+got no answer may send it again.
 """
 
 import contextlib
@@ -85,7 +85,11 @@ class Store:
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
         try:
             self._db = sqlite3.connect(path, timeout=10, isolation_level=None)
-            self._open(path)
+            try:
+                self._open(path)
+            except BaseException:
+                self._db.close()
+                raise
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{path}: cannot be used as a database of labels: {error}") from error
 
