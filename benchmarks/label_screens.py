@@ -1,7 +1,7 @@
-"""People label screens in real browsers while browsers and the server are killed; nothing is lost.
+"""People label screens in real browsers, while browsers and the server are killed.
 
-    python benchmarks/label_screens.py                              # 200 screens, 20 kills, 4 people
-    python benchmarks/label_screens.py --screens 20 --kills 2       # a short form
+    python benchmarks/label_screens.py                         # 4 people, 200 screens, 20 kills
+    python benchmarks/label_screens.py --screens 20 --kills 2  # a short form
 
 Each person is a Chromium of their own, driven by keys: rates and ranks all responses with ties, and
 submits. Two of the browsers are killed in the middle of a screen and started again. The server is
@@ -9,8 +9,8 @@ killed with SIGKILL, and started again on the same port, after equal shares of t
 of the screens is for two people.
 
 Needs `pip install 'instructjax[test]'` and an installed Chromium.
-Result: a line with the number of labels that people submitted, that the database has, that are lost,
-double or differ, and the seconds; exit code 1 if a label is lost, double or another one.
+Result: a line with the number of labels that people submitted, that the database has, and that are
+lost, double or not what the person meant, and the seconds. Exit code 1 if any is, or an error came.
 """
 
 import contextlib
@@ -205,7 +205,7 @@ def be(name: str, server: Server, folder: Path, work: Work, seed: int) -> None:
         try:
             open_page(page, server.url, name)
             for n in range(10**6):
-                wait_for(lambda: not page.evaluate("document.getElementById('screen').inert"), name)
+                page.wait_for_selector("#screen:not([inert])", timeout=1000 * PATIENCE)
                 if page.evaluate("document.body.dataset.kind") == "none":
                     break
                 places = rank_by_keys(page, draw)

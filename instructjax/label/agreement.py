@@ -1,9 +1,9 @@
 """How labelers agree: with one another, by chance-corrected alpha, and with known answers."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -129,13 +129,18 @@ def _signs(ranks: Sequence[int]) -> list[int]:
     return [int(np.sign(a - b)) for a, b in itertools.permutations(ranks, 2)]
 
 
-def _alpha(question: str, given: Sequence[Mapping[str, Any]], units: Any, level: str) -> Alpha:
+def _alpha(
+    question: str,
+    given: Sequence[Mapping[str, Any]],
+    units: Callable[[Any], list[Any]],
+    level: Literal["ordinal", "nominal"],
+) -> Alpha:
     """Alpha over the screens that labelers share.
 
     Args:
       given: for each screen the values of each of its labelers.
       units: makes of a labeler's values for a screen those of its units.
-      level: `ordinal` or `nominal`.
+      level: of measurement.
     """
     import krippendorff  # of the extra `label`
 

@@ -80,6 +80,7 @@ class Page {
       $("screen").inert = false;
       $("back").disabled = !this.shown?.previous;
       $("submit").disabled = !this.draft;
+      if (this.draft && this.shown.kind === "write") $("text").focus();
     }
   }
 
@@ -127,7 +128,6 @@ class Page {
     this.changed();
     this.choose(0, false);
     scrollTo(0, 0);
-    if (kind === "write") $("text").focus();
   }
 
   card(text, i) {
