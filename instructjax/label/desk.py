@@ -1,7 +1,7 @@
 """What the page asks for. Each call is one transaction of the database."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Desk:
         """
         with self.store.transaction():
             now, known = self.now(), self.store.labelers()[labeler]
-            done = self.store.done(labeler)
+            done = dict.fromkeys(self.store.done(labeler))
             if known.admitted is False:
                 return {"state": REFUSED, "done": len(done), "left": 0, "previous": None}
             todo = self._screening_left(labeler, done)
@@ -51,7 +51,7 @@ class Desk:
                     screen
                     for screen in left
                     if screen in self.deck.screens
-                    and screen not in set(done)
+                    and screen not in done
                     and taken.get(screen, 0) < self.deck.wanted(screen)
                 ]
             if not todo:
@@ -124,7 +124,7 @@ class Desk:
         place = done.index(screen) if screen in done else len(done)
         return done[place - 1] if place else None
 
-    def _screening_left(self, labeler: str, done: list[str]) -> list[str]:
+    def _screening_left(self, labeler: str, done: Collection[str]) -> list[str]:
         if self.store.labelers()[labeler].admitted is not None:
             return []
         return [x for x in self.deck.screening_order(labeler) if x not in done]

@@ -104,11 +104,11 @@ def read(
         make(written, report) for written in _gathered(_rows(spec, kind, report))
     )
     for where, screen in made:
-        if len(screens) == most:
-            break
         if screen.id in screens:
             report.count("left out", "screens that repeat an earlier one", where)
         screens.setdefault(screen.id, screen)
+        if len(screens) == most:
+            break
     report.print(len(screens), "screens")
     return list(screens.values())
 

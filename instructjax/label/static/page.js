@@ -1,6 +1,7 @@
 // The page: shows a screen, takes what the labeler says of it, sends it, and goes on.
 
 import { RankingList, fromRanks, place, step, tie, toRanks, unranked } from "/static/ranking.js";
+import { excerpt, fill } from "/static/text.js";
 import { Unsent, post } from "/static/unsent.js";
 
 const $ = id => document.getElementById(id);
@@ -11,25 +12,12 @@ const TASKS = {
 const END = "No screen is left for you. Thank you!";
 const NOT_ADMITTED = "Thank you for your time. Your answers differ too often from the known ones, so there are no further screens for you.";
 const RETRY = [1000, 2000, 4000, 8000]; // milliseconds until the server is asked again
-// Characters that change the direction of the text around them are shown by name, and do nothing.
-const CONTROLS = /([\u202a-\u202e\u2066-\u2069])/g;
 
 const { database, labeler } = document.body.dataset;
 
 function notice(text) {
   $("notice").textContent = text;
   $("notice").hidden = !text;
-}
-
-// Text of a model or of data: never markup.
-function fill(element, text) {
-  element.replaceChildren(...text.split(CONTROLS).filter(part => part).map(part => {
-    if (part.search(CONTROLS)) return part;
-    const mark = document.createElement("span");
-    mark.className = "control";
-    mark.textContent = `U+${part.codePointAt(0).toString(16).toUpperCase()}`;
-    return mark;
-  }));
 }
 
 function pause(milliseconds) {
@@ -69,7 +57,7 @@ class Page {
           this.show(answer.value);
           return;
         }
-        if (answer.status !== 0 && answer.status < 500) { notice(`${answer.value.error}.`); return; }
+        if (answer.status !== 0 && answer.status < 500) { notice(sent === "sent" ? `${answer.value.error}.` : sent); return; }
         const count = this.unsent.count();
         const kept = count ? ` ${count === 1 ? "1 screen is" : `${count} screens are`} kept in this browser and will be sent when it answers.` : "";
         notice(`The server does not answer.${kept}`);
@@ -176,7 +164,7 @@ class Page {
     for (const button of document.querySelectorAll("#choice button")) {
       button.setAttribute("aria-pressed", String(button.dataset.ranks === ranks.join(" ")));
     }
-    this.list.show(ranking, responses.map(text => text.replace(CONTROLS, "")), LETTERS);
+    this.list.show(ranking, responses.map(excerpt), LETTERS);
     this.mark();
     $("missing").textContent = this.missing().text;
     this.keep();

@@ -95,7 +95,7 @@ export class RankingList {
     const names = { up: "up", down: "down", tie: "tie with the one above" };
     chip.dataset.response = i;
     chip.querySelector(".letter").textContent = this.letters[i];
-    chip.querySelector(".excerpt").textContent = this.texts[i].slice(0, 80);
+    chip.querySelector(".excerpt").textContent = this.texts[i];
     for (const button of chip.querySelectorAll("button")) {
       const { move } = button.dataset;
       button.setAttribute("aria-label", `${this.letters[i]}: ${names[move]}`);

@@ -6,6 +6,8 @@
 
 const memory = new Map(); // what localStorage had no room for
 
+const PATIENCE = 20_000; // milliseconds for an answer
+
 function read(key) {
   try { return localStorage.getItem(key) ?? memory.get(key) ?? null; } catch { return memory.get(key) ?? null; }
 }
@@ -36,6 +38,7 @@ export async function post(path, body) {
   try {
     answer = await fetch(path, {
       method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body),
+      signal: AbortSignal.timeout(PATIENCE),
     });
   } catch { return { status: 0 }; }
   try { return { status: answer.status, value: await answer.json() }; } catch { return { status: 0 }; }
