@@ -11,7 +11,7 @@ from collections import Counter
 from urllib.parse import urlsplit
 
 import pytest
-from label_screens import Server
+from label_screens import Server, compare
 
 from instructjax import data, usage
 from instructjax.data import DataConfig, DataError
@@ -209,10 +209,9 @@ def test_a_screen_that_was_left_open_goes_to_another_later(tmp_path):
     page = later.next("bob")
     assert page["state"] == "screen"
     assert later.submit("bob", said(page))
-    late = desk.earlier  # ann comes back: her label is kept too
-    assert desk.submit("ann", said(page, id="late" * 8))
+    assert desk.submit("ann", said(page, id="late" * 8))  # she comes back: hers is kept too
     assert len(desk.store.labels()) == 2
-    assert late("ann", page["screen"])["answer"]
+    assert Desk(desk.store, desk.deck, now=lambda: 9 * LEASE).next("cy")["state"] == "done"
     desk.store.close()
 
 
@@ -360,6 +359,8 @@ def test_alpha_of_orders_is_1_though_the_first_is_always_better_and_below_0_when
     screen = [Screen("rank", f"{i}", None, ["x", "y"]) for i in range(3)]
     same = [label(s, who, [1, 2]) for s in screen for who in ("ann", "bob")]
     assert agreement.report(same).alphas[0].value == 1
+    three = [label(Screen("rank", "p", None, [*"xyz"]), who, [1, 2, 2]) for who in ("ann", "bob")]
+    assert agreement.report(three).alphas[0].units == 6  # ordered pairs of three
     reverse = [label(screen[0], "ann", [1, 2]), label(screen[0], "bob", [2, 1])]
     # Of four values, two of each kind, a pair by chance differs in 8 of 12 cases: 1 - 1 / (2 / 3).
     assert agreement.report(reverse).alphas[0].value == pytest.approx(-0.5)
@@ -416,6 +417,8 @@ def test_the_screening_set_decides_who_is_admitted(tmp_path):
     assert (people["ann"].admitted, people["ann"].ranks_agreement) == (True, 1)
     assert (people["bob"].admitted, people["bob"].ranks_agreement) == (False, 0)
     assert people["cy"].admitted is None
+    desk.store.admit("ann", False, 0, None)  # one who has labeled already
+    assert export.counted(desk.store) == []
     desk.store.close()
 
 
@@ -602,6 +605,16 @@ def test_what_the_page_asks_for(servers):
 
 
 # ------------------------------------------------------------------------------------ the command
+
+
+def test_the_script_of_200_screens_sees_what_is_lost():
+    a, b = ("ann", {"x": 1, "y": 2}), ("ann", {"z": 1, "y": 2})
+    other = ("ann", {"x": 2, "y": 1})
+    assert compare([a, b], [b, a]) == {"lost": 0, "double": 0, "other": 0}
+    assert compare([a, b], [b]) == {"lost": 1, "double": 0, "other": 0}
+    assert compare([a, b], [a, b, b]) == {"lost": 0, "double": 1, "other": 0}
+    assert compare([a, b], [other, b]) == {"lost": 0, "double": 0, "other": 1}
+    assert compare([a], [("bob", a[1])]) == {"lost": 1, "double": 1, "other": 0}
 
 
 @pytest.mark.parametrize(
