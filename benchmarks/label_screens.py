@@ -81,7 +81,7 @@ class Server:
         for line in self._process.stdout:
             printed += line
             if found := re.match(r"labeling: +(http://.*:([0-9]+)/.*)", line):
-                self.url, self._port = found[1].replace("0.0.0.0", "127.0.0.1"), found[2]
+                self.url, self._port = re.sub("//.*:", "//127.0.0.1:", found[1]), found[2]
                 return self
         raise RuntimeError(f"the server did not start:\n{printed}")
 

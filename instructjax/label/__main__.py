@@ -134,7 +134,8 @@ def serve(config: Config, store: Store, listener: socket.socket) -> None:
     desk = Desk(store, dealt, config.admit)
     desk.open()
     port = listener.getsockname()[1]
-    host = f"[{config.host}]" if ":" in config.host else config.host
+    host = socket.gethostname() if config.host in ("0.0.0.0", "::") else config.host
+    host = f"[{host}]" if ":" in host else host
     token = None if is_loopback(config.host) else store.about("token")
     query = "" if token is None else f"?token={token}"
     print(f"labels are kept in {config.out}")

@@ -35,7 +35,7 @@ def parse(kind: str, order: Sequence[int], given: Mapping[str, Any]) -> dict[str
         demonstration.
 
     Returns:
-      the same keys, in the order of the data. A rank is 1 and the number of better responses.
+      the same keys, in the order of the data. A rank is 1 plus the number of better responses.
 
     Raises:
       ValueError: a value is missing or out of its range.

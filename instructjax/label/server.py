@@ -111,7 +111,9 @@ def make_app(desk: Desk, token: str | None, port: int) -> Starlette:
         async def endpoint(request: Request) -> Response:
             given, name = await body(request), labeler(request)
             if name is None or given.get("labeler") != name:
-                return refusal(HTTPStatus.CONFLICT, "another name was entered in this browser")
+                return refusal(
+                    HTTPStatus.CONFLICT, "another name was entered in this browser: reload"
+                )
             try:
                 return JSONResponse(answer(name, given))
             except KeyError:

@@ -8,9 +8,9 @@ const $ = id => document.getElementById(id);
 const LETTERS = "ABCDEFGHI";
 const TASKS = {
   rank: "Rate each response, then rank them all", pairs: "Which response is better?", write: "Write the best response",
+  done: "No screen is left for you. Thank you!",
+  refused: "Thank you for your time. Your answers differ too often from the known ones, so there are no further screens for you.",
 };
-const END = "No screen is left for you. Thank you!";
-const NOT_ADMITTED = "Thank you for your time. Your answers differ too often from the known ones, so there are no further screens for you.";
 const RETRY = [1000, 2000, 4000, 8000]; // milliseconds until the server is asked again
 
 const { database, labeler } = document.body.dataset;
@@ -34,8 +34,7 @@ class Page {
     this.draft = null; // { ranking, likert, flags, text, seconds } of it
     this.current = 0; // the response that keys are for
     this.list = new RankingList($("rows"), $("tray"), $("chip"), {
-      changed: ranking => { this.draft.ranking = ranking; this.changed(); },
-      chosen: i => this.choose(i, true),
+      changed: ranking => this.rank(ranking), chosen: i => this.choose(i, true),
     });
     this.clock = performance.now();
   }
@@ -65,7 +64,7 @@ class Page {
       }
     } finally {
       this.going = false;
-      $("screen").inert = false;
+      $("screen").inert = !this.draft && this.shown?.state === "screen"; // sent, and nothing came
       $("back").disabled = !this.shown?.previous;
       $("submit").disabled = !this.draft;
       if (this.draft && this.shown.kind === "write") $("text").focus();
@@ -82,15 +81,16 @@ class Page {
     $("correcting").hidden = !shown.answer;
     $("writing").hidden = kind !== "write";
     if (shown.state !== "screen") {
-      $("task").textContent = shown.state === "refused" ? NOT_ADMITTED : END;
+      $("task").textContent = TASKS[shown.state];
       $("prompt").replaceChildren();
       $("responses").replaceChildren();
       $("missing").textContent = "";
       $("submit").hidden = true;
+      $("back").hidden = shown.previous === null;
       this.draft = null;
       return;
     }
-    $("submit").hidden = false;
+    $("submit").hidden = $("back").hidden = false;
     $("task").textContent = TASKS[kind] + (shown.screening ? " (a trial, with known answers)" : "");
     const count = shown.responses.length, { answer } = shown;
     this.draft = this.unsent.draft(shown.screen) ?? {
@@ -166,6 +166,8 @@ class Page {
     }
     this.list.show(ranking, responses.map(excerpt), LETTERS);
     this.mark();
+    if (this.complained) notice("");
+    this.complained = false;
     $("missing").textContent = this.missing().text;
     this.keep();
   }
@@ -202,6 +204,7 @@ class Page {
     const { text, first } = this.missing();
     if (text) {
       notice(text);
+      this.complained = true;
       if (first !== undefined && Number.isFinite(first)) this.choose(first, true);
       return;
     }
@@ -235,7 +238,6 @@ class Page {
   }
 
   rank(ranking) { this.draft.ranking = ranking; this.changed(); }
-
   key(event) {
     const typing = event.target.matches("textarea, input:not([type=radio], [type=checkbox])");
     if (event.key === "Enter" && (typing ? event.ctrlKey || event.metaKey : !event.target.closest("button, summary, a"))) {
