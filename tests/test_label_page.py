@@ -187,6 +187,19 @@ def test_a_reload_keeps_the_draft_and_u_corrects(chromium, server, folder):
         ready(page)
         assert texts(page) == second
         assert page.locator(".likert input:checked").count() == 1  # the draft of before
+        press(page, "u")  # and once more, but it stays as it is
+        page.wait_for_selector("#correcting:not([hidden])")
+        ready(page)
+        for _ in range(2):
+            assert page.locator(".card .place").nth(3).inner_text() == "rank 1"
+            press(page, "j", "j", "j", "Alt+ArrowDown")
+            assert page.locator(".card .place").nth(3).inner_text() == "rank 2"
+            page.click("#forward")
+            page.wait_for_selector("#correcting", state="hidden")
+            ready(page)
+            press(page, "u")
+            page.wait_for_selector("#correcting:not([hidden])")
+            ready(page)
     (before, _), (after, answer) = kept(folder, "again")
     a, b, c, d = first
     assert before == {a: 1, b: 1, c: 3, d: 4}

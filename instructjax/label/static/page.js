@@ -14,7 +14,6 @@ const TASKS = {
 const RETRY = [1000, 2000, 4000, 8000]; // milliseconds until the server is asked again
 
 const { database, labeler } = document.body.dataset;
-
 function notice(text) {
   $("notice").textContent = text;
   $("notice").hidden = !text;
@@ -74,8 +73,7 @@ class Page {
   show(shown) {
     this.shown = shown;
     const { kind } = shown;
-    const left = shown.left ? `, ${shown.left} left for you` : "";
-    $("progress").textContent = `${shown.done} done${left}`;
+    $("progress").textContent = `${shown.done} done${shown.left ? `, ${shown.left} left for you` : ""}`;
     document.body.dataset.kind = kind ?? "none";
     $("screen").hidden = false;
     $("correcting").hidden = !shown.answer;
@@ -92,7 +90,7 @@ class Page {
     }
     $("submit").hidden = $("back").hidden = false;
     $("task").textContent = TASKS[kind] + (shown.screening ? " (a trial, with known answers)" : "");
-    const count = shown.responses.length, { answer } = shown;
+    const { answer, responses: { length: count } } = shown;
     this.draft = this.unsent.draft(shown.screen) ?? {
       ranking: answer?.ranks ? fromRanks(answer.ranks) : unranked(count),
       likert: answer?.likert ?? Array(count).fill(null),
@@ -189,7 +187,7 @@ class Page {
   // Adds up the seconds for which the page was seen, and keeps the draft.
   keep(seen = !document.hidden) {
     const now = performance.now();
-    if (this.draft && this.shown?.screen) {
+    if (this.draft) {
       this.draft.seconds += seen ? (now - this.clock) / 1000 : 0;
       this.draft.text = $("text").value;
       if (!this.unsent.keepDraft(this.shown.screen, this.draft)) {
@@ -279,7 +277,7 @@ class Page {
     $("text").addEventListener("input", () => this.changed());
     $("submit").addEventListener("click", () => this.submit());
     $("back").addEventListener("click", () => this.go(this.shown.previous));
-    $("forward").addEventListener("click", () => this.go());
+    $("forward").addEventListener("click", () => { this.draft = null; this.unsent.dropDraft(this.shown.screen); this.go(); });
     for (const button of document.querySelectorAll("#choice button")) {
       button.addEventListener("click", () => this.rank(fromRanks(button.dataset.ranks.split(" ").map(Number))));
     }

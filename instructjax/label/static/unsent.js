@@ -56,11 +56,13 @@ export class Unsent {
   // Whether the draft will be there after the page is closed.
   keepDraft(screen, draft) { return write(`${this.prefix}draft/${screen}`, JSON.stringify(draft)); }
 
+  dropDraft(screen) { remove(`${this.prefix}draft/${screen}`); }
+
   // The label takes the draft's place. Keys sort by time: labels are sent in the order of their making.
   add(screen, label) {
     const time = String(Date.now()).padStart(15, "0"), id = drawId();
     const kept = write(`${this.prefix}label/${time}/${id}`, JSON.stringify({ ...label, id, screen, labeler: this.labeler }));
-    remove(`${this.prefix}draft/${screen}`);
+    this.dropDraft(screen);
     return kept;
   }
 
