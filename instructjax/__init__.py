@@ -25,6 +25,7 @@ Read the files in this order. A module imports only those above it.
     run/           one run in one directory: flags, checkpoints, metrics, signals, exit codes
     scoring.py     --reward: reward models and functions -> a score for each response
     evaluation/    accuracy of reward models, win rates of policies, figures
+    label/         a page on which people rank and rate responses
 
 experiments/run_ppo.py puts them together. Beside this order stand two tools:
 

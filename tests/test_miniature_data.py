@@ -103,18 +103,6 @@ def test_any_responses_can_be_compared():
     assert len(compared["ranks"]) == 3
 
 
-def test_agreement_by_hand():
-    # Of the pairs (0,1), (0,2), (1,2): both raters order (0,1) and (0,2) alike; a ties (1,2).
-    a, b = [1, 2, 2], [1, 3, 2]
-    assert miniature.labelers.agreement([[a, b]])[::2] == (1.0, 2)
-    # A second prompt has b's order reversed: 2 of 4 pairs agree, all of one prompt.
-    share, interval, pairs = labelers.agreement([[a, b], [a, [3, 1, 2]]])
-    assert (share, pairs) == (0.5, 4)
-    assert interval == pytest.approx(1.96 * 2**0.5 / 4)  # residuals +1 and -1
-    with pytest.raises(ValueError, match="no pair"):
-        labelers.agreement([[[1, 1], [1, 2]]])
-
-
 def test_accuracy_by_hand():
     # Strict pairs: 0 before 1 and 0 before 2; the first is right, the second has equal scores.
     assert stats.accuracy([[1.0, 0.0, 1.0]], [[1, 2, 2]]) == 0.75

@@ -154,3 +154,15 @@ def test_hypervolume_against_samples():
     points, samples = rng.random((6, 3)), rng.random((200_000, 3))
     below = (samples[:, None] < points).all(2).any(1).mean()
     assert statistics.hypervolume(points, np.zeros(3)) == pytest.approx(below, abs=0.005)
+
+
+def test_agreement_by_hand():
+    # Of the pairs (0,1), (0,2), (1,2): both raters order (0,1) and (0,2) alike; a ties (1,2).
+    a, b = [1, 2, 2], [1, 3, 2]
+    assert statistics.agreement([[a, b]])[::2] == (1.0, 2)
+    # A second prompt has b's order reversed: 2 of 4 pairs agree, all of one prompt.
+    share, interval, pairs = statistics.agreement([[a, b], [a, [3, 1, 2]]])
+    assert (share, pairs) == (0.5, 4)
+    assert interval == pytest.approx(1.96 * 2**0.5 / 4)  # residuals +1 and -1
+    with pytest.raises(ValueError, match="no pair"):
+        statistics.agreement([[[1, 1], [1, 2]]])

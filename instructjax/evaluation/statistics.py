@@ -4,6 +4,7 @@ Responses to one prompt are not independent. So the intervals are over prompts: 
 prompts, each with all that was measured on it.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -200,3 +201,32 @@ def _logistic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _picks(n: int, draws: int) -> np.ndarray:
     """int [draws, n], which of n are in each bootstrap sample."""
     return np.random.default_rng(0).integers(0, n, (draws, n))
+
+
+def agreement(rankings: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float, int]:
+    """How often two raters order a pair of responses alike, of the pairs that neither ties.
+
+    Args:
+      rankings: for each prompt, two or more raters' values of the same K responses. The values are
+        all ranks or all scores.
+    Returns:
+      The share of agreement, the half width of its 95 % interval, and the number of pairs. The
+      interval treats prompts, not pairs, as independent.
+    Raises:
+      ValueError: no pair is ordered by two raters.
+    """
+    shares = []  # (agreeing, ordered) pairs of each prompt
+    for raters in rankings:
+        agreeing = ordered = 0
+        for a, b in itertools.combinations(raters, 2):
+            for i, j in itertools.combinations(range(len(a)), 2):
+                product = (a[i] - a[j]) * (b[i] - b[j])
+                agreeing += product > 0
+                ordered += product != 0
+        shares.append((agreeing, ordered))
+    pairs = sum(ordered for _, ordered in shares)
+    if not pairs:
+        raise ValueError("no pair of responses is ordered by two raters")
+    share = sum(agreeing for agreeing, _ in shares) / pairs
+    variance = sum((agreeing - share * ordered) ** 2 for agreeing, ordered in shares)
+    return share, 1.96 * variance**0.5 / pairs, pairs

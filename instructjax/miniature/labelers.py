@@ -1,11 +1,10 @@
 """Labelers write demonstrations and rank responses, each with other weights, with noise and ties.
 
 The noise is calibrated: two labelers agree on about 73 % of the pairs that both order, as measured
-by `agreement` (InstructGPT, section 3.4: 72.6 +- 1.5 % among training labelers).
+by `statistics.agreement` (InstructGPT, section 3.4: 72.6 +- 1.5 % among training labelers).
 """
 
 import functools
-import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -133,32 +132,3 @@ def drafts(record: dict[str, Any], k: int, rng: random.Random) -> list[str]:
         texts[write(record["request"], _scaled(DRAFT, hardness), rng)] = None
         hardness += 0.02
     return list(texts)
-
-
-def agreement(rankings: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float, int]:
-    """How often two raters order a pair of responses alike, of the pairs that neither ties.
-
-    Args:
-      rankings: for each prompt, two or more raters' values of the same K responses. The values are
-        all ranks or all scores.
-    Returns:
-      The share of agreement, the half width of its 95 % interval, and the number of pairs. The
-      interval treats prompts, not pairs, as independent.
-    Raises:
-      ValueError: no pair is ordered by two raters.
-    """
-    shares = []  # (agreeing, ordered) pairs of each prompt
-    for raters in rankings:
-        agreeing = ordered = 0
-        for a, b in itertools.combinations(raters, 2):
-            for i, j in itertools.combinations(range(len(a)), 2):
-                product = (a[i] - a[j]) * (b[i] - b[j])
-                agreeing += product > 0
-                ordered += product != 0
-        shares.append((agreeing, ordered))
-    pairs = sum(ordered for _, ordered in shares)
-    if not pairs:
-        raise ValueError("no pair of responses is ordered by two raters")
-    share = sum(agreeing for agreeing, _ in shares) / pairs
-    variance = sum((agreeing - share * ordered) ** 2 for agreeing, ordered in shares)
-    return share, 1.96 * variance**0.5 / pairs, pairs

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from instructjax.evaluation.statistics import agreement
 from instructjax.miniature import language
 from instructjax.miniature.customers import CATEGORIES, prompts
 from instructjax.miniature.judging import GOLD, Judgement, judge, mean
-from instructjax.miniature.labelers import agreement, demonstrations, screens
+from instructjax.miniature.labelers import demonstrations, screens
 from instructjax.miniature.text import continuations, texts
 from instructjax.miniature.wordlevel import tokenizer
 from instructjax.miniature.world import make
