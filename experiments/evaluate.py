@@ -307,7 +307,6 @@ def answer(config: Config, name: str, mesh: Mesh, key: jax.Array) -> comparison.
 
     return comparison.Answers(
         keys=comparison.keys(records.records),
-        prompts=[record.prompt for record in records.records],
         prompt_rows=[comparison.prompt_row(record) for record in records.records],
         texts=[texts[i : i + S] for i in range(0, len(texts), S)],
         tokens_PS=by_prompt(measured.length_B),

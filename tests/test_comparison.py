@@ -22,7 +22,7 @@ def answers(names, utility_PS, length_PS, score_PS=None) -> Answers:
     ended_PS = np.ones(utility_PS.shape, bool)
     score_PS = None if score_PS is None else np.array(score_PS, float)
     rows = [{"prompt": name} for name in names]
-    return Answers(keys, names, rows, texts, tokens_PS, ended_PS, utility_PS, score_PS)
+    return Answers(keys, rows, texts, tokens_PS, ended_PS, utility_PS, score_PS)
 
 
 def test_all_figures_are_of_the_prompts_that_all_answered():

@@ -153,6 +153,7 @@ def test_prompts_of_a_tree(world, tmp_path):
     lines = (tmp_path / "out" / "responses.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["prompt"] for row in rows[:3]] == [row["prompt"] for row in rows[3:]]
+    assert [len(row["prompt"]) for row in rows[:3]] == [1, 3, 5]  # messages, as a row has them
     won = [
         (a["utility"] > b["utility"]) + (a["utility"] == b["utility"]) / 2
         for a, b in zip(rows[:3], rows[3:], strict=True)

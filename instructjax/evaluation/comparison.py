@@ -18,7 +18,7 @@ from instructjax.evaluation import statistics
 Key = tuple[str, str, int]
 
 # Names of `lines` that no measure may have.
-COLUMNS = ("model", "prompt", "response", "utility", "score", "kl", "where")
+COLUMNS = ("model", "prompt", "tools", "response", "utility", "score", "kl", "where")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class Answers:
     """A model's responses to P prompts, S to each."""
 
     keys: Sequence[Key]  # [P], see `keys`
-    prompts: Sequence[str]  # [P], as the model reads them
     prompt_rows: Sequence[Mapping[str, Any]]  # [P], see `prompt_row`
     texts: Sequence[Sequence[str]]  # [P][S]
     tokens_PS: np.ndarray  # length by the model's own tokenizer, EOS included
@@ -144,11 +143,11 @@ def _pair(name: str, other: str, rate: statistics.Estimate) -> dict[str, Any]:
 
 
 def lines(answers: Mapping[str, Answers]) -> Iterator[dict[str, Any]]:
-    """A line for each response, for a JSON-lines file."""
+    """A line for each response, for a JSON-lines file. Its prompt is that of a row of data."""
     for name, given in answers.items():
-        for i, prompt in enumerate(given.prompts):
+        for i, row in enumerate(given.prompt_rows):
             for j, text in enumerate(given.texts[i]):
-                line: dict[str, Any] = {"model": name, "prompt": prompt, "response": text}
+                line: dict[str, Any] = {"model": name, **row, "response": text}
                 line["utility"] = float(given.utility_PS[i, j])
                 for column, values_PS in (("score", given.score_PS), ("kl", given.kl_PS)):
                     if values_PS is not None:
