@@ -157,14 +157,15 @@ def write_labels(c: Config, file: Path, of_rounds: Sequence[str]) -> None:
     for samples in of_rounds:
         labels = c.directory / samples / "comparisons.jsonl"
         if c.labels == (PAGE,):
-            labels = c.directory / f"{samples}-labels.jsonl"
+            folder = c.directory / f"{samples}-labels"
+            labels = folder / "comparisons.jsonl"
             if not labels.exists():
-                database = labels.with_suffix(".db")
+                command = f"python -m instructjax.label --out {folder}.db"
                 raise NotReadyError(
-                    f"{samples}: its responses are to be labeled:\n"
-                    f"  python -m instructjax.label --data jsonl:{c.directory / samples}/"
-                    f"responses.jsonl --out {database}\n"
-                    f"Export the comparisons to {labels}; the same command goes on."
+                    f"{samples}: people are to label its responses:\n"
+                    f"  {command} --data jsonl:{c.directory / samples}/responses.jsonl\n"
+                    f"  {command} --export {folder}\n"
+                    "Then the same command goes on."
                 )
         lines += [line for line in labels.read_text("utf-8").split("\n") if line]
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -13,6 +13,7 @@ from run_rounds import Config
 
 from instructjax.data import DataConfig
 from instructjax.evaluation.grid import NotReadyError
+from instructjax.label import __main__ as label
 from instructjax.run import parse
 
 WAYS = Config(
@@ -78,13 +79,20 @@ def test_the_policy_and_the_labels_of_a_round():
 def test_labels_of_people_are_waited_for(tmp_path):
     c = replace(REAL, out=tmp_path, labels=("page",))
     file = tmp_path / "rm.jsonl"
-    (tmp_path / "samples-1-0-labels.jsonl").write_text('{"a": 1}\n')
+    for number in (1, 2):
+        (tmp_path / f"samples-{number}-0-labels").mkdir()
+    (tmp_path / "samples-1-0-labels" / "comparisons.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(NotReadyError) as waiting:
         run_rounds.write_labels(c, file, ["samples-1-0", "samples-2-0"])
     said = str(waiting.value)
     assert f"--data jsonl:{tmp_path}/samples-2-0/responses.jsonl" in said
-    assert f"Export the comparisons to {tmp_path}/samples-2-0-labels.jsonl" in said
-    (tmp_path / "samples-2-0-labels.jsonl").write_text('{"b": 2}')
+    words = said.split("\n")[1].split()
+    assert words[:3] == ["python", "-m", "instructjax.label"]
+    labeling = tyro.cli(label.Config, args=words[3:])
+    assert labeling.out == tmp_path / "samples-2-0-labels.db"
+    export = tyro.cli(label.Config, args=said.split("\n")[2].split()[3:])
+    assert (export.out, export.export) == (labeling.out, tmp_path / "samples-2-0-labels")
+    (tmp_path / "samples-2-0-labels" / "comparisons.jsonl").write_text('{"b": 2}')
     run_rounds.write_labels(c, file, ["samples-1-0", "samples-2-0"])
     assert file.read_text() == '{"a": 1}\n{"b": 2}\n'
     (tmp_path / "samples-1-0").mkdir()
