@@ -1,7 +1,9 @@
 """Packing, row formats, and batches as a pure function of (seed, n), on any number of hosts."""
 
+import dataclasses
 from collections import Counter
 from itertools import islice, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,6 +181,8 @@ def test_packed_comparisons_by_hand():
         [[[4, 9], [5, 9]], [[6, 9], [7, 8, 9], [8, 9]], [[4, 4, 9], [9]]],
         [[2, 1], [1, 1, 3], [1, 2]],
     )
+    records: Any = data.records
+    records[0] = dataclasses.replace(records[0], margin=0.5, confidence=0.75)
     rows = PackedComparisonRows(data, 15, silent)
     assert rows.rows == [[1, 0], [2]]
     batch = next(Stream(rows, 2, seed=0).once())
@@ -190,8 +194,8 @@ def test_packed_comparisons_by_hand():
         "last_BCK": [[3, 6, 8], [11, 13, 0]],
         "ranks_BCK": [[1, 1, 3], [2, 1, 0]],
         "mask_BCK": [[True] * 3, [True, True, False]],
-        "margin_BC": [0, 0],
-        "confidence_BC": [1, 1],
+        "margin_BC": [0, 0.5],
+        "confidence_BC": [1, 0.75],
     }
     assert {name: array[0].tolist() for name, array in batch.items()} == expected
     assert batch["ranks_BCK"][1].tolist() == [[1, 2, 0], [0, 0, 0]]
