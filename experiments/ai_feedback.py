@@ -180,7 +180,7 @@ def ai_feedback(c: Config) -> dict[str, Any]:
 
 
 def print_results(results: Mapping[str, Any]) -> None:
-    table = Table("", "", title=f"{results['pairs']:,} pairs")
+    table = Table(show_header=False, title=f"{results['pairs']:,} pairs")
     table.add_row("mean probability of A", f"{results['share_a']:.1%}")
     table.add_row("pairs whose answer changes with the order", f"{results['decided_by_place']:.1%}")
     for name, estimate in {"all": results["agreement"], **results["by_principle"]}.items():
