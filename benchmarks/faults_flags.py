@@ -185,6 +185,33 @@ WRONG = [
         ("--seeds", "--seeds"),
     ),
     *lines(
+        "overoptimise.py",
+        ("--model lm --pairs 40 20", "--pairs"),
+        ("--model lm --rm_models runs/nothing", "--rm_models runs/nothing"),
+    ),
+    *lines(
+        "ensembles.py",
+        ("--flipped 2", "--flipped 2"),
+        ("--model lm --rm_model runs/nothing", "--rm_model runs/nothing"),
+    ),
+    *lines(
+        "compare_algorithms.py",
+        ("--responses 1", "--responses 1"),
+        ("--model lm --reward runs/nothing", "--reward runs/nothing"),
+    ),
+    *lines("rewarded_soups.py", ("--model lm --reward rm", "--reward")),
+    *lines(
+        "run_rounds.py",
+        ("--samples 10", "--samples 10"),
+        ("--model runs/nothing", "--model runs/nothing"),
+    ),
+    *lines(
+        "ai_feedback.py",
+        ("--model rm", "--model rm"),
+        ("--model lm --clamp 0.6 0.7", "--clamp 0.6 0.7"),
+        ("--model lm --principles nothing.toml", "nothing.toml"),
+    ),
+    *lines(
         "preflight.py",
         ("", "--topology"),
         ("--topology v5litepod-4", "--topology v5litepod-4"),

@@ -352,7 +352,8 @@ REFUSED |= {"batch_size": 64, "data": MORE_DATA, "learning_rate": 0.5}
 PRINTED = {"steps": 7, "mesh": "data=8", "shard_sequence": True, "remat": "full", "unroll": 4}
 PRINTED |= {"save_every": 7, "keep_last": 7, "log_every": 7, "profile": "7:1", "wandb": "x"}
 PRINTED |= {"tensorboard": True, "stall": 7.0}
-SAMPLING = {"sample_batch": 1, "microbatches": 2, "eval_prompts": 7, "gold": ("runs/x",)}
+SWAPPED = {"sample_batch": 1, "microbatches": 2, "gold": ("runs/x",)}
+SWAPPED |= {"eval_prompts": 7, "eval_every": 7}
 CHANGES = [
     (
         run_pretrain.Config(),
@@ -372,22 +373,22 @@ CHANGES = [
         | {"ensemble": 2, "folds": 2, "by": "category"},
         {"group_by": ("category",), "eval_every": 7, "microbatches": 2},
     ),
-    (swap_loss.DPO(), {"beta": 0.5, "max_new_tokens": 7}, SAMPLING),
+    (swap_loss.DPO(), {"beta": 0.5, "max_new_tokens": 7}, SWAPPED),
     (
         swap_loss.GRPO(),
         {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2)},
-        SAMPLING,
+        SWAPPED,
     ),
     (
         swap_loss.RLOO(),
         {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2)},
-        SAMPLING,
+        SWAPPED,
     ),
     (
         swap_loss.RAFT(),
         {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2)}
         | {"keep": "random"},
-        SAMPLING,
+        SWAPPED,
     ),
 ]
 
