@@ -209,7 +209,7 @@ WRONG = [
         "ai_feedback.py",
         ("--model rm", "--model rm"),
         ("--model lm --clamp 0.6 0.7", "--clamp 0.6 0.7"),
-        ("--model lm --principles nothing.toml", "nothing.toml"),
+        ("--model lm --principles nothing.toml", "--principles nothing.toml"),
     ),
     *lines(
         "preflight.py",

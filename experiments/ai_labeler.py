@@ -65,6 +65,8 @@ class Pair(NamedTuple):
 
 def read_principles(file: Path) -> list[str]:
     """The list `principles` of a TOML file; raises ValueError or OSError that names it."""
+    if not file.expanduser().is_file():
+        raise FileNotFoundError(f"--principles {file}: no such file")
     try:
         principles = tomllib.loads(file.expanduser().read_text("utf-8")).get("principles")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -165,7 +165,7 @@ def test_wrong_flags(tmp_path, capsys):
         (["--principles", f"{tmp_path}/{x}.toml"], f"--principles {tmp_path}/{x}") for x in files
     ]
     cases += [
-        (["--principles", "none.toml"], "none.toml"),
+        (["--principles", "none.toml"], "--principles none.toml: no such file"),
         (["--clamp", "0.6", "0.7"], "--clamp 0.6 0.7: 0.5 must lie between"),
         (["--model", "runs/nothing"], "--model runs/nothing: no such directory"),
     ]
