@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import policy_grids as grids
-import tyro
 
 from instructjax import data, usage
 from instructjax.data import DataConfig
@@ -236,8 +235,7 @@ def check(c: Config) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-    c = usage.read(lambda: tyro.cli(Config, **keywords), check)
+    c = usage.parse(Config, argv, __doc__, check)
     title = "Algorithms against one reward"
     paper.make_page(c, grid(c), title, overoptimisation.TEXT, lambda: sections(c))
 

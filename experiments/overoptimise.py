@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import policy_grids as grids
-import tyro
 
 from instructjax import usage
 from instructjax.evaluation import overoptimisation, paper, statistics
@@ -157,8 +156,7 @@ def check(c: Config) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-    c = usage.read(lambda: tyro.cli(Config, **keywords), check)
+    c = usage.parse(Config, argv, __doc__, check)
     title = "Over-optimisation of a reward model"
     paper.make_page(c, grid(c), title, overoptimisation.TEXT, lambda: sections(c))
 

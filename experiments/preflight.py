@@ -24,7 +24,6 @@ from typing import Any, Literal
 import ppo_config
 import run_rm
 import run_sft
-import tyro
 from jax.sharding import AbstractMesh, Mesh
 from preflight_programs import check_rows, ppo_programs, rm_step, sft_step
 from rich.console import Console
@@ -310,8 +309,7 @@ def describe(config: Config) -> ModelConfig:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-    run_preflight(usage.read(lambda: tyro.cli(Config, **keywords), check))
+    run_preflight(usage.parse(Config, argv, __doc__, check))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 
 from instructjax import hosts, miniature, models, sft, state, train, usage
 from instructjax.data import Record
@@ -327,14 +326,12 @@ def main(c: Config) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-
     def check(config: Config) -> None:
         checks.check_directory("--out", config.directory)
         checks.check_directory("--results", config.results_directory)
         grid(config).check(config.runs)
 
-    main(usage.read(lambda: tyro.cli(Config, **keywords), check))
+    main(usage.parse(Config, argv, __doc__, check))
 
 
 if __name__ == "__main__":

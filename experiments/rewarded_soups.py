@@ -30,11 +30,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import policy_grids as grids
-import tyro
 
 from instructjax import scoring, usage
 from instructjax.evaluation import comparison, gold, paper, statistics
@@ -221,8 +219,7 @@ def check(c: Config) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-    c = usage.read(lambda: tyro.cli(Config, **keywords), check)
+    c = usage.parse(Config, argv, __doc__, check)
     text = "Means over responses to held-out prompts. Intervals are over seeds."
     paper.make_page(c, grid(c), "Several objectives", text, lambda: sections(c))
 

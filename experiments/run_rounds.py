@@ -29,10 +29,9 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import policy_grids as grids
-import tyro
 
 from instructjax import usage
 from instructjax.evaluation import paper, statistics
@@ -233,8 +232,7 @@ def check(c: Config) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-    c = usage.read(lambda: tyro.cli(Config, **keywords), check)
+    c = usage.parse(Config, argv, __doc__, check)
     text = "Means over responses to held-out prompts, by the judge. Intervals are over seeds."
     paper.make_page(c, grid(c), "Rounds", text, lambda: sections(c))
 

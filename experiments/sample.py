@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import tyro
 from rich.console import Console
 
 from instructjax import ranges, sampler, sharding, usage
@@ -223,8 +222,7 @@ def interrupts() -> Iterator[list[int]]:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-    sample(usage.read(lambda: tyro.cli(Config, **keywords), check))
+    sample(usage.parse(Config, argv, __doc__, check))
 
 
 if __name__ == "__main__":

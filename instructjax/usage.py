@@ -4,8 +4,10 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
 
 USAGE = 2  # the exit code of a wrong command line
 
@@ -13,6 +15,25 @@ ConfigT = TypeVar("ConfigT")
 
 # Not every OSError: a supervisor starts a program again after one of the network or of a disk.
 _WRONG = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+
+
+def parse(
+    kind: type[ConfigT],
+    argv: Sequence[str] | None,
+    description: str | None,
+    check: Callable[[ConfigT], object],
+    prog: str | None = None,
+) -> ConfigT:
+    """`read` of the flags of a dataclass.
+
+    Args:
+      argv: the words; None: those of the process.
+      description: what --help says first.
+      check: as for `read`.
+      prog: the program's name in --help, if it is not the file's.
+    """
+    keywords: Any = {"args": argv, "description": description, "use_underscores": True}
+    return read(lambda: tyro.cli(kind, prog=prog, **keywords), check)
 
 
 def read(parse: Callable[[], ConfigT], check: Callable[[ConfigT], object]) -> ConfigT:

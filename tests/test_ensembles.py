@@ -1,18 +1,15 @@
 """ensembles.py: its commands, which score each run maximises, and differences by seed."""
 
-import importlib
 import json
 import math
 from pathlib import Path
 
 import ensembles
-import evaluate
+import grid_commands
 import pytest
-import tyro
 from ensembles import Config
 
 from instructjax.evaluation import overoptimisation
-from instructjax.run import average, parse
 
 
 def grid(**flags):
@@ -20,24 +17,15 @@ def grid(**flags):
 
 
 def test_the_scripts_know_all_flags():
-    runs, before = grid(), set[str]()
-    for name, job in runs.jobs.items():
-        command = runs.command(name)
-        assert set(job.needs) <= before  # what a run needs stands before it
-        before.add(name)
+    for name, job, flags in grid_commands.parsed(grid()):
         if job.script.startswith("-m "):
-            assert command[1:3] == ["-m", "instructjax.run.average"]
-            flags = tyro.cli(average.Config, args=command[3:], use_underscores=True)
             (members,) = job.needs
             exports = [f"OUT/{members}/export{i}" for i in ("", "-1", "-2", "-3", "-4")]
             assert list(flags.models) == exports
             used = {members}
         elif job.script == "evaluate.py":
-            flags = tyro.cli(evaluate.Config, args=command[2:], use_underscores=True)
             used = {spec.split("/")[1] for spec in flags.reward.spec}
         else:
-            script = importlib.import_module(job.script.removesuffix(".py"))
-            flags = parse(script.Config, script.PRESETS, script.__doc__, command[2:])
             assert flags.preset == "miniature"
             used = {flags.model.split("/")[1]} if flags.model.startswith("OUT/") else set()
             if job.script == "run_ppo.py":
@@ -46,7 +34,6 @@ def test_the_scripts_know_all_flags():
                 used |= {"pairs"}
                 assert ("flipped" in name) == flags.data.spec.endswith("-flipped.jsonl")
         assert used == set(job.needs)
-        assert flags.out == Path("OUT") / name
 
 
 def test_which_reward_models_and_which_score():
@@ -82,7 +69,7 @@ def test_which_reward_models_and_which_score():
 
 
 def results(end: float) -> dict:
-    """Of best-of-n, whose gold ends at a gain of `end`."""
+    """What evaluate.py writes of best-of-n, whose gold ends at a gain of `end`."""
     rows = [{"n": 1, "kl": 0.0, "score": [0], "utility": [1]}]
     rows.append({"n": 2, "kl": 1.0, "score": [2], "utility": [1 + 2 * end]})
     return {

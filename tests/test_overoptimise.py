@@ -1,24 +1,21 @@
 """overoptimise.py: its commands, the pairs, and curves of best-of-n and PPO by hand."""
 
-import importlib
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import evaluate
+import grid_commands
 import numpy as np
 import overoptimise
 import policy_grids
 import pytest
-import tyro
 from overoptimise import Config
 
 from instructjax.data import DataConfig
 from instructjax.evaluation import overoptimisation, statistics
 from instructjax.evaluation.overoptimisation import Curve
-from instructjax.run import parse
 
 REAL = Config(
     out=Path("OUT"),
@@ -37,23 +34,15 @@ REAL = Config(
 
 @pytest.mark.parametrize("c", [REAL, Config(out=Path("OUT"), seeds=(3, 5))])
 def test_the_scripts_know_all_flags(c):
-    runs, before = overoptimise.grid(c), set[str]()
-    for name, job in runs.jobs.items():
-        argv = runs.command(name)[2:]
-        assert set(job.needs) <= before  # what a run needs stands before it
-        before.add(name)
+    for name, job, flags in grid_commands.parsed(overoptimise.grid(c)):
         if job.script == "evaluate.py":
-            flags = tyro.cli(evaluate.Config, args=argv, use_underscores=True)
             assert flags.temperature == (0.9 if c is REAL else 1)
             if name == "pairs":
                 assert (flags.samples, flags.prompts) == (2, c.prompts)
             used = {flags.models[0], *flags.reward.spec}
         else:
-            script = importlib.import_module(job.script.removesuffix(".py"))
-            flags = parse(script.Config, script.PRESETS, script.__doc__, argv)
             assert flags.preset == ("small" if c is REAL else "miniature")
             used = {flags.model}
-        assert flags.out == Path("OUT") / name
         if job.script == "run_ppo.py":
             used |= {flags.reward.spec[0], flags.value_model}
             assert flags.ppo.learning_rate == (1e-5 if c is REAL else 3e-4)

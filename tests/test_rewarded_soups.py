@@ -4,18 +4,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import evaluate
+import grid_commands
 import miniature_rewards
 import numpy as np
 import pytest
 import rewarded_soups
-import run_ppo
-import tyro
 from rewarded_soups import Config
 
 from instructjax import miniature
 from instructjax.data import DataConfig, Record
-from instructjax.run import average, parse
 
 REAL = Config(
     out=Path("OUT"),
@@ -31,33 +28,25 @@ REAL = Config(
 
 @pytest.mark.parametrize("c", [REAL, Config(out=Path("OUT"), seeds=(3, 5))])
 def test_the_scripts_know_all_flags(c):
-    runs, before = rewarded_soups.grid(c), set[str]()
-    for name, job in runs.jobs.items():
-        command = runs.command(name)
-        assert set(job.needs) <= before  # what a run needs stands before it
-        before.add(name)
+    for name, job, flags in grid_commands.parsed(rewarded_soups.grid(c)):
         _, *weights, seed = name.split("-")
         values = tuple(map(float, weights))
         if job.script == "run_ppo.py":
-            flags = parse(run_ppo.Config, run_ppo.PRESETS, run_ppo.__doc__, command[2:])
             assert (flags.reward.spec, flags.reward.weights) == (c.rewards, values)
             assert flags.steps == (7 if c is REAL else 120)
             assert (flags.data, flags.gold, flags.ptx.coef) == (c.data, c.gold, 0)
             assert (f"{flags.seed}", flags.max_new_tokens) == (seed, c.max_new_tokens)
         elif job.script == "evaluate.py":
-            flags = tyro.cli(evaluate.Config, args=command[2:], use_underscores=True)
             assert flags.models == (c.model, *(f"OUT/{need}" for need in job.needs))
             assert (flags.measure, flags.max_new_tokens) == (c.rewards, c.max_new_tokens)
             assert (f"{flags.seed}", flags.temperature) == (seed, 0.9 if c is REAL else 1)
         else:
             assert job.script == "-m instructjax.run.average"
-            flags = tyro.cli(average.Config, args=command[3:], use_underscores=True)
             ends = np.eye(len(values)).astype(int).tolist()
             names = [f"ppo-{'-'.join(map(str, end))}-{seed}" for end in ends]
             assert flags.models == tuple(f"OUT/{end}" for end in names)
             assert flags.weights == values
             assert job.needs == tuple(names)
-        assert flags.out == Path("OUT") / name
 
 
 def test_the_weights():

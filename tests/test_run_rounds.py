@@ -1,11 +1,10 @@
 """run_rounds.py: its commands, which policy and which labels a round has, and the page by hand."""
 
-import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
-import evaluate
+import grid_commands
 import pytest
 import run_rounds
 import tyro
@@ -14,7 +13,6 @@ from run_rounds import Config
 from instructjax.data import DataConfig
 from instructjax.evaluation.grid import NotReadyError
 from instructjax.label import __main__ as label
-from instructjax.run import parse
 
 WAYS = Config(
     out=Path("OUT"), seeds=(3, 5), rounds=3, memory=("all", "newest"), start=("sft", "last")
@@ -32,13 +30,8 @@ REAL = Config(
 
 @pytest.mark.parametrize("c", [WAYS, REAL, replace(REAL, labels=("page",))])
 def test_the_scripts_know_all_flags(c):
-    runs, before = run_rounds.grid(c), set[str]()
-    for name, job in runs.jobs.items():
-        argv = runs.command(name)[2:]
-        assert set(job.needs) <= before  # what a run needs stands before it
-        before.add(name)
+    for name, job, flags in grid_commands.parsed(run_rounds.grid(c)):
         if job.script == "evaluate.py":
-            flags = tyro.cli(evaluate.Config, args=argv, use_underscores=True)
             used = {*flags.models}
             sampled = name.startswith("samples")
             assert flags.split == ("train" if sampled else "validation")
@@ -46,13 +39,10 @@ def test_the_scripts_know_all_flags(c):
             labels = c.labelers if flags.comparisons else c.gold
             assert flags.gold == labels
         else:
-            script = importlib.import_module(job.script.removesuffix(".py"))
-            flags = parse(script.Config, script.PRESETS, script.__doc__, argv)
             used = {flags.model} | ({*flags.reward.spec} if job.script == "run_ppo.py" else set())
         if job.script != "run_rm.py":
             assert (flags.data, flags.max_new_tokens) == (c.data, c.max_new_tokens)
             assert {*job.needs} == {path[4:] for path in used if path.startswith("OUT/")}
-        assert flags.out == Path("OUT") / name
         assert name.endswith(f"-{flags.seed % 1000}")
 
 

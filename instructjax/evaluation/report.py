@@ -322,8 +322,7 @@ def check(config: Config) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-    config = usage.read(lambda: tyro.cli(Config, **keywords), check)
+    config = usage.parse(Config, argv, __doc__, check)
     print(f"wrote {write(config.runs, config.file)}")
 
 

@@ -138,8 +138,7 @@ def main(config: Config) -> None:
 
 def cli(argv: Sequence[str] | None = None) -> None:
     program = "python -m instructjax.run.average"
-    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-    main(usage.read(lambda: tyro.cli(Config, prog=program, **keywords), check))
+    main(usage.parse(Config, argv, __doc__, check, program))
 
 
 if __name__ == "__main__":
