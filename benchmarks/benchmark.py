@@ -140,6 +140,7 @@ def benchmark_rm(c: RM) -> None:
         "ranks_BK": np.tile(np.arange(1, K + 1, dtype=np.int32), (B, 1)),
         "mask_BK": np.ones((B, K), bool),
         "margin_B": np.zeros(B, np.float32),
+        "confidence_B": np.ones(B, np.float32),
     }
 
     def separate(params, batch, key):

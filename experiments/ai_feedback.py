@@ -1,6 +1,6 @@
 r"""AI feedback: a model says which of two responses is better, under a written principle.
 
-    python experiments/ai_feedback.py --model MODEL --data jsonl:pairs.jsonl
+    python experiments/ai_feedback.py --model MODEL --data jsonl:pairs.jsonl      # ranked or not
     python experiments/ai_feedback.py --model MODEL --data jsonl:runs/evaluation/comparisons.jsonl \
         --principles my_principles.toml --thoughts 128 --clamp 0.4 0.6
     python experiments/run_rm.py --model runs/sft --data jsonl:runs/ai_feedback/comparisons.jsonl
@@ -50,7 +50,7 @@ class Config:
     model: str
     """Labeler: a language model, best a chat model."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Comparisons, whose responses are labeled two at a time."""
+    """Comparisons, whose responses are labeled two at a time. They need no ranks."""
     out: Path = Path("runs/ai_feedback")
     """Directory of the labels."""
     principles: Path = PRINCIPLES
@@ -90,7 +90,7 @@ def rows_of(c: Config, pairs: Sequence[Pair], first_better: np.ndarray) -> list[
             rows.append(
                 {
                     **comparison.prompt_row(pair.record),
-                    "responses": [pair.text(pair.first), pair.text(pair.second)],
+                    "responses": [pair.response(pair.first), pair.response(pair.second)],
                     "ranks": [1, 2] if p > 0.5 else [2, 1],
                     "confidence": float(max(p, 1 - p)),
                     "labeler": c.model,
@@ -104,8 +104,8 @@ def results_of(pairs: Sequence[Pair], first_better: np.ndarray) -> dict[str, Any
 
     Returns:
       `share_a`, the mean of P(A); `decided_by_place`, the share of pairs whose answer changes with
-      the order; and over the pairs that the data orders `agreement`, and by principle. A label
-      that is even counts half.
+      the order; and over the pairs that the data orders, if there are any, `agreement`, and by
+      principle. A label that is even counts half.
     """
     label, (as_a, as_b) = first_better.mean(1), first_better.T
     gaps = np.array([p.record.ranks[p.second] - p.record.ranks[p.first] for p in pairs])
@@ -115,14 +115,17 @@ def results_of(pairs: Sequence[Pair], first_better: np.ndarray) -> dict[str, Any
     by_principle = {}
     for principle in dict.fromkeys(pair.principle for pair in pairs):
         chosen = ordered & np.array([pair.principle == principle for pair in pairs])
-        by_principle[principle] = statistics.mean(agrees[chosen], of_prompt[chosen])
-    return {
+        if chosen.any():
+            by_principle[principle] = statistics.mean(agrees[chosen], of_prompt[chosen])
+    results = {
         "pairs": len(pairs),
         "share_a": float(np.mean([as_a, 1 - as_b])),
         "decided_by_place": float(np.mean((as_a > 0.5) != (as_b > 0.5))),
-        "agreement": statistics.mean(agrees[ordered], of_prompt[ordered]),
-        "by_principle": by_principle,
     }
+    if ordered.any():
+        agreement = statistics.mean(agrees[ordered], of_prompt[ordered])
+        results |= {"agreement": agreement, "by_principle": by_principle}
+    return results
 
 
 # ------------------------------------------------------------------------------- from the command
@@ -144,7 +147,7 @@ def ai_feedback(c: Config) -> dict[str, Any]:
     mesh = sharding.make_mesh(**sharding.parse_mesh(c.mesh), devices=jax.devices())
     model, params, tokenizer = pretrained.load(c.model, mesh, scalar_head=False)
     model = dataclasses.replace(model, dtype=c.model_dtype)
-    records = data.read(c.data, "comparisons", tokenizer=tokenizer, render=False)
+    records = data.read(c.data, "comparisons", tokenizer=tokenizer, render=False, ranked=False)
     pairs = ai_labeler.pairs_of(records, read_principles(c.principles), c.pairs, c.seed)
     ending = ai_labeler.THINK if c.thoughts else ai_labeler.ANSWER
     form = template.of(tokenizer, "auto", model.eos_ids)
@@ -170,7 +173,10 @@ def ai_feedback(c: Config) -> dict[str, Any]:
     results = results_of(fitting, first_better)
     if jax.process_index() == 0:
         c.out.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(row, ensure_ascii=False) for row in rows_of(c, fitting, first_better))
+        rows = rows_of(c, fitting, first_better)
+        if len(rows) < len(fitting):
+            print(f"{len(fitting) - len(rows):,} pairs are left out: their label is even")
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
         file = c.out / "comparisons.jsonl"
         file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         (c.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -183,7 +189,10 @@ def print_results(results: Mapping[str, Any]) -> None:
     table = Table(show_header=False, title=f"{results['pairs']:,} pairs")
     table.add_row("mean probability of A", f"{results['share_a']:.1%}")
     table.add_row("pairs whose answer changes with the order", f"{results['decided_by_place']:.1%}")
-    for name, estimate in {"all": results["agreement"], **results["by_principle"]}.items():
+    agreements = {}
+    if "agreement" in results:
+        agreements = {"all": results["agreement"], **results["by_principle"]}
+    for name, estimate in agreements.items():
         shown = "{:.1%} ({:.1%} to {:.1%})".format(*estimate)
         table.add_row(f"agreement with the data's ranks: {name}", shown)
     Console().print(table)

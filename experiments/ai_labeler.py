@@ -60,7 +60,13 @@ class Pair(NamedTuple):
         )
 
     def text(self, number: int) -> str:
+        """A response as the labeler reads it."""
         return self.record.replies[number].strip()
+
+    def response(self, number: int) -> Any:
+        """A response as a row of data has it."""
+        record = self.record
+        return record.responses[number] if record.verbatim else [record.turns[number]]
 
 
 def read_principles(file: Path) -> list[str]:
@@ -80,10 +86,13 @@ def read_principles(file: Path) -> list[str]:
 def pairs_of(
     records: Sequence[Record], principles: Sequence[str], most: int, seed: int
 ) -> list[Pair]:
-    """The first `most` pairs of responses, each with a principle that is drawn for its number."""
+    """The first `most` pairs of different responses, each with a principle that is drawn for its
+    number."""
     pairs: list[Pair] = []
     for record in records:
         for first, second in itertools.combinations(range(len(record.replies)), 2):
+            if record.replies[first].strip() == record.replies[second].strip():
+                continue
             drawn = int(np.random.default_rng([seed, len(pairs)]).integers(len(principles)))
             pairs.append(Pair(record, first, second, principles[drawn]))
             if len(pairs) == most:

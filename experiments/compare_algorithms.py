@@ -6,9 +6,9 @@ r"""RAFT, best-of-n, DPO, GRPO, RLOO, PPO and PPO-ptx against one reward, on one
         --max_new_tokens 128
     python experiments/compare_algorithms.py --dry_run                       # prints the commands
 
-All but DPO sample --responses responses in all, unless their flags have other --steps, and maximise
---reward. The page has what that gains by the reward and by a judge, against the KL from the start
-and against the responses that were sampled.
+All but DPO sample --responses responses in all, unless their own flags give other steps or batches,
+and maximise --reward. The page has what that gains by the reward and by a judge, against the KL
+from the start and against the responses that were sampled.
 
     best-of-n-SEED               the best of n samples of the start
     raft-N-SEED                  RAFT: rounds of SFT on the best of N samples (Dong et al. 2023,

@@ -58,7 +58,12 @@ class PolicyConfig(GridConfig):
                     raise ValueError(f"--{each.name}: give --max_new_tokens to this script")
         if not self.gold and self.data.spec != "miniature":
             raise ValueError("--gold: these data have no judge of their own; name one")
-        if float(parse_flags(self.ppo_flags).get("ppo.beta", ["1"])[0]) == 0:
+        beta = " ".join(parse_flags(self.ppo_flags).get("ppo.beta", ["1"]))
+        try:
+            no_penalty = float(beta) == 0
+        except ValueError as error:
+            raise ValueError(f"--ppo_flags: --ppo.beta {beta}: expected a number") from error
+        if no_penalty:
             raise ValueError(f"--ppo_flags: --ppo.beta 0 measures no KL; give {BETA}")
 
     @property
@@ -67,11 +72,21 @@ class PolicyConfig(GridConfig):
         gold = {"gold": self.gold} if self.gold else {}
         return flags_of(self.data, "data") | gold | {"max_new_tokens": self.max_new_tokens}
 
-    def check(self, runs: Grid, reward: RewardConfig | None = None) -> Mesh | None:
+    @property
+    def comparison_flags(self) -> dict[str, Any]:
+        """The flags of run_rm.py, on comparisons of responses to these prompts."""
+        template = self.data.template
+        flags = {"preset": "miniature"} if self.data.spec == "miniature" else {}
+        return flags | ({} if template == "auto" else {"data.template": template})
+
+    def check(
+        self, runs: Grid, reward: RewardConfig | None = None, flag: str = "--reward"
+    ) -> Mesh | None:
         """Raises ValueError or OSError for flags that cannot work, before anything runs.
 
         Args:
           runs: the grid of these flags.
+          reward: what else scores, which `flag` names.
 
         Returns:
           a mesh for more checks; None if nothing is to run.
@@ -87,7 +102,7 @@ class PolicyConfig(GridConfig):
         if self.gold:
             scoring.check(RewardConfig(self.gold), mesh, "--gold")
         if reward is not None:
-            scoring.check(reward, mesh)
+            scoring.check(reward, mesh, flag)
         data.check(self.data, "prompts")
         return mesh
 
@@ -154,17 +169,16 @@ def rm_job(
       flipped: share of pairs whose order is reversed.
       more: more flags.
     """
-    file = c.directory / f"pairs-{count}-{seed}{'-flipped' if flipped else ''}.jsonl"
-    template = {"data.template": c.data.template} if c.data.template != "auto" else {}
+    end = f"-flipped-{flipped:g}" if flipped else ""
+    file = c.directory / f"pairs-{count}-{seed}{end}.jsonl"
     flags = {
-        **{"model": base.model, "seed": seed, **template},
+        **{"model": base.model, "seed": seed, **c.comparison_flags},
         **{"data": f"jsonl:{file}", "data.validation": f"jsonl:{c.directory / HELD_OUT_FILE}"},
         # Scores of several reward models are comparable: those of these responses have mean 0.
         **{"demonstrations": f"jsonl:{c.directory / BEST_FILE}", "demonstrations.validation": 0.9},
-        **({"preset": "miniature"} if c.data.spec == "miniature" else {}),
     }
-    if template:
-        flags["demonstrations.template"] = c.data.template
+    if "data.template" in flags:
+        flags["demonstrations.template"] = flags["data.template"]
     return Job(
         "run_rm.py",
         flags | parse_flags(c.rm_flags) | {**more},

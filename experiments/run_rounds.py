@@ -91,7 +91,11 @@ class Config(grids.PolicyConfig):
 
 def name_of(kind: str, number: int, way: tuple[str, str], seed: int) -> str:
     """The name of a run; all ways share a first policy, and so the samples of two rounds."""
-    ways = () if number <= (2 if kind == "samples" else 1) else way
+    ways = way
+    if number <= (2 if kind == "samples" else 1):
+        ways = ()
+    elif kind == "rm" and number == 2:  # before it, PPO has begun at one model
+        ways = way[:1]
     return "-".join([kind, f"{number}", *ways, f"{seed}"])
 
 
@@ -122,9 +126,9 @@ def add_round(
     before = name_of("ppo", number - 1, way, seed) if number > 1 else None
     policy = c.directory / before if before else c.model
     flags = {
-        **{"models": policy, "split": "train", "prompts": c.prompts, "samples": c.samples},
-        **{"batch_size": 512, "seed": 1000 * number + seed},
+        **{"models": policy, "batch_size": 512, "seed": 1000 * number + seed},
         **{**c.prompt_flags, **parse_flags(c.evaluate_flags)},
+        **{"split": "train", "prompts": c.prompts, "samples": c.samples},
     }
     if c.labels != (PAGE,):
         flags |= {"comparisons": [], "gold": c.labelers}
@@ -134,14 +138,15 @@ def add_round(
     rounds = range(1 if memory == "all" else number, number + 1)
     of_rounds = [name_of("samples", i, way, seed) for i in rounds]
     file = c.directory / f"{rm}.jsonl"
-    flags = {"model": c.model, "data": f"jsonl:{file}", "seed": seed}
-    flags |= {"preset": "miniature"} if c.data.spec == "miniature" else {}
+    flags = {"model": c.model, "data": f"jsonl:{file}", "seed": seed, **c.comparison_flags}
     write = functools.partial(write_labels, c, file, of_rounds)
     flags |= parse_flags(c.rm_flags)
     jobs.setdefault(rm, Job("run_rm.py", flags, needs=tuple(of_rounds), prepare=write))
 
     model = policy if start == "last" else c.model
     flags = {"model": model, "reward": c.directory / rm, "seed": seed, **c.prompt_flags}
+    if c.data.spec != "miniature":  # which has text of its own
+        flags["ptx.coef"] = 0
     needs = (rm, before) if before and start == "last" else (rm,)
     jobs.setdefault(ppo, Job("run_ppo.py", flags | parse_flags(c.ppo_flags), needs=needs))
 
@@ -228,7 +233,7 @@ def sections(c: Config) -> list[Section]:
 
 
 def check(c: Config) -> None:
-    c.check(grid(c), None if c.labels == (PAGE,) else RewardConfig(c.labelers))
+    c.check(grid(c), None if c.labels == (PAGE,) else RewardConfig(c.labelers), "--labels")
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """ai_feedback.py: both orders, soft labels and agreement by hand; answers against logits."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from instructjax.models import ModelConfig
 
 ROWS = [
     {"prompt": "name a river", "responses": ["one", " two ", "hi to"], "ranks": [1, 3, 2]},
+    {"prompt": "hi", "responses": ["same", " same"]},
     {
         "prompt": [
             {"role": "user", "content": "say hi"},
@@ -36,7 +38,9 @@ def records(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     tokenizer = chat_layouts.tokenizer("qwen")
     config = DataConfig(f"jsonl:{file}")
-    return data.read(config, "comparisons", tokenizer=tokenizer, render=False, log=str)
+    return data.read(
+        config, "comparisons", tokenizer=tokenizer, render=False, ranked=False, log=str
+    )
 
 
 def test_pairs_and_their_questions(records):
@@ -79,15 +83,19 @@ def test_both_orders_are_averaged(records):
     assert len(rows) == 2  # the other two are even
     assert rows[0] == {
         "prompt": "name a river",
-        "responses": ["one", "two"],
+        "responses": ["one", " two "],
         "ranks": [1, 2],
         "confidence": pytest.approx(0.8),
         "labeler": "M",
     }
     even = np.array([[0.9, 0.8]] * 4)
-    assert ai_feedback.rows_of(Config(model="M"), pairs, even)[3]["prompt"] == ROWS[1]["prompt"]
+    assert ai_feedback.rows_of(Config(model="M"), pairs, even)[3]["prompt"] == ROWS[2]["prompt"]
     worse = ai_feedback.rows_of(Config(model="M", clamp=(0.4, 0.6)), pairs, 1 - first_better)
     assert (worse[0]["ranks"], worse[0]["confidence"]) == ([2, 1], pytest.approx(0.6))
+    unranked = [p._replace(record=dataclasses.replace(p.record, ranks=(1, 1, 1))) for p in pairs]
+    results = ai_feedback.results_of(unranked, first_better)
+    assert "agreement" not in results
+    ai_feedback.print_results(results)
     against = ai_feedback.results_of(pairs, 1 - first_better)
     assert against["agreement"][0] == 0.25
 

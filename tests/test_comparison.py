@@ -46,11 +46,11 @@ def test_all_figures_are_of_the_prompts_that_all_answered():
 def test_comparisons_are_of_different_responses_that_ended():
     utility_PS = [[5, 2, 5], [1, 1, 1], [3, 4, 3], [7, 8, 9], [1, 2, 2]]
     given = answers(["1", "2", "3", "4", "5"], utility_PS, [[1, 2, 1]])
-    texts = [["a", "b", " a"], *[["a", "b", "c"]] * 3, [" ", "b", "c"]]
+    texts = [["a ", "b", " a"], *[["a", "b", "c"]] * 3, [" ", "b", "c"]]
     ended_PS = np.array([[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 0, 1], [1, 1, 1]], bool)
     rows, left_out = comparison.comparisons(replace(given, texts=texts, ended_PS=ended_PS))
     assert rows == [
-        {"prompt": "1", "responses": ["a", "b"], "scores": [5, 2]},
+        {"prompt": "1", "responses": ["a ", "b"], "scores": [5, 2]},
         {"prompt": "4", "responses": ["a", "c"], "scores": [7, 9]},
     ]
     assert left_out == {

@@ -96,6 +96,21 @@ def test_comparisons(row, columns, prompt, responses, ranks):
     assert (parsed.prompt, list(parsed.responses), parsed.ranks) == (prompt, split, ranks)
 
 
+def test_comparisons_that_are_to_be_ranked():
+    """Without ranks all are 1; those that are there are read."""
+    columns: dict = {}
+    for more, ranks in (({}, (1, 1)), ({"ranks": [1, 1]}, (1, 1)), ({"ranks": [2, 1]}, (2, 1))):
+        row = {"prompt": "p", "responses": ["x", "y"], **more}
+        parsed = parse(row, "f:1", "comparisons", columns, Template(), ranked=False)
+        assert (parsed.responses, parsed.ranks) == (("x", "y"), ranks)
+        if ranks == (1, 1):
+            with pytest.raises(DataError, match="ranks"):
+                record(row, "comparisons")
+    with pytest.raises(DataError, match="from 1"):
+        wrong = {"prompt": "p", "responses": ["x", "y"], "ranks": [0, 1]}
+        parse(wrong, "f:1", "comparisons", columns, Template(), ranked=False)
+
+
 def test_labelers_and_margins():
     row = {"prompt": "p", "chosen": "x", "rejected": "y"}
     assert record(row, "comparisons").labeler is None

@@ -32,7 +32,7 @@ def test_the_scripts_know_all_flags():
                 used = {path.split("/")[1] for path in (*flags.reward.spec, flags.value_model)}
             elif job.script == "run_rm.py":
                 used |= {"pairs"}
-                assert ("flipped" in name) == flags.data.spec.endswith("-flipped.jsonl")
+                assert ("flipped" in name) == flags.data.spec.endswith("-flipped-0.25.jsonl")
         assert used == set(job.needs)
 
 
@@ -46,7 +46,7 @@ def test_which_reward_models_and_which_score():
     assert jobs["rm-members-flipped-5"].flags["ensemble"] == 3
     for name, flips in (("clean", 0), ("flipped", 0.4)):
         for run in (f"rm-{name}-5", f"rm-start-{name}-5", f"rm-members-{name}-5"):
-            file = f"pairs-30-5{'-flipped' if flips else ''}.jsonl"
+            file = f"pairs-30-5{'-flipped-0.4' if flips else ''}.jsonl"
             assert jobs[run].prepare.args[1:] == (Path("OUT") / file, 30, 5, flips)
     rewards = {
         "single": {"reward": "rm-clean-3/export"},

@@ -179,6 +179,9 @@ def test_comparisons_of_one_model(world, tmp_path, capsys):
         rank = dict(zip(record.responses, record.ranks, strict=True))
         assert all(rank[a] < rank[b] for a, b in better)
         assert all(utility[text] == len(text) for text in record.responses)
+        ended = {x["response"] for x in rows if x["ended"]}
+        assert {*record.responses} <= ended
+    assert not all(x["ended"] for x in rows)
 
 
 def test_the_prompts_of_training(world, tmp_path):

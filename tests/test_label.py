@@ -64,6 +64,22 @@ def test_a_text_that_two_models_wrote_is_shown_once(tmp_path):
     assert (screen.responses, screen.models) == (["x", "y"], [["a", "c"], ["b"]])
 
 
+def test_what_training_would_read_otherwise_is_left_out(tmp_path):
+    """A response that did not end, and one that differs in outer spaces alone."""
+    texts = {"one": True, " one ": True, "cut": False, "two": True}
+    rows = [
+        {"model": "m", "prompt": "p", "response": text, "ended": ended}
+        for text, ended in texts.items()
+    ]
+    (screen,) = read(tmp_path, rows)
+    assert screen.responses == ["one", "two"]
+    known = [{"prompt": "p", "responses": ["x", " x", "y"], "ranks": [2, 2, 1]}]
+    (screen,) = screens.read_known(jsonl(tmp_path, known), log=quiet)
+    assert (screen.responses, screen.known_ranks) == (["x", "y"], (2, 1))
+    models = [row | {"model": model} for row, model in zip(rows, "abcd", strict=True)]
+    assert len(read(tmp_path, models, "pairs")) == 6
+
+
 def test_many_responses_are_several_screens_with_all_models(tmp_path):
     rows = [{"model": m, "prompt": "p", "response": f"{m}{i}"} for m in "ab" for i in range(5)]
     parts = read(tmp_path, rows)
@@ -529,10 +545,15 @@ def entered(url, name, **headers):
     return got["set-cookie"].split(";")[0]
 
 
+def database_of(url, **headers) -> str:
+    """What the page sends along, so that a label never goes to another labeling."""
+    return ask(url, "GET", "/", **headers)[2].partition('data-database="')[2].partition('"')[0]
+
+
 def test_requests_of_other_pages_are_refused(servers):
     url = servers[0].url
     cookie = entered(url, "ann")
-    body = {"labeler": "ann"}
+    body = {"labeler": "ann", "database": database_of(url)}
     port = urlsplit(url).port
     assert ask(url, "POST", "/next", body, Cookie=cookie)[0] == 200
     assert ask(url, "POST", "/next", body, Cookie=cookie, Origin="http://evil.example")[0] == 403
@@ -587,10 +608,12 @@ def test_headers_bodies_and_names(servers):
 def test_what_the_page_asks_for(servers):
     url = servers[0].url
     cookie = entered(url, "Žofie <b>")
-    mine = {"labeler": "Žofie <b>"}
+    mine = {"labeler": "Žofie <b>", "database": database_of(url)}
     assert "<bdi>Žofie &lt;b&gt;</bdi>" in ask(url, "GET", "/", Cookie=cookie)[2]
     page = json.loads(ask(url, "POST", "/next", mine, Cookie=cookie)[2])
-    assert ask(url, "POST", "/next", {"labeler": "ann"}, Cookie=cookie)[0] == 409  # another tab
+    for other in ({"labeler": "ann"}, {"database": "0" * 32}):  # of a tab that is not up to date
+        assert ask(url, "POST", "/next", mine | other, Cookie=cookie)[0] == 409
+        assert ask(url, "POST", "/labels", mine | said(page) | other, Cookie=cookie)[0] == 409
     assert ask(url, "POST", "/next", mine)[0] == 409
     assert ask(url, "POST", "/labels", mine | said(page, seconds=-1), Cookie=cookie)[0] == 422
     assert ask(url, "POST", "/labels", mine | said(page, screen="no"), Cookie=cookie)[0] == 404

@@ -201,6 +201,8 @@ ACC = {"accuracy": {"held-out prompts": {"reward model": [0.7, 0.6, 0.8]}}}
         (["--pairs", "40", "20"], "--pairs rising"),
         (["--rm_models", "a/export", "b/export"], "--rm_models: two are named alike"),
         (["--ppo_flags=--ppo.beta 0"], "--ppo_flags: --ppo.beta 0 measures no KL"),
+        (["--ppo_flags=--ppo.beta"], "--ppo_flags: --ppo.beta : expected a number"),
+        (["--ppo_flags=--ppo.beta x"], "--ppo_flags: --ppo.beta x: expected a number"),
         (["--evaluate_flags=--max_new_tokens 9"], "--evaluate_flags: give --max_new_tokens to"),
         (["--seeds", "1", "1"], "--seeds: give at least one, each once"),
         (["--ppo_flags", "3"], "--ppo_flags: 3: expected a flag"),

@@ -19,11 +19,11 @@ WAYS = Config(
 )
 REAL = Config(
     out=Path("OUT"),
-    data=DataConfig("jsonl:prompts.jsonl"),
+    data=DataConfig("jsonl:prompts.jsonl", template="plain"),
+    evaluate_flags="--prompts 9 --samples 1",
     gold=("judge.py:f",),
     labels=("runs/ai",),
     rm_flags="--epochs 2",
-    ppo_flags="--ptx.coef 0",
     max_new_tokens=48,
 )
 
@@ -36,11 +36,17 @@ def test_the_scripts_know_all_flags(c):
             sampled = name.startswith("samples")
             assert flags.split == ("train" if sampled else "validation")
             assert flags.comparisons == (sampled and c.labels != ("page",))
+            few = 512 if c is WAYS else 9
+            expected = (c.prompts, c.samples) if sampled else (few, 1)
+            assert (flags.prompts, flags.samples) == expected
             labels = c.labelers if flags.comparisons else c.gold
             assert flags.gold == labels
         else:
             used = {flags.model} | ({*flags.reward.spec} if job.script == "run_ppo.py" else set())
-        if job.script != "run_rm.py":
+        if job.script == "run_rm.py":
+            assert flags.data.template == c.data.template
+            assert flags.preset == ("miniature" if c is WAYS else "small")
+        else:
             assert (flags.data, flags.max_new_tokens) == (c.data, c.max_new_tokens)
             assert {*job.needs} == {path[4:] for path in used if path.startswith("OUT/")}
         assert name.endswith(f"-{flags.seed % 1000}")
@@ -59,6 +65,7 @@ def test_the_policy_and_the_labels_of_a_round():
         assert list(job.needs) == expected
         assert job.prepare.args[1:] == (Path(f"OUT/rm-3-{memory}-sft-3.jsonl"), expected)
         assert job.flags["model"] == "runs/sft"
+    assert jobs["ppo-2-newest-last-3"].flags["reward"] == Path("OUT/rm-2-newest-3")
     assert jobs["ppo-3-all-sft-3"].flags["model"] == "runs/sft"
     assert jobs["ppo-3-all-last-3"].flags["model"] == Path("OUT/ppo-2-all-last-3")
     models = ["ppo-1-3", *(f"ppo-{i}-all-sft-3" for i in (2, 3))]
@@ -131,7 +138,7 @@ def test_wrong_flags(tmp_path, capsys):
         (["--samples", "10"], "--samples 10: must be from 2 to 9"),
         (["--labels", "page", "f.py:f"], "--labels: give either page"),
         (["--data", "jsonl:x", "--gold", "f.py:f"], "--labels: only the miniature has"),
-        (["--model", "miniature", "--labels", "f.py:f"], "f.py"),
+        (["--model", "miniature", "--labels", "f.py:f"], "--labels f.py:f: there is no file"),
     ):
         with pytest.raises(SystemExit) as end:
             run_rounds.cli([*flags, "--out", f"{tmp_path}"])

@@ -51,6 +51,7 @@ def read(
     split: Split = "all",
     tokenizer: Any = None,
     render: bool = True,
+    ranked: bool = True,
     log: Callable[[str], None] = print,
 ) -> list[Record]:
     """Reads and validates records, without tokenising them.
@@ -59,6 +60,7 @@ def read(
       split: `train` and `validation` share no value of `config.split_by`.
       tokenizer: its chat template renders conversations; see `template.py` and `config.template`.
       render: False leaves conversations unrendered, for `prepare`.
+      ranked: False also reads comparisons without ranks; all of them are 1 then.
       log: receives the report on rows read, skipped and dropped.
     Raises:
       DataError: a row is bad, or no record is left.
@@ -66,7 +68,7 @@ def read(
     """
     report = _report(config, split, log)
     template = templates.of(tokenizer, config.template) if render else None
-    records = _read(config, kind, split, template, report)
+    records = _read(config, kind, split, template, report, ranked)
     report.print(len(records), kind)
     return records
 
@@ -180,6 +182,7 @@ def _read(
     split: Split,
     template: templates.Template | None,
     report: Report,
+    ranked: bool = True,
 ) -> list[Record]:
     columns = parse_columns(config.columns, NAMES[kind])
     check_unicode("--data.split_by", config.split_by)
@@ -192,6 +195,7 @@ def _read(
     noted = None if spec == "miniature" else report  # its rows hold what its judge reads
     given = ("--data.only", config.only, True), ("--data.without", config.without, False)
     filters = [_Filter(*words) for words in given if words[1]]
+    settings: Any = {"columns": columns, "template": template, "report": noted, "ranked": ranked}
     records: list[Record] = []
     for where, row in rows(spec, kind, split, config.txt):
         report.rows += 1
@@ -204,7 +208,7 @@ def _read(
                 continue
             tree = kind != "text" and is_tree(row)
             parts = expand_tree(row, kind, where, report) if tree else [row]
-            records.extend([parse(part, where, kind, columns, template, noted) for part in parts])
+            records.extend([parse(part, where, kind, **settings) for part in parts])
         except DataError as error:
             report.bad(error)
     for each in filters:

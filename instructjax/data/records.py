@@ -62,6 +62,7 @@ def parse(
     columns: Mapping[str, Column],
     template: Template | None,
     report: Report | None = None,
+    ranked: bool = True,
 ) -> Record:
     """Makes a record of a row.
 
@@ -72,6 +73,7 @@ def parse(
       columns: from `columns.parse_columns`; they take precedence over `fields.ALIASES`.
       template: renders the conversation; None leaves the row's texts as they are.
       report: counts replies that are cut, and notes columns that nothing reads.
+      ranked: whether a comparison needs ranks that differ; without ranks all are 1.
 
     Raises:
       DataError: the row makes no such record; the message names file, line and field.
@@ -88,7 +90,7 @@ def parse(
         names = [name for name, _ in dialogue.replies]
         more: dict[str, Any] = {}
         if kind == "comparisons":
-            more = {"ranks": _ranks(fields, names)} | _remarks(fields)
+            more = {"ranks": _ranks(fields, names, ranked)} | _remarks(fields)
         record = _rendered(fields, dialogue, template, report, more)
         if kind == "comparisons":
             _check_repeats(fields, record, names, report)
@@ -102,8 +104,8 @@ def rank(scores: Sequence[float]) -> tuple[int, ...]:
     return tuple(1 + sum(other > score for other in scores) for score in scores)
 
 
-def _ranks(fields: Fields, names: list[str]) -> tuple[int, ...]:
-    """The ranks of the responses with these names: 1 for the best."""
+def _ranks(fields: Fields, names: list[str], needed: bool) -> tuple[int, ...]:
+    """The ranks of the responses with these names: 1 for the best, and for all that have none."""
     count, pair = len(names), names == ["chosen", "rejected"]
     orders: dict[str, tuple[int, ...]] = {}
     for name in ("ranks", "scores"):
@@ -112,6 +114,8 @@ def _ranks(fields: Fields, names: list[str]) -> tuple[int, ...]:
             orders[name] = _order(fields, name, count)
     if pair:
         orders = {"chosen": (1, 2), **orders}
+    if not orders and not needed:
+        return (1,) * count
     if not orders:
         fields.get("ranks")  # raises
     first, *others = orders
@@ -120,7 +124,7 @@ def _ranks(fields: Fields, names: list[str]) -> tuple[int, ...]:
         for (rank_a, other_a, _), (rank_b, other_b, response) in combinations(check, 2):
             if (rank_a - rank_b) * (other_a - other_b) < 0:
                 raise fields.error(name, f"contradicts '{first}' about '{response}'")
-    if len(set(orders[first])) == 1:
+    if len(set(orders[first])) == 1 and needed:
         raise fields.error(first, "all responses are tied")
     return orders[first]
 

@@ -18,7 +18,7 @@ from instructjax.evaluation import statistics
 Key = tuple[str, str, int]
 
 # Names of `lines` that no measure may have.
-COLUMNS = ("model", "prompt", "tools", "response", "utility", "score", "kl", "where")
+COLUMNS = ("model", "prompt", "tools", "response", "ended", "utility", "score", "kl", "where")
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ def lines(answers: Mapping[str, Answers]) -> Iterator[dict[str, Any]]:
         for i, row in enumerate(given.prompt_rows):
             for j, text in enumerate(given.texts[i]):
                 line: dict[str, Any] = {"model": name, **row, "response": text}
+                line["ended"] = bool(given.ended_PS[i, j])
                 line["utility"] = float(given.utility_PS[i, j])
                 for column, values_PS in (("score", given.score_PS), ("kl", given.kl_PS)):
                     if values_PS is not None:
@@ -166,20 +167,21 @@ def comparisons(given: Answers) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """
     rows, left_out = [], Counter[str]()
     for i, row in enumerate(given.prompt_rows):
-        utilities: dict[str, float] = {}
+        judged: dict[str, tuple[str, float]] = {}  # by the text that a template would render
         answers = zip(given.texts[i], given.utility_PS[i], given.ended_PS[i], strict=True)
         for text, utility, ended in answers:
-            reply = text.strip()  # a template may do so
+            reply = text.strip()
             if not ended:
                 left_out["responses that did not end"] += 1
             elif not reply:
                 left_out["empty responses"] += 1
-            elif reply in utilities:
+            elif reply in judged:
                 left_out["repeated responses"] += 1
             else:
-                utilities[reply] = float(utility)
-        if len(set(utilities.values())) > 1:
-            rows.append({**row, "responses": [*utilities], "scores": [*utilities.values()]})
+                judged[reply] = text, float(utility)
+        responses, scores = [text for text, _ in judged.values()], [x for _, x in judged.values()]
+        if len(set(scores)) > 1:
+            rows.append({**row, "responses": responses, "scores": scores})
         else:
             left_out["prompts without two responses of different utility"] += 1
     return rows, dict(left_out)

@@ -105,17 +105,25 @@ class Grid:
     def check(self, runs: Sequence[str]) -> None:
         """Raises ValueError if `runs` are not `chosen`, or have finished with other flags."""
         for name in self.chosen(runs):
-            cost = self.out / f"{name}.cost.json"
-            recorded = json.loads(cost.read_text()).get("flags") if cost.exists() else None
-            flags = self._flags(name)
-            for flag in flags if recorded is None else {**recorded, **flags}:
-                before, now = (x.get(flag) for x in (recorded or flags, flags))
-                if before != now:
-                    before, now = (" ".join(["--" + flag, *(x or ["..."])]) for x in (before, now))
-                    raise ValueError(
-                        f"--out {self.out}: {name} was made with {before}, not {now}; give another"
-                        f" --out, or remove {cost.name}"
-                    )
+            for folder in dict.fromkeys((self.out, self.results or self.out)):
+                cost = folder / f"{name}.cost.json"
+                if cost.exists():
+                    self._compare(name, cost)
+
+    def _compare(self, name: str, cost: Path) -> None:
+        """Raises ValueError if a run that has finished was made with other flags than now."""
+        flags = self._flags(name)
+        recorded = json.loads(cost.read_text()).get("flags", flags)  # an old file has none
+        for flag in {**recorded, **flags}:
+            before, now = (
+                " ".join([f"--{flag}", *x[flag]]) if flag in x else f"no --{flag}"
+                for x in (recorded, flags)
+            )
+            if before != now:
+                raise ValueError(
+                    f"{cost}: {name} was made with {before}, and not with {now}; give another"
+                    " --out and --results, or remove this file"
+                )
 
     def _flags(self, name: str) -> dict[str, list[str]]:
         """A run's flags wherever its grid is."""
@@ -256,13 +264,14 @@ class Grid:
           the names of all that have not finished.
 
         Raises:
-          NotReadyError: all that could be made is made, and some run waits.
+          NotReadyError: none failed, all that could be made is made, and some run waits.
         """
         cores = sorted(os.sched_getaffinity(0)) if at_once > 1 else []
         shares = [set(cores[i::at_once]) or None for i in range(at_once)]
         waiting, finished = list(names), set[str]()
         running: dict[Any, tuple[str, set[int] | None]] = {}
-        not_ready: list[str] = []
+        not_ready: dict[str, str] = {}  # why, by name
+        failed = set[str]()
         processes: list[subprocess.Popen[bytes]] = []
         stopping, lock = threading.Event(), threading.Lock()
 
@@ -280,9 +289,11 @@ class Grid:
                         share = shares.pop()
                         waiting.remove(name)
                         running[pool.submit(self.run, name, share, started)] = name, share
-                    if not running and not_ready:
-                        raise NotReadyError("\n".join(not_ready))
+                    if not running and not_ready and not failed:
+                        raise NotReadyError("\n".join(not_ready.values()))
                     if not running:
+                        for message in not_ready.values():
+                            print(message, file=sys.stderr)
                         return [name for name in names if name not in finished]
                     done, _ = concurrent.futures.wait(
                         running, return_when=concurrent.futures.FIRST_COMPLETED
@@ -291,9 +302,9 @@ class Grid:
                         name, share = running.pop(future)
                         shares.append(share)
                         try:
-                            finished |= {name} if future.result() else set()
+                            (finished if future.result() else failed).add(name)
                         except NotReadyError as error:
-                            not_ready.append(f"{error}")
+                            not_ready[name] = f"{error}"
             except SystemExit:
                 with lock:
                     stopping.set()

@@ -55,10 +55,13 @@ def write(store: Store, directory: Path, log: Callable[[str], None] = print) -> 
         log(f"  {tied:,} in no comparison: all responses that are not empty are tied")
     for name, written in rows.items():
         file = directory / name
-        file.unlink(missing_ok=True)
-        if written:
+        if not written:
+            file.unlink(missing_ok=True)
+        else:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
-            file.write_text(text, encoding="utf-8")
+            part = file.with_name(f"{name}.part")
+            part.write_text(text, encoding="utf-8")
+            part.replace(file)  # a kill leaves the earlier one
             log(f"  {len(written):,} rows in {file}")
     return {name: len(written) for name, written in rows.items()}
 

@@ -131,7 +131,7 @@ def read_known(spec: str, log: Callable[[str], None] = print) -> list[Screen]:
         written = _row(row, where, "rank")
         flags = _known_flags(row.get("flags"), where, len(ranks))
         # Of equal texts, whose ranks are equal too, the first is shown.
-        texts = [json.dumps(reply) for reply, _ in written.responses]
+        texts = [_key(reply) for reply, _ in written.responses]
         kept = [i for i, text in enumerate(texts) if text not in texts[:i]]
         screens.append(
             Screen(
@@ -167,6 +167,10 @@ def _rows(spec: str, kind: Kind, report: Report) -> Iterator[_Written]:
         report.rows += 1
         if isinstance(row, DataError):
             raise row
+        if kind == "rank" and isinstance(row, dict) and row.get("ended") is False:
+            # Training would read it as a whole one.
+            report.count("left out", "responses that did not end", where)
+            continue
         tree = dialogue.is_tree(row)
         for part in dialogue.expand_tree(row, record, where, report) if tree else [row]:
             yield _row(part, where, kind)
@@ -213,6 +217,11 @@ def _replies(said: Conversation) -> list[Reply]:
     return [turn["content"] if turn.keys() == plain else [turn] for _, turn in said.replies]
 
 
+def _key(reply: Reply) -> str:
+    """Equal for replies that one template may render alike: some leave out the outer spaces."""
+    return json.dumps(reply.strip() if isinstance(reply, str) else reply)
+
+
 def _models(value: Any, where: str, count: int) -> Sequence[str | None]:
     if value is None:
         return [None] * count
@@ -243,7 +252,7 @@ def _rankings(written: _Written, report: Report) -> Iterator[tuple[str, Screen]]
     """Screens of 2 to 9 different responses. A text that several models wrote is shown once."""
     by_text: dict[str, tuple[Reply, list[str]]] = {}
     for reply, model in written.responses:
-        _, models = by_text.setdefault(json.dumps(reply), (reply, []))
+        _, models = by_text.setdefault(_key(reply), (reply, []))
         models.extend([] if model is None else [model])
     if len(by_text) < 2:
         reason = "prompts without two different responses to rank"

@@ -104,12 +104,16 @@ def make_app(desk: Desk, token: str | None, port: int) -> Starlette:
     ) -> Callable[[Request], Awaitable[Response]]:
         """An endpoint for one who has entered a name; `answer` gets it, and the request's body.
 
-        The body says whom the page takes its visitor for: another tab may have entered another
-        name since, and a label must never become that one's.
+        The body says whom the page takes its visitor for, and which database: another tab may have
+        entered another name since, or another labeling may be served here by now. A label must
+        never become one of these.
         """
+        database = desk.store.about("id")
 
         async def endpoint(request: Request) -> Response:
             given, name = await body(request), labeler(request)
+            if given.get("database") != database:
+                return refusal(HTTPStatus.CONFLICT, "another labeling is served here now: reload")
             if name is None or given.get("labeler") != name:
                 return refusal(
                     HTTPStatus.CONFLICT, "another name was entered in this browser: reload"

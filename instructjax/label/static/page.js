@@ -49,7 +49,7 @@ class Page {
     try {
       for (let tries = 0; ; tries++) {
         const sent = await this.unsent.send();
-        const answer = sent === "waiting" ? { status: 0 } : await post(earlier ? "/earlier" : "/next", { labeler, screen: earlier });
+        const answer = sent === "waiting" ? { status: 0 } : await post(earlier ? "/earlier" : "/next", { database, labeler, screen: earlier });
         if (answer.status === 200) {
           notice(sent === "sent" ? "" : sent);
           this.show(answer.value);

@@ -46,8 +46,8 @@ export async function post(path, body) {
 
 export class Unsent {
   constructor(database, labeler) {
-    this.prefix = `instructjax/${database}/${labeler}/`;
-    this.labeler = labeler;
+    this.prefix = `instructjax/${database}/${encodeURIComponent(labeler)}/`;
+    this.who = { database, labeler };
     this.sending = null;
   }
 
@@ -61,7 +61,7 @@ export class Unsent {
   // The label takes the draft's place. Keys sort by time: labels are sent in the order of their making.
   add(screen, label) {
     const time = String(Date.now()).padStart(15, "0"), id = drawId();
-    const kept = write(`${this.prefix}label/${time}/${id}`, JSON.stringify({ ...label, id, screen, labeler: this.labeler }));
+    const kept = write(`${this.prefix}label/${time}/${id}`, JSON.stringify({ ...label, id, screen, ...this.who }));
     this.dropDraft(screen);
     return kept;
   }
