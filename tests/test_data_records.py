@@ -106,8 +106,8 @@ def test_comparisons_that_are_to_be_ranked():
         if ranks == (1, 1):
             with pytest.raises(DataError, match="ranks"):
                 record(row, "comparisons")
+    wrong = {"prompt": "p", "responses": ["x", "y"], "ranks": [0, 1]}
     with pytest.raises(DataError, match="from 1"):
-        wrong = {"prompt": "p", "responses": ["x", "y"], "ranks": [0, 1]}
         parse(wrong, "f:1", "comparisons", columns, Template(), ranked=False)
 
 
