@@ -208,28 +208,27 @@ def finish(
 
 
 def table(rows: Mapping[str, Any], prompts: int) -> Table:
-    """`results` on the terminal."""
-    columns = {  # key of a row -> (title, format)
+    """`results` on the terminal, a column for each policy: so many figures fit no row of 80."""
+    figures = {  # key of a policy's figures -> (title, format)
         "score": ("score", "{:+.2f}\n({:+.2f} to {:+.2f})"),
         "kl": ("KL, nats", "{:.2f}"),
-        "length": ("length", "{:.1f}"),
+        "length": ("length, tokens", "{:.1f}"),
         "eos_fraction": ("ends", "{:.1%}"),
         "utility": ("gold utility", "{:+.2f}"),
         "win_rate": ("win rate by gold", "{:.1%}\n({:.1%} to {:.1%})"),
         "win_rate_at_equal_length": ("at equal length", "{:.1%}\n({:.1%} to {:.1%})"),
         "text_loss": ("text loss", "{:.3f}"),
     }
-    shown = [key for key in columns if any(key in row for row in rows.values())]
-    drawn = Table(title=f"on {prompts:,} held-out prompts, one response each")
-    drawn.add_column("")
-    for key in shown:
-        drawn.add_column(columns[key][0], justify="right")
-    for name, row in rows.items():
-        row = {key: row[key] for key in row if key in columns}
-        if "score" in row:
-            row["score"] = (row["score"], *rows[name]["score_interval"])
-        cells = {key: columns[key][1].format(*np.atleast_1d(x)) for key, x in row.items()}
-        drawn.add_row(name, *(cells.get(key, "") for key in shown))
+    drawn = Table("", title=f"on {prompts:,} held-out prompts, one response each")
+    for name in rows:
+        drawn.add_column(name, justify="right")
+    for key, (title, form) in figures.items():
+        cells = []
+        for row in rows.values():
+            value = (row[key], *row["score_interval"]) if key == "score" in row else row.get(key)
+            cells.append("" if value is None else form.format(*np.atleast_1d(value)))
+        if any(cells):
+            drawn.add_row(title, *cells)
     return drawn
 
 
