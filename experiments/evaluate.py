@@ -209,6 +209,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         if jax.process_index() == 0:
             for what, count in left_out.items():
                 print(f"{COMPARISONS} leaves out {count:,} {what}")
+            if not rows:
+                print(f"warning: {COMPARISONS} is empty; more --max_new_tokens end more responses")
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (config.out / COMPARISONS).write_text(text, encoding="utf-8")
         written.append(COMPARISONS)

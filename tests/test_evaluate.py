@@ -169,7 +169,11 @@ def test_comparisons_of_one_model(world, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "comparisons.jsonl leaves out " in said
     assert f"{tmp_path}/comparisons.jsonl" in said.replace("\n", "")
+    assert "is empty" not in said
+    assert "against" not in said
     rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    run(world, tmp_path / "cut", *flags[:4], "--max_new_tokens", "1", "--comparisons")
+    assert "warning: comparisons.jsonl is empty" in capsys.readouterr().out
     records = data.read(data.DataConfig(f"jsonl:{tmp_path}/comparisons.jsonl"), "comparisons")
     assert records
     for record in records:

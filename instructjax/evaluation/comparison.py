@@ -299,7 +299,8 @@ def tables(results: Mapping[str, Any], first: str, by: str) -> list[Table]:
     wins = ("utility", "win_rate", "win_rate_at_equal_length")
     columns = [key for key in wins if any(key in row for row in rows.values())]
     titles = {"win_rate": "wins", "win_rate_at_equal_length": "at equal length"}
-    against = Table(title=f"against {first}, by {by}, on {results['prompts']:,} prompts")
+    others = f"against {first}, " if len(rows) > 1 else ""
+    against = Table(title=f"{others}by {by}, on {results['prompts']:,} prompts")
     against.add_column("", overflow="fold")
     for key in columns:
         against.add_column(titles.get(key, key), justify="right", no_wrap=True)
