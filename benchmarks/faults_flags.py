@@ -210,6 +210,15 @@ WRONG = [
         ("--model rm", "--model rm"),
         ("--model lm --clamp 0.6 0.7", "--clamp 0.6 0.7"),
         ("--model lm --principles nothing.toml", "--principles nothing.toml"),
+        ("--model lm --only_principles harms", "--only_principles harms"),
+        ("--model lm --noise 1", "--noise"),
+    ),
+    *lines(
+        "critique_revise.py",
+        ("--model rm", "--model rm"),
+        ("--model lm --critic runs/nothing", "--critic runs/nothing"),
+        ("--model lm --oversight 0.1", "--oversight"),
+        ("--model lm --principles nothing.toml", "--principles nothing.toml"),
     ),
     *lines(
         "preflight.py",

@@ -3,6 +3,7 @@ r"""AI feedback: a model says which of two responses is better, under a written 
     python experiments/ai_feedback.py --model MODEL --data jsonl:pairs.jsonl      # ranked or not
     python experiments/ai_feedback.py --model MODEL --data jsonl:runs/evaluation/comparisons.jsonl \
         --principles my_principles.toml --thoughts 128 --clamp 0.4 0.6
+    python experiments/ai_feedback.py --model rules --noise 1 --place_bias 0.5    # the miniature
     python experiments/run_rm.py --model runs/sft --data jsonl:runs/ai_feedback/comparisons.jsonl
 
 The model is asked twice about each pair of responses, which change places, and its probabilities of
@@ -10,10 +11,14 @@ the answers A and B are averaged over both: a soft label (RLAIF, Lee et al. 2023
 A principle is drawn for each pair (Constitutional AI, Bai et al. 2022, arXiv 2212.08073). With
 --thoughts it writes some text first, and answers after that.
 
+On the miniature, `--model rules` is a critic that reads as the gold judge does, with errors. A base
+model that has learned from the pages of miniature/critics.py can label too: --principles miniature.
+
 Hardware: two CPU cores suffice for a model of 135M parameters and a few hundred pairs.
 Result: OUT/comparisons.jsonl, pairs with ranks and the confidence that run_rm.py reads; and
 OUT/results.json: how often the place decides and, where --data has ranks, how often the model
-agrees with them. The data's ranks are used for nothing else.
+agrees with them, or on the miniature with the gold judge. The data's ranks are used for nothing
+else.
 """
 
 import dataclasses
@@ -24,23 +29,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ai_labeler
+import constitution
 import jax
 import numpy as np
 import tyro
-from ai_labeler import Pair, read_principles
+from ai_labeler import Pair
 from rich.console import Console
 from rich.table import Table
 
-from instructjax import data, ranges, sharding, usage
+from instructjax import data, miniature, ranges, sharding, usage
 from instructjax.data import DataConfig, prompt_ids, template
-from instructjax.evaluation import comparison, statistics
+from instructjax.evaluation import comparison
+from instructjax.miniature import critics
 from instructjax.offload import freeze
-from instructjax.ranges import Count, CountOrZero, Positive, Seed, Share
+from instructjax.ranges import Count, CountOrZero, Finite, NotNegative, Positive, Seed, Share
 from instructjax.run import checks, main, pretrained
 from instructjax.run.metrics import phase
 from instructjax.run.process import cache_compilations
 
 PRINCIPLES = Path(__file__).resolve().parent / "principles.toml"
+RULES = "rules"  # as --model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +56,21 @@ class Config:
     """The labeler, what it labels, and its principles."""
 
     model: str
-    """Labeler: a language model, best a chat model."""
+    """Labeler: a language model, best a chat model; or `rules`, the miniature's rule-based
+    critic."""
     data: DataConfig = field(default_factory=DataConfig)
     """Comparisons, whose responses are labeled two at a time. They need no ranks."""
     out: Path = Path("runs/ai_feedback")
     """Directory of the labels."""
-    principles: Path = PRINCIPLES
-    """TOML file with a list `principles` of texts."""
+    principles: str | None = None
+    """TOML file of principles, or `miniature` for those in the miniature's words. By default
+    `miniature` with `--model rules`, and otherwise principles.toml beside this script."""
+    only_principles: tuple[str, ...] = ()
+    """Names of the principles to draw from. By default all that can choose."""
+    noise: NotNegative = 0.0
+    """Standard deviation of the errors of `--model rules`, in units of the judge's utility."""
+    place_bias: Finite = 0.0
+    """How much better the response that is shown first seems to `--model rules`, likewise."""
     pairs: Count = 1000
     """Number of pairs, the first of the data. All pairs of a prompt's responses are labeled."""
     thoughts: CountOrZero = 0
@@ -76,7 +92,22 @@ class Config:
         ranges.check(self)
         if not self.clamp[0] <= 0.5 <= self.clamp[1]:
             raise ValueError(f"--clamp {self.clamp[0]} {self.clamp[1]}: 0.5 must lie between")
+        if self.model == RULES and self.constitution_source != constitution.MINIATURE:
+            raise ValueError("--principles: `--model rules` knows those of the miniature alone")
+        if self.model != RULES and (self.noise or self.place_bias):
+            raise ValueError("--noise and --place_bias are of `--model rules` alone")
         sharding.parse_mesh(self.mesh)
+
+    @property
+    def constitution_source(self) -> str:
+        """--principles or its default."""
+        by_default = constitution.MINIATURE if self.model == RULES else f"{PRINCIPLES}"
+        return self.principles or by_default
+
+    @property
+    def constitution(self) -> constitution.Constitution:
+        """The principles that can choose."""
+        return constitution.read(self.constitution_source, ("choose",), self.only_principles)
 
 
 # ------------------------------------------------------------------------------------- results
@@ -99,62 +130,74 @@ def rows_of(c: Config, pairs: Sequence[Pair], first_better: np.ndarray) -> list[
     return rows
 
 
-def results_of(pairs: Sequence[Pair], first_better: np.ndarray) -> dict[str, Any]:
-    """How the labeler's answers depend on the place, and agree with the ranks of the data.
-
-    Returns:
-      `share_a`, the mean of P(A); `decided_by_place`, the share of pairs whose answer changes with
-      the order; and over the pairs that the data orders, if there are any, `agreement`, and by
-      principle. A label that is even counts half.
-    """
-    label, (as_a, as_b) = first_better.mean(1), first_better.T
-    gaps = np.array([p.record.ranks[p.second] - p.record.ranks[p.first] for p in pairs])
-    agrees = np.where(label == 0.5, 0.5, (label > 0.5) == (gaps > 0))
-    ordered = gaps != 0
-    of_prompt = np.array([p.record.where for p in pairs])
-    by_principle = {}
-    for principle in dict.fromkeys(pair.principle for pair in pairs):
-        chosen = ordered & np.array([pair.principle == principle for pair in pairs])
-        if chosen.any():
-            by_principle[principle] = statistics.mean(agrees[chosen], of_prompt[chosen])
-    results = {
-        "pairs": len(pairs),
-        "share_a": float(np.mean([as_a, 1 - as_b])),
-        "decided_by_place": float(np.mean((as_a > 0.5) != (as_b > 0.5))),
-    }
-    if ordered.any():
-        agreement = statistics.mean(agrees[ordered], of_prompt[ordered])
-        results |= {"agreement": agreement, "by_principle": by_principle}
-    return results
-
-
 # ------------------------------------------------------------------------------- from the command
 
 
 def check(c: Config) -> None:
     """Raises ValueError or OSError for flags that cannot work, before anything is loaded."""
     checks.check_directory("--out", c.out)
-    read_principles(c.principles)
+    assert c.constitution
+    data.check(c.data, "comparisons")
+    if c.model == RULES:
+        return
     mesh = sharding.make_mesh(**sharding.parse_mesh(c.mesh), devices=jax.devices())
     checks.check_rows("--batch_size", c.batch_size, 1, mesh)
     pretrained.check(c.model, mesh, scalar_head=False)
-    data.check(c.data, "comparisons")
 
 
 def ai_feedback(c: Config) -> dict[str, Any]:
     """Labels the pairs. Returns the contents of results.json."""
+    pairs, first_better = (label_by_rule if c.model == RULES else label_by_model)(c)
+    results = ai_labeler.results_of(pairs, first_better)
+    if jax.process_index() == 0:
+        c.out.mkdir(parents=True, exist_ok=True)
+        rows = rows_of(c, pairs, first_better)
+        if len(rows) < len(pairs):
+            print(f"{len(pairs) - len(rows):,} pairs are left out: their label is even")
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        file = c.out / "comparisons.jsonl"
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        (c.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        print_results(results)
+        print(f"wrote {file}, {c.out / 'results.json'}")
+    return results
+
+
+def label_by_rule(c: Config) -> tuple[list[Pair], np.ndarray]:
+    """The pairs, and P(the first is better) of each in both orders.
+
+    Raises:
+      ValueError: the data are not the miniature's.
+    """
+    tokenizer = miniature.tokenizer()
+    records = data.read(c.data, "comparisons", tokenizer=tokenizer, render=False, ranked=False)
+    for record in records:
+        if "request" not in record.row:
+            raise ValueError(f"--model rules: {record.where} has no request: it judges no such row")
+    pairs = ai_labeler.pairs_of(records, c.constitution, c.pairs, c.seed)
+    critic = critics.RuleCritic(c.noise, c.place_bias, seed=c.seed)
+    return pairs, ai_labeler.label_by_rule(pairs, critic)
+
+
+def label_by_model(c: Config) -> tuple[list[Pair], np.ndarray]:
+    """The pairs that the model has room for, and P(the first is better) of each in both orders.
+
+    Raises:
+      ValueError: it has room for none.
+    """
     cache_compilations()
     mesh = sharding.make_mesh(**sharding.parse_mesh(c.mesh), devices=jax.devices())
     model, params, tokenizer = pretrained.load(c.model, mesh, scalar_head=False)
     model = dataclasses.replace(model, dtype=c.model_dtype)
     records = data.read(c.data, "comparisons", tokenizer=tokenizer, render=False, ranked=False)
-    pairs = ai_labeler.pairs_of(records, read_principles(c.principles), c.pairs, c.seed)
-    ending = ai_labeler.THINK if c.thoughts else ai_labeler.ANSWER
+    principles, think = c.constitution, c.thoughts > 0
+    pairs = ai_labeler.pairs_of(records, principles, c.pairs, c.seed)
     form = template.of(tokenizer, "auto", model.eos_ids)
-    tokens = [len(prompt_ids(pair.question(False, ending), tokenizer, form)) for pair in pairs]
     room = model.max_length - c.thoughts - 16  # what is said before the answer, and the answer
-    fitting = [pair for pair, count in zip(pairs, tokens, strict=True) if count < room]
-    if len(fitting) < len(pairs):
+    questions = (pair.question(False, principles, think) for pair in pairs)
+    fits = [len(prompt_ids(question, tokenizer, form)) < room for question in questions]
+    fitting = [pair for pair, fit in zip(pairs, fits, strict=True) if fit]
+    if len(fitting) < len(pairs) and jax.process_index() == 0:
         print(f"{len(pairs) - len(fitting):,} pairs are left out: the model has no room for them")
     if not fitting:
         raise ValueError(f"--model {c.model}: no pair fits its {model.max_length:,} tokens")
@@ -165,24 +208,13 @@ def ai_feedback(c: Config) -> dict[str, Any]:
         mesh,
         jax.random.key(c.seed),
         size=c.batch_size,
+        answers=principles.answers,
+        before_answer=principles.before_answer,
         thoughts=c.thoughts,
         temperature=c.temperature,
     )
     with phase(Console(), f"labeling {len(fitting):,} pairs, each in both orders"):
-        first_better = ai_labeler.label(fitting, ask, ending)
-    results = results_of(fitting, first_better)
-    if jax.process_index() == 0:
-        c.out.mkdir(parents=True, exist_ok=True)
-        rows = rows_of(c, fitting, first_better)
-        if len(rows) < len(fitting):
-            print(f"{len(fitting) - len(rows):,} pairs are left out: their label is even")
-        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-        file = c.out / "comparisons.jsonl"
-        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        (c.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print_results(results)
-        print(f"wrote {file}, {c.out / 'results.json'}")
-    return results
+        return fitting, ai_labeler.label(fitting, ask, principles, think)
 
 
 def print_results(results: Mapping[str, Any]) -> None:
@@ -192,9 +224,11 @@ def print_results(results: Mapping[str, Any]) -> None:
     agreements = {}
     if "agreement" in results:
         agreements = {"all": results["agreement"], **results["by_principle"]}
-    for name, estimate in agreements.items():
-        shown = "{:.1%} ({:.1%} to {:.1%})".format(*estimate)
-        table.add_row(f"agreement with the data's ranks: {name}", shown)
+    judge = results.get("agreement_with_judge", {})
+    for what, estimates in (("the data's ranks", agreements), ("the judge", judge)):
+        for name, estimate in estimates.items():
+            shown = "{:.1%} ({:.1%} to {:.1%})".format(*estimate)
+            table.add_row(f"agreement with {what}: {name}", shown)
     Console().print(table)
 
 

@@ -73,9 +73,14 @@ def keys(records: Sequence[Record]) -> list[Key]:
 
 
 def prompt_row(record: Record) -> dict[str, Any]:
-    """The prompt as a row of a data file has it, so that it is rendered once more as it was."""
-    row = {"prompt": record.prompt if record.verbatim else list(record.messages)}
-    return row if record.tools is None else row | {"tools": record.tools}
+    """The prompt as a row of a data file has it, so that it is rendered once more as it was.
+
+    A row of the miniature keeps its request, by which its judge and its critics judge.
+    """
+    row: dict[str, Any] = {"prompt": record.prompt if record.verbatim else list(record.messages)}
+    if record.tools is not None:
+        row["tools"] = record.tools
+    return row | {k: v for k, v in record.row.items() if k == "request"}
 
 
 def shared(answers: Mapping[str, Answers]) -> dict[str, Answers]:

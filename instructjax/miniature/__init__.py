@@ -11,6 +11,7 @@ In reading order:
     writers.py     responses, good and flawed
     labelers.py    demonstrations, and rankings with ties and noise
     text.py        the pretraining corpus
+    critics.py     critics by rule, and pages on which critics write
     benchmarks.py  the benchmarks of the alignment tax and of bias, and a mix of public tasks
     wordlevel.py   the tokenizer
     stats.py       the figures that the calibration rests on

@@ -1,0 +1,134 @@
+"""What critique_revise.py writes and prints of its chains."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from revision_chains import Chain
+from rich.console import Console
+from rich.table import Table
+
+from instructjax import data, rollout
+from instructjax.data import Record, template
+from instructjax.data.records import parse
+from instructjax.evaluation import comparison, gold, statistics
+from instructjax.miniature import critics
+
+
+def rows_of(records: Sequence[Record], chains: Sequence[Chain]) -> list[dict[str, Any]]:
+    """The revisions as demonstrations."""
+    return [
+        {**comparison.prompt_row(record), "completion": text, "revision": i, "principle": name}
+        for record, chain in zip(records, chains, strict=True)
+        for i, (text, name) in enumerate(zip(chain.texts[1:], chain.principles, strict=True), 1)
+    ]
+
+
+def results_of(
+    records: Sequence[Record], chains: Sequence[Chain], judge: Callable[[list[str]], Any]
+) -> list[dict[str, Any]]:
+    """Figures of the responses (number 0) and of the revisions of each number.
+
+    A chain that has ended keeps its last revision.
+
+    Args:
+      judge: texts -> [n] by the name of a figure.
+    """
+    rows = []
+    for number in range(max(len(chain.texts) for chain in chains)):
+        texts = [chain.texts[min(number, len(chain.texts) - 1)] for chain in chains]
+        revised = [chain for chain in chains if 0 < number < len(chain.texts)]
+        changed = [chain.texts[number] != chain.texts[number - 1] for chain in revised]
+        row: dict[str, Any] = {"revision": number, "revised": len(revised)}
+        row["words"] = float(np.mean([len(text.split()) for text in texts]))
+        if changed:
+            row["changed"] = float(np.mean(changed))
+        for name, values in judge(texts).items():
+            row[name] = statistics.mean(values[~np.isnan(values)])
+        if number and all("request" in record.row for record in records):
+            row["critique_right"] = critiques_right(records, chains, number)
+        rows.append(row)
+    return rows
+
+
+def critiques_right(
+    records: Sequence[Record], chains: Sequence[Chain], number: int
+) -> dict[str, float]:
+    """The share of critiques that say what the judge sees, by principle: of the miniature's."""
+    by_name = {principle.name: principle for principle in critics.PRINCIPLES}
+    right: dict[str, list[bool]] = {}
+    for record, chain in zip(records, chains, strict=True):
+        if number < len(chain.texts) and chain.principles[number - 1] in by_name:
+            principle = by_name[chain.principles[number - 1]]
+            kept = critics.keeps(dict(record.row), chain.texts[number - 1], principle.name)
+            expected = principle.kept if kept else principle.broken
+            said = chain.critiques[number - 1] == expected
+            right.setdefault(principle.name, []).append(said)
+    return {name: float(np.mean(said)) for name, said in sorted(right.items())}
+
+
+def make_judge(
+    specs: Sequence[str],
+    spec: str,
+    records: Sequence[Record],
+    tokenizer: Any,
+    mesh: Mesh,
+    *,
+    eos_ids: Sequence[int],
+    size: int,
+    dtype: str,
+) -> Callable[[list[str]], dict[str, np.ndarray]]:
+    """Texts of responses to the prompts -> the judge's figures of each, by name.
+
+    Args:
+      specs: the judge; see `gold.load_judge`.
+      spec: of the prompts.
+      eos_ids: the model's ids that end a response.
+      size: responses that are scored at the same time.
+      dtype: of reward models.
+    """
+    judged = gold.load_judge(specs, spec, mesh, tokenizer, dtype)
+    form = template.of(tokenizer, "auto", eos_ids)
+
+    def judge(texts: list[str]) -> dict[str, np.ndarray]:
+        if judged is None:
+            return {}
+        rows = [
+            comparison.prompt_row(x) | {"completion": text}
+            for x, text in zip(records, texts, strict=True)
+        ]
+        demonstrations = [parse(row, "", "demonstrations", {}, form) for row in rows]
+        encoded = data.encode(demonstrations, "demonstrations", tokenizer, eos_ids=eos_ids)
+        prompts = [encoded.prompt[i].tolist() for i in range(len(texts))]
+        responses = [encoded.response[i, 0].tolist() for i in range(len(texts))]
+        tokens = rollout.left_padded(prompts, max(map(len, prompts)))
+        tokens |= rollout.right_padded(responses)
+        run_model = functools.partial(
+            rollout.map_batches,
+            rows=tokens,
+            size=size,
+            buckets=[tokens["mask_BR"].shape[1]],
+            mesh=mesh,
+        )
+        figures = {"utility": judged(run_model, records, texts)}
+        if spec == "miniature":
+            figures |= gold.measures(records, texts)
+        return figures
+
+    return judge
+
+
+def print_results(results: Sequence[dict[str, Any]]) -> None:
+    """Prints the means; results.json has the intervals."""
+    table = Table("", *(f"{row['revision']}" for row in results), title="By number of revisions")
+    for name in dict.fromkeys(name for row in results for name in row if name != "revision"):
+        cells = []
+        for value in (row.get(name) for row in results):
+            if isinstance(value, dict):
+                value = float(np.mean(list(value.values()))) if value else None
+            value = value[0] if isinstance(value, tuple) else value
+            cells.append("" if value is None else f"{value:.3g}")
+        table.add_row(name.replace("_", " "), *cells)
+    Console().print(table)

@@ -1,0 +1,268 @@
+"""critique_revise.py: dialogues of critiques and revisions by hand, whole runs, and --resume."""
+
+import json
+
+import chat_layouts
+import constitution
+import critique_revise
+import jax
+import numpy as np
+import pytest
+import revision_chains
+import revision_results
+from constitution import Constitution, Principle
+from revision_chains import Chain
+
+from instructjax import data, hf, miniature, models, rollout, sharding
+from instructjax.data import DataConfig
+from instructjax.miniature import critics
+from instructjax.models import ModelConfig
+
+PROMPTS = [{"prompt": "name a river"}, {"prompt": [{"role": "user", "content": "say hi"}]}]
+THREE = Constitution(tuple(Principle(f"P{i}", "", f"ask {i}", f"mend {i}") for i in range(3)))
+
+
+def read(tmp_path, tokenizer, rows):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data.read(DataConfig(f"jsonl:{file}"), "prompts", tokenizer=tokenizer, log=str)
+
+
+def test_a_critique_and_a_revision(tmp_path):
+    """The critic reads the newest response, then its critique too; no end means no revision."""
+    records = read(tmp_path, chat_layouts.tokenizer("qwen"), [*PROMPTS, *PROMPTS])
+    chains = [Chain(["r0"]), Chain(["r1"]), Chain(["r2"]), Chain(["r3"], ended=True)]
+    heard, keys = [], []
+
+    def say(conversations, key):
+        heard.append(conversations)
+        keys.append(key)
+        number = len(heard)
+        return [None if (number, i) == (2, 1) else f"said {number} {i}" for i in range(3)][
+            : len(conversations)
+        ]
+
+    key = jax.random.key(3)
+    revision_chains.revise(chains, records, THREE, say, key, number=1, seed=7)
+    drawn = [THREE.draw(7, 1, i) for i in range(3)]
+    assert len({principle.name for principle in drawn}) > 1
+    for i, principle in enumerate(drawn):
+        *said, response, request = heard[0][i]
+        assert said == list(records[i].messages)
+        assert response == {"role": "assistant", "content": f"r{i}"}
+        assert request == {"role": "user", "content": principle.critique}
+        assert heard[1][i] == [
+            *heard[0][i],
+            {"role": "assistant", "content": f"said 1 {i}"},
+            {"role": "user", "content": principle.revision},
+        ]
+    assert not np.array_equal(*map(jax.random.key_data, keys))
+    assert chains[0] == Chain(["r0", "said 2 0"], [drawn[0].name], ["said 1 0"])
+    assert chains[1] == Chain(["r1"], ended=True)
+    assert chains[2] == Chain(["r2", "said 2 2"], [drawn[2].name], ["said 1 2"])
+    assert chains[3] == Chain(["r3"], ended=True)
+    revision_chains.revise(chains, records, THREE, say, key, number=2, seed=7)
+    assert [conversation[-2]["content"] for conversation in heard[2]] == ["said 2 0", "said 2 2"]
+    assert len(chains[0].texts) == 3
+
+    revision_chains.write(chains, tmp_path / "chains.jsonl")
+    assert revision_chains.read(tmp_path / "chains.jsonl") == chains
+    assert revision_chains.read(tmp_path / "none.jsonl") == []
+
+    rows = revision_results.rows_of(records, chains)
+    assert [row["revision"] for row in rows] == [1, 2, 1, 2]
+    assert rows[0] == {
+        "prompt": list(records[0].messages) if not records[0].verbatim else "name a river",
+        "completion": "said 2 0",
+        "revision": 1,
+        "principle": drawn[0].name,
+    }
+
+
+def test_what_a_model_says(monkeypatch):
+    """Its words up to an end, or to the end of the line; nothing without an end, words or room."""
+    tokenizer = chat_layouts.tokenizer("qwen")
+    ids = {"eos_ids": (tokenizer.eos_token_id,)}
+    model = ModelConfig(len(tokenizer), 1, 16, heads=2, mlp_width=32, max_length=40, **ids)
+    texts = ["hi two\nname", "hi two", "", "a river"]
+    ends = [True, False, True, True]
+    eos = [tokenizer.eos_token_id]
+    said = [
+        [*tokenizer(text)["input_ids"], *eos * end] for text, end in zip(texts, ends, strict=True)
+    ]
+
+    def sample(params, config, prompts, key, *, size, indices, max_new_tokens, temperature, mesh):
+        assert (size, max_new_tokens, temperature, indices) == (5, 9, 0.7, [0, 1, 2, 4])
+        return rollout.right_padded([said[i] for i in (0, 1, 2, 3)]), 1.0
+
+    monkeypatch.setattr(revision_chains.rollout, "sample", sample)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    settings = {"size": 5, "max_new_tokens": 9, "temperature": 0.7}
+    long = "name " * 40
+    for lines, expected in (
+        (False, ["hi two\nname", None, None, None, "a river"]),
+        (True, ["hi two", None, None, None, "a river"]),
+    ):
+        say = revision_chains.speaker(model, None, tokenizer, mesh, lines=lines, **settings)
+        assert say(["hi", "hi", "hi", long, "hi"], jax.random.key(0)) == expected
+    said[1] = tokenizer("hi two\nname")["input_ids"]  # the line ends, the text does not
+    say = revision_chains.speaker(model, None, tokenizer, mesh, lines=True, **settings)
+    assert say(["hi", "hi", "hi", long, "hi"], jax.random.key(0))[1] == "hi two"
+
+
+def test_results_by_hand(tmp_path):
+    """Figures of each number; a chain that has ended keeps its last revision."""
+    request = {"seed": 0, "story": 1, "about": "Mira"}
+    rows = [{"prompt": f"p{i}", "request": request} for i in range(2)]
+    records = read(tmp_path, miniature.tokenizer(), rows)
+    kind, rude = "Mira was happy.", "Mira was happy. go away."
+    yes, no = "it is kind.", "it is rude."
+    chains = [
+        Chain([rude, kind, kind], ["rude", "rude"], [no, no]),
+        Chain([rude, rude], ["rude"], [yes], ended=True),
+    ]
+
+    def judge(texts):
+        rudeness = np.array([float("away" in text) for text in texts])
+        return {"toxic": rudeness, "unknown": np.array([np.nan, 1.0])}
+
+    results = revision_results.results_of(records, chains, judge)
+    assert [row["revision"] for row in results] == [0, 1, 2]
+    assert [row["revised"] for row in results] == [0, 2, 1]
+    assert [row["toxic"][0] for row in results] == [1, 0.5, 0.5]
+    assert [row["words"] for row in results] == [5, 4, 4]
+    assert results[0]["unknown"][0] == 1
+    assert "changed" not in results[0]
+    assert [row["changed"] for row in results[1:]] == [0.5, 0]
+    assert [row["critique_right"] for row in results[1:]] == [{"rude": 0.5}, {"rude": 0.0}]
+    revision_results.print_results(results)
+
+
+def test_the_rule_based_critic(tmp_path, monkeypatch):
+    """Revisions raise the utility, and oversights cost some; --resume changes nothing."""
+    tokenizer = miniature.tokenizer()
+    ids = {"eos_ids": (tokenizer.eos_token_id,)}
+    config = ModelConfig(len(tokenizer), 1, 16, heads=2, mlp_width=32, max_length=128, **ids)
+    hf.save(tmp_path / "lm", config, models.init(config, jax.random.key(0)), tokenizer)
+    rows = miniature.demonstrations(0, 40)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "judge.py").write_text(
+        "from instructjax.miniature import critics\n"
+        "def utility(prompts, responses, records):\n"
+        "    pairs = zip(records, responses)\n"
+        "    return [critics.term(dict(r.row), x, 'utility') for r, x in pairs]\n"
+        "def rude(prompts, responses, records):\n"
+        "    pairs = zip(records, responses)\n"
+        "    return [critics.term(dict(r.row), x, 'rude') for r, x in pairs]\n"
+    )
+
+    def sample(params, model, prompts, key, **_):
+        eos = tokenizer.eos_token_id
+        said = [[*tokenizer(row["completion"])["input_ids"], eos] for row in rows]
+        return rollout.right_padded(said), 1.0
+
+    monkeypatch.setattr(revision_chains.rollout, "sample", sample)
+    words = ["--model", f"{tmp_path}/lm", "--critic", "rules", "--data", f"jsonl:{file}"]
+    words += ["--split", "all", "--prompts", "40"]
+
+    def run(name, *more, judge="utility"):
+        out = ["--gold", f"{tmp_path}/judge.py:{judge}", "--out", f"{tmp_path / name}"]
+        critique_revise.cli([*words, *more, *out])
+        return json.loads((tmp_path / name / "results.json").read_text())
+
+    exact = run("exact", "--revisions", "6")
+    utility = [row["utility"][0] for row in exact]
+    assert utility[6] > utility[2] > utility[0]
+    assert {x for row in exact[1:] for x in row["critique_right"].values()} == {1.0}
+    overlooked = run("overlooked", "--revisions", "2", "--oversight", "0.6")
+    assert overlooked[2]["utility"][0] < utility[2]
+    assert overlooked[0] == exact[0]
+    kind = run("kind", "--revisions", "1", "--only_principles", "rude", judge="rude")
+    assert kind[0]["utility"][0] < 0 == kind[1]["utility"][0]
+    assert set(kind[1]["critique_right"]) == {"rude"}
+
+    run("again", "--revisions", "2")
+    assert run("again", "--revisions", "6", "--resume") == exact
+    made = [(tmp_path / name / "revisions.jsonl").read_text() for name in ("exact", "again")]
+    assert made[0] == made[1]
+    learned = DataConfig(f"jsonl:{tmp_path}/exact/revisions.jsonl", only="revision=1|2")
+    assert len(data.read(learned, "demonstrations", tokenizer=tokenizer, log=str)) == 80
+    with pytest.raises(ValueError, match=r"config.json has prompts 40, not 30"):
+        run("again", "--revisions", "6", "--resume", "--prompts", "30")
+    assert run("again", "--revisions", "1")[1] == exact[1]  # from the start without --resume
+    file.write_text(json.dumps(PROMPTS[0]) + "\n")
+    with pytest.raises(ValueError, match=r"--critic rules: .*rows.jsonl:1 has no request"):
+        run("other")
+
+
+@pytest.fixture(scope="module")
+def chat_models(tmp_path_factory):
+    """The folder of two tiny random chat models."""
+    folder = tmp_path_factory.mktemp("chat_models")
+    tokenizer = chat_layouts.tokenizer("qwen")
+    ids = {"eos_ids": (tokenizer.eos_token_id, *range(len(tokenizer) // 10))}  # a tenth ends a text
+    config = ModelConfig(len(tokenizer), 1, 16, heads=2, mlp_width=32, max_length=1024, **ids)
+    for seed, name in enumerate(("lm", "critic")):
+        hf.save(folder / name, config, models.init(config, jax.random.key(seed)), tokenizer)
+    return folder
+
+
+def test_models_from_the_command_line(chat_models, tmp_path):
+    """Two random models: some texts end. The judge is a function of the text."""
+    (tmp_path / "judge.py").write_text(
+        "def words(prompts, responses, records):\n    return [len(x.split()) for x in responses]\n"
+    )
+    rows = [{"prompt": f"name {i} hi to two"} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", f"{chat_models}/lm", "--data", f"jsonl:{tmp_path}/rows.jsonl"]
+    words += ["--split", "all", "--max_new_tokens", "48", "--batch_size", "8", "--revisions", "2"]
+    words += ["--gold", f"{tmp_path}/judge.py:words"]
+    runs = {
+        "own": [],
+        "again": [],
+        "critic": ["--critic", f"{chat_models}/critic"],
+        "seed": ["--seed", "1"],
+        "cold": ["--temperature", "0.3"],
+    }
+    made = {}
+    for name, more in runs.items():
+        critique_revise.cli([*words, *more, "--out", f"{tmp_path / name}"])
+        made[name] = revision_chains.read(tmp_path / name / "chains.jsonl")
+    assert made["own"] == made["again"]
+    first = {name: [chain.texts[0] for chain in chains] for name, chains in made.items()}
+    assert first["own"] == first["critic"] != first["seed"]
+    assert first["own"] != first["cold"]
+    assert made["own"] != made["critic"]
+    assert len(made["own"]) == 12
+    assert any(len(chain.texts) == 3 for chain in made["own"])
+    results = json.loads((tmp_path / "own/results.json").read_text())
+    begun = [chain for chain in made["own"] if chain.texts[0]]
+    expected = np.mean([len(chain.texts[0].split()) for chain in begun])
+    assert results[0]["utility"][0] == pytest.approx(expected)
+
+
+def test_wrong_flags(tmp_path, capsys):
+    cases = [
+        (["--principles", "none.toml"], "--principles none.toml: no such file"),
+        (["--only_principles", "utility", "--principles", "miniature"], "critique and revision"),
+        (["--critic", "rules", "--principles", "x.toml"], "--principles: `--critic rules` knows"),
+        (["--oversight", "0.1"], "--oversight is of `--critic rules` alone"),
+        (["--model", "runs/nothing"], "--model runs/nothing: no such directory"),
+        (["--critic", "runs/nothing"], "--critic runs/nothing: no such directory"),
+    ]
+    for flags, named in cases:
+        model = [] if "--model" in flags else ["--model", "miniature"]
+        with pytest.raises(SystemExit) as end:
+            critique_revise.cli([*model, *flags, "--out", f"{tmp_path / 'out'}"])
+        assert end.value.code == 2
+        assert named in capsys.readouterr().err
+
+
+def test_draws_are_of_all_principles():
+    principles = constitution.read("miniature", ("critique", "revision"))
+    drawn = [principles.draw(0, 1, i).name for i in range(600)]
+    counts = [drawn.count(p.name) for p in critics.PRINCIPLES if p.critique]
+    assert min(counts) > 60
+    assert drawn != [principles.draw(1, 1, i).name for i in range(600)]
+    assert drawn != [principles.draw(0, 2, i).name for i in range(600)]
