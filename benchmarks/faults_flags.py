@@ -214,6 +214,11 @@ WRONG = [
         ("--model lm --noise 1", "--noise"),
     ),
     *lines(
+        "compare_labelers.py",
+        ("--model lm --labelers runs/critic", "--labelers"),
+        ("--model lm --labelers rm", "--labelers rm"),
+    ),
+    *lines(
         "critique_revise.py",
         ("--model rm", "--model rm"),
         ("--model lm --critic runs/nothing", "--critic runs/nothing"),

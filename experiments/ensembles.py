@@ -74,7 +74,7 @@ class Config(grids.ProxyConfig):
 
 def grid(c: Config) -> Grid:
     """The runs, each after those that it needs."""
-    jobs: dict[str, Job] = {"pairs": grids.pairs_job(c)}
+    jobs: dict[str, Job] = {"pairs": grids.pairs_job(c, c.prompts)}
     base = grids.add_base(c, jobs, c.rm_model)
     for seed in c.seeds:
         for labels in LABELS:

@@ -84,7 +84,7 @@ def name_of(model: str, count: int, seed: int) -> str:
 
 def grid(c: Config) -> Grid:
     """The runs, each after those that it needs."""
-    jobs: dict[str, Job] = {"pairs": grids.pairs_job(c)}
+    jobs: dict[str, Job] = {"pairs": grids.pairs_job(c, c.prompts)}
     bases = {model: grids.add_base(c, jobs, model) for model in c.rm_models}
     shared = (c.middle, c.pairs[-1])
     cells = dict.fromkeys([shared, *c.axes["size"], *c.axes["pairs"]])

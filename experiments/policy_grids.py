@@ -4,7 +4,7 @@ overoptimise.py and ensembles.py; and what maximises a reward."""
 import functools
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from instructjax import data, models, scoring, sharding
 from instructjax.data import DataConfig
+from instructjax.evaluation import paper
 from instructjax.evaluation.grid import Grid, GridConfig, Job, flags_of, parse_flags
 from instructjax.ranges import Count
 from instructjax.run import checks, pretrained
@@ -138,10 +139,15 @@ class Base(NamedTuple):
     needs: tuple[str, ...] = ()  # the runs that make it
 
 
-def pairs_job(c: ProxyConfig) -> Job:
-    """Two responses of the policy to each prompt, ranked by the judge."""
+def pairs_job(c: PolicyConfig, prompts: int, labelers: tuple[str, ...] = ()) -> Job:
+    """Two responses of the policy to each of the first prompts, ranked by the judge or by others.
+
+    Args:
+      labelers: functions and reward models, whose sum ranks in place of the judge.
+    """
     flags = {"models": c.model, "batch_size": 512, **c.prompt_flags}
-    own = {"split": "train", "prompts": c.prompts, "samples": 2, "comparisons": []}
+    own = {"split": "train", "prompts": prompts, "samples": 2, "comparisons": []}
+    own |= {"gold": labelers} if labelers else {}
     return Job("evaluate.py", flags | parse_flags(c.evaluate_flags) | own, resumes=False)
 
 
@@ -212,6 +218,16 @@ def ppo_job(c: PolicyConfig, needs: tuple[str, ...], seed: int, **reward: Any) -
     return Job("run_ppo.py", flags | reward, needs=tuple(dict.fromkeys(needs)))
 
 
+def evaluation_job(c: PolicyConfig, policies: tuple[str, ...], seed: int) -> Job:
+    """Some runs' policies and the start, by the judge, with the KL from the start."""
+    flags = {
+        **{"models": [c.model, *(c.directory / name for name in policies)], "prompts": 512},
+        **{"reference": c.model, "seed": seed, **c.prompt_flags},
+    }
+    flags |= parse_flags(c.evaluate_flags)
+    return Job("evaluate.py", flags, needs=policies, resumes=False)
+
+
 def write_pairs(c: ProxyConfig, file: Path, count: int, seed: int, flipped: float) -> None:
     """Writes the pairs that a reward model learns from, and those that none learns from.
 
@@ -220,8 +236,7 @@ def write_pairs(c: ProxyConfig, file: Path, count: int, seed: int, flipped: floa
     Raises:
       ValueError: there are too few.
     """
-    lines = (c.directory / "pairs" / "comparisons.jsonl").read_text("utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line]
+    rows = read_rows(c.directory / "pairs")
     held_out, rows = rows[:HELD_OUT], rows[HELD_OUT:]
     if len(rows) < count:
         raise ValueError(
@@ -238,11 +253,38 @@ def write_pairs(c: ProxyConfig, file: Path, count: int, seed: int, flipped: floa
         prompt = {name: value for name, value in row.items() if name in ("prompt", "tools")}
         _, better = max(zip(row["scores"], row["responses"], strict=True))
         best.append({**prompt, "completion": better})
-    for path, written in (
-        (file, pairs),
-        (c.directory / HELD_OUT_FILE, held_out),
-        (c.directory / BEST_FILE, best),
-    ):
-        part = path.with_name(f"{path.name}.{threading.get_ident()}.part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
-        part.replace(path)  # at once: another run may read it
+    write_rows(file, pairs)
+    write_rows(c.directory / HELD_OUT_FILE, held_out)
+    write_rows(c.directory / BEST_FILE, best)
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """The comparisons that a run has written."""
+    lines = (run / "comparisons.jsonl").read_text("utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows at once, as another run may read the file, or write it too."""
+    part = file.with_name(f"{file.name}.{threading.get_ident()}.part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part.replace(file)
+
+
+def policies_of(results: Path, evaluation: str) -> dict[str, dict[str, Any]]:
+    """What each model of an evaluation got, by the name of its run; empty before it has finished.
+
+    Returns:
+      means `utility` and, where it was measured, `kl`; and `wins`, the win rate against each other.
+    """
+    found = paper.results_of(results, evaluation)
+    if found is None:
+        return {}
+    figures: dict[str, dict[str, Any]] = {}
+    for path, row in found["models"].items():
+        means = {name: row[name][0] for name in ("utility", "kl") if name in row}
+        figures[paper.run_name(path)] = {**means, "wins": {}}
+    for pair in found["pairs"]:
+        wins = figures[paper.run_name(pair["model"])]["wins"]
+        wins[paper.run_name(pair["against"])] = pair["win_rate"][0]
+    return figures

@@ -108,12 +108,7 @@ def grid(c: Config) -> Grid:
             for number in range(1, c.rounds + 1):
                 add_round(c, jobs, number, way, seed)
         trained = tuple(x for x in jobs if x.startswith("ppo-") and x.endswith(f"-{seed}"))
-        flags = {
-            **{"models": [c.model, *(c.directory / name for name in trained)], "prompts": 512},
-            **{"reference": c.model, "seed": seed, **c.prompt_flags},
-        }
-        flags |= parse_flags(c.evaluate_flags)
-        jobs[f"evaluation-{seed}"] = Job("evaluate.py", flags, needs=trained, resumes=False)
+        jobs[f"evaluation-{seed}"] = grids.evaluation_job(c, trained, seed)
     return Grid(c.directory, jobs, from_here(EXPERIMENTS), c.results_directory)
 
 
@@ -180,19 +175,15 @@ def write_labels(c: Config, file: Path, of_rounds: Sequence[str]) -> None:
 
 def figures_of(c: Config, way: tuple[str, str], number: int) -> dict[int, dict[str, float]]:
     """Utility, KL and win rate against --model of a policy, by seed."""
-    figures = {}
+    figures, start = {}, paper.run_name(c.model)
     for seed in c.seeds:
-        results = paper.results_of(c.results_directory, f"evaluation-{seed}")
-        name = name_of("ppo", number, way, seed)
-        if results is not None:
-            rows = {paper.run_name(path): row for path, row in results["models"].items()}
-            won = {
-                paper.run_name(pair["model"]): pair["win_rate"][0]
-                for pair in results["pairs"]
-                if pair["against"] == c.model
+        if found := grids.policies_of(c.results_directory, f"evaluation-{seed}"):
+            row = found[name_of("ppo", number, way, seed)]
+            figures[seed] = {
+                "utility": row["utility"],
+                "kl": row["kl"],
+                "wins": row["wins"][start],
             }
-            row = rows[name]
-            figures[seed] = {"utility": row["utility"][0], "kl": row["kl"][0], "wins": won[name]}
     return figures
 
 

@@ -4,7 +4,6 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-import evaluate
 import swap_loss
 import tyro
 
@@ -22,8 +21,9 @@ def parsed(runs: Grid) -> Iterator[tuple[str, Job, Any]]:
         if job.script == "-m instructjax.run.average":
             assert words[1:3] == ["-m", "instructjax.run.average"]
             flags = tyro.cli(average.Config, args=words[3:], use_underscores=True)
-        elif job.script == "evaluate.py":
-            flags = tyro.cli(evaluate.Config, args=words[2:], use_underscores=True)
+        elif job.script in ("evaluate.py", "ai_feedback.py", "critique_revise.py"):
+            script = importlib.import_module(job.script.removesuffix(".py"))
+            flags = tyro.cli(script.Config, args=words[2:], use_underscores=True)
         elif job.script == "swap_loss.py":
             configs = swap_loss.DPO | swap_loss.GRPO | swap_loss.RLOO | swap_loss.RAFT
             flags = parse(configs, {}, swap_loss.__doc__, words[2:])
