@@ -219,6 +219,25 @@ WRONG = [
         ("--model lm --labelers rm", "--labelers rm"),
     ),
     *lines(
+        "compare_revisions.py",
+        ("--model lm --critic rm", "--critic rm"),
+        ("--model lm --oversight 1.5", "--oversight 1.5"),
+    ),
+    *lines(
+        "red_team.py",
+        ("--attacker lm --target lm --harm f.py:nothing", "--harm f.py:nothing"),
+        ("--attacker rm --target lm --harm f.py:f", "--attacker rm"),
+        ("--attacker lm --target runs/nothing --harm f.py:f", "--target runs/nothing"),
+        ("--attacker lm --target lm --harm f.py:f --opening ''", "--opening"),
+        ("--attacker lm --target lm --harm f.py:f --examples no.jsonl", "--examples"),
+    ),
+    *lines(
+        "red_team_rounds.py",
+        ("--attacker rm --target lm", "--attacker rm"),
+        ("--attacker lm --target runs/nothing", "--target runs/nothing"),
+        ("--attacker lm --target lm --diversity 0 0", "--diversity"),
+    ),
+    *lines(
         "critique_revise.py",
         ("--model rm", "--model rm"),
         ("--model lm --critic runs/nothing", "--critic runs/nothing"),

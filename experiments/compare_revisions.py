@@ -1,0 +1,200 @@
+r"""SL-CAI by the number of revisions: policies that learned critiques' revisions, compared.
+
+    python experiments/compare_revisions.py                                  # the miniature
+    python experiments/compare_revisions.py --model MODEL --data jsonl:prompts.jsonl \
+        --gold runs/gold-rm --measure harm.py:harm --max_new_tokens 128
+    python experiments/compare_revisions.py --dry_run                        # prints the commands
+
+Constitutional AI (Bai et al. 2022, arXiv 2212.08073, sections 3.1 and 3.4). --model responds, and a
+critic revises each response several times. SL-CAI-n has learned the revisions up to the n-th.
+
+    revisions-SEED           critique_revise.py on training prompts
+    sl-cai-N-SEED            run_sft.py from --model, one epoch of the revisions up to N
+    evaluation-SEED          all of them and --model, by the judge
+
+Hardware: two CPU cores, once run_sft.py has made runs/sft.
+Result: OUT/report.html, and report.md in --results. The same command goes on after a stop.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import policy_grids as grids
+from ai_feedback import RULES
+
+from instructjax import scoring, usage
+from instructjax.evaluation import paper, statistics
+from instructjax.evaluation.grid import Grid, Job, from_here, parse_flags
+from instructjax.evaluation.report import Section, Table
+from instructjax.ranges import Count, Share
+from instructjax.run import pretrained
+from instructjax.scoring import RewardConfig
+
+EXPERIMENTS = Path(__file__).resolve().parent
+WINS = "wins against the start"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(grids.PolicyConfig):
+    """The revisions."""
+
+    out: Path | None = Path("runs/revisions")
+    critic: str | None = None
+    """Model that criticises and revises. By default `rules` on the miniature, and --model on other
+    data."""
+    oversight: Share = 0.2
+    """Probability that a critique of `--critic rules` says the opposite of what it should. The
+    default is ours."""
+    revisions: Count = 4
+    """Number of revisions of each response, and so of policies. [Bai et al., section 3.2]"""
+    prompts: Count = 4000
+    """Number of prompts that are responded to."""
+    measure: tuple[str, ...] = ()
+    """More figures of each response, such as its harm, as for evaluate.py."""
+    revise_flags: str = ""
+    """More flags of critique_revise.py, likewise."""
+    sft_flags: str = ""
+    """More flags of each run_sft.py, likewise."""
+
+    @property
+    def critic_flags(self) -> dict[str, Any]:
+        """--critic of critique_revise.py, and --oversight where it applies."""
+        in_miniature = self.data.spec == "miniature"
+        critic = self.critic or (RULES if in_miniature else None)
+        flags: dict[str, Any] = {} if critic is None else {"critic": critic}
+        return flags | ({"oversight": self.oversight} if critic == RULES else {})
+
+
+# ------------------------------------------------------------------------------------- the runs
+
+
+def grid(c: Config) -> Grid:
+    """The runs, each after those that it needs."""
+    jobs: dict[str, Job] = {}
+    for seed in c.seeds:
+        revisions = f"revisions-{seed}"
+        flags = {
+            **{"model": c.model, "batch_size": 256, "seed": seed, **c.prompt_flags},
+            **parse_flags(c.revise_flags),
+            **{"revisions": c.revisions, "prompts": c.prompts, **c.critic_flags},
+        }
+        jobs[revisions] = Job("critique_revise.py", flags)
+        for number in range(1, c.revisions + 1):
+            flags = {
+                **{"model": c.model, "seed": seed, "epochs": 1, **c.comparison_flags},
+                **{"data": f"jsonl:{c.directory / revisions / 'revisions.jsonl'}"},
+                **parse_flags(c.sft_flags),
+                **{"data.only": "revision=" + "|".join(map(str, range(1, number + 1)))},
+            }
+            jobs[name_of(number, seed)] = Job("run_sft.py", flags, needs=(revisions,))
+        policies = tuple(name_of(number, seed) for number in range(1, c.revisions + 1))
+        job = grids.evaluation_job(c, policies, seed)
+        more = {"measure": c.measure} if c.measure else {}
+        jobs[f"evaluation-{seed}"] = dataclasses.replace(job, flags={**job.flags, **more})
+    return Grid(c.directory, jobs, from_here(EXPERIMENTS), c.results_directory)
+
+
+def name_of(number: int, seed: int) -> str:
+    return f"sl-cai-{number}-{seed}"
+
+
+# ------------------------------------------------------------------------------------- the page
+
+
+def figures_of(c: Config, seed: int) -> list[dict[str, float]]:
+    """The figures of --model (number 0) and of SL-CAI-n, if a seed's evaluation has finished."""
+    results = paper.results_of(c.results_directory, f"evaluation-{seed}")
+    if results is None:
+        return []
+    wins = grids.policies_of(c.results_directory, f"evaluation-{seed}")
+    rows = {paper.run_name(path): row for path, row in results["models"].items()}
+    start, figures = paper.run_name(c.model), []
+    for name in (start, *(name_of(number, seed) for number in range(1, c.revisions + 1))):
+        measures = rows[name].get("measures", {})
+        row = {"utility": rows[name]["utility"][0], "kl": rows[name]["kl"][0]}
+        row |= {key: estimate[0] for key, estimate in measures.items()}
+        figures.append(row | {WINS: wins[name]["wins"].get(start, 0.5)})
+    return figures
+
+
+def table_of(of_seeds: Sequence[Sequence[dict[str, float]]]) -> list[list[str]]:
+    """A row for each figure, a column for each number of revisions."""
+    rows = []
+    for key in of_seeds[0][0]:
+        estimates = [
+            statistics.over_runs([figures[number][key] for figures in of_seeds])
+            for number in range(len(of_seeds[0]))
+        ]
+        rows.append([key, *map(paper.plain, estimates)])
+    return rows
+
+
+def of_critic(c: Config) -> Section | None:
+    """What the critic made of the responses, by number of revisions."""
+    results = [paper.results_of(c.results_directory, f"revisions-{seed}") for seed in c.seeds]
+    of_seeds = []
+    for rows in filter(None, results):
+        figures = [
+            {key: value[0] for key, value in row.items() if isinstance(value, list)} for row in rows
+        ]
+        of_seeds.append(figures)
+    if not of_seeds or not of_seeds[0][0]:
+        return None
+    columns = ("", *map(str, range(min(map(len, of_seeds)))))
+    text = "The judge's means of the responses (0) and of the revisions of each number."
+    return paper.section("Revisions", text, (), Table("", columns, table_of(of_seeds)))
+
+
+def of_policies(c: Config) -> Section | None:
+    """What SL-CAI-n is worth, by n."""
+    of_seeds = [found for seed in c.seeds if (found := figures_of(c, seed))]
+    if not of_seeds:
+        return None
+    numbers = [f"{number}" for number in range(c.revisions + 1)]
+    drawn = paper.lines()
+    for key in (x for x in ("toxic", "followed", WINS, *c.measure) if x in of_seeds[0][0]):
+        for number, place in enumerate(numbers):
+            values = [figures[number][key] for figures in of_seeds]
+            drawn[key][place].append(statistics.over_runs(values))
+    verdicts = []
+    for number, figures in enumerate(of_seeds, 1):
+        for key in ("toxic", "utility") if "toxic" in figures[0] else ():
+            falls = figures[-1][key] < figures[1][key]
+            verdicts.append((falls, f"{key} of the {number}. seed"))
+    return paper.section(
+        "SL-CAI by number of revisions",
+        "Bai et al. find that more revisions make replies less harmful and less helpful (section"
+        " 3.4): from the first policy to the last, toxicity falls, and so does utility.",
+        verdicts,
+        Table("", ("", *numbers), table_of(of_seeds)),
+        [paper.draw("by number of revisions", drawn, numbers)],
+    )
+
+
+def sections(c: Config) -> list[Section]:
+    """What has finished."""
+    return [section for section in (of_critic(c), of_policies(c)) if section is not None]
+
+
+# ------------------------------------------------------------------------------- from the command
+
+
+def check(c: Config) -> None:
+    mesh = c.check(grid(c))
+    if mesh is not None and c.critic not in (None, RULES):
+        pretrained.check(c.critic, mesh, flag="--critic", scalar_head=False)
+    for spec in c.measure if mesh is not None else ():
+        scoring.check(RewardConfig((spec,)), mesh, "--measure")
+
+
+def cli(argv: Sequence[str] | None = None) -> None:
+    c = usage.parse(Config, argv, __doc__, check)
+    text = "Means over responses to held-out prompts, by the judge. Intervals are over seeds."
+    paper.make_page(c, grid(c), "Revisions compared", text, lambda: sections(c))
+
+
+if __name__ == "__main__":
+    cli()
