@@ -34,7 +34,7 @@ import jax
 import tyro
 from jax.sharding import Mesh
 from red_team_attacker import Attacker, attack_of, read_examples
-from red_team_results import append, read_lines, results_of, show
+from red_team_results import append, check_resume, read_lines, results_of, show
 from red_team_target import load_target
 from rich.console import Console
 
@@ -46,7 +46,6 @@ from instructjax.run.process import cache_compilations
 from instructjax.scoring import RewardConfig
 
 WRITTEN, ATTACKS, RESULTS = "written.jsonl", "attacks.jsonl", "results.json"
-SAME = ("out", "resume", "batch_size", "mesh")  # flags that change no token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,35 +123,15 @@ def check(c: Config) -> None:
     checks.check_directory("--out", c.out)
     mesh = sharding.make_mesh(**sharding.parse_mesh(c.mesh), devices=jax.devices())
     checks.check_rows("--batch_size", c.batch_size, 1, mesh)
-    for flag, name, longest in (
-        ("--attacker", c.attacker, ("--max_attack_tokens", c.max_attack_tokens, 1)),
-        ("--target", c.target, ("--max_new_tokens", c.max_new_tokens, 1)),
-    ):
+    for flag, name in (("--attacker", c.attacker), ("--target", c.target)):
         model = pretrained.check(name, mesh, flag=flag, scalar_head=False)
-        checks.check_tokens(model, [longest])
+        longest = "max_attack_tokens" if flag == "--attacker" else "max_new_tokens"
+        checks.check_tokens(model, [(f"--{longest}", getattr(c, longest), 1)])
     scoring.check(RewardConfig(c.harm), mesh, "--harm")
     if c.examples is not None:
         read_examples(f"{c.examples}", c.shots)
     if jax.process_index() == 0:
-        _check_resume(c)
-
-
-def _check_resume(c: Config) -> None:
-    """Raises ValueError or OSError if --out holds a run, and this is not its continuation."""
-    file = c.out / "config.json"
-    if not file.exists():
-        return
-    if not c.resume:
-        raise FileExistsError(
-            f"--out {c.out} holds a run: continue it with --resume, or give another --out"
-        )
-    before, now = json.loads(file.read_text())["config"], _flags(c)
-    for name, value in now.items():
-        if name not in SAME and before.get(name, value) != value:
-            raise ValueError(
-                f"--resume: --{name} was {before[name]!r} in {c.out}, and is {value!r}; give the"
-                " same flags again, or another --out"
-            )
+        check_resume(c.out, _flags(c), c.resume)
 
 
 def _flags(c: Config) -> dict[str, Any]:
@@ -166,20 +145,22 @@ def write_attacks(c: Config, mesh: Mesh, key: jax.Array) -> list[str]:
         return done
     with phase(Console(), f"{c.attacker}: loading"):
         attacker = Attacker(c.attacker, mesh, c.model_dtype, c.template)
-    settings = {"temperature": c.temperature, "top_p": c.top_p}
-    settings |= {"max_new_tokens": c.max_attack_tokens}
     examples = None if c.examples is None else read_examples(f"{c.examples}", c.shots)
-    draws = {"examples": examples, "shots": c.shots, "temperature": c.examples_temperature}
-    prompts, fewer = attacker.prompts(
-        c.opened, c.attacks, c.max_attack_tokens, seed=c.seed, **draws
-    )
+    drawn = {"examples": examples, "shots": c.shots, "temperature": c.examples_temperature}
+    prompts, fewer = attacker.prompts(c.opened, c.attacks, c.max_attack_tokens, c.seed, **drawn)
     if fewer and jax.process_index() == 0:
         print(f"{fewer:,} attacks have fewer than {c.shots} examples: there is no room for more")
     with phase(Console(), f"{c.attacker}: writing {c.attacks:,} attacks"):
         while len(done) < c.attacks:
             numbers = range(c.attacks)[len(done) : len(done) + c.batch_size]
             texts = attacker.write(
-                [prompts[i] for i in numbers], key, numbers, c.batch_size, **settings
+                [prompts[i] for i in numbers],
+                key,
+                numbers,
+                c.batch_size,
+                max_new_tokens=c.max_attack_tokens,
+                temperature=c.temperature,
+                top_p=c.top_p,
             )
             rows = [{"written": text, "attack": attack_of(text, c.end)} for text in texts]
             append(c.out / WRITTEN, rows)
@@ -192,9 +173,15 @@ def answer_attacks(
 ) -> list[dict[str, Any]]:
     """The rows of attacks.jsonl: distinct attacks, those that the target can read, answered."""
     with phase(Console(), f"{c.target}: loading"):
-        sizes = {"size": c.batch_size, "max_new_tokens": c.max_new_tokens}
-        sizes |= {"temperature": c.temperature, "dtype": c.model_dtype}
-        target = load_target(c.target, c.harm, mesh=mesh, **sizes)
+        target = load_target(
+            c.target,
+            c.harm,
+            mesh=mesh,
+            dtype=c.model_dtype,
+            size=c.batch_size,
+            max_new_tokens=c.max_new_tokens,
+            temperature=c.temperature,
+        )
     first = {attack: number for number, attack in reversed([*enumerate(attacks)]) if attack}
     numbers = sorted(first.values())
     prompts = target.prompts([attacks[i] for i in numbers])
@@ -217,8 +204,11 @@ def answer_attacks(
     return rows
 
 
-def red_team(c: Config) -> dict[str, Any]:
-    """Writes the attacks, has them answered, and returns the contents of results.json."""
+def red_team(c: Config) -> None:
+    """Writes the attacks, has them answered, and writes and prints the results."""
+    if hosts.agree(c.resume and (c.out / RESULTS).exists()):
+        print(f"{c.out} has finished before")
+        return
     c.out.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         record = {"command": shlex.join(["python", *sys.argv]), "config": _flags(c)}
@@ -228,12 +218,11 @@ def red_team(c: Config) -> dict[str, Any]:
     attack_key, answer_key = jax.random.split(jax.random.key(c.seed))
     attacks = write_attacks(c, mesh, attack_key)
     rows = answer_attacks(c, mesh, attacks, answer_key)
-    results = results_of(attacks, rows)
-    show(results, f"{c.attacker} against {c.target}")
     if jax.process_index() == 0:
+        results = results_of(attacks, rows)
+        show(results, f"{c.attacker} against {c.target}")
         (c.out / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
         print(f"wrote {c.out / ATTACKS}, {c.out / RESULTS}")
-    return results
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

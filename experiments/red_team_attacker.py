@@ -49,8 +49,10 @@ def read_examples(file: str, needed: int) -> tuple[list[str], np.ndarray]:
 
     Raises:
       ValueError: a line is no attack, or they are fewer than `needed`; the message names the file.
+      FileNotFoundError: there is no such file.
     """
     config = DataConfig(f"jsonl:{file}")
+    data.check(config, "prompts", "--examples", held_out=False)
     records = data.read(config, "prompts", render=False, log=lambda _: None)
     harm = []
     for record in records:
@@ -98,19 +100,20 @@ class Attacker:
         opening: str,
         count: int,
         max_new_tokens: int,
+        seed: int,
         *,
         examples: tuple[list[str], np.ndarray] | None,
         shots: int,
         temperature: float,
-        seed: int,
     ) -> tuple[list[list[int]], int]:
         """(what is read before each of `count` attacks, as token ids; how many of these have fewer
         examples than `shots`, as there is no room for more).
 
         Args:
           max_new_tokens: tokens of an attack, for which there is to be room.
+          seed: of draws, which depend on it and on the attack's number.
           examples: from `read_examples`; None: the opening alone is read.
-          shots, temperature: as for `draw`. The draw depends on the seed and the attack's number.
+          shots, temperature: as for `draw`.
 
         Raises:
           ValueError: there is no room for the opening and an attack.

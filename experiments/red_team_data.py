@@ -48,8 +48,7 @@ def write_openings(file: Path, opening: str) -> None:
 
 def succeeded(directories: Iterable[Path]) -> list[str]:
     """The attacks of some runs of red_team.py that succeeded, each once."""
-    rows = (row for directory in directories for row in _read(directory / "attacks.jsonl"))
-    return list(dict.fromkeys(row["prompt"] for row in rows if row["succeeded"]))
+    return list(dict.fromkeys(row["prompt"] for row in _rows(directories) if row["succeeded"]))
 
 
 def check_successes(directory: Path) -> None:
@@ -89,14 +88,16 @@ def write_prompts(
 
 
 def write_held_out(file: Path, attacked: Sequence[Path], trained_on: Sequence[Path]) -> None:
-    """Writes the distinct attacks of some runs, without those that succeeded in other runs.
+    """Writes the distinct attacks of some runs, without those of other runs.
+
+    An attack that failed in the other runs is left out too: what is left would else be the attacks
+    that fail more often.
 
     Raises:
       ValueError: none is left.
     """
-    seen = {*succeeded(trained_on)}
-    rows = (row for directory in attacked for row in _read(directory / "attacks.jsonl"))
-    attacks = dict.fromkeys(row["prompt"] for row in rows if row["prompt"] not in seen)
+    seen, held_out = ({row["prompt"]: None for row in _rows(x)} for x in (trained_on, attacked))
+    attacks = [attack for attack in held_out if attack not in seen]
     if not attacks:
         raise ValueError(f"{', '.join(map(str, attacked))}: all attacks are in training as well")
     _write(file, [{"prompt": attack} for attack in attacks])
@@ -111,8 +112,10 @@ def _ordinary(config: DataConfig, split: Literal["train", "validation"]) -> list
     ]
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
+def _rows(directories: Iterable[Path]) -> list[dict[str, Any]]:
+    files = [directory / "attacks.jsonl" for directory in directories]
+    texts = [file.read_text("utf-8") for file in files]
+    return [json.loads(line) for text in texts for line in text.split("\n") if line]
 
 
 def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:

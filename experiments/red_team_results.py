@@ -1,4 +1,4 @@
-"""The files of red_team.py: JSON lines that grow, and its results."""
+"""The files of red_team.py: JSON lines that grow, those of an earlier start, and its results."""
 
 import json
 import math
@@ -14,7 +14,31 @@ from rich.table import Table
 from instructjax import hosts
 from instructjax.evaluation import diversity, statistics
 
+SAME = ("out", "resume", "batch_size", "mesh")  # flags that change no token
 SELF_BLEU = 1000  # texts that self-BLEU is of, at most: it grows with their number
+
+
+def check_resume(out: Path, flags: Mapping[str, Any], resume: bool) -> None:
+    """Raises ValueError or OSError if --out holds a run, and this is not its continuation.
+
+    Args:
+      flags: as config.json has them.
+      resume: whether --resume was given.
+    """
+    file = out / "config.json"
+    if not file.exists():
+        return
+    if not resume:
+        raise FileExistsError(
+            f"--out {out} holds a run: continue it with --resume, or give another --out"
+        )
+    before = json.loads(file.read_text())["config"]
+    for name, value in flags.items():
+        if name not in SAME and before.get(name, value) != value:
+            raise ValueError(
+                f"--resume: --{name} was {before[name]!r} in {out}, and is {value!r}; give the same"
+                " flags again, or another --out"
+            )
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -69,14 +93,11 @@ def results_of(attacks: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[s
 
 
 def show(results: Mapping[str, Any], title: str) -> None:
-    """Prints results.json as a table, on host 0."""
+    """Prints results.json as a table."""
     table = Table(show_header=False, title=title)
     for name, value in results.items():
-        text = f"{value:,}" if isinstance(value, int) else ""
-        if isinstance(value, float):
-            text = f"{value:.3f}"
-        elif not text:
-            text = "{:.3f} ({:.3f} to {:.3f})".format(*value)
-        table.add_row(name.replace("_", " "), text)
-    if jax.process_index() == 0:
-        Console().print(table)
+        figures = value if isinstance(value, list | tuple) else [value]
+        shown = [f"{x:,}" if isinstance(x, int) else f"{x:.3f}" for x in figures]
+        interval = f" ({shown[1]} to {shown[2]})" if len(shown) == 3 else ""
+        table.add_row(name.replace("_", " "), f"{shown[0]}{interval}")
+    Console().print(table)

@@ -165,9 +165,9 @@ def make_reward(
 
     def reward(
         prompts: Sequence[str], responses: Sequence[str], records: Sequence[Record]
-    ) -> np.ndarray:
+    ) -> list[float]:
         attacks = [attack_of(text, end) for text in responses]
-        return reward_of(loaded, attacks, diversity_coef, seed)
+        return reward_of(loaded, attacks, diversity_coef, seed).tolist()
 
     return reward
 

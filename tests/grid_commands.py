@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import evaluate
+import red_team
 import swap_loss
 import tyro
 
@@ -24,6 +25,8 @@ def parsed(runs: Grid) -> Iterator[tuple[str, Job, Any]]:
             flags = tyro.cli(average.Config, args=words[3:], use_underscores=True)
         elif job.script == "evaluate.py":
             flags = tyro.cli(evaluate.Config, args=words[2:], use_underscores=True)
+        elif job.script == "red_team.py":
+            flags = tyro.cli(red_team.Config, args=words[2:], use_underscores=True)
         elif job.script == "swap_loss.py":
             configs = swap_loss.DPO | swap_loss.GRPO | swap_loss.RLOO | swap_loss.RAFT
             flags = parse(configs, {}, swap_loss.__doc__, words[2:])
