@@ -95,6 +95,13 @@ class Config(grids.PolicyConfig):
         return {"preset": "miniature"} if self.data.spec == "miniature" else {}
 
     @property
+    def rendering(self) -> dict[str, Any]:
+        """What the target's prompts are to be in files of attacks and prompts."""
+        flags = flags_of(self.data, "data")
+        kept = ("template", "max_prompt", "overlong", "cache")
+        return {f"data.{x}": flags[f"data.{x}"] for x in kept if f"data.{x}" in flags}
+
+    @property
     def next_reward(self) -> RewardConfig:
         """The reward of the target's next PPO."""
         spec, terms = self.reward.spec, sum(map(scoring.is_function, self.reward.spec))
@@ -185,10 +192,8 @@ def add_defence(c: Config, jobs: dict[str, Job], seed: int) -> None:
     prepare = functools.partial(
         made.write_prompts, file, held_out, c.data, [c.directory / x for x in found], c.attack_share
     )
-    prompts = {
-        **{"data": f"jsonl:{file}", "data.validation": f"jsonl:{held_out}"},
-        **{"data.template": c.data.template, **({"gold": c.gold} if c.gold else {})},
-    }
+    prompts = {"data": f"jsonl:{file}", "data.validation": f"jsonl:{held_out}", **c.rendering}
+    prompts |= {"gold": c.gold} if c.gold else {}
     both = {"model": c.model, "seed": seed, "max_new_tokens": c.max_new_tokens, **c.preset}
     both |= {"pretrain": "miniature"} if c.preset else {"ptx.coef": 0}
     more = parse_flags(c.ppo_flags)
@@ -212,8 +217,8 @@ def add_evaluations(c: Config, jobs: dict[str, Job], seed: int) -> None:
             made.write_held_out, file, [c.directory / x for x in held_out], found
         )
         attacked = {
-            **{**flags, "data": f"jsonl:{file}", "data.template": c.data.template, "split": "all"},
-            **{"prompts": 2 * c.attacks * len(methods), "gold": c.harms},
+            **{**flags, "data": f"jsonl:{file}", **c.rendering, "split": "all"},
+            **{"prompts": c.attacks * len(methods), "gold": c.harms},
             **{"max_new_tokens": c.max_new_tokens, **more},
         }
         needs = (*trained, *held_out)

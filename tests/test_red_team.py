@@ -349,18 +349,18 @@ class Stub:
 
 def test_the_reward_is_harm_less_diversity():
     stub = Stub()
-    attacks = ["a b a", "c d", "x", "a b a", ""]
+    attacks = ["a b a", "c d", "x", "a b b b", ""]
     alike = diversity.bleu_of_each(attacks)
-    expected = np.array([1, 0, np.nan, 1, np.nan]) - 2 * alike
-    rewards = target.reward_of(stub, attacks, 2.0, 3)
+    expected = np.array([1, 0, np.nan, 0.5, np.nan]) - 4 * alike
+    rewards = target.reward_of(stub, attacks, 4.0, 3)
     np.testing.assert_allclose(rewards[[0, 1, 3]], expected[[0, 1, 3]])
-    assert expected[0] == -1
-    assert rewards[[2, 4]].tolist() == [-2, -2]  # 1 less than the least
+    assert expected[0] < expected[3] < expected[1] == 0
+    assert rewards[[2, 4]] == pytest.approx(expected[0] - 1)  # 1 less than the least
     assert stub.numbers == [[0, 1, 3]]
-    assert target.reward_of(stub, ["x", ""], 2.0, 3).tolist() == [-1, -1]
-    target.reward_of(stub, attacks, 2.0, 3)
-    target.reward_of(stub, attacks[::-1], 2.0, 3)
-    target.reward_of(stub, attacks, 2.0, 4)
+    assert target.reward_of(stub, ["x", ""], 4.0, 3).tolist() == [-1, -1]
+    target.reward_of(stub, attacks, 4.0, 3)
+    target.reward_of(stub, attacks[::-1], 4.0, 3)
+    target.reward_of(stub, attacks, 4.0, 4)
     first, again, other, seed = stub.keys
     assert first == again  # a run that goes on after a stop gets the same answers
     assert first not in (other, seed)
@@ -425,7 +425,7 @@ REAL = Config(
     reward=RewardConfig(("runs/rm", "f.py:short"), (1, 0.5)),
     harm=("h.py:harm", "h.py:leak"),
     harm_coef=7.0,
-    data=DataConfig("jsonl:prompts.jsonl", template="chat"),
+    data=DataConfig("jsonl:prompts.jsonl", template="chat", max_prompt=50),
     gold=("judge.py:f",),
     opening=r"Ask:\n1.",
     end="?",
@@ -491,6 +491,7 @@ def test_the_scripts_know_all_flags(c):
             if kind == "defence":
                 assert flags.data.spec == f"jsonl:OUT/defence-{seed}.jsonl"
                 assert flags.data.validation == "jsonl:OUT/ordinary-held-out.jsonl"
+                assert flags.data.max_prompt == c.data.max_prompt
                 found = [Path(f"OUT/{method}-attacks-{seed}") for method in c.methods]
                 held_out = Path("OUT/ordinary-held-out.jsonl")
                 file = Path(f"OUT/defence-{seed}.jsonl")
