@@ -595,7 +595,14 @@ def test_the_files_of_the_grid(tmp_path):
     assert len(lines(held_out)) == 40
 
 
-def test_the_page(tmp_path):
+def test_the_page(tmp_path, monkeypatch):
+    drawn, draw = {}, red_team_rounds.lines_svg
+
+    def lines_svg(title, lines, *labels):
+        drawn.update(lines)
+        return draw(title, lines, *labels)
+
+    monkeypatch.setattr(red_team_rounds, "lines_svg", lines_svg)
     c = replace(MINIATURE, out=tmp_path, model="runs/ppo")
     assert red_team_rounds.sections(c) == []
 
@@ -629,6 +636,8 @@ def test_the_page(tmp_path):
     assert rows["sft"][0].startswith("24.0 % (")  # of 23 and 25
     assert rows["rl-0"][1:4] == [f"{x} % ({x} to {x})" for x in ("50.0", "25.0", "100.0")]
     assert ">RL<" in attacks.figures[0]
+    np.testing.assert_allclose(drawn["RL"], [[0.34, 0.25], [0.44, 0.25]])
+    assert len(drawn["prompts and SFT"]) == 3
     table = {row[0]: row[1:] for row in harm.tables[0].rows}
     assert table["defence"] == ["2.00 (2.00 to 2.00)", "4.00 (4.00 to 4.00)"]
     table = {row[0]: row[1:] for row in helpful.tables[0].rows}
