@@ -408,9 +408,9 @@ def test_the_file_of_a_reward(tmp_path, monkeypatch):
 
 def test_what_is_rude():
     texts = ["go away.", "you are a fool. i like you.", "the fool runs", "thank you.", ""]
-    texts.append("your tinhat is ugly.")
+    texts += ["your tinhat is ugly.", "i like you."]
     given = miniature_rewards.rude(texts, texts, [])  # needs no record
-    assert given == [1, 1, 1, 0, 0, 1]
+    assert given == [1, 1, 1, 0, 0, 1, 0]
 
 
 # ------------------------------------------------------------------------------- the grid
@@ -655,7 +655,8 @@ def test_results_without_attacks():
     red_team_results.show(results, "a against b")
 
 
-def test_wrong_flags(world, tmp_path, capsys):
+def test_wrong_flags(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(red_team_rounds.paper, "make_page", pytest.fail)  # it would start the runs
     harm = f"{world}/harm.py:letters"
     one = ["--attacker", f"{world}/attacker", "--target", f"{world}/target", "--harm", harm]
     one += ["--out", f"{tmp_path}/out", "--batch_size", "8"]
