@@ -233,9 +233,9 @@ WRONG = [
     ),
     *lines(
         "red_team_rounds.py",
-        ("--attacker rm --target lm", "--attacker rm"),
-        ("--attacker lm --target runs/nothing", "--target runs/nothing"),
-        ("--attacker lm --target lm --diversity 0 0", "--diversity"),
+        ("--attacker rm --model lm", "--attacker rm"),
+        ("--attacker lm --model runs/nothing", "--model runs/nothing"),
+        ("--attacker lm --model lm --diversity 0 0", "--diversity"),
     ),
     *lines(
         "critique_revise.py",

@@ -10,6 +10,9 @@ import tyro
 from instructjax.evaluation.grid import Grid, Job
 from instructjax.run import average, parse
 
+# Scripts whose flags are a dataclass without presets.
+TYRO = ("evaluate.py", "ai_feedback.py", "critique_revise.py", "red_team.py")
+
 
 def parsed(runs: Grid) -> Iterator[tuple[str, Job, Any]]:
     """(name, job, flags) of each run, which stands after those that it needs, in OUT/NAME."""
@@ -21,7 +24,7 @@ def parsed(runs: Grid) -> Iterator[tuple[str, Job, Any]]:
         if job.script == "-m instructjax.run.average":
             assert words[1:3] == ["-m", "instructjax.run.average"]
             flags = tyro.cli(average.Config, args=words[3:], use_underscores=True)
-        elif job.script in ("evaluate.py", "ai_feedback.py", "critique_revise.py"):
+        elif job.script in TYRO:
             script = importlib.import_module(job.script.removesuffix(".py"))
             flags = tyro.cli(script.Config, args=words[2:], use_underscores=True)
         elif job.script == "swap_loss.py":
