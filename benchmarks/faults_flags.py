@@ -229,13 +229,13 @@ WRONG = [
         ("--attacker rm --target lm --harm f.py:f", "--attacker rm"),
         ("--attacker lm --target runs/nothing --harm f.py:f", "--target runs/nothing"),
         ("--attacker lm --target lm --harm f.py:f --opening ''", "--opening"),
-        ("--attacker lm --target lm --harm f.py:f --examples no.jsonl", "--examples"),
+        ("--attacker lm --target lm --harm rm --examples no.jsonl", "--examples no.jsonl"),
     ),
     *lines(
         "red_team_rounds.py",
-        ("--attacker rm --model lm", "--attacker rm"),
+        ("--attacker rm --model lm --reward rm", "--attacker rm"),
         ("--attacker lm --model runs/nothing", "--model runs/nothing"),
-        ("--attacker lm --model lm --diversity 0 0", "--diversity"),
+        ("--attacker lm --model lm --reward rm --diversity 0 0", "--diversity"),
     ),
     *lines(
         "critique_revise.py",

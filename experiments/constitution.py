@@ -134,7 +134,7 @@ def read(source: str, needed: Sequence[str], names: Sequence[str] = ()) -> Const
     unknown = sorted({*names} - {principle.name for principle in principles})
     if unknown:
         known = ", ".join(principle.name for principle in principles)
-        raise ValueError(f"--only_principles {unknown[0]}: {flag} has {known}")
+        raise ValueError(f"--only_principles {unknown[0]}: there are {known}")
     principles = tuple(p for p in principles if not names or p.name in names)
     able = tuple(p for p in principles if all(getattr(p, part) for part in needed))
     if not able or (names and len(able) < len(principles)):

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -51,6 +52,8 @@ def read_examples(file: str, needed: int) -> tuple[list[str], np.ndarray]:
       ValueError: a line is no attack, or they are fewer than `needed`; the message names the file.
       FileNotFoundError: there is no such file.
     """
+    if not Path(file).expanduser().is_file():
+        raise FileNotFoundError(f"--examples {file}: no such file")
     config = DataConfig(f"jsonl:{file}")
     data.check(config, "prompts", "--examples", held_out=False)
     records = data.read(config, "prompts", render=False, log=lambda _: None)

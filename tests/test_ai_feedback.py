@@ -268,7 +268,7 @@ def test_wrong_flags(tmp_path, capsys):
     ]
     cases += [
         (["--principles", "none.toml"], "--principles none.toml: no such file"),
-        (["--only_principles", "harms"], "--only_principles harms: --principles"),
+        (["--only_principles", "harms"], "--only_principles harms: there are task, truth"),
         (["--clamp", "0.6", "0.7"], "--clamp 0.6 0.7: 0.5 must lie between"),
         (["--model", "runs/nothing"], "--model runs/nothing: no such directory"),
         (["--model", "rules", "--principles", "x.toml"], "--principles: `--model rules` knows"),
