@@ -669,7 +669,7 @@ def test_wrong_flags(world, tmp_path, capsys, monkeypatch):
         (["--examples", f"{tmp_path}/few.jsonl"], "has 1 attacks, and --shots is 5"),
         (
             ["--examples", f"{tmp_path}/no.jsonl"],
-            f"--examples jsonl:{tmp_path}/no.jsonl: no such file",
+            f"--examples {tmp_path}/no.jsonl: no such file",
         ),
         (["--max_attack_tokens", "96"], "--max_attack_tokens 96: the model's context is 96"),
         (["--max_new_tokens", "96"], "--max_new_tokens 96: the model's context is 96"),
