@@ -116,7 +116,8 @@ class Config:
 def rows_of(c: Config, pairs: Sequence[Pair], first_better: np.ndarray) -> list[dict[str, Any]]:
     """Comparisons with soft labels. Pairs that the labeler finds equal are left out."""
     rows = []
-    for pair, p in zip(pairs, np.clip(first_better.mean(1), *c.clamp), strict=True):
+    labels = np.clip(ai_labeler.soft_labels(first_better), *c.clamp)
+    for pair, p in zip(pairs, labels, strict=True):
         if p != 0.5:
             rows.append(
                 {
@@ -172,7 +173,7 @@ def label_by_rule(c: Config) -> tuple[list[Pair], np.ndarray]:
     tokenizer = miniature.tokenizer()
     records = data.read(c.data, "comparisons", tokenizer=tokenizer, render=False, ranked=False)
     for record in records:
-        if "request" not in record.row:
+        if not critics.can_judge(record.row):
             raise ValueError(f"--model rules: {record.where} has no request: it judges no such row")
     pairs = ai_labeler.pairs_of(records, c.constitution, c.pairs, c.seed)
     critic = critics.RuleCritic(c.noise, c.place_bias, seed=c.seed)

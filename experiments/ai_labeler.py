@@ -77,6 +77,11 @@ def label(
     return np.stack([as_a_or_b[:, 0], 1 - as_a_or_b[:, 1]], axis=1)
 
 
+def soft_labels(first_better: np.ndarray) -> np.ndarray:
+    """The mean over both orders, float [n]; exactly 0.5 where the two cancel but for rounding."""
+    return np.round(first_better.mean(1), 9)
+
+
 def label_by_rule(pairs: Sequence[Pair], critic: critics.RuleCritic) -> np.ndarray:
     """As `label`, by the miniature's rule-based critic. Records need a "request".
 
@@ -100,7 +105,7 @@ def results_of(pairs: Sequence[Pair], first_better: np.ndarray) -> dict[str, Any
       principle. Records of the miniature also have `agreement_with_judge`, by principle, over the
       pairs that the judge orders by that principle. A label that is even counts half.
     """
-    label, (as_a, as_b) = first_better.mean(1), first_better.T
+    label, (as_a, as_b) = soft_labels(first_better), first_better.T
     of_prompt = np.array([p.record.where for p in pairs])
     principles = np.array([pair.principle.name for pair in pairs])
 
@@ -125,7 +130,7 @@ def results_of(pairs: Sequence[Pair], first_better: np.ndarray) -> dict[str, Any
     agreement, by_principle = agreements(np.array(ranks))
     if agreement is not None:
         results |= {"agreement": agreement, "by_principle": by_principle}
-    if all("request" in pair.record.row for pair in pairs):
+    if all(critics.can_judge(pair.record.row) for pair in pairs):
         results["agreement_with_judge"] = agreements(judged(pairs))[1]
     return results
 

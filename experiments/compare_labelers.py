@@ -19,7 +19,7 @@ the same pairs of the policy's responses; pairs that it finds even are left out.
 a principle that is drawn for each pair, as RL-CAI has (Bai et al. 2022, arXiv 2212.08073).
 
 Hardware: two CPU cores, once run_sft.py has made runs/sft.
-Result: OUT/report.html, and report.md in --results. The same command goes on after a stop.
+Result: OUT/report.html, and report.md in --results.
 """
 
 import functools
@@ -28,8 +28,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import constitution
 import policy_grids as grids
 
 from instructjax import miniature, usage
@@ -51,6 +53,8 @@ COLUMNS = ("utility", "kl", "against the start", "against people")
 class Config(grids.PolicyConfig):
     """The labelers."""
 
+    OWN = MappingProxyType({"ai_flags": ("model", "data", "pairs"), "rm_flags": ("data",)})
+
     out: Path | None = Path("runs/labelers")
     people: tuple[str, ...] = ()
     """Whose labels AI feedback is compared with: functions and reward models, as for --reward of
@@ -66,48 +70,43 @@ class Config(grids.PolicyConfig):
     """Number of prompts that the policy answers twice. Those whose two responses people find equal
     give no pair."""
     ai_flags: str = ""
-    """More flags of each ai_feedback.py by a model, likewise."""
+    """More flags of each ai_feedback.py of --labelers, likewise."""
     rm_flags: str = ""
     """More flags of each run_rm.py, likewise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.people and not self.in_miniature:
-            raise ValueError("--people: only the miniature has labelers of its own; name some")
-        if not self.labelers and not self.in_miniature:
-            raise ValueError("--labelers: name at least one")
+        for flag, named in (("--people", self.people), ("--labelers", self.labelers)):
+            if not named and not self.in_miniature:
+                raise ValueError(f"{flag}: only the miniature has some of its own; name one")
         names = [Path(model).name for model in self.labelers]
-        if len({PEOPLE, CRITIC, MIXED, *names}) < 3 + len(names):
+        taken = [PEOPLE, *self.critics]
+        if len({*taken, *names}) < len(taken) + len(names):
             raise ValueError(f"--labelers: two of one name, or a name in use: {', '.join(names)}")
 
     @property
-    def in_miniature(self) -> bool:
-        return self.data.spec == "miniature"
+    def people_specs(self) -> tuple[str, ...]:
+        return self.people or (f"{from_here(EXPERIMENTS)}/reproduce.py:training_labelers",)
 
     @property
-    def people_specs(self) -> tuple[str, ...]:
-        """--people or its default, for --gold of evaluate.py."""
-        return self.people or (f"{from_here(EXPERIMENTS)}/reproduce.py:training_labelers",)
+    def critics(self) -> dict[str, dict[str, Any]]:
+        """The flags of each ai_feedback.py by a critic of the miniature, by name."""
+        if not self.in_miniature:
+            return {}
+        overall = {"only_principles": critics.OVERALL}
+        asked: dict[str, dict[str, Any]] = {}
+        for noise, bias in itertools.product(self.noise, self.place_bias):
+            rules = {"model": "rules", "noise": noise, "place_bias": bias}
+            asked.setdefault(MIXED, rules)
+            asked[f"rules-{noise:g}-{bias:g}"] = rules | overall
+        made = {"model": self.directory / CRITIC, "principles": constitution.MINIATURE}
+        return asked | {CRITIC: made | overall}
 
     @property
     def asked(self) -> dict[str, dict[str, Any]]:
         """The flags of each ai_feedback.py, by the name of its labeler."""
-        asked: dict[str, dict[str, Any]] = {}
         words = parse_flags(self.ai_flags)
-        if self.in_miniature:
-            words = {"principles": "miniature", **words}
-            for noise, bias in itertools.product(self.noise, self.place_bias):
-                rules = {"model": "rules", "noise": noise, "place_bias": bias}
-                asked.setdefault(MIXED, rules)
-                overall = {"only_principles": critics.OVERALL}
-                asked[f"rules-{noise:g}-{bias:g}"] = rules | overall
-            asked[CRITIC] = {"model": self.directory / CRITIC, **words}
-        return asked | {Path(model).name: {"model": model, **words} for model in self.labelers}
-
-    @property
-    def names(self) -> list[str]:
-        """The labelers that reward models learn from."""
-        return [PEOPLE, *self.asked]
+        return self.critics | {Path(x).name: {"model": x, **words} for x in self.labelers}
 
 
 # ------------------------------------------------------------------------------------- the runs
@@ -125,10 +124,10 @@ def grid(c: Config) -> Grid:
         needs = ("pairs", CRITIC) if name == CRITIC else ("pairs",)
         own = {"data": f"jsonl:{c.directory / 'pairs' / 'comparisons.jsonl'}", "pairs": c.prompts}
         jobs[f"labels-{name}"] = Job("ai_feedback.py", flags | own, needs=needs, resumes=False)
-    for name, seed in itertools.product(c.names, c.seeds):
+    for name, seed in itertools.product([PEOPLE, *c.asked], c.seeds):
         add_policy(c, jobs, name, seed)
     for seed in c.seeds:
-        policies = tuple(f"ppo-{name}-{seed}" for name in c.names)
+        policies = tuple(f"ppo-{name}-{seed}" for name in [PEOPLE, *c.asked])
         jobs[f"evaluation-{seed}"] = grids.evaluation_job(c, policies, seed)
     return Grid(c.directory, jobs, from_here(EXPERIMENTS), c.results_directory)
 
@@ -161,7 +160,7 @@ def write_text(file: Path) -> None:
 def write_mixed(file: Path, people: Path, critic: Path) -> None:
     """Writes every second comparison of people's, and the critic's of the other prompts."""
     of_people = grids.read_rows(people)[::2]
-    taken = {row["prompt"] for row in of_people}
+    taken = [row["prompt"] for row in of_people]
     others = [row for row in grids.read_rows(critic) if row["prompt"] not in taken]
     grids.write_rows(file, [*of_people, *others])
 
@@ -174,7 +173,7 @@ def figures_of(c: Config, seed: int) -> dict[str, dict[str, float]]:
     found = grids.policies_of(c.results_directory, f"evaluation-{seed}")
     others = {COLUMNS[2]: paper.run_name(c.model), COLUMNS[3]: f"ppo-{PEOPLE}-{seed}"}
     figures = {}
-    for name in c.names if found else ():
+    for name in [PEOPLE, *c.asked] if found else ():
         row = found[f"ppo-{name}-{seed}"]
         wins = {column: row["wins"][x] for column, x in others.items() if x in row["wins"]}
         figures[name] = {"utility": row["utility"], "kl": row["kl"], **wins}
@@ -189,8 +188,15 @@ def labelers(c: Config) -> Section | None:
             judge = results.get("agreement_with_judge", {}).get(critics.OVERALL)
             shares = [f"{results[x]:.0%}" for x in ("share_a", "decided_by_place")]
             agreements = map(paper.percent, (results.get("agreement"), judge))
-            rows.append([name, *agreements, *shares])
-    columns = ("", "agreement with people", "with the judge", "says A", "decided by the place")
+            rows.append([name, f"{results['pairs']:,}", *agreements, *shares])
+    columns = (
+        "",
+        "pairs",
+        "agreement with people",
+        "with the judge",
+        "says A",
+        "decided by the place",
+    )
     text = "Of the pairs that people order. Intervals are over prompts."
     return paper.section("Labelers", text, (), Table("", columns, rows))
 
@@ -199,7 +205,7 @@ def policies(c: Config) -> Section | None:
     """The policies of each labeler's reward models, against the start and against people's."""
     of_seeds = [found for seed in c.seeds if (found := figures_of(c, seed))]
     rows, verdicts, drawn = [], [], paper.lines()
-    for name in c.names if of_seeds else ():
+    for name in [PEOPLE, *c.asked] if of_seeds else ():
         means = {
             column: statistics.over_runs([found[name][column] for found in of_seeds])
             for column in of_seeds[0][name]
@@ -230,8 +236,9 @@ def sections(c: Config) -> list[Section]:
 
 def check(c: Config) -> None:
     mesh = c.check(grid(c), RewardConfig(c.people_specs), "--people")
-    for model in c.labelers if mesh is not None else ():
-        pretrained.check(model, mesh, flag="--labelers", scalar_head=False)
+    if mesh is not None:
+        for model in c.labelers:
+            pretrained.check(model, mesh, flag="--labelers", scalar_head=False)
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

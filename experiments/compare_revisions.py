@@ -20,6 +20,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import policy_grids as grids
@@ -35,19 +36,28 @@ from instructjax.scoring import RewardConfig
 
 EXPERIMENTS = Path(__file__).resolve().parent
 WINS = "wins against the start"
+NOT_DRAWN = ("utility", "kl", "likert", "truthful", "hallucinated")  # of the miniature, in a table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(grids.PolicyConfig):
     """The revisions."""
 
+    OWN = MappingProxyType(
+        {
+            "revise_flags": ("model", "data", "critic", "oversight", "prompts", "revisions"),
+            "sft_flags": ("model", "data", "data.only"),
+            "evaluate_flags": ("measure",),
+        }
+    )
+
     out: Path | None = Path("runs/revisions")
     critic: str | None = None
     """Model that criticises and revises. By default `rules` on the miniature, and --model on other
     data."""
-    oversight: Share = 0.2
-    """Probability that a critique of `--critic rules` says the opposite of what it should. The
-    default is ours."""
+    oversight: Share | None = None
+    """Probability that a critique of `--critic rules` says the opposite of what it should. By
+    default 0.2. [Ours]"""
     revisions: Count = 4
     """Number of revisions of each response, and so of policies. [Bai et al., section 3.2]"""
     prompts: Count = 4000
@@ -59,13 +69,24 @@ class Config(grids.PolicyConfig):
     sft_flags: str = ""
     """More flags of each run_sft.py, likewise."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.critic == RULES and not self.in_miniature:
+            raise ValueError("--critic rules: it judges no prompts but the miniature's")
+        if self.oversight is not None and self.critic_or_default != RULES:
+            raise ValueError("--oversight is of `--critic rules` alone")
+
+    @property
+    def critic_or_default(self) -> str | None:
+        return self.critic or (RULES if self.in_miniature else None)
+
     @property
     def critic_flags(self) -> dict[str, Any]:
         """--critic of critique_revise.py, and --oversight where it applies."""
-        in_miniature = self.data.spec == "miniature"
-        critic = self.critic or (RULES if in_miniature else None)
+        critic = self.critic_or_default
         flags: dict[str, Any] = {} if critic is None else {"critic": critic}
-        return flags | ({"oversight": self.oversight} if critic == RULES else {})
+        by_default = 0.2 if self.oversight is None else self.oversight
+        return flags | ({"oversight": by_default} if critic == RULES else {})
 
 
 # ------------------------------------------------------------------------------------- the runs
@@ -134,18 +155,29 @@ def table_of(of_seeds: Sequence[Sequence[dict[str, float]]]) -> list[list[str]]:
 
 def of_critic(c: Config) -> Section | None:
     """What the critic made of the responses, by number of revisions."""
-    results = [paper.results_of(c.results_directory, f"revisions-{seed}") for seed in c.seeds]
-    of_seeds = []
-    for rows in filter(None, results):
-        figures = [
-            {key: value[0] for key, value in row.items() if isinstance(value, list)} for row in rows
-        ]
-        of_seeds.append(figures)
-    if not of_seeds or not of_seeds[0][0]:
+    by_seed: dict[int, list[dict[str, float]]] = {}
+    for seed in c.seeds:
+        results: Any = paper.results_of(c.results_directory, f"revisions-{seed}")
+        if results:
+            means = [{k: v[0] for k, v in row.items() if isinstance(v, list)} for row in results]
+            by_seed[seed] = means
+    if not by_seed or not all(rows[0] for rows in by_seed.values()):
         return None
-    columns = ("", *map(str, range(min(map(len, of_seeds)))))
-    text = "The judge's means of the responses (0) and of the revisions of each number."
-    return paper.section("Revisions", text, (), Table("", columns, table_of(of_seeds)))
+    count = min(map(len, by_seed.values()))
+    verdicts = []
+    for seed, rows in by_seed.items():
+        for key in ("toxic", "followed") if count > 2 and "toxic" in rows[0] else ():
+            verdicts.append((rows[count - 1][key] < rows[1][key], f"{key}, seed {seed}"))
+    return paper.section(
+        "Revisions",
+        "The judge's means of the responses (0) and of the revisions of each number. Bai et al."
+        " find that each revision is less harmful and less helpful than the one before (section"
+        " 3.4). In the miniature, from the first revision to the last, the share that is toxic"
+        " falls, and the share of the request that is followed falls. A rule-based critic mends"
+        " most flaws by a new response without any.",
+        verdicts,
+        Table("", ("", *map(str, range(count))), table_of([x[:count] for x in by_seed.values()])),
+    )
 
 
 def of_policies(c: Config) -> Section | None:
@@ -155,20 +187,15 @@ def of_policies(c: Config) -> Section | None:
         return None
     numbers = [f"{number}" for number in range(c.revisions + 1)]
     drawn = paper.lines()
-    for key in (x for x in ("toxic", "followed", WINS, *c.measure) if x in of_seeds[0][0]):
+    for key in (x for x in of_seeds[0][0] if x not in NOT_DRAWN):
         for number, place in enumerate(numbers):
             values = [figures[number][key] for figures in of_seeds]
             drawn[key][place].append(statistics.over_runs(values))
-    verdicts = []
-    for number, figures in enumerate(of_seeds, 1):
-        for key in ("toxic", "utility") if "toxic" in figures[0] else ():
-            falls = figures[-1][key] < figures[1][key]
-            verdicts.append((falls, f"{key} of the {number}. seed"))
     return paper.section(
         "SL-CAI by number of revisions",
-        "Bai et al. find that more revisions make replies less harmful and less helpful (section"
-        " 3.4): from the first policy to the last, toxicity falls, and so does utility.",
-        verdicts,
+        "Means over seeds of --model (0) and of the policies that learned the revisions up to each"
+        " number.",
+        (),
         Table("", ("", *numbers), table_of(of_seeds)),
         [paper.draw("by number of revisions", drawn, numbers)],
     )
@@ -184,9 +211,11 @@ def sections(c: Config) -> list[Section]:
 
 def check(c: Config) -> None:
     mesh = c.check(grid(c))
-    if mesh is not None and c.critic not in (None, RULES):
+    if mesh is None:
+        return
+    if c.critic not in (None, RULES):
         pretrained.check(c.critic, mesh, flag="--critic", scalar_head=False)
-    for spec in c.measure if mesh is not None else ():
+    for spec in c.measure:
         scoring.check(RewardConfig((spec,)), mesh, "--measure")
 
 

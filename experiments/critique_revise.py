@@ -21,8 +21,6 @@ critiques too, from which --resume goes on; and OUT/results.json: the judge's fi
 """
 
 import dataclasses
-import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,23 +28,26 @@ from typing import Any, Literal
 
 import constitution
 import jax
+import numpy as np
 import revision_chains
 import tyro
 from ai_feedback import PRINCIPLES, RULES
 from jax.sharding import Mesh
-from revision_chains import Chain, revise, revise_by_rule, speaker, write
-from revision_results import make_judge, print_results, results_of, rows_of
+from line_files import check_resume, record
+from revision_chains import Chain, Speaker, revise, revise_by_rule, write
+from revision_results import finish, make_judge
 from rich.console import Console
 
-from instructjax import data, ranges, scoring, sharding, usage
-from instructjax.data import DataConfig
+from instructjax import data, hosts, ranges, scoring, sharding, usage
+from instructjax.data import DataConfig, Record, template
 from instructjax.miniature import critics
-from instructjax.models import ModelConfig, Params
 from instructjax.offload import freeze
 from instructjax.ranges import Count, Positive, Seed, Share
 from instructjax.run import checks, flags, main, pretrained
 from instructjax.run.metrics import phase
 from instructjax.run.process import cache_compilations
+
+CHAINS = "chains.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,8 @@ class Config:
     model: str = "runs/sft"
     """Model that responds: a language model, best a chat model."""
     critic: str | None = None
-    """Model that criticises and revises, or `rules`, the miniature's rule-based critic. By default
-    --model. [Bai et al.]"""
+    """Model that writes the critiques and the revisions, or `rules`, the miniature's rule-based
+    critic. By default --model. [Bai et al.]"""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts."""
     out: Path = Path("runs/critique_revise")
@@ -80,8 +81,8 @@ class Config:
     prompts: Count = 1000
     """Number of prompts, the first of the data."""
     max_new_tokens: Count = 64
-    """Longest response, critique or revision in tokens. A revision that is longer is left out, and
-    ends its chain."""
+    """Longest response, critique or revision in tokens, EOS included. A chain ends at one that is
+    longer, which is left out."""
     temperature: Positive = 1.0
     """Number that logits are divided by in sampling."""
     batch_size: Count = 32
@@ -91,7 +92,7 @@ class Config:
     mesh: str = ""
     """Devices along each axis, as `data=2,fsdp=-1,tensor=2`. By default all are along `fsdp`."""
     resume: bool = False
-    """Go on after the last revision that OUT/chains.jsonl has. Give the same flags."""
+    """Continue the run in --out after its last revision, or start it if there is none."""
     seed: Seed = 0
     """Seed of sampling, of the principles and of the errors of `--critic rules`."""
 
@@ -121,6 +122,7 @@ class Config:
 
 def check(c: Config) -> None:
     """Raises ValueError or OSError for flags that cannot work, before anything is loaded."""
+    hosts.require_equal("flags", flags.of_all_hosts(c, "critique_revise"))
     checks.check_directory("--out", c.out)
     assert c.constitution
     mesh = sharding.make_mesh(**sharding.parse_mesh(c.mesh), devices=jax.devices())
@@ -131,106 +133,93 @@ def check(c: Config) -> None:
     if c.gold:
         scoring.check(scoring.RewardConfig(c.gold), mesh, "--gold")
     data.check(c.data, "prompts")
+    if jax.process_index() == 0:
+        check_resume(c.out, recorded(c), c.resume, ("revisions", "gold"))
+
+
+def recorded(c: Config) -> dict[str, Any]:
+    """The flags and the principles, as config.json has them."""
+    principles = [dataclasses.asdict(principle) for principle in c.constitution.principles]
+    return flags.of_all_hosts(c, "critique_revise") | {"principles": principles}
 
 
 def critique_revise(c: Config) -> list[dict[str, Any]]:
     """Samples, criticises and revises. Returns the contents of results.json.
 
     Raises:
-      ValueError: `--critic rules` gets other prompts than the miniature's, or --resume other flags.
+      ValueError: a prompt has tools, `--critic rules` gets other prompts than the miniature's, or
+        --resume finds chains of other prompts; or no response ended.
     """
     cache_compilations()
     mesh = sharding.make_mesh(**sharding.parse_mesh(c.mesh), devices=jax.devices())
-    model, params, tokenizer = load(c, c.model, "--model", mesh)
-    eos_ids = model.eos_ids
-    read = pretrained.reader(model, tokenizer)
-    context = model.max_length - c.max_new_tokens + 1
-    records = read(c.data, "prompts", split=c.split, context=context).records[: c.prompts]
-    if c.critic == RULES and (wrong := [x.where for x in records if "request" not in x.row]):
-        raise ValueError(f"--critic rules: {wrong[0]} has no request: it judges no such row")
-    make_say = functools.partial(
-        speaker,
-        mesh=mesh,
-        size=c.batch_size,
-        max_new_tokens=c.max_new_tokens,
-        temperature=c.temperature,
-    )
-    file, chains, key = c.out / "chains.jsonl", [], jax.random.key(c.seed)
-    begin(c)
-    if c.resume:
-        chains = revision_chains.read(file)
+    policy = load(c, c.model, "--model", mesh)
+    read = pretrained.reader(policy.model, policy.tokenizer)
+    context = policy.model.max_length - c.max_new_tokens + 1
+    prompts = read(c.data, "prompts", split=c.split, context=context)
+    prompts = prompts.take(np.arange(len(prompts)) < c.prompts)
+    records = prompts.records
+    check_records(c, records)
+    record(c.out, recorded(c))
+    file, key = c.out / CHAINS, jax.random.key(c.seed)
+    chains = revision_chains.read(file, records)
     if not chains:
         with phase(Console(), f"sampling {len(records):,} responses"):
-            say = make_say(model, params, tokenizer, lines=False)
-            texts = say([list(x.messages) or x.prompt for x in records], key)
-        chains = [Chain([text or ""], ended=text is None) for text in texts]
+            texts = policy.respond([prompts.prompt[i].tolist() for i in range(len(records))], key)
+        chains = [first_of(*pair) for pair in zip(records, texts, strict=True)]
         write(chains, file)
+    critic = policy
     if c.critic not in (None, RULES):
-        model, params, tokenizer = load(c, c.critic, "--critic", mesh)
-    say = make_say(model, params, tokenizer, lines=c.constitution.in_miniature)
-    critic = critics.RuleCritic(oversight=c.oversight, seed=c.seed)
+        critic = load(c, c.critic, "--critic", mesh)
+    rules = critics.RuleCritic(oversight=c.oversight, seed=c.seed)
     for number in range(1 + max(len(x.critiques) for x in chains), c.revisions + 1):
         with phase(Console(), f"revision {number} of {c.revisions}"):
             numbers = {"number": number, "seed": c.seed}
             if c.critic == RULES:
-                revise_by_rule(chains, records, c.constitution, critic, **numbers)
+                revise_by_rule(chains, records, c.constitution, rules, **numbers)
             else:
                 of_number = jax.random.fold_in(key, number)
-                revise(chains, records, c.constitution, say, of_number, **numbers)
+                revise(chains, records, c.constitution, critic, of_number, **numbers)
         write(chains, file)
-    # A response that did not end is no beginning.
-    begun = [i for i, chain in enumerate(chains) if chain.texts[0]]
-    records, chains = [records[i] for i in begun], [chains[i] for i in begun]
-    if not chains:
+    begun = [pair for pair in zip(records, chains, strict=True) if pair[1].texts]
+    if not begun:
         raise ValueError("no response ended; give more --max_new_tokens")
     with phase(Console(), "judging"):
-        judge = make_judge(
-            c.gold,
-            c.data.spec,
-            records,
-            tokenizer,
-            mesh,
-            eos_ids=eos_ids,
-            size=c.batch_size,
-            dtype=c.model_dtype,
-        )
-        results = results_of(records, chains, judge)
-    if jax.process_index() == 0:
-        rows = rows_of(records, chains)
-        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-        demonstrations = c.out / "revisions.jsonl"
-        demonstrations.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        (c.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print_results(results)
-        print(f"wrote {len(rows):,} revisions of {len(chains):,} responses: {demonstrations}")
-    return results
+        judge = make_judge(c.gold, c.data.spec, [x for x, _ in begun], policy, c.model_dtype)
+        return finish(c.out, records, chains, judge)
 
 
-def load(c: Config, name: str, flag: str, mesh: Mesh) -> tuple[ModelConfig, Params, Any]:
-    """A model for sampling: (config, parameters in --model_dtype, tokenizer)."""
-    model, params, tokenizer = pretrained.load(name, mesh, flag=flag, scalar_head=False)
-    model = dataclasses.replace(model, dtype=c.model_dtype)
-    return model, freeze(params, c.model_dtype), tokenizer
+def first_of(record: Record, text: str | None) -> Chain:
+    """The chain of a response; it has ended if the response did not end."""
+    if text is None:
+        return Chain(record.prompt, [], ended="the response had no end or no words")
+    return Chain(record.prompt, [text if record.verbatim else text.strip()])
 
 
-def begin(c: Config) -> None:
-    """Writes OUT/config.json.
+def check_records(c: Config, records: Sequence[Record]) -> None:
+    """Raises ValueError for prompts that cannot be criticised."""
+    for row in records:
+        if row.tools is not None:
+            raise ValueError(f"{row.where}: the prompt has tools, which critics do not read")
+        if c.critic == RULES and not critics.can_judge(row.row):
+            raise ValueError(f"--critic rules: {row.where} has no request: it judges no such row")
 
-    Raises:
-      ValueError: the chains that --resume goes on with are of other flags.
-    """
-    now = flags.of_all_hosts(c, "critique_revise")
-    file, free = c.out / "config.json", ("resume", "revisions", "out", "gold", "batch_size", "mesh")
-    if c.resume and file.exists():
-        before = json.loads(file.read_text())
-        for name in sorted({*now, *before}):
-            if name.rpartition(".")[2] not in free and now.get(name) != before.get(name):
-                raise ValueError(
-                    f"--resume: {file} has {name} {before.get(name)!r}, not {now.get(name)!r}"
-                )
-    if jax.process_index() == 0:
-        c.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(now, indent=2) + "\n")
+
+def load(c: Config, name: str, flag: str, mesh: Mesh) -> Speaker:
+    """A model in --model_dtype. --data.template is of --model alone."""
+    choice = c.data.template if flag == "--model" else "auto"
+    model, params, tokenizer = pretrained.load(
+        name, mesh, flag=flag, template=choice, scalar_head=False
+    )
+    return Speaker(
+        dataclasses.replace(model, dtype=c.model_dtype),
+        freeze(params, c.model_dtype),
+        tokenizer,
+        template.of(tokenizer, choice, model.eos_ids),
+        mesh,
+        c.batch_size,
+        c.max_new_tokens,
+        c.temperature,
+    )
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +33,9 @@ NS = (1, 2, 4, 8, 16, 32, 64)  # of best-of-n
 class PolicyConfig(GridConfig):
     """The policy at the start, its prompts, their judge, and more flags of the scripts."""
 
+    # What --..._flags may not set, by their names, as the grid sets it.
+    OWN: ClassVar[Mapping[str, Sequence[str]]] = MappingProxyType({})
+
     model: str = "runs/sft"
     """Policy at the start: a run directory, a Hugging Face directory or a hub name."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -55,9 +58,10 @@ class PolicyConfig(GridConfig):
                     flags = parse_flags(getattr(self, each.name))
                 except ValueError as error:
                     raise ValueError(f"--{each.name}: {error}") from error
-                if "max_new_tokens" in flags:
-                    raise ValueError(f"--{each.name}: give --max_new_tokens to this script")
-        if not self.gold and self.data.spec != "miniature":
+                own = {"max_new_tokens", *self.OWN.get(each.name, ())} & {*flags}
+                for flag in sorted(own):
+                    raise ValueError(f"--{each.name}: --{flag} is set by this script's own flags")
+        if not self.gold and not self.in_miniature:
             raise ValueError("--gold: these data have no judge of their own; name one")
         beta = " ".join(parse_flags(self.ppo_flags).get("ppo.beta", ["1"]))
         try:
@@ -66,6 +70,10 @@ class PolicyConfig(GridConfig):
             raise ValueError(f"--ppo_flags: --ppo.beta {beta}: expected a number") from error
         if no_penalty:
             raise ValueError(f"--ppo_flags: --ppo.beta 0 measures no KL; give {BETA}")
+
+    @property
+    def in_miniature(self) -> bool:
+        return self.data.spec == "miniature"
 
     @property
     def prompt_flags(self) -> dict[str, Any]:
@@ -77,7 +85,7 @@ class PolicyConfig(GridConfig):
     def comparison_flags(self) -> dict[str, Any]:
         """The flags of run_rm.py, on comparisons of responses to these prompts."""
         template = self.data.template
-        flags = {"preset": "miniature"} if self.data.spec == "miniature" else {}
+        flags = {"preset": "miniature"} if self.in_miniature else {}
         return flags | ({} if template == "auto" else {"data.template": template})
 
     def check(

@@ -23,8 +23,6 @@ that succeeded, and how diverse the attacks are.
 
 import dataclasses
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +31,9 @@ from typing import Any, Literal
 import jax
 import tyro
 from jax.sharding import Mesh
+from line_files import append, check_resume, read_lines, record
 from red_team_attacker import Attacker, attack_of, read_examples
-from red_team_results import append, check_resume, read_lines, results_of, show
+from red_team_results import results_of, show
 from red_team_target import load_target
 from rich.console import Console
 
@@ -209,10 +208,7 @@ def red_team(c: Config) -> None:
     if hosts.agree(c.resume and (c.out / RESULTS).exists()):
         print(f"{c.out} has finished before")
         return
-    c.out.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        record = {"command": shlex.join(["python", *sys.argv]), "config": _flags(c)}
-        (c.out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    record(c.out, _flags(c))
     cache_compilations()
     mesh = sharding.make_mesh(**sharding.parse_mesh(c.mesh), devices=jax.devices())
     attack_key, answer_key = jax.random.split(jax.random.key(c.seed))

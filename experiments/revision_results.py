@@ -1,17 +1,21 @@
 """What critique_revise.py writes and prints of its chains."""
 
 import functools
+import json
+from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
-from revision_chains import Chain
+from line_files import write_lines
+from revision_chains import Chain, Speaker
 from rich.console import Console
 from rich.table import Table
 
 from instructjax import data, rollout
-from instructjax.data import Record, template
+from instructjax.data import Record
 from instructjax.data.records import parse
 from instructjax.evaluation import comparison, gold, statistics
 from instructjax.miniature import critics
@@ -47,7 +51,7 @@ def results_of(
             row["changed"] = float(np.mean(changed))
         for name, values in judge(texts).items():
             row[name] = statistics.mean(values[~np.isnan(values)])
-        if number and all("request" in record.row for record in records):
+        if number and all(critics.can_judge(record.row) for record in records):
             row["critique_right"] = critiques_right(records, chains, number)
         rows.append(row)
     return rows
@@ -73,11 +77,7 @@ def make_judge(
     specs: Sequence[str],
     spec: str,
     records: Sequence[Record],
-    tokenizer: Any,
-    mesh: Mesh,
-    *,
-    eos_ids: Sequence[int],
-    size: int,
+    policy: Speaker,
     dtype: str,
 ) -> Callable[[list[str]], dict[str, np.ndarray]]:
     """Texts of responses to the prompts -> the judge's figures of each, by name.
@@ -85,12 +85,11 @@ def make_judge(
     Args:
       specs: the judge; see `gold.load_judge`.
       spec: of the prompts.
-      eos_ids: the model's ids that end a response.
-      size: responses that are scored at the same time.
+      policy: the model that responded; its tokens and its template are the judge's.
       dtype: of reward models.
     """
-    judged = gold.load_judge(specs, spec, mesh, tokenizer, dtype)
-    form = template.of(tokenizer, "auto", eos_ids)
+    tokenizer, eos_ids = policy.tokenizer, policy.model.eos_ids
+    judged = gold.load_judge(specs, spec, policy.mesh, tokenizer, dtype)
 
     def judge(texts: list[str]) -> dict[str, np.ndarray]:
         if judged is None:
@@ -99,7 +98,7 @@ def make_judge(
             comparison.prompt_row(x) | {"completion": text}
             for x, text in zip(records, texts, strict=True)
         ]
-        demonstrations = [parse(row, "", "demonstrations", {}, form) for row in rows]
+        demonstrations = [parse(row, "", "demonstrations", {}, policy.form) for row in rows]
         encoded = data.encode(demonstrations, "demonstrations", tokenizer, eos_ids=eos_ids)
         prompts = [encoded.prompt[i].tolist() for i in range(len(texts))]
         responses = [encoded.response[i, 0].tolist() for i in range(len(texts))]
@@ -108,9 +107,9 @@ def make_judge(
         run_model = functools.partial(
             rollout.map_batches,
             rows=tokens,
-            size=size,
+            size=policy.size,
             buckets=[tokens["mask_BR"].shape[1]],
-            mesh=mesh,
+            mesh=policy.mesh,
         )
         figures = {"utility": judged(run_model, records, texts)}
         if spec == "miniature":
@@ -118,6 +117,31 @@ def make_judge(
         return figures
 
     return judge
+
+
+def finish(
+    out: Path,
+    records: Sequence[Record],
+    chains: Sequence[Chain],
+    judge: Callable[[list[str]], dict[str, np.ndarray]],
+) -> list[dict[str, Any]]:
+    """Judges, writes and prints. Returns the contents of results.json.
+
+    Args:
+      chains: at least one has a response; `judge` is of the records of these.
+    """
+    pairs = [pair for pair in zip(records, chains, strict=True) if pair[1].texts]
+    begun = [record for record, _ in pairs], [chain for _, chain in pairs]
+    results, rows = results_of(*begun, judge), rows_of(*begun)
+    file = out / "revisions.jsonl"
+    write_lines(file, rows)
+    if jax.process_index() == 0:
+        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        print_results(results)
+        for why, count in Counter(chain.ended for chain in chains if chain.ended).items():
+            print(f"{count:,} chains have ended early: {why}")
+        print(f"wrote {len(rows):,} revisions of {len(pairs):,} responses: {file}")
+    return results
 
 
 def print_results(results: Sequence[dict[str, Any]]) -> None:

@@ -188,7 +188,7 @@ def test_the_rule_based_labeler(tmp_path):
     results = {}
     for name, more in {
         "exact": [],
-        "biased": ["--place_bias", "50"],
+        "biased": ["--place_bias", "2"],
         "noisy": ["--noise", "3"],
         "seed": ["--noise", "3", "--seed", "1"],
     }.items():
@@ -199,12 +199,17 @@ def test_the_rule_based_labeler(tmp_path):
     assert [x[0] for x in judge["exact"].values()] == [1, 1]
     assert results["exact"]["share_a"] == pytest.approx(0.5)
     assert results["exact"]["decided_by_place"] == 0
-    assert results["biased"]["share_a"] > 0.99
-    assert results["biased"]["decided_by_place"] == 1
+    assert results["biased"]["share_a"] > 0.7
+    assert results["biased"]["decided_by_place"] > 0.5
+    assert [x[0] for x in judge["biased"].values()] == [1, 1]
     assert 0.5 < judge["noisy"]["utility"][0] < 0.95
     assert results["noisy"]["agreement"] != results["seed"]["agreement"]
-    lines = (tmp_path / "exact/comparisons.jsonl").read_text().splitlines()
-    assert len(lines) < 300  # most responses are equally kind
+    made = [
+        (tmp_path / name / "comparisons.jsonl").read_text().splitlines()
+        for name in ("exact", "biased")
+    ]
+    assert len(made[0]) == len(made[1]) < 300  # most responses are equally kind, whatever the bias
+    lines = made[0]
     assert all(json.loads(line)["confidence"] > 0.5 for line in lines)
 
 

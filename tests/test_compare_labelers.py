@@ -41,7 +41,8 @@ def test_the_scripts_know_all_flags(c):
             assert flags.pairs == c.prompts
             labelers.add((name, flags.model, flags.noise, flags.place_bias, flags.thoughts))
             assert (flags.constitution_source == "miniature") == (c is SMALL)
-            overall = (critics.OVERALL,) if name.startswith("labels-rules") else ()
+            named = name.startswith(("labels-rules", "labels-critic"))
+            overall = (critics.OVERALL,) if named else ()
             assert flags.only_principles == overall
         elif job.script == "run_rm.py":
             assert flags.data.template == c.data.template
@@ -111,11 +112,16 @@ def test_the_page(tmp_path):
     c = replace(SMALL, out=tmp_path, noise=(0.0,))
     assert compare_labelers.sections(c) == []
     (tmp_path / "labels-critic").mkdir()
-    results = {"share_a": 0.61, "decided_by_place": 0.25, "agreement": [0.7, 0.6, 0.8]}
+    results = {
+        "pairs": 1234,
+        "share_a": 0.61,
+        "decided_by_place": 0.25,
+        "agreement": [0.7, 0.6, 0.8],
+    }
     results["agreement_with_judge"] = {"rude": [1, 1, 1], critics.OVERALL: [0.9, 0.8, 0.95]}
     (tmp_path / "labels-critic" / "results.json").write_text(json.dumps(results))
     for seed, better in ((3, 0.2), (5, 0.3)):
-        names = ["runs/sft", *(f"{tmp_path}/ppo-{name}-{seed}" for name in c.names)]
+        names = ["runs/sft", *(f"{tmp_path}/ppo-{name}-{seed}" for name in ["people", *c.asked])]
         models = {name: {"utility": [i] * 3, "kl": [i / 2] * 3} for i, name in enumerate(names)}
         pairs = [
             {"model": x, "against": y, "win_rate": [better + 0.01 * i + 0.1 * j] * 3}
@@ -127,7 +133,7 @@ def test_the_page(tmp_path):
         file = tmp_path / f"evaluation-{seed}" / "results.json"
         file.write_text(json.dumps({"models": models, "pairs": pairs}))
     labelers, policies = compare_labelers.sections(c)
-    expected = ["critic", "70.0 % (60.0 to 80.0)", "90.0 % (80.0 to 95.0)", "61%", "25%"]
+    expected = ["critic", "1,234", "70.0 % (60.0 to 80.0)", "90.0 % (80.0 to 95.0)", "61%", "25%"]
     assert labelers.tables[0].rows == [expected]
     rows = {row[0]: row[1:] for row in policies.tables[0].rows}
     assert list(rows) == ["people", "mixed", "rules-0-0.5", "critic"]
@@ -144,10 +150,13 @@ def test_the_page(tmp_path):
 def test_wrong_flags(tmp_path, capsys):
     real = ["--data", "jsonl:x.jsonl", "--gold", "x.py:f"]
     cases = [
-        (real, "--people: only the miniature has labelers of its own"),
-        ([*real, "--people", "x.py:f"], "--labelers: name at least one"),
+        (real, "--people: only the miniature has some of its own"),
+        ([*real, "--people", "x.py:f"], "--labelers: only the miniature has some of its own"),
         (["--labelers", "a/x", "b/x"], "--labelers: two of one name, or a name in use: x, x"),
         (["--labelers", "runs/critic"], "--labelers: two of one name, or a name in use: critic"),
+        (["--labelers", "x/rules-0-2"], "or a name in use: rules-0-2"),
+        (["--ai_flags=--pairs 9"], "--ai_flags: --pairs is set by this script's own flags"),
+        (["--rm_flags=--data x"], "--rm_flags: --data is set by this script's own flags"),
         (["--rm_flags", "epochs"], "--rm_flags: epochs: expected a flag"),
     ]
     for flags, named in cases:

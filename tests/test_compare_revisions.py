@@ -62,6 +62,8 @@ def test_the_page(tmp_path):
     assert compare_revisions.sections(c) == []
     for seed, toxic in ((3, (0.4, 0.3, 0.1)), (5, (0.4, 0.2, 0.26))):
         rows = [{"revision": i, "revised": 9, "toxic": [x] * 3} for i, x in enumerate(toxic)]
+        for i, row in enumerate(rows):
+            row["followed"] = [0.5 - 0.1 * i * (seed == 5)] * 3
         names = ["runs/sft", *(f"{tmp_path}/sl-cai-{i}-{seed}" for i in (1, 2))]
         models = {
             name: {"utility": [i] * 3, "kl": [0] * 3, "measures": {"toxic": [x] * 3}}
@@ -79,22 +81,29 @@ def test_the_page(tmp_path):
             (tmp_path / run).mkdir()
             (tmp_path / run / "results.json").write_text(json.dumps(results))
     revisions, policies = compare_revisions.sections(c)
-    (row,) = revisions.tables[0].rows
-    assert row[0] == "toxic"
-    assert [cell.split()[0] for cell in row[1:]] == ["0.40", "0.25", "0.18"]
+    toxic, followed = revisions.tables[0].rows
+    assert [cell.split()[0] for cell in toxic] == ["toxic", "0.40", "0.25", "0.18"]
+    assert [cell.split()[0] for cell in followed] == ["followed", "0.50", "0.45", "0.40"]
+    # From the first revision to the last: toxic falls with seed 3, followed with seed 5.
+    assert "held in 2 of 4. It failed in: followed, seed 3; toxic, seed 5." in revisions.text
     rows = {row[0]: [cell.split()[0] for cell in row[1:]] for row in policies.tables[0].rows}
     assert rows["toxic"] == ["0.40", "0.25", "0.18"]
     assert rows["utility"] == ["0.00", "1.00", "2.00"]
     assert rows["wins against the start"] == ["0.50", "0.70", "0.80"]
-    # Toxicity falls from the first policy to the second with one seed; the utility never does.
-    assert "held in 1 of 4" in policies.text
-    assert "toxic of the 2. seed" in policies.text
-    assert "<svg" in policies.figures[0]
+    assert "toxic</" in policies.figures[0] or "toxic" in policies.figures[0]
+    one = compare_revisions.sections(replace(c, revisions=1))[1]
+    assert len(one.tables[0].columns) == 3
 
 
 def test_wrong_flags(tmp_path, capsys):
+    real = ["--data", "jsonl:x.jsonl", "--gold", "x.py:f"]
     cases = [
         (["--oversight", "1.5"], "--oversight 1.5"),
+        ([*real, "--critic", "rules"], "--critic rules: it judges no prompts but"),
+        ([*real, "--oversight", "0.1"], "--oversight is of `--critic rules` alone"),
+        (["--sft_flags=--data.only x=1"], "--sft_flags: --data.only is set by this script"),
+        (["--revise_flags=--prompts 5"], "--revise_flags: --prompts is set by this script"),
+        (["--evaluate_flags=--measure x"], "--evaluate_flags: --measure is set by this script"),
         (["--revise_flags", "x"], "--revise_flags: x: expected a flag"),
         (["--data", "jsonl:x.jsonl"], "--gold: these data have no judge of their own"),
     ]

@@ -142,15 +142,27 @@ def test_pages():
     assert min(*chosen.values(), *judged.values()) > 10
 
 
-def test_pages_say_what_the_judge_sees():
-    """By the response that a page prefers, read back against the judge."""
-    for i in range(60):
-        rng = random.Random(i)
-        principle = rng.choice(PRINCIPLES)
-        record, better, worse = critics._pair(0, rng, "train", principle)
-        assert critics.term(record, better, principle.name) > critics.term(
-            record, worse, principle.name
-        )
+def test_pages_say_what_the_judge_sees(monkeypatch):
+    """The answers of the pages, read back, against the judge."""
+    pairs = []
+    pair_of = critics._pair
+
+    def noted(*args):
+        pairs.append((args[3].name, pair_of(*args)))
+        return pairs[-1][1]
+
+    monkeypatch.setattr(critics, "_pair", noted)
+    for page, (name, (record, *_)) in zip(critics.pages(0, 200), pairs, strict=True):
+        *_, first, second, last = page["text"].split("\n")
+        if page["page"] == "choosing":
+            one, two = first.removeprefix("one: "), second.removeprefix("two: ")
+            gap = critics.term(record, one, name) - critics.term(record, two, name)
+            assert gap != 0
+            assert last.endswith(" one." if gap > 0 else " two.")
+        else:
+            assert critics.keeps(record, first, name) == second.endswith(BY_NAME[name].kept)
+            revised = last.removeprefix(f"{BY_NAME[name].revision} ")
+            assert critics.keeps(record, revised, name)
 
 
 def test_the_corpus_has_no_pages_of_critics():

@@ -1,5 +1,6 @@
 """critique_revise.py: dialogues of critiques and revisions by hand, whole runs, and --resume."""
 
+import dataclasses
 import json
 
 import chat_layouts
@@ -14,7 +15,7 @@ from constitution import Constitution, Principle
 from revision_chains import Chain
 
 from instructjax import data, hf, miniature, models, rollout, sharding
-from instructjax.data import DataConfig
+from instructjax.data import DataConfig, template
 from instructjax.miniature import critics
 from instructjax.models import ModelConfig
 
@@ -28,48 +29,62 @@ def read(tmp_path, tokenizer, rows):
     return data.read(DataConfig(f"jsonl:{file}"), "prompts", tokenizer=tokenizer, log=str)
 
 
+class Critic:
+    """Stands for a `Speaker`: says what a function of (call, place) says."""
+
+    def __init__(self, answer):
+        self.answer, self.heard, self.keys = answer, [], []
+
+    def say(self, conversations, key, lines):
+        assert not lines
+        self.heard.append(conversations)
+        self.keys.append(key)
+        return [self.answer(len(self.heard), i) for i in range(len(conversations))]
+
+
 def test_a_critique_and_a_revision(tmp_path):
     """The critic reads the newest response, then its critique too; no end means no revision."""
-    records = read(tmp_path, chat_layouts.tokenizer("qwen"), [*PROMPTS, *PROMPTS])
-    chains = [Chain(["r0"]), Chain(["r1"]), Chain(["r2"]), Chain(["r3"], ended=True)]
-    heard, keys = [], []
+    records = read(tmp_path, chat_layouts.tokenizer("qwen"), [*PROMPTS, *PROMPTS, *PROMPTS])
+    chains = [Chain(f"p{i}", [f"r{i}"]) for i in range(4)]
+    chains.append(Chain("p4", [], ended="before"))
 
-    def say(conversations, key):
-        heard.append(conversations)
-        keys.append(key)
-        number = len(heard)
-        return [None if (number, i) == (2, 1) else f"said {number} {i}" for i in range(3)][
-            : len(conversations)
-        ]
-
+    # The critique of chain 3 has no end, nor has the revision of chain 1.
+    critic = Critic(lambda n, i: None if (n, i) in ((1, 3), (2, 1)) else f"said {n} {i}")
     key = jax.random.key(3)
-    revision_chains.revise(chains, records, THREE, say, key, number=1, seed=7)
-    drawn = [THREE.draw(7, 1, i) for i in range(3)]
+    revision_chains.revise(chains, records, THREE, critic, key, number=1, seed=7)
+    drawn = [THREE.draw(7, 1, i) for i in range(4)]
     assert len({principle.name for principle in drawn}) > 1
+    assert [len(conversations) for conversations in critic.heard] == [4, 3]
     for i, principle in enumerate(drawn):
-        *said, response, request = heard[0][i]
+        *said, response, request = critic.heard[0][i]
         assert said == list(records[i].messages)
         assert response == {"role": "assistant", "content": f"r{i}"}
         assert request == {"role": "user", "content": principle.critique}
-        assert heard[1][i] == [
-            *heard[0][i],
-            {"role": "assistant", "content": f"said 1 {i}"},
-            {"role": "user", "content": principle.revision},
-        ]
-    assert not np.array_equal(*map(jax.random.key_data, keys))
-    assert chains[0] == Chain(["r0", "said 2 0"], [drawn[0].name], ["said 1 0"])
-    assert chains[1] == Chain(["r1"], ended=True)
-    assert chains[2] == Chain(["r2", "said 2 2"], [drawn[2].name], ["said 1 2"])
-    assert chains[3] == Chain(["r3"], ended=True)
-    revision_chains.revise(chains, records, THREE, say, key, number=2, seed=7)
-    assert [conversation[-2]["content"] for conversation in heard[2]] == ["said 2 0", "said 2 2"]
+        if i < 3:
+            assert critic.heard[1][i] == [
+                *critic.heard[0][i],
+                {"role": "assistant", "content": f"said 1 {i}"},
+                {"role": "user", "content": principle.revision},
+            ]
+    assert not np.array_equal(*map(jax.random.key_data, critic.keys))
+    assert chains[0] == Chain("p0", ["r0", "said 2 0"], [drawn[0].name], ["said 1 0"])
+    assert chains[2] == Chain("p2", ["r2", "said 2 2"], [drawn[2].name], ["said 1 2"])
+    assert (chains[1].texts, chains[3].texts) == (["r1"], ["r3"])
+    assert chains[1].ended.startswith("a revision had no end")
+    assert chains[3].ended.startswith("a critique had no end")
+    assert chains[4].ended == "before"
+    revision_chains.revise(chains, records, THREE, critic, key, number=2, seed=7)
+    assert [said[-2]["content"] for said in critic.heard[2]] == ["said 2 0", "said 2 2"]
     assert len(chains[0].texts) == 3
 
+    of_prompts = [dataclasses.replace(records[0], prompt=f"p{i}") for i in range(5)]
     revision_chains.write(chains, tmp_path / "chains.jsonl")
-    assert revision_chains.read(tmp_path / "chains.jsonl") == chains
-    assert revision_chains.read(tmp_path / "none.jsonl") == []
+    assert revision_chains.read(tmp_path / "chains.jsonl", of_prompts) == chains
+    assert revision_chains.read(tmp_path / "none.jsonl", of_prompts) == []
+    with pytest.raises(ValueError, match=r"--resume: .*chains.jsonl is of other prompts"):
+        revision_chains.read(tmp_path / "chains.jsonl", of_prompts[:4])
 
-    rows = revision_results.rows_of(records, chains)
+    rows = revision_results.rows_of(records[:4], chains[:4])
     assert [row["revision"] for row in rows] == [1, 2, 1, 2]
     assert rows[0] == {
         "prompt": list(records[0].messages) if not records[0].verbatim else "name a river",
@@ -84,30 +99,33 @@ def test_what_a_model_says(monkeypatch):
     tokenizer = chat_layouts.tokenizer("qwen")
     ids = {"eos_ids": (tokenizer.eos_token_id,)}
     model = ModelConfig(len(tokenizer), 1, 16, heads=2, mlp_width=32, max_length=40, **ids)
-    texts = ["hi two\nname", "hi two", "", "a river"]
-    ends = [True, False, True, True]
-    eos = [tokenizer.eos_token_id]
-    said = [
-        [*tokenizer(text)["input_ids"], *eos * end] for text, end in zip(texts, ends, strict=True)
-    ]
+    eos, form = tokenizer.eos_token_id, template.of(tokenizer, "plain")
+
+    def ids_of(text, end):
+        return [*tokenizer(text)["input_ids"], *[eos] * end]
+
+    said = [ids_of(" hi two\nname", True), ids_of("hi two", False), [eos], ids_of("a", True)]
+    heard = []
 
     def sample(params, config, prompts, key, *, size, indices, max_new_tokens, temperature, mesh):
-        assert (size, max_new_tokens, temperature, indices) == (5, 9, 0.7, [0, 1, 2, 4])
-        return rollout.right_padded([said[i] for i in (0, 1, 2, 3)]), 1.0
+        assert (size, max_new_tokens, temperature) == (5, 9, 0.7)
+        heard.append((prompts, indices))
+        return rollout.right_padded(said), 1.0
 
     monkeypatch.setattr(revision_chains.rollout, "sample", sample)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    settings = {"size": 5, "max_new_tokens": 9, "temperature": 0.7}
-    long = "name " * 40
-    for lines, expected in (
-        (False, ["hi two\nname", None, None, None, "a river"]),
-        (True, ["hi two", None, None, None, "a river"]),
-    ):
-        say = revision_chains.speaker(model, None, tokenizer, mesh, lines=lines, **settings)
-        assert say(["hi", "hi", "hi", long, "hi"], jax.random.key(0)) == expected
-    said[1] = tokenizer("hi two\nname")["input_ids"]  # the line ends, the text does not
-    say = revision_chains.speaker(model, None, tokenizer, mesh, lines=True, **settings)
-    assert say(["hi", "hi", "hi", long, "hi"], jax.random.key(0))[1] == "hi two"
+    speaker = revision_chains.Speaker(model, {}, tokenizer, form, mesh, 5, 9, 0.7)
+    asked, key = ["hi", "to", "hi two", "name " * 40, "one"], jax.random.key(0)
+    for lines, expected in ((False, "hi two\nname"), (True, "hi two")):
+        assert speaker.say(asked, key, lines) == [expected, None, None, None, "a"]
+    said[1] = ids_of("hi two\nname", False)  # the line ends, the text does not
+    assert speaker.say(asked, key, True)[1] == "hi two"
+    assert speaker.say(asked, key, False)[1] is None
+    prompts, numbers = heard[0]
+    assert numbers == [0, 1, 2, 4]
+    assert prompts == [tokenizer(asked[i])["input_ids"] for i in numbers]  # in its own form
+    assert speaker.respond([[5], [6], [7], [8]], key) == [" hi two\nname", None, None, "a"]
+    assert heard[-1] == ([[5], [6], [7], [8]], None)
 
 
 def test_results_by_hand(tmp_path):
@@ -118,8 +136,8 @@ def test_results_by_hand(tmp_path):
     kind, rude = "Mira was happy.", "Mira was happy. go away."
     yes, no = "it is kind.", "it is rude."
     chains = [
-        Chain([rude, kind, kind], ["rude", "rude"], [no, no]),
-        Chain([rude, rude], ["rude"], [yes], ended=True),
+        Chain("p0", [rude, kind, kind], ["rude", "rude"], [no, no]),
+        Chain("p1", [rude, rude], ["rude"], [yes], ended="so"),
     ]
 
     def judge(texts):
@@ -138,7 +156,7 @@ def test_results_by_hand(tmp_path):
     revision_results.print_results(results)
 
 
-def test_the_rule_based_critic(tmp_path, monkeypatch):
+def test_the_rule_based_critic(tmp_path, monkeypatch, capsys):
     """Revisions raise the utility, and oversights cost some; --resume changes nothing."""
     tokenizer = miniature.tokenizer()
     ids = {"eos_ids": (tokenizer.eos_token_id,)}
@@ -157,9 +175,13 @@ def test_the_rule_based_critic(tmp_path, monkeypatch):
         "    return [critics.term(dict(r.row), x, 'rude') for r, x in pairs]\n"
     )
 
+    heard = []
+
     def sample(params, model, prompts, key, **_):
+        heard.append(prompts)
         eos = tokenizer.eos_token_id
         said = [[*tokenizer(row["completion"])["input_ids"], eos] for row in rows]
+        said[3] = said[3][:-1]  # does not end
         return rollout.right_padded(said), 1.0
 
     monkeypatch.setattr(revision_chains.rollout, "sample", sample)
@@ -182,16 +204,27 @@ def test_the_rule_based_critic(tmp_path, monkeypatch):
     assert kind[0]["utility"][0] < 0 == kind[1]["utility"][0]
     assert set(kind[1]["critique_right"]) == {"rude"}
 
+    assert heard[0] == [tokenizer(row["prompt"])["input_ids"] for row in rows]  # as SFT sees them
+
     run("again", "--revisions", "2")
     assert run("again", "--revisions", "6", "--resume") == exact
     made = [(tmp_path / name / "revisions.jsonl").read_text() for name in ("exact", "again")]
     assert made[0] == made[1]
     learned = DataConfig(f"jsonl:{tmp_path}/exact/revisions.jsonl", only="revision=1|2")
-    assert len(data.read(learned, "demonstrations", tokenizer=tokenizer, log=str)) == 80
-    with pytest.raises(ValueError, match=r"config.json has prompts 40, not 30"):
-        run("again", "--revisions", "6", "--resume", "--prompts", "30")
-    assert run("again", "--revisions", "1")[1] == exact[1]  # from the start without --resume
-    file.write_text(json.dumps(PROMPTS[0]) + "\n")
+    learned = data.read(learned, "demonstrations", tokenizer=tokenizer, log=str)
+    assert len(learned) == 78  # of 39 responses
+    assert {record.prompt for record in learned} == {r["prompt"] for r in rows[:3] + rows[4:]}
+    for flag, value in (("--prompts", "30"), ("--seed", "4"), ("--oversight", "0.1")):
+        with pytest.raises(SystemExit):
+            run("again", "--revisions", "6", "--resume", flag, value)
+        assert f"--resume: {flag} was" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("again", "--revisions", "6")
+    assert "holds a run: continue it with --resume" in capsys.readouterr().err
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+    with pytest.raises(ValueError, match=r"chains.jsonl is of other prompts"):
+        run("again", "--revisions", "6", "--resume")
+    file.write_text(json.dumps({**PROMPTS[0], "request": "a text"}) + "\n")
     with pytest.raises(ValueError, match=r"--critic rules: .*rows.jsonl:1 has no request"):
         run("other")
 
@@ -216,30 +249,40 @@ def test_models_from_the_command_line(chat_models, tmp_path):
     rows = [{"prompt": f"name {i} hi to two"} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--model", f"{chat_models}/lm", "--data", f"jsonl:{tmp_path}/rows.jsonl"]
-    words += ["--split", "all", "--max_new_tokens", "48", "--batch_size", "8", "--revisions", "2"]
+    words += ["--max_new_tokens", "48", "--batch_size", "8", "--revisions", "2"]
     words += ["--gold", f"{tmp_path}/judge.py:words"]
+    some = ["--split", "all", "--prompts", "9"]
     runs = {
-        "own": [],
-        "again": [],
-        "critic": ["--critic", f"{chat_models}/critic"],
-        "seed": ["--seed", "1"],
-        "cold": ["--temperature", "0.3"],
+        "own": some,
+        "critic": [*some, "--critic", f"{chat_models}/critic"],
+        "seed": [*some, "--seed", "1"],
+        "cold": [*some, "--temperature", "0.3"],
+        "plain": [*some, "--data.template", "plain"],
+        "train": ["--data.validation", "0.5"],
     }
     made = {}
     for name, more in runs.items():
         critique_revise.cli([*words, *more, "--out", f"{tmp_path / name}"])
-        made[name] = revision_chains.read(tmp_path / name / "chains.jsonl")
-    assert made["own"] == made["again"]
-    first = {name: [chain.texts[0] for chain in chains] for name, chains in made.items()}
+        lines = (tmp_path / name / "chains.jsonl").read_text().splitlines()
+        made[name] = [Chain(**json.loads(line)) for line in lines]
+    first = {name: [chain.texts[:1] for chain in chains] for name, chains in made.items()}
     assert first["own"] == first["critic"] != first["seed"]
     assert first["own"] != first["cold"]
     assert made["own"] != made["critic"]
-    assert len(made["own"]) == 12
+    assert len(made["own"]) == 9
+    assert 1 < len(made["train"]) < 12
+    assert made["own"][0].prompt.startswith("<|im_start|>")
+    assert made["plain"][0].prompt == "name 0 hi to two"
+    assert first["own"] != first["plain"]
     assert any(len(chain.texts) == 3 for chain in made["own"])
     results = json.loads((tmp_path / "own/results.json").read_text())
-    begun = [chain for chain in made["own"] if chain.texts[0]]
+    begun = [chain for chain in made["own"] if chain.texts]
     expected = np.mean([len(chain.texts[0].split()) for chain in begun])
     assert results[0]["utility"][0] == pytest.approx(expected)
+    (tmp_path / "tools.jsonl").write_text(json.dumps({**rows[0], "tools": [{"name": "f"}]}) + "\n")
+    given = ["--model", f"{chat_models}/lm", "--data", f"jsonl:{tmp_path}/tools.jsonl"]
+    with pytest.raises(ValueError, match="tools"):
+        critique_revise.cli([*given, "--split", "all", "--out", f"{tmp_path}/tools"])
 
 
 def test_wrong_flags(tmp_path, capsys):

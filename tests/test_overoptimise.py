@@ -203,7 +203,7 @@ ACC = {"accuracy": {"held-out prompts": {"reward model": [0.7, 0.6, 0.8]}}}
         (["--ppo_flags=--ppo.beta 0"], "--ppo_flags: --ppo.beta 0 measures no KL"),
         (["--ppo_flags=--ppo.beta"], "--ppo_flags: --ppo.beta : expected a number"),
         (["--ppo_flags=--ppo.beta x"], "--ppo_flags: --ppo.beta x: expected a number"),
-        (["--evaluate_flags=--max_new_tokens 9"], "--evaluate_flags: give --max_new_tokens to"),
+        (["--evaluate_flags=--max_new_tokens 9"], "--evaluate_flags: --max_new_tokens is set by"),
         (["--seeds", "1", "1"], "--seeds: give at least one, each once"),
         (["--ppo_flags", "3"], "--ppo_flags: 3: expected a flag"),
         (["--data", "jsonl:x.jsonl"], "--gold: these data have no judge"),

@@ -6,7 +6,7 @@ pretraining corpus (text.py); a base model that is to be a critic learns from bo
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -89,6 +89,12 @@ def question(prompt: str, first: str, second: str, choose: str) -> str:
 
 
 # ------------------------------------------------------------------------------- critics by rule
+
+
+def can_judge(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of the miniature, so that its judge and its critics can judge responses."""
+    request = row.get("request")
+    return isinstance(request, Mapping) and "seed" in request
 
 
 def term(record: dict[str, Any], response: str, name: str) -> float:
@@ -257,11 +263,10 @@ def _pair(
         broken = light
         if principle.flaws:
             broken = replace(light, **{rng.choice(principle.flaws): 1.0})
-        responses = [write(record["request"], flaws, rng) for flaws in (light, broken)]
-        terms = [term(record, response, principle.name) for response in responses]
-        if terms[0] > terms[1] and (
-            not principle.critique or keeps(record, responses[0], principle.name)
-        ):
-            return record, *responses
-        if terms[0] < terms[1] and principle.name == OVERALL:
-            return record, responses[1], responses[0]
+        first, second = (write(record["request"], flaws, rng) for flaws in (light, broken))
+        gap = term(record, first, principle.name) - term(record, second, principle.name)
+        if principle.name == OVERALL and gap < 0:
+            return record, second, first
+        kept = principle.name == OVERALL or keeps(record, first, principle.name)
+        if kept and gap > 0:
+            return record, first, second

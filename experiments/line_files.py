@@ -1,0 +1,75 @@
+"""Files of a script that goes on after a stop: JSON lines, and the flags of an earlier start."""
+
+import json
+import shlex
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from instructjax import hosts
+
+SAME = ("out", "resume", "batch_size", "mesh")  # flags that change no token
+
+
+def check_resume(
+    out: Path, flags: Mapping[str, Any], resume: bool, free: Collection[str] = ()
+) -> None:
+    """Raises ValueError or OSError if --out holds a run, and this is not its continuation.
+
+    Args:
+      flags: as config.json has them.
+      resume: whether --resume was given.
+      free: more flags that may differ.
+    """
+    file = out / "config.json"
+    if not file.exists():
+        return
+    if not resume:
+        raise FileExistsError(
+            f"--out {out} holds a run: continue it with --resume, or give another --out"
+        )
+    before = json.loads(file.read_text())["config"]
+    for name, value in flags.items():
+        if name not in (*SAME, *free) and before.get(name, value) != value:
+            raise ValueError(
+                f"--resume: --{name} was {before[name]!r} in {out}, and is {value!r}; give the same"
+                " flags again, or another --out"
+            )
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of host 0, on all hosts. A torn last line is cut off."""
+    text = ""
+    if jax.process_index() == 0 and file.exists():
+        text = file.read_text("utf-8")
+        if (whole := text[: text.rfind("\n") + 1]) != text:
+            file.write_text(text := whole, encoding="utf-8")
+    if jax.process_count() > 1:
+        text = hosts.agree_text(text)
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def append(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    if jax.process_index() == 0:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows on host 0. A kill leaves the file as it was, or whole."""
+    if jax.process_index() == 0:
+        part = file.with_name(f"{file.name}.part")
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        part.write_text("".join(lines), encoding="utf-8")
+        part.replace(file)
+
+
+def record(out: Path, flags: Mapping[str, Any]) -> None:
+    """Makes OUT, with the command and its flags in config.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        written = {"command": shlex.join(["python", *sys.argv]), "config": flags}
+        (out / "config.json").write_text(json.dumps(written, indent=2) + "\n")
