@@ -18,8 +18,7 @@ the same pairs of the policy's responses; pairs that it finds even are left out.
 `mixed` has people's labels of one half of the pairs, and of the other a rule-based critic's, under
 a principle that is drawn for each pair, as RL-CAI has (Bai et al. 2022, arXiv 2212.08073).
 
-Hardware: two CPU cores, once run_sft.py has made runs/sft.
-Result: OUT/report.html, and report.md in --results.
+Hardware: two CPU cores, once run_sft.py has made runs/sft. Result: OUT/report.html.
 """
 
 import functools
