@@ -45,6 +45,7 @@ from instructjax.scoring import RewardConfig
 EXPERIMENTS = Path(__file__).resolve().parent
 PEOPLE, CRITIC, MIXED = "people", "critic", "mixed"
 PAGES = 30_000  # of the miniature's corpus, and as many of critics
+ABLE = ("followed", "padding", "rude")  # what the base model that reads critics can judge
 COLUMNS = ("utility", "kl", "against the start", "against people")
 
 
@@ -99,7 +100,7 @@ class Config(grids.PolicyConfig):
             asked.setdefault(MIXED, rules)
             asked[f"rules-{noise:g}-{bias:g}"] = rules | overall
         made = {"model": self.directory / CRITIC, "principles": constitution.MINIATURE}
-        return asked | {CRITIC: made | overall}
+        return asked | {CRITIC: made | {"only_principles": ABLE}}
 
     @property
     def asked(self) -> dict[str, dict[str, Any]]:

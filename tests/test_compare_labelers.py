@@ -41,9 +41,8 @@ def test_the_scripts_know_all_flags(c):
             assert flags.pairs == c.prompts
             labelers.add((name, flags.model, flags.noise, flags.place_bias, flags.thoughts))
             assert (flags.constitution_source == "miniature") == (c is SMALL)
-            named = name.startswith(("labels-rules", "labels-critic"))
-            overall = (critics.OVERALL,) if named else ()
-            assert flags.only_principles == overall
+            named = {"rules": (critics.OVERALL,), "critic": ("followed", "padding", "rude")}
+            assert flags.only_principles == named.get(name.split("-")[1], ())
         elif job.script == "run_rm.py":
             assert flags.data.template == c.data.template
             assert flags.epochs == (2 if c is REAL else flags.epochs)

@@ -106,6 +106,8 @@ def test_errors_of_a_critic():
     overlooked = seen.count((principle.kept, rude))
     assert overlooked + seen.count((principle.broken, kind)) == 400
     assert 60 < overlooked < 140
+    half = RuleCritic(oversight=0.5)  # each revision has an error of its own
+    assert len({half.revise(record, rude, principle, number) for number in range(40)}) == 2
     always = RuleCritic(oversight=1)
     critique, revised = always.revise(record, "Mira was happy. Mira ate some mulbo.", principle, 1)
     assert critique == principle.broken

@@ -115,7 +115,11 @@ def test_what_a_model_says(monkeypatch):
     monkeypatch.setattr(revision_chains.rollout, "sample", sample)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     speaker = revision_chains.Speaker(model, {}, tokenizer, form, mesh, 5, 9, 0.7)
-    asked, key = ["hi", "to", "hi two", "name " * 40, "one"], jax.random.key(0)
+    long = "name hi " * 40
+    while len(tokenizer(long)["input_ids"]) > 33:  # two more than leave room for 9 of 40
+        long = long[:-1]
+    assert len(tokenizer(long)["input_ids"]) > 31
+    asked, key = ["hi", "to", "hi two", long, "one"], jax.random.key(0)
     for lines, expected in ((False, "hi two\nname"), (True, "hi two")):
         assert speaker.say(asked, key, lines) == [expected, None, None, None, "a"]
     said[1] = ids_of("hi two\nname", False)  # the line ends, the text does not
@@ -241,12 +245,36 @@ def chat_models(tmp_path_factory):
     return folder
 
 
-def test_models_from_the_command_line(chat_models, tmp_path):
+def test_the_first_response(tmp_path):
+    """After a plain prompt it stays as it was sampled, as SFT adds no space."""
+    tokenizer = chat_layouts.tokenizer("qwen")
+    tokenizer.chat_template = None
+    plain, dialogue = read(tmp_path, tokenizer, PROMPTS)
+    assert critique_revise.first_of(plain, " hi").texts == [" hi"]
+    assert critique_revise.first_of(dialogue, " hi").texts == ["hi"]
+    assert critique_revise.first_of(plain, None).texts == []
+    assert critique_revise.first_of(plain, None).ended
+
+
+def test_models_from_the_command_line(chat_models, tmp_path, monkeypatch):
     """Two random models: some texts end. The judge is a function of the text."""
+    keys, forms, revise = [], [], critique_revise.revise
+
+    def noted(chains, records, principles, critic, key, **numbers):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        forms.append(critic.form.form)
+        revise(chains, records, principles, critic, key, **numbers)
+
+    monkeypatch.setattr(critique_revise, "revise", noted)
     (tmp_path / "judge.py").write_text(
         "def words(prompts, responses, records):\n    return [len(x.split()) for x in responses]\n"
     )
     rows = [{"prompt": f"name {i} hi to two"} for i in range(12)]
+    long = "name hi " * 900  # has room for itself, and for no response of 48 tokens
+    tokenizer = chat_layouts.tokenizer("qwen")
+    while len(tokenizer(long)["input_ids"]) > 990:
+        long = long[:-1]
+    rows.insert(0, {"prompt": long})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--model", f"{chat_models}/lm", "--data", f"jsonl:{tmp_path}/rows.jsonl"]
     words += ["--max_new_tokens", "48", "--batch_size", "8", "--revisions", "2"]
@@ -266,6 +294,10 @@ def test_models_from_the_command_line(chat_models, tmp_path):
         lines = (tmp_path / name / "chains.jsonl").read_text().splitlines()
         made[name] = [Chain(**json.loads(line)) for line in lines]
     first = {name: [chain.texts[:1] for chain in chains] for name, chains in made.items()}
+    assert len({*keys[:2]}) == 2
+    assert keys[:2] == keys[2:4]  # of the same seed, whoever is the critic
+    assert forms[0] == "chat"
+    assert forms[2 * [*runs].index("plain")] == "plain"
     assert first["own"] == first["critic"] != first["seed"]
     assert first["own"] != first["cold"]
     assert made["own"] != made["critic"]
@@ -279,7 +311,7 @@ def test_models_from_the_command_line(chat_models, tmp_path):
     begun = [chain for chain in made["own"] if chain.texts]
     expected = np.mean([len(chain.texts[0].split()) for chain in begun])
     assert results[0]["utility"][0] == pytest.approx(expected)
-    (tmp_path / "tools.jsonl").write_text(json.dumps({**rows[0], "tools": [{"name": "f"}]}) + "\n")
+    (tmp_path / "tools.jsonl").write_text(json.dumps({**rows[1], "tools": [{"name": "f"}]}) + "\n")
     given = ["--model", f"{chat_models}/lm", "--data", f"jsonl:{tmp_path}/tools.jsonl"]
     with pytest.raises(ValueError, match="tools"):
         critique_revise.cli([*given, "--split", "all", "--out", f"{tmp_path}/tools"])
