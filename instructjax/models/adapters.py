@@ -80,20 +80,20 @@ def adapter_axes(adapter: Params) -> Params:
     return jax.tree_util.tree_map_with_path(axes, adapter)
 
 
-def product(adapter: Params, path: str) -> jax.Array | None:
-    """A B of one layer, in float32 and of the kernel's shape; None without an adapter.
+def add_product(kernel: jax.Array, adapter: Params, path: str, scale: float) -> jax.Array:
+    """W + scale A B in float32, of one layer; W as it is where it has no adapter.
 
     Args:
-      adapter: of one layer.
+      kernel: W.
+      adapter: of the layer.
       path: of the matrix.
     """
     group, name = path.split("/")
     part = adapter.get(group, {})
     if name not in part:
-        return None
+        return kernel
     a, b = part[name].get("a", part.get("a")), part[name]["b"]
-    inner, outer = a.ndim - 1, b.ndim - 1
-    return jnp.tensordot(a, b, 1).reshape(a.shape[:inner] + b.shape[-outer:])
+    return kernel.astype(jnp.float32) + scale * jnp.tensordot(a, b, 1)
 
 
 def merge(params: Params, config: ModelConfig) -> Params:
@@ -111,10 +111,10 @@ def merge(params: Params, config: ModelConfig) -> Params:
         layer, adapter = layer_and_adapter
         merged = {name: dict(part) for name, part in layer.items()}
         for path in LINEARS:
-            if (change := product(adapter, path)) is not None:
-                group, name = path.split("/")
+            group, name = path.split("/")
+            if name in layer[group]:
                 kernel = layer[group][name]["kernel"]
-                total = kernel.astype(jnp.float32) + config.adapter_scale * change
+                total = add_product(kernel, adapter, path, config.adapter_scale)
                 merged[group][name] = {**layer[group][name], "kernel": total.astype(kernel.dtype)}
         return merged
 
