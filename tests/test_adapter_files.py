@@ -16,8 +16,8 @@ MODEL = dataclasses.replace(MISTRAL, windowed=(), window=None)
 WEIGHTS = "adapter_model.safetensors"
 
 
-def saved(config, tmp_path, **keys):
-    config, params = adapted(config)
+def saved(config, tmp_path, targets=None, **keys):
+    config, params = adapted(config, targets=targets)
     hf.save_adapter(tmp_path, config, params, "some/base")
     if keys:
         content = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -44,9 +44,10 @@ def test_names_and_layout(tmp_path):
     assert content["task_type"] == "CAUSAL_LM"
 
 
+@pytest.mark.parametrize("targets", [None, ("attention/out", "mlp/up")], ids=["all", "two"])
 @pytest.mark.parametrize("config", [GPT2, MODEL], ids=lambda c: c.family)
-def test_a_round_trip(config, tmp_path):
-    config, params = saved(config, tmp_path)
+def test_a_round_trip(config, targets, tmp_path):
+    config, params = saved(config, tmp_path, targets)
     plain = dataclasses.replace(config, adapter_scale=1.0)
     assert hf.adapter_base(tmp_path) == "some/base"
     again, trained = hf.load_adapter(tmp_path, plain)
@@ -55,7 +56,7 @@ def test_a_round_trip(config, tmp_path):
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
     _, on_mesh = hf.load_adapter(tmp_path, plain, mesh)
     jax.tree.map(np.testing.assert_array_equal, on_mesh, trained)
-    assert on_mesh["adapter"]["mlp"]["down"]["a"].sharding.spec[1] == "tensor"
+    assert on_mesh["adapter"]["mlp"]["up"]["b"].sharding.spec[2] == "tensor"
 
 
 def test_a_merged_export(tmp_path):

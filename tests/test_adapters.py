@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_models import CONFIGS, GEMMA3, GPT2, MISTRAL, params_of, tokens_of
 
-from instructjax import models, sampler, sft, sharding
+from instructjax import models, sampler, sft, sharding, state, train
 from instructjax.models import adapters, layer
 
 SCALE = 1.5
@@ -277,6 +278,26 @@ def test_no_gradient_of_a_frozen_matrix_is_computed(unroll, remat):
 
     assert products(base) == sizes
     assert products(params) == set()
+
+
+def test_a_step_of_what_is_trained():
+    """Frozen parameters are neither donated nor changed, and microbatches average as ever."""
+    config, params = adapted(MISTRAL)
+    trained, frozen = models.split(params)
+    batch, key = sft_batch(rows=4), jax.random.key(0)
+    batch["mask_BT"] = jnp.arange(10)[None] < jnp.array([[10], [3], [5], [9]])
+    loss_fn = functools.partial(sft.loss_fn, config=config)
+    grads = gradients_of(config, params, batch)(trained, frozen, batch)
+    want = jax.tree.map(lambda x, g: x - 0.1 * g, trained, grads)
+    for microbatches in (1, 2):
+        step = train.make_train_step(loss_fn, optax.sgd(0.1), microbatches)
+        after, metrics = step(state.create(trained, optax.sgd(0.1)), batch, key, frozen)
+        assert set(after.params) == {"adapter"}
+        change = jax.tree.map(lambda x, y: x - y, (after.params, want), (trained, trained))
+        jax.tree.map(lambda x, y: assert_near(x, np.asarray(y, np.float64)), *change)
+        mean, _ = loss_fn(params, batch, None)
+        np.testing.assert_allclose(metrics["loss"], mean, rtol=1e-5)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
 def test_split():

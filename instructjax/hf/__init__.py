@@ -14,16 +14,25 @@ peft.py         adapters, as peft reads and writes them
 
 from instructjax.hf.checkpoint import load, load_config, save
 from instructjax.hf.directory import check_tokenizer, hub_name, read_json, weight_files
-from instructjax.hf.peft import adapter_base, load_adapter, save_adapter, shares_input
+from instructjax.hf.peft import (
+    adapter_base,
+    describe_adapter,
+    is_adapter,
+    load_adapter,
+    save_adapter,
+    shares_input,
+)
 from instructjax.hf.tokenizer import load_tokenizer
 from instructjax.hf.vocabulary import grow, in_use, new_tokens
 
 __all__ = [
     "adapter_base",
     "check_tokenizer",
+    "describe_adapter",
     "grow",
     "hub_name",
     "in_use",
+    "is_adapter",
     "load",
     "load_adapter",
     "load_config",

@@ -188,12 +188,12 @@ def _publish(
         ids = {key: getattr(hf_config, key) for key in _IDS}
         configs.transformers().GenerationConfig(**ids).save_pretrained(directory)
     if tokenizer is not None:
-        _save_tokenizer(tokenizer, directory)
+        save_tokenizer(tokenizer, directory)
     (directory / "README.md").write_text(_model_card(config, reward_bias))
     (directory / "config.json").write_text(configs.to_json(hf_config))
 
 
-def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Writes a tokenizer that versions 4 and 5 of transformers read alike.
 
     Version 4 has no class TokenizersBackend and no list `extra_special_tokens`. Its classes of

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from instructjax import hosts, sharding
 from instructjax.hf import tensors
+from instructjax.hf.checkpoint import save_tokenizer
 from instructjax.hf.directory import TEXTS, read_json, resolve
 from instructjax.hf.families import FAMILIES
 from instructjax.models import ModelConfig, Params, adapter_axes, init_adapter, matrices
@@ -51,6 +52,27 @@ def adapter_base(path: str | os.PathLike) -> str:
     if not isinstance(base, str) or not base:
         raise ValueError(f"{file}: base_model_name_or_path names no model")
     return base
+
+
+def is_adapter(path: str | os.PathLike) -> bool:
+    """Whether a directory or a name on the hub holds an adapter, and no whole model.
+
+    Errors: as for `load`.
+    """
+    directory = resolve(path, TEXTS)
+    return (directory / CONFIG).is_file() and not (directory / "config.json").is_file()
+
+
+def describe_adapter(path: str | os.PathLike, config: ModelConfig) -> tuple[ModelConfig, int]:
+    """(the config that `load_adapter` returns, the rank) of an adapter, without its weights.
+
+    Arguments and errors: as for `load_adapter`.
+    """
+    directory = resolve(path, TEXTS)
+    raw = read_json(directory / CONFIG)
+    rank, scale = _checked(raw, str(directory / CONFIG))
+    scalar_head = config.scalar_head or raw.get("task_type") == "SEQ_CLS"
+    return dataclasses.replace(config, adapter_scale=scale, scalar_head=scalar_head), rank
 
 
 def load_adapter(
@@ -148,7 +170,9 @@ def _checked(raw: dict[str, Any], where: str) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
 
 
-def save_adapter(path: str | os.PathLike, config: ModelConfig, params: Params, base: str) -> None:
+def save_adapter(
+    path: str | os.PathLike, config: ModelConfig, params: Params, base: str, tokenizer: Any = None
+) -> None:
     """Writes an adapter, and a scalar head if there is one, as peft does.
 
     peft reads them with the model `base`. A scalar head is among its `modules_to_save`, whose
@@ -159,6 +183,7 @@ def save_adapter(path: str | os.PathLike, config: ModelConfig, params: Params, b
       path: the directory, created if missing.
       params: with "adapter", and "score" or not; of the rest nothing is read.
       base: the directory or hub name of the model that the adapter changes.
+      tokenizer: the tokenizer to save beside the adapter, if any.
 
     Raises:
       OSError: a file cannot be written; the message names it.
@@ -177,6 +202,8 @@ def save_adapter(path: str | os.PathLike, config: ModelConfig, params: Params, b
             save_file(content, directory / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:  # of a full disk, too, and no OSError
             raise OSError(f"{directory / WEIGHTS}: {error}") from error
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, directory)
         described = _described(config, content, rank, base)
         if bias is not None:
             described["reward_bias"] = float(bias)
