@@ -8,12 +8,32 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from instructjax import hf, models
 from instructjax.models import ModelConfig, Params
+
+
+class Base(NamedTuple):
+    """Frozen weights that several models share."""
+
+    name: str  # their directory or name on the hub
+    config: ModelConfig
+    params: Params  # in the compute dtype, without an adapter
+
+    def adapted(self, adapter: str, mesh: Mesh) -> tuple[ModelConfig, Params]:
+        """The model of an adapter on these weights, whose arrays it shares."""
+        config, trained = hf.load_adapter(adapter, self.config, mesh)
+        return config, _under(self.params, trained)
+
+
+def _under(base: Params, trained: Params) -> Params:
+    """The base with an adapter. A scalar head takes the unembedding's place."""
+    dropped = ("unembed", "score") if "score" in trained else ()
+    return {name: tree for name, tree in base.items() if name not in dropped} | trained
 
 
 def adapter_of(model: str) -> str | None:
@@ -34,9 +54,7 @@ def load_weights(where: str, mesh: Mesh, merged: bool) -> tuple[ModelConfig, Par
         return hf.load(where, mesh)
     config, base = hf.load(base_of(where), mesh)
     config, adapter = hf.load_adapter(where, config, mesh)
-    if "score" in adapter:
-        base = {name: tree for name, tree in base.items() if name not in ("unembed", "score")}
-    params = base | adapter
+    params = _under(base, adapter)
     if not merged:
         return config, params
     layout = jax.tree.map(lambda leaf: leaf.sharding, params)

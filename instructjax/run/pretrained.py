@@ -73,7 +73,7 @@ def load(
                 where = adapters.adapter_of(model) or where
             config, params = adapters.load_weights(where, mesh, merged)
         _check_head(config, scalar_head, f"{flag} {model}")
-        loaded = _tokenizer(tokenizer or _with_tokenizer(where))
+        loaded = load_tokenizer(tokenizer or _with_tokenizer(where))
         fit = _fit_vocabulary
         config, params = fit(config, params, loaded, mesh, tokenizer is not None, f"{flag} {model}")
         if not scalar_head:  # one that scores ends no response
@@ -277,7 +277,7 @@ def _random(
     preset: str, mesh: Mesh, tokenizer: str | None, seed: int, flag: str
 ) -> tuple[ModelConfig, Params, Any]:
     if tokenizer is not None:
-        loaded = _tokenizer(tokenizer)
+        loaded = load_tokenizer(tokenizer)
     elif _of_miniature(preset):
         from instructjax import miniature
 
@@ -308,7 +308,8 @@ def _with_tokenizer(where: str) -> str:
     return where
 
 
-def _tokenizer(where: str) -> Any:
+def load_tokenizer(where: str) -> Any:
+    """A transformers tokenizer, from a directory, a run or the hub; errors as for `load`."""
     where = export_of(where, "--tokenizer")
     try:
         hf.check_tokenizer(where)
