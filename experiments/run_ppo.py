@@ -99,7 +99,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
         # The four models: policy, reference, reward model, value net.
         model, params, tokenizer = load_policy(config, mesh)
         check_lengths(config, model)
-        base = shared_base(config, model, params)
+        base = lora.shared_base(config.lora, config.model, model, params)
         reward = scoring.load(
             config.reward, mesh, tokenizer, config.model_dtype, config.offload, base=base
         )
@@ -671,13 +671,6 @@ def load_policy(config: Config, mesh: Mesh) -> tuple[ModelConfig, Params, Any]:
         scalar_head=False,
     )
     return config.compute(model), params, tokenizer
-
-
-def shared_base(config: Config, model: ModelConfig, params: Params) -> adapters.Base | None:
-    """The policy's frozen weights, on which reward models and the value net may be adapters."""
-    if not config.lora.rank:
-        return None
-    return adapters.Base(lora.base_of(config.model), model, split(params)[1])
 
 
 def start_of(config: Config, params: Params) -> Params:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from test_run_ppo import FEW, SMALL, metrics_of
 from instructjax import hf, miniature, models, sharding
 from instructjax.data import sources
 from instructjax.models import ModelConfig
+from instructjax.run import lora
 from instructjax.run.lora import LoRA
 from instructjax.scoring import RewardConfig, load
 
@@ -66,7 +68,7 @@ def whole(world, tmp_path_factory):
     return out
 
 
-def parts_of(world, reward="rm", **changes):
+def parts_of(world, reward="rm", **changes) -> Any:
     """(config, base, reward models, value net) as run_ppo.py makes them."""
     config = dataclasses.replace(
         run_ppo.PRESETS["miniature"],
@@ -75,9 +77,11 @@ def parts_of(world, reward="rm", **changes):
     )
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model, params, tokenizer = run_ppo.load_policy(config, mesh)
-    base = run_ppo.shared_base(config, model, params)
+    base = lora.shared_base(config.lora, config.model, model, params)
+    assert base is not None
     rewards = load(config.reward, mesh, tokenizer, config.model_dtype, config.offload, base=base)
     policy, _, value = run_ppo.load_value_net(config, mesh, model, params, tokenizer, base)
+    assert value is not None
     return config, policy, base, rewards, value
 
 
@@ -211,12 +215,12 @@ def test_an_update_computes_no_gradient_of_a_frozen_matrix(world):
         "mask_BR": jnp.ones((3, 4), bool),
         **{f"{name}_BR": jnp.ones((3, 4)) for name in ("logp", "value", "advantage", "return")},
     }
-    text = dict.fromkeys(("tokens_BT", "segments_BT", "positions_BT"), jnp.ones((3, 7), jnp.int32))
-    text["mask_BT"] = jnp.ones((3, 7), bool)
+    names = ("tokens_BT", "segments_BT", "positions_BT", "mask_BT")
+    text = dict.fromkeys(names, jnp.ones((3, 7), jnp.int32))
 
-    def products(policy, value):
+    def products(policy: Any, value: Any):
         (policy, frozen), (value, value_frozen) = models.split(policy), models.split(value)
-        programs = run_ppo.Programs(
+        programs: Any = run_ppo.Programs(
             config, model, value_model, policy, value, mesh, (5,), frozen, value_frozen
         )
         for gradient, params, rows in (

@@ -375,20 +375,20 @@ CHANGES = [
         | {"ensemble": 2, "folds": 2, "by": "category"},
         {"group_by": ("category",), "eval_every": 7, "microbatches": 2},
     ),
-    (swap_loss.DPO(), {"beta": 0.5, "max_new_tokens": 7}, SWAPPED),
+    (swap_loss.DPO(), {"beta": 0.5, "max_new_tokens": 7, **LORA}, SWAPPED),
     (
         swap_loss.GRPO(),
-        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2)},
+        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2), **LORA},
         SWAPPED,
     ),
     (
         swap_loss.RLOO(),
-        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2)},
+        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2), **LORA},
         SWAPPED,
     ),
     (
         swap_loss.RAFT(),
-        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2)}
+        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2), **LORA}
         | {"keep": "random"},
         SWAPPED,
     ),

@@ -135,6 +135,19 @@ def base_of(model: str) -> str:
     return hf.hub_name(base) or base
 
 
+def shared_base(
+    lora: LoRA, model: str, config: ModelConfig, params: Params
+) -> adapters.Base | None:
+    """The frozen weights of `load`, for other models that are adapters of them; None without LoRA.
+
+    Args:
+      config: as the model is computed.
+    """
+    if not lora.rank:
+        return None
+    return adapters.Base(base_of(model), config, models.split(params)[1])
+
+
 def _other(lora: LoRA, model: str, have: str) -> str:
     return (
         f"--lora.rank {lora.rank}: the adapters of --model {model} {have}; give the --lora flags"
