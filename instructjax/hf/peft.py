@@ -134,7 +134,7 @@ def load_adapter(
             )
             tree[name] = array
     if "score" in params:
-        bias = np.float32(raw.get("reward_bias", 0.0))
+        bias = jnp.float32(raw.get("reward_bias", 0.0))
         params["score"]["bias"] = sharding.put(bias, sharding.replicated(mesh))
     scalar_head = config.scalar_head or "score" in params
     return dataclasses.replace(config, adapter_scale=scale, scalar_head=scalar_head), params
