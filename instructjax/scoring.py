@@ -241,8 +241,10 @@ def load_model(
 
 def _adapter_on(base: adapters.Base, path: str) -> str | None:
     """The adapter of a reward model, if it is one of a language model's weights `base`."""
-    run, _, member = path.rpartition("/export-")
-    adapter = adapters.adapter_of(f"{run}/adapter-{member}" if run else path)
+    run, _, member = path.rpartition("/export-")  # of an ensemble
+    adapter = adapters.adapter_of(path)
+    if run and (of_member := Path(os.path.expanduser(run)) / f"adapter-{member}").is_dir():
+        adapter = str(of_member)
     return adapter if adapter and adapters.same(base.name, adapters.base_of(adapter)) else None
 
 

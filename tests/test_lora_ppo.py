@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -72,8 +73,8 @@ def parts_of(world, reward="rm", **changes) -> Any:
     """(config, base, reward models, value net) as run_ppo.py makes them."""
     config = dataclasses.replace(
         run_ppo.PRESETS["miniature"],
-        **{"model": f"{world}/sft", "reward": RewardConfig((f"{world}/{reward}",))},
-        **{"lora": LORA, **changes},
+        **{"reward": RewardConfig((f"{world}/{reward}",)), "lora": LORA},
+        **{"model": f"{world}/sft", **changes},
     )
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model, params, tokenizer = run_ppo.load_policy(config, mesh)
@@ -115,6 +116,22 @@ def test_a_reward_model_of_other_weights_has_its_own(world):
     ((_, own),) = rewards.models
     assert "adapter" not in own.tree
     jax.tree.map(np.testing.assert_array_equal, value["layers"], own.tree["layers"])
+
+
+def test_each_member_of_an_ensemble_is_found(world, tmp_path):
+    """By its adapter on the policy's base, or by its own weights."""
+    for kind, name in (("rm", "shared"), ("rm-own", "own")):
+        export = "export" if kind == "rm" else ""
+        for member in ("", "-1"):
+            shutil.copytree(world / kind / export, tmp_path / name / f"export{member}")
+            if kind == "rm":
+                shutil.copytree(world / kind / "adapter", tmp_path / name / f"adapter{member}")
+        _, _, base, rewards, _ = parts_of(tmp_path, name, model=f"{world}/sft")
+        assert len(rewards.models) == 2
+        for run, own in rewards.models:
+            kernel = {**run.args[1], **own.tree}["layers"]["mlp"]["up"]["kernel"]
+            its = base.params["layers"]["mlp"]["up"]["kernel"]
+            assert (kernel is its) == (name == "shared")
 
 
 def test_checkpoints_hold_adapters_alone(whole):

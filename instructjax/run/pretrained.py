@@ -73,7 +73,7 @@ def load(
                 where = adapters.adapter_of(model) or where
             config, params = adapters.load_weights(where, mesh, merged)
         _check_head(config, scalar_head, f"{flag} {model}")
-        loaded = load_tokenizer(tokenizer or _with_tokenizer(where))
+        loaded = load_tokenizer(tokenizer or where)
         fit = _fit_vocabulary
         config, params = fit(config, params, loaded, mesh, tokenizer is not None, f"{flag} {model}")
         if not scalar_head:  # one that scores ends no response
@@ -312,6 +312,7 @@ def load_tokenizer(where: str) -> Any:
     """A transformers tokenizer, from a directory, a run or the hub; errors as for `load`."""
     where = export_of(where, "--tokenizer")
     try:
+        where = _with_tokenizer(where)
         hf.check_tokenizer(where)
         return hf.load_tokenizer(where)
     except FileNotFoundError as error:
