@@ -21,6 +21,7 @@ from instructjax.ranges import (
     ShareBelow1,
 )
 from instructjax.run.flags import Adam, RunConfig
+from instructjax.run.lora import LoRA
 from instructjax.scoring import RewardConfig
 
 
@@ -116,6 +117,7 @@ class SamplingConfig(RunConfig):
 
     batch_size: Count
     """Prompts whose responses are learnt from at a time."""
+    lora: LoRA = field(default_factory=LoRA)
     sample_batch: Count | None = None
     """Prompts whose responses are sampled at the same time; `None`: all of a batch.
     Fewer need less memory for keys and values, and change no token."""
@@ -143,7 +145,7 @@ class Config(SamplingConfig):
 
     FIXED = (
         *(*RunConfig.FIXED, "pretrain", "reward", "value_model", "loss", "ppo", "adam", "ptx"),
-        *("max_new_tokens", "temperature"),
+        *("max_new_tokens", "temperature", "lora"),
     )
     SHOWN = (
         *("ppo.learning_rate", "ppo.value_learning_rate", "ppo.beta", "ppo.missing_eos"),

@@ -69,9 +69,9 @@ from instructjax import (
 from instructjax.data import DataConfig, Dataset, PackedRows, PromptRows, Record, Stream
 from instructjax.evaluation import gold, policies
 from instructjax.models import PRESETS as MODELS
-from instructjax.models import ModelConfig, Params
+from instructjax.models import ModelConfig, Params, split
 from instructjax.offload import Offloaded, freeze, to_host
-from instructjax.run import RESUMABLE, Run, checks, main, parse, pretrained
+from instructjax.run import RESUMABLE, Run, adapters, checks, lora, main, parse, pretrained
 from instructjax.run.process import return_memory
 from instructjax.train import Batch, Metrics
 
@@ -99,12 +99,18 @@ def run_ppo(config: Config) -> dict[str, Any]:
         # The four models: policy, reference, reward model, value net.
         model, params, tokenizer = load_policy(config, mesh)
         check_lengths(config, model)
-        reward = scoring.load(config.reward, mesh, tokenizer, config.model_dtype, config.offload)
+        base = lora.shared_base(config.lora, config.model, model, params)
+        reward = scoring.load(
+            config.reward, mesh, tokenizer, config.model_dtype, config.offload, base=base
+        )
         judge = gold.load_judge(config.gold, config.data.spec, mesh, tokenizer, config.model_dtype)
         reference = None
         if flags.beta > 0:
-            reference = to_host(freeze(params, config.model_dtype), config.offload)
-        policy, value_model, value = load_value_net(config, mesh, model, params, tokenizer)
+            reference = to_host(
+                freeze(start_of(config, params), config.model_dtype), config.offload
+            )
+        policy, value_model, value = load_value_net(config, mesh, model, params, tokenizer, base)
+        (policy, frozen), (value, value_frozen) = split(policy), split(value or {})
 
         # Prompts and pretraining text, each split in two.
         context = model.max_length - config.max_new_tokens + 1
@@ -122,7 +128,8 @@ def run_ppo(config: Config) -> dict[str, Any]:
         # What is compiled, and what is measured. SFT is assessed before there are optimizers.
         lengths = np.concatenate([prompts.prompt.lengths, held_out.prompt.lengths])
         programs = Programs(
-            config, model, value_model, policy, value, mesh, sampler.buckets(lengths.tolist())
+            *(config, model, value_model, policy, value, mesh, sampler.buckets(lengths.tolist())),
+            *(frozen, value_frozen),
         )
         widths = programs.prompt_widths, programs.response_widths
         padded = (" or ".join(map(str, sizes)) for sizes in widths)
@@ -138,14 +145,14 @@ def run_ppo(config: Config) -> dict[str, Any]:
         training = TrainingState(
             ppo.PPOState(
                 policy=state.create(policy, programs.policy_tx),
-                value=None if value is None else state.create(value, programs.value_tx),
+                value=None if not value else state.create(value, programs.value_tx),
                 ema=jax.tree.map(jnp.copy, policy) if flags.ema else None,
                 beta=sharding.put(jnp.float32(flags.beta), sharding.replicated(mesh)),
             ),
             config.offload,
             run.checkpoints.wait,
         )
-        del params, policy, value
+        del params, policy, value, base
         training.state, start, meta = run.restore(training.state)
 
         def evaluate(step: int) -> None:
@@ -230,7 +237,12 @@ def run_ppo(config: Config) -> dict[str, Any]:
             if params is not None
         }
         del weights
-        hf.save(config.out / "export", model, next(iter(trained.values())), tokenizer)
+        final = programs.whole(next(iter(trained.values())))
+        hf.save(config.out / "export", model, final, tokenizer)
+        if config.lora.rank:
+            weights_of = lora.base_of(config.model)
+            hf.save_adapter(config.out / "adapter", model, final, weights_of, tokenizer)
+        del final
         training.drop()
         sampled = {"SFT": before}
         for name, params in trained.items():
@@ -310,8 +322,10 @@ class Programs:
 
     Args:
       value_model, value: None where the value head is on the policy's trunk.
-      policy, value: arrays, or ShapeDtypeStructs that carry shardings.
+      policy, value: what is trained: arrays, or ShapeDtypeStructs that carry shardings.
       prompt_widths: tokens that prompts are padded to; see `sampler.buckets`.
+      frozen, value_frozen: what the policy and the value net have besides; see `models.split`.
+        Wherever a method takes parameters, these are added.
     """
 
     def __init__(
@@ -323,8 +337,11 @@ class Programs:
         value: Params | None,
         mesh: Mesh,
         prompt_widths: Sequence[int] = (),
+        frozen: Params | None = None,
+        value_frozen: Params | None = None,
     ):
         flags, shard = config.ppo, config.constrainer(mesh)
+        self.frozen, self.value_frozen = frozen or {}, value_frozen or {}
         replicated = sharding.replicated(mesh)
         self.config, self.model, self.mesh = config, model, mesh
         self.prompt_widths = prompt_widths
@@ -373,16 +390,18 @@ class Programs:
         else:
             policy_loss = functools.partial(ppo.policy_loss, **behaviour)
         ptx_loss = functools.partial(ppo.ptx_loss, config=model, shard=shard)
-        self.policy_gradient = ppo.Gradient(policy_loss, policy_layout.params)
-        self.ptx_gradient = ppo.Gradient(ptx_loss, policy_layout.params)
+        self.policy_gradient = ppo.Gradient(policy_loss, policy_layout.params, frozen or None)
+        self.ptx_gradient = ppo.Gradient(ptx_loss, policy_layout.params, frozen or None)
         self.policy_step = ppo.make_step(self.policy_tx, policy_layout, flags.ema)
         self.value_gradient = self.value_step = None
-        if value_model is not None and value is not None:
+        if value_model is not None and value:
             value_loss = functools.partial(
                 ppo.value_loss, config=value_model, clip=flags.value_clip, shard=shard
             )
             value_layout = state.shardings(value, self.value_tx)
-            self.value_gradient = ppo.Gradient(value_loss, value_layout.params)
+            self.value_gradient = ppo.Gradient(
+                value_loss, value_layout.params, value_frozen or None
+            )
             self.value_step = ppo.make_step(self.value_tx, value_layout)
         self.ptx_loss = jax.jit(functools.partial(ptx_loss, key=None))
         self.count_targets = jax.jit(sft.count_targets)
@@ -391,6 +410,10 @@ class Programs:
         """A constant learning rate after a linear warm-up from a tenth of it (App. C.4)."""
         updates = max(1, self.config.ppo.warmup * self.config.updates)
         return optax.linear_schedule(0.1 * peak, peak, updates)
+
+    def whole(self, params: Params) -> Params:
+        """All of a policy's parameters."""
+        return {**self.frozen, **params}
 
     def sample(
         self, params: Params, prompts: Sequence[Sequence[int]], episodes: Any, key: jax.Array
@@ -402,7 +425,7 @@ class Programs:
         """
         config = self.config
         responses, live_fraction = rollout.sample(
-            ppo.without_value_head(params),
+            ppo.without_value_head(self.whole(params)),
             self.model,
             prompts,
             key,
@@ -423,12 +446,15 @@ class Programs:
 
     def logp(self, params: Params, rows: Batch) -> np.ndarray:
         """logp_BR of the response tokens under a policy, at the sampling temperature."""
-        return self.run_model(rows, functools.partial(self.token_logp, params))
+        return self.run_model(rows, functools.partial(self.token_logp, self.whole(params)))
 
     def values(self, ppo_state: ppo.PPOState, rows: Batch) -> np.ndarray:
         """value_BR of the state before each response token."""
-        trained = ppo_state.policy if ppo_state.value is None else ppo_state.value
-        return self.run_model(rows, functools.partial(self.token_values, trained.params))
+        if ppo_state.value is None:
+            params = self.whole(ppo_state.policy.params)
+        else:
+            params = {**self.value_frozen, **ppo_state.value.params}
+        return self.run_model(rows, functools.partial(self.token_values, params))
 
     def minibatch(self, rows: Batch, index: np.ndarray) -> tuple[list[Batch], int]:
         """Some rows on their devices, and their live response tokens.
@@ -567,7 +593,7 @@ class Evaluation:
         means, tokens = [], []
         for batch, _ in zip(self.held_out_text.once(), range(16), strict=False):
             for part in self.programs.text_batches(batch):
-                mean, (weight, _) = self.programs.ptx_loss(params, part)
+                mean, (weight, _) = self.programs.ptx_loss(self.programs.whole(params), part)
                 means.append(float(mean))
                 tokens.append(float(weight))
         return float(np.average(means, weights=tokens))
@@ -599,6 +625,7 @@ def check(config: Config) -> None:
     model = MODELS["miniature"]
     if config.model not in coming:
         model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
+        lora.check(config.lora, config.model, model)
     check_lengths(config, model)
     scoring.check(config.reward, mesh, "--reward", coming)
     if config.value_model is not None and config.value_model not in coming:
@@ -632,26 +659,44 @@ def ensure_sft_and_rm(config: Config) -> None:
 
 
 def load_policy(config: Config, mesh: Mesh) -> tuple[ModelConfig, Params, Any]:
-    """(config, float32 parameters, tokenizer) of --model."""
-    model, params, tokenizer = pretrained.load(
+    """(config, parameters, tokenizer) of --model; see `lora.load`."""
+    model, params, tokenizer = lora.load(
+        config.lora,
         config.model,
         mesh,
+        config.model_dtype,
+        config.seed,
         tokenizer=config.tokenizer,
         template=config.data.template,
-        seed=config.seed,
         scalar_head=False,
     )
     return config.compute(model), params, tokenizer
 
 
+def start_of(config: Config, params: Params) -> Params:
+    """What the reference has in place of the policy's trained parameters.
+
+    Of LoRA that is the adapter that --model came with, or nothing: the base with its adapter off.
+    """
+    if not config.lora.rank or adapters.adapter_of(config.model) is not None:
+        return split(params)[0]
+    return {}
+
+
 def load_value_net(
-    config: Config, mesh: Mesh, model: ModelConfig, params: Params, tokenizer: Any
+    config: Config,
+    mesh: Mesh,
+    model: ModelConfig,
+    params: Params,
+    tokenizer: Any,
+    base: adapters.Base | None = None,
 ) -> tuple[Params, ModelConfig | None, Params | None]:
     """(the policy's parameters, the value net's config and parameters).
 
     The value net starts as a copy of the reward model, bias included (App. C.4). Where rewards are
     functions alone it starts as the policy with a new head. With --ppo.value shared there is none:
-    the head is among the policy's parameters.
+    the head is among the policy's parameters. With LoRA it is an adapter and a head: on the
+    policy's base if the reward model is, else on the reward model's frozen weights.
     """
     if config.ppo.value == "shared":
         return ppo.with_value_head(params, model.width, mesh), None, None
@@ -660,7 +705,11 @@ def load_value_net(
     if path is None:
         return params, *run_rm.with_reward_head(model, params, config.seed, mesh)
     flag = "--value_model" if config.value_model else "--reward"
-    value_model, value = scoring.load_model(path, mesh, tokenizer, "float32", flag)
+    dtype = "float32" if base is None else config.model_dtype
+    value_model, value = scoring.load_model(path, mesh, tokenizer, dtype, flag, base)
+    if base is not None and "adapter" not in value:
+        value_model, new = lora.with_adapter(config.lora, value_model, mesh, config.seed)
+        value = {**value, **new}
     return params, config.compute(value_model), value
 
 

@@ -48,8 +48,9 @@ from instructjax.data.batches import fitting, row_length
 from instructjax.evaluation import baselines, figures, folds, gold, ranking, report
 from instructjax.evaluation.figures import plot_curves
 from instructjax.ranges import Count, CountFrom2, NotNegative, Positive, ShareBelow1
-from instructjax.run import Run, checks, main, pretrained
+from instructjax.run import Run, checks, lora, main, pretrained
 from instructjax.run.flags import Adam, RunConfig, parse
+from instructjax.run.lora import LoRA
 
 # ------------------------------------------------------------------------------------- config
 
@@ -60,7 +61,7 @@ class Config(RunConfig):
 
     FIXED = (
         *(*RunConfig.FIXED, "demonstrations", "epochs", "learning_rate", "dropout"),
-        *("length", "warmup", "adam", "ensemble", "folds", "by"),
+        *("length", "warmup", "adam", "lora", "ensemble", "folds", "by"),
     )
     SHOWN = ("learning_rate", "warmup", "batch_size", "epochs")
 
@@ -88,6 +89,7 @@ class Config(RunConfig):
     """Steps over which the learning rate rises to its peak, linearly.
     Below 1 it is their share of all steps. [Paper silent]"""
     adam: Adam = field(default_factory=Adam)
+    lora: LoRA = field(default_factory=LoRA)
     dropout: ShareBelow1 = 0.0
     """Dropout rate of what each sublayer adds to the residual stream. [Paper silent]"""
     ensemble: Count = 1
@@ -157,6 +159,7 @@ def check(config: Config) -> None:
     checks.check_rows("--batch_size", config.batch_size, 1, mesh)
     if not first:
         model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer)
+        lora.check(config.lora, config.model, model)
     checks.check_tokens(model, checks.data_tokens("--data", config.data))
     data.check(config.data, "comparisons")
     if config.demonstrations.spec:
@@ -183,12 +186,14 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
         config = checks.fit_microbatches(config, mesh)
         shard = sharding.constrainer(mesh)
-        base, base_params, tokenizer = pretrained.load(
+        base, base_params, tokenizer = lora.load(
+            config.lora,
             config.model,
             mesh,
+            config.model_dtype,
+            config.seed,
             tokenizer=config.tokenizer,
             template=config.data.template,
-            seed=config.seed,
         )
         base = config.compute(base)
 
@@ -232,19 +237,20 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         if total is None:
             total = math.ceil(config.epochs * len(rows) / config.batch_size)
         model, params = with_reward_head(base, base_params, config.seed, mesh)
-        tx, step_fn = make_step(config, model, params, mesh, total)
-        current = state.create(params, tx)
+        trained, frozen = models.split(params)
+        tx, step_fn = make_step(config, model, trained, mesh, total)
+        current = state.create(trained, tx)
         if N > 1:  # each leaf, each batch and each key gets a leading axis of members
-            others = [
-                state.create(with_reward_head(base, base_params, config.seed + i, mesh)[1], tx)
-                for i in range(1, N)
-            ]
+            heads = (
+                with_reward_head(base, base_params, config.seed + i, mesh)[1] for i in range(1, N)
+            )
+            others = [state.create(models.split(params)[0], tx) for params in heads]
             current = jax.tree.map(lambda *leaves: jnp.stack(leaves), current, *others)
             step_fn = vmap_members(step_fn)
             del others
         step_key = jax.random.key(config.seed)
         current, start, meta = run.restore(current)
-        del params, base_params
+        del params, base_params, trained
 
         # ------------------------------------------------------------------------- evaluation
 
@@ -254,7 +260,8 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         )
 
         def member(i: int) -> models.Params:
-            return current.params if N == 1 else jax.tree.map(lambda x: x[i], current.params)
+            own = current.params if N == 1 else jax.tree.map(lambda x: x[i], current.params)
+            return {**frozen, **own}
 
         @run.phase("scoring comparisons")
         def scores_of(dataset: Dataset) -> np.ndarray:
@@ -296,7 +303,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
                     lambda *x: jnp.stack(x), *(jax.tree.map(put, b) for b in of_members)
                 )
                 key = jax.random.split(key, N)
-            current, metrics = step_fn(current, batch, key)
+            current, metrics = step_fn(current, batch, key, frozen or None)
             run.log(step, metrics, tokens=N * config.batch_size * rows.tokens)
             if step == total and demonstrations is not None:
                 # Section 3.5: demonstrations have a mean score of 0. Done before the save, so that
@@ -315,6 +322,9 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         exports = [config.out / ("export" if i == 0 else f"export-{i}") for i in range(N)]
         for i, export in enumerate(exports):
             hf.save(export, model, member(i), tokenizer)
+            if config.lora.rank:
+                adapter = config.out / export.name.replace("export", "adapter")
+                hf.save_adapter(adapter, model, member(i), lora.base_of(config.model), tokenizer)
 
         scores = {
             name: unseen_scores
@@ -385,7 +395,7 @@ def make_step(
     """The optimizer and the jitted step of one member, which preflight.py compiles for a pod.
 
     Args:
-      params: arrays, or ShapeDtypeStructs that carry shardings.
+      params: what is trained: arrays, or ShapeDtypeStructs that carry shardings.
       total: number of steps after which the learning rate is a tenth of its peak.
     """
     schedule = train.cosine(config.learning_rate, total, config.warmup)
@@ -399,13 +409,17 @@ def make_step(
 def vmap_members(step_fn: train.TrainStep) -> train.TrainStep:
     """One program that makes a step of every member, and averages their metrics.
 
-    Every leaf of the state and of the batch, and the key, get a leading axis of members.
+    Every leaf of the state and of the batch, and the key, get a leading axis of members. What is
+    frozen they share.
     """
 
     def step(
-        members: state.TrainState, batch: train.Batch, keys: jax.Array
+        members: state.TrainState,
+        batch: train.Batch,
+        keys: jax.Array,
+        frozen: models.Params | None = None,
     ) -> tuple[state.TrainState, train.Metrics]:
-        members, metrics = jax.vmap(step_fn)(members, batch, keys)
+        members, metrics = jax.vmap(step_fn, (0, 0, 0, None))(members, batch, keys, frozen)
         return members, jax.tree.map(jnp.mean, metrics)
 
     return jax.jit(step, donate_argnums=0)
@@ -421,8 +435,9 @@ def with_reward_head(
     if base.scalar_head:
         return base, params
     config, params = models.with_scalar_head(params, base, jax.random.key(seed))
-    layout = sharding.shardings(models.logical_axes(config), params, mesh)
-    return config, sharding.put(params, layout)
+    axes, head = models.logical_axes(config)["score"], params["score"]
+    head = sharding.put(head, sharding.shardings(axes, head, mesh))
+    return config, {**params, "score": head}
 
 
 # ------------------------------------------------------------------------------ several runs

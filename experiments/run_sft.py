@@ -37,9 +37,10 @@ from instructjax.data.batches import row_length
 from instructjax.evaluation import report, statistics
 from instructjax.evaluation.figures import plot_curves
 from instructjax.ranges import Count, CountFrom2, NotNegative, Positive, ShareBelow1
-from instructjax.run import Run, checks, main, pretrained
+from instructjax.run import Run, checks, lora, main, pretrained
 from instructjax.run.checkpoint import abstract
 from instructjax.run.flags import Adam, RunConfig, parse
+from instructjax.run.lora import LoRA
 
 # ------------------------------------------------------------------------------------- config
 
@@ -52,7 +53,7 @@ class Config(RunConfig):
     FIXED = (
         *(*RunConfig.FIXED, "pretrain", "pretrain_share", "length", "epochs", "learning_rate"),
         *("dropout", "keep", "reward_model", "eval_every", "eval_prompts", "max_new_tokens"),
-        *("warmup", "adam"),
+        *("warmup", "adam", "lora"),
     )
     SHOWN = ("learning_rate", "warmup", "batch_size", "epochs")
 
@@ -80,6 +81,7 @@ class Config(RunConfig):
     """Steps over which the learning rate rises to its peak, linearly.
     Below 1 it is their share of all steps. [App. C.1: none]"""
     adam: Adam = field(default_factory=Adam)
+    lora: LoRA = field(default_factory=LoRA)
     dropout: ShareBelow1 = 0.0
     """Dropout rate of what each sublayer adds to the residual stream. [Section 3.5: 0.2]"""
     keep: Literal["loss", "reward"] = "loss"
@@ -172,6 +174,7 @@ def check(config: Config) -> None:
     checks.check_rows("--batch_size", config.batch_size, 1, mesh)
     if not first:
         model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
+        lora.check(config.lora, config.model, model)
     check_lengths(config, model)
     if config.reward_model is not None:
         pretrained.check(config.reward_model, mesh, flag="--reward_model", scalar_head=True)
@@ -207,14 +210,17 @@ def run_sft(config: Config) -> None:
 
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
         config = checks.fit_microbatches(config, mesh)
-        model, params, tokenizer = pretrained.load(
+        model, params, tokenizer = lora.load(
+            config.lora,
             config.model,
             mesh,
+            config.model_dtype,
+            config.seed,
             tokenizer=config.tokenizer,
             template=config.data.template,
-            seed=config.seed,
             scalar_head=False,
         )
+        trained, frozen = models.split(params)
         check_lengths(config, model)
         model = config.compute(model)
 
@@ -240,11 +246,15 @@ def run_sft(config: Config) -> None:
         epoch = max(1, math.ceil(len(sources[0]) / (config.batch_size * (1 - share))))
         total = config.steps if config.steps is not None else math.ceil(config.epochs * epoch)
         eval_every = config.eval_every or epoch
-        tx, loss_fn, step_fn = make_step(config, model, params, mesh, total)
+        tx, loss_fn, step_fn = make_step(config, model, trained, mesh, total)
         loss_of = jax.jit(lambda params, batch: loss_fn(params, batch, None))
 
         step_key, sample_key = jax.random.split(jax.random.key(config.seed))
-        current, start, _ = run.restore(state.create(params, tx))
+        current, start, _ = run.restore(state.create(trained, tx))
+
+        def whole() -> models.Params:
+            """All parameters: those that are trained, and those that are frozen."""
+            return {**frozen, **current.params}
 
         # ------------------------------------------------------------------------- evaluation
 
@@ -292,11 +302,11 @@ def run_sft(config: Config) -> None:
             """Logs the step's validation figures. Returns the one that picks the checkpoint."""
             losses, weights = [], []
             for batch in validation.once():
-                mean, (weight, _) = loss_of(current.params, jax.tree.map(put, batch))
+                mean, (weight, _) = loss_of(whole(), jax.tree.map(put, batch))
                 losses.append(float(mean))
                 weights.append(float(weight))
             figures = {"validation/loss": float(np.average(losses, weights=weights))}
-            rows = respond(current.params)
+            rows = respond(whole())
             if score_of is not None:
                 score_B = rollout.map_batches(
                     score_of, rows, config.sample_batch, [config.max_new_tokens], mesh
@@ -311,7 +321,7 @@ def run_sft(config: Config) -> None:
             return figures[score_name]
 
         base = utilities(respond(params)) if miniature else None
-        del params
+        del params, trained
 
         # ------------------------------------------------------------------------------- loop
 
@@ -319,7 +329,7 @@ def run_sft(config: Config) -> None:
             evaluate(0)
         for step, batch in zip(run.steps(start, total), stream.iterate(start), strict=False):
             key = jax.random.fold_in(step_key, step)
-            current, metrics = step_fn(current, jax.tree.map(put, batch), key)
+            current, metrics = step_fn(current, jax.tree.map(put, batch), key, frozen or None)
             run.log(step, metrics, tokens=config.batch_size * length)
             if step % eval_every == 0 or step == total:
                 run.save(step, current, score=evaluate(step))
@@ -335,7 +345,12 @@ def run_sft(config: Config) -> None:
             jax.tree.map(lambda leaf: leaf.delete(), current.params)
             best_params = run.checkpoints.restore_params(best, target)
             current = dataclasses.replace(current, params=best_params)
-        hf.save(config.out / "export", model, current.params, tokenizer)
+        hf.save(config.out / "export", model, whole(), tokenizer)
+        exports = [config.out / "export"]
+        if config.lora.rank:
+            exports.append(config.out / "adapter")
+            weights_of = lora.base_of(config.model)
+            hf.save_adapter(exports[-1], model, current.params, weights_of, tokenizer)
         panels: dict[str, Sequence[str]] = {"nats a token": ("loss", "validation/loss")}
         summary = {"steps": total, "kept checkpoint": best, "by": score_name}
         if best is not None:
@@ -343,7 +358,7 @@ def run_sft(config: Config) -> None:
         if score_of is not None:
             panels["reward model's score"] = ("validation/reward",)
         if base is not None:
-            tuned = utilities(respond(current.params))
+            tuned = utilities(respond(whole()))
             panels["gold judge's mean utility"] = ("validation/utility",)
             summary["gold utility, base model"] = with_interval(base)
             summary["gold utility, this model"] = with_interval(tuned)
@@ -356,7 +371,7 @@ def run_sft(config: Config) -> None:
         names = ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html")
         files = [config.out / name for name in names]
         next_command = f"python experiments/run_rm.py --model {config.out}"
-        run.finish(summary, [*files, config.out / "export"], next_command)
+        run.finish(summary, [*files, *exports], next_command)
 
 
 # ------------------------------------------------------------------------------------- helpers
@@ -388,7 +403,7 @@ def make_step(
     """The optimizer, the loss and the jitted step, which preflight.py compiles for a pod.
 
     Args:
-      params: arrays, or ShapeDtypeStructs that carry shardings.
+      params: what is trained: arrays, or ShapeDtypeStructs that carry shardings.
       total: number of steps after which the learning rate is a tenth of its peak.
     """
     schedule = train.cosine(config.learning_rate, total, config.warmup)

@@ -24,14 +24,14 @@ import numpy as np
 import tyro
 from ppo_config import SamplingConfig
 
-from instructjax import data, hf, losses, rollout, scoring, sharding, state, train
+from instructjax import data, hf, losses, models, rollout, scoring, sharding, state, train
 from instructjax.advantages import kl_estimate
 from instructjax.data import ComparisonRows, DataConfig, Dataset, PromptRows, Stream
 from instructjax.evaluation import gold, policies
 from instructjax.masked import masked_mean, masked_sum
 from instructjax.models import ModelConfig, Params
 from instructjax.ranges import Count, CountFrom2, CountOrZero, NotNegative
-from instructjax.run import Run, checks, main, pretrained
+from instructjax.run import Run, adapters, checks, lora, main, pretrained
 from instructjax.run.flags import parse
 from instructjax.scoring import RewardConfig
 from instructjax.train import Batch, Metrics
@@ -46,6 +46,7 @@ class Start(NamedTuple):
     model: ModelConfig
     params: Params
     tokenizer: Any
+    base: adapters.Base | None = None  # with LoRA, what reward models may be adapters of
 
 
 class Algorithm(NamedTuple):
@@ -64,7 +65,10 @@ class Config(SamplingConfig):
     """The flags of all algorithms."""
 
     CURVES: ClassVar[tuple[str, ...]] = ()  # the metrics that curves.png shows
-    FIXED = (*SamplingConfig.FIXED, "beta", "learning_rate", "max_new_tokens", "reward", "samples")
+    FIXED = (
+        *(*SamplingConfig.FIXED, "beta", "learning_rate", "lora", "max_new_tokens"),
+        *("reward", "samples"),
+    )
 
     preset: tyro.conf.Suppress[str] = ""
     model: str = "runs/sft"
@@ -210,7 +214,9 @@ def online(
         for split in ("train", "validation")
     )
     P = min(-(-int(seen.prompt.lengths.max()) // 32) * 32, start.model.max_length - R)
-    reward = scoring.load(config.reward, start.mesh, start.tokenizer, config.model_dtype)
+    reward = scoring.load(
+        config.reward, start.mesh, start.tokenizer, config.model_dtype, base=start.base
+    )
     model: Any = {"config": start.model, "shard": config.constrainer(start.mesh)}
     everywhere = sharding.replicated(start.mesh)
     logp_of = jax.jit(functools.partial(rollout.token_logp, **model), out_shardings=everywhere)
@@ -380,6 +386,7 @@ def check(config: Config) -> None:
     mesh = checks.check_run(config, type(config).__name__.lower())
     checks.check_rows("--batch_size", config.batch_size, 1, mesh)
     model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
+    lora.check(config.lora, config.model, model)
     check_lengths(config, model)
     if isinstance(config, Online):
         scoring.check(config.reward, mesh)
@@ -401,16 +408,21 @@ def swap_loss(config: Config) -> None:
     with Run(config, stage=name) as run:
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
         config = checks.fit_microbatches(config, mesh)
-        model, params, tokenizer = pretrained.load(
+        model, params, tokenizer = lora.load(
+            config.lora,
             config.model,
             mesh,
+            config.model_dtype,
+            config.seed,
             tokenizer=config.tokenizer,
             template=config.data.template,
-            seed=config.seed,
             scalar_head=False,
         )
+        trained, frozen = models.split(params)
         check_lengths(config, model)
-        start = Start(mesh, config.compute(model), params, tokenizer)
+        model = config.compute(model)
+        base = lora.shared_base(config.lora, config.model, model, params)
+        start = Start(mesh, model, params, tokenizer, base)
         algorithms: Any = {DPO: dpo, GRPO: grpo, RLOO: rloo, RAFT: raft}
         algorithm: Algorithm = algorithms[type(config)](config, start)
         held_out = prompts_that_fit(config, start.model, algorithm.held_out)
@@ -422,27 +434,35 @@ def swap_loss(config: Config) -> None:
             before = assess(start.params, before_key)
 
         tx, key = train.adam(config.learning_rate), jax.random.key(config.seed)
-        layout = state.shardings(start.params, tx)
+        layout = state.shardings(trained, tx)
         step_fn = train.make_train_step(algorithm.loss_fn, tx, config.microbatches, layout)
-        current, done, _ = run.restore(state.create(start.params, tx))
+        current, done, _ = run.restore(state.create(trained, tx))
         if config.eval_every and not done:
             policies.log(run, 0, before, before)
         batches = algorithm.stream.iterate(done)
         for step, batch in zip(run.steps(done, config.steps), batches, strict=False):
             step_key = jax.random.fold_in(key, step)
             with run.phase("preparing the batch of the update"):
-                rows, tokens, rollout_metrics = algorithm.prepare(current.params, batch, step_key)
-            current, metrics = step_fn(current, rows, step_key)
+                policy = {**frozen, **current.params}
+                rows, tokens, rollout_metrics = algorithm.prepare(policy, batch, step_key)
+                del policy  # the step donates it
+            current, metrics = step_fn(current, rows, step_key, frozen or None)
             run.log(step, metrics | rollout_metrics, tokens=tokens)
             if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
                 with run.phase("evaluating on held-out prompts"):
-                    policies.log(run, step, before, assess(current.params, now_key))
+                    now = assess({**frozen, **current.params}, now_key)
+                    policies.log(run, step, before, now)
             if run.should_save(step):
                 run.save(step, current)
 
-        hf.save(config.out / "export", start.model, current.params, start.tokenizer)
+        policy = {**frozen, **current.params}
+        hf.save(config.out / "export", start.model, policy, start.tokenizer)
+        if config.lora.rank:
+            weights_of = lora.base_of(config.model)
+            adapter = config.out / "adapter"
+            hf.save_adapter(adapter, start.model, policy, weights_of, start.tokenizer)
         with run.phase("comparing with the start on held-out prompts"):
-            after = assess(current.params, now_key)
+            after = assess(policy, now_key)
         run.console.print(policies.samples_table("held-out prompts", before, after))
         curves = {metric: [metric] for metric in config.CURVES}
         sampled = {"start": before, type(config).__name__: after}

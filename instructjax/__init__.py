@@ -41,6 +41,7 @@ The axis alphabet. An array that crosses a function boundary carries its shape a
     R  response positions        V  vocabulary (padded to a multiple of 128)
     K  ranked responses of one   L  layers
        prompt                    M  minibatches
+    J  rank of an adapter
 """
 
 import importlib.util

@@ -23,10 +23,10 @@ from jax.sharding import Mesh
 
 from instructjax import hosts, reward, sharding
 from instructjax.data import Record, template
-from instructjax.models import ModelConfig, Params
+from instructjax.models import ModelConfig, Params, split
 from instructjax.offload import Offloaded, freeze, to_host
 from instructjax.ranges import Finite, NotNegative
-from instructjax.run import pretrained
+from instructjax.run import adapters, pretrained
 from instructjax.train import Batch
 
 RewardFn = Callable[[Sequence[str], Sequence[str], Sequence[Record]], Sequence[float]]
@@ -124,6 +124,7 @@ def load(
     dtype: str,
     offload: bool = False,
     flag: str = "--reward",
+    base: adapters.Base | None = None,
 ) -> Rewards:
     """Loads every term of the score.
 
@@ -132,6 +133,8 @@ def load(
       dtype: dtype of the reward models' parameters and of their computation.
       offload: keep the reward models in host memory while they do not score.
       flag: the flag that named the terms, for errors.
+      base: frozen weights that are on the devices, which reward models that are adapters of them
+        share.
 
     Raises:
       ValueError: a file lacks the function, a language model stands for a reward model, a
@@ -143,8 +146,10 @@ def load(
     models = []
     for spec in config.spec:
         for path in () if is_function(spec) else _ensemble(spec):
-            model, params = load_model(path, mesh, tokenizer, dtype, flag)
-            models.append((scorer(model, mesh), to_host(params, offload)))
+            model, params = load_model(path, mesh, tokenizer, dtype, flag, base)
+            own, shared = split(params) if base is not None else (params, {})
+            run = functools.partial(_score_shared, scorer(model, mesh), shared)
+            models.append((run, to_host(own, offload)))
     return Rewards(models, functions, weights, config.combine, config.spread, flag)
 
 
@@ -190,19 +195,34 @@ def _weights(config: RewardConfig, flag: str) -> tuple[float, ...]:
 
 
 def load_model(
-    path: str, mesh: Mesh, tokenizer: Any, dtype: str, flag: str
+    path: str,
+    mesh: Mesh,
+    tokenizer: Any,
+    dtype: str,
+    flag: str,
+    base: adapters.Base | None = None,
 ) -> tuple[ModelConfig, Params]:
     """Loads a reward model, frozen in `dtype`, and checks that it has the tokenizer's tokens.
 
     Args:
       path: as for `pretrained.load`.
       flag: the flag that named it, for errors.
+      base: weights in `dtype`; the model of an adapter on them has them as they are, and the
+        adapter beside them.
 
     Raises:
       ValueError: it is a language model, or its tokens have other ids.
       FileNotFoundError: there is no such model.
     """
-    config, params, model_tokenizer = pretrained.load(path, mesh, flag=flag, scalar_head=True)
+    adapter = None if base is None else _adapter_on(base, path)
+    if base is None or adapter is None:
+        config, params, model_tokenizer = pretrained.load(path, mesh, flag=flag, scalar_head=True)
+        params = freeze(params, dtype)
+    else:
+        (config, params), model_tokenizer = (
+            base.adapted(adapter, mesh),
+            pretrained.load_tokenizer(adapter),
+        )
     learned, form = template.recorded(model_tokenizer), template.recorded(tokenizer)
     if None not in (learned, form) and learned != form and jax.process_index() == 0:
         print(f"warning: {flag} {path} was trained on {learned} prompts: these are {form} prompts")
@@ -216,7 +236,22 @@ def load_model(
             f" {len(policy_vocab):,} tokens are missing or have another id, such as"
             f" {differing[0]!r}"
         )
-    return dataclasses.replace(config, dtype=dtype), freeze(params, dtype)
+    return dataclasses.replace(config, dtype=dtype), params
+
+
+def _adapter_on(base: adapters.Base, path: str) -> str | None:
+    """The adapter of a reward model, if it is one of a language model's weights `base`."""
+    run, _, member = path.rpartition("/export-")  # of an ensemble
+    adapter = adapters.adapter_of(path)
+    if run and (of_member := Path(os.path.expanduser(run)) / f"adapter-{member}").is_dir():
+        adapter = str(of_member)
+    return adapter if adapter and adapters.same(base.name, adapters.base_of(adapter)) else None
+
+
+def _score_shared(
+    score: Callable[[Params, Batch], jax.Array], shared: Params, own: Params, rows: Batch
+) -> jax.Array:
+    return score({**shared, **own}, rows)
 
 
 def scorer(config: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch], jax.Array]:

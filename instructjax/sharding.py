@@ -32,6 +32,7 @@ RULES: Rules = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "rank": (),  # of an adapter
     "norm": (),  # vectors as wide as a layer: too small to be worth a collective
 }
 

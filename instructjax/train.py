@@ -16,7 +16,8 @@ Metrics = dict[str, jax.Array]  # scalars by name
 # number that does not depend on params. The metrics are means over the same. All are finite where
 # the weight is 0.
 LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, tuple[jax.Array, Metrics]]]
-TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+# (state, batch, key) -> (state, metrics); with an adapter also (state, batch, key, frozen).
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def adam(
@@ -114,6 +115,11 @@ def accumulate_gradients(
     return jax.tree.map(lambda x: x / total, (grads, metrics))
 
 
+def of_whole(loss_fn: LossFn, frozen: Params) -> LossFn:
+    """The loss as a function of the trained parameters alone."""
+    return lambda trained, batch, key: loss_fn({**frozen, **trained}, batch, key)
+
+
 def make_train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
@@ -133,11 +139,16 @@ def make_train_step(
 
     Returns:
       step(state, batch, key) -> (state, metrics). The metrics are `loss`, those of loss_fn,
-      `optim/grad_norm` (before clipping) and, with a schedule, `optim/learning_rate`.
+      `optim/grad_norm` (before clipping) and, with a schedule, `optim/learning_rate`. With a fourth
+      argument `frozen`, the loss is of `{**frozen, **state.params}`; see `models.split`. Frozen
+      parameters are not donated, and get no gradient.
     """
 
-    def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        grads, metrics = accumulate_gradients(loss_fn, state.params, batch, key, microbatches)
+    def step(
+        state: TrainState, batch: Batch, key: jax.Array, frozen: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
+        of_trained = loss_fn if frozen is None else of_whole(loss_fn, frozen)
+        grads, metrics = accumulate_gradients(of_trained, state.params, batch, key, microbatches)
         if shardings is not None:  # lets the compiler reduce-scatter instead of all-reduce
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

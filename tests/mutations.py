@@ -202,8 +202,8 @@ MUTATIONS = [
     Mutation(
         "the last weights are exported",
         LOOP,
-        "model, next(iter(trained.values())), tokenizer)",
-        "model, [*trained.values()][-1], tokenizer)",
+        "programs.whole(next(iter(trained.values())))",
+        "programs.whole([*trained.values()][-1])",
     ),
     Mutation(
         "the policy is not computed as the flags say",

@@ -266,6 +266,32 @@ def test_hosts_of_one_device_each_give_the_metrics_of_one_process(start, runs, c
         assert_close(runs[0] / stage, tmp_path / stage)
 
 
+def adapters(start: Path, out: Path) -> list[list[str]]:
+    """SFT, a reward model and PPO with adapters on one base, each going on from the one before."""
+    lora = ["--lora.rank", "4", "--steps"]
+    model, reward = ["--model", f"{out}/sft", *lora], ["--reward", f"{out}/rm"]
+    return [
+        ["sft", "--model", f"{start}/sft", *lora, "2", *SFT, "--out", f"{out}/sft"],
+        ["rm", *model, "2", *RM, "--out", f"{out}/rm"],
+        ["replayed", *model, "3", *PPO, *reward, "--ppo.value", "separate", "--out", f"{out}/ppo"],
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_train_adapters_as_one_does(start, cache, tmp_path):
+    single, pair_out = tmp_path / "single", tmp_path / "pair"
+    with Pair(cache, adapters(start, pair_out)) as pair:
+        tasks(*adapters(start, single))
+        pair.end(0, 0, timeout=400)
+    for stage in ("sft", "rm", "ppo"):
+        assert_close(single / stage, pair_out / stage)
+        names = [
+            {x.name for x in (out / stage / "adapter").iterdir()} for out in (single, pair_out)
+        ]
+        assert "adapter_model.safetensors" in names[0]
+        assert names[0] == names[1]
+
+
 def test_each_row_is_read_where_its_device_is(runs):
     """Also if a host's rows are not contiguous, and if two hosts have the same rows."""
     for host in range(2):

@@ -21,6 +21,7 @@ from instructjax.evaluation.ranking import GAIN
 from instructjax.models import PRESETS
 from instructjax.run import flags, pretrained
 from instructjax.run.checkpoint import Checkpoints
+from instructjax.run.lora import LoRA
 from instructjax.scoring import RewardConfig
 
 SMALL = {"demonstrations": 80, "comparisons": 60, "prompts": 40, "text": 200}
@@ -345,6 +346,7 @@ def test_wrong_flags_are_named(capsys):
 SFT_BY_REWARD = {"keep": "reward", "reward_model": "runs/rm"}
 MORE_DATA = DataConfig(dedup=50)
 SCHEDULE = {"warmup": 7, "adam": flags.Adam(weight_decay=0.1)}
+LORA = {"lora": LoRA(rank=3)}
 # What makes another run, and what changes how it is computed and reported. Flags of all scripts,
 # then those of each.
 REFUSED = {"seed": 1, "model": "runs/x", "tokenizer": "x", "model_dtype": "bfloat16"}
@@ -363,30 +365,30 @@ CHANGES = [
     (
         run_sft.Config(**SFT_BY_REWARD),
         {"length": 64, "epochs": 7, "dropout": 0.5, "pretrain": MORE_DATA, "pretrain_share": 0.5}
-        | {"keep": "loss", "reward_model": "runs/x", **SCHEDULE}
+        | {"keep": "loss", "reward_model": "runs/x", **SCHEDULE, **LORA}
         | {"eval_every": 7, "eval_prompts": 7, "max_new_tokens": 7},  # decide what is exported
         {"sample_batch": 7, "microbatches": 2},
     ),
     (
         run_rm.Config(),
-        {"length": 64, "epochs": 7, "dropout": 0.5, "demonstrations": MORE_DATA, **SCHEDULE}
+        {"length": 64, "epochs": 7, "dropout": 0.5, "demonstrations": MORE_DATA, **SCHEDULE, **LORA}
         | {"ensemble": 2, "folds": 2, "by": "category"},
         {"group_by": ("category",), "eval_every": 7, "microbatches": 2},
     ),
-    (swap_loss.DPO(), {"beta": 0.5, "max_new_tokens": 7}, SWAPPED),
+    (swap_loss.DPO(), {"beta": 0.5, "max_new_tokens": 7, **LORA}, SWAPPED),
     (
         swap_loss.GRPO(),
-        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2)},
+        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2), **LORA},
         SWAPPED,
     ),
     (
         swap_loss.RLOO(),
-        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2)},
+        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2), **LORA},
         SWAPPED,
     ),
     (
         swap_loss.RAFT(),
-        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2)}
+        {"beta": 0.5, "max_new_tokens": 7, "samples": 7, "reward": RewardConfig(spread=2), **LORA}
         | {"keep": "random"},
         SWAPPED,
     ),

@@ -102,10 +102,13 @@ def save(
     embedding has no row for that id, a row of zeros. On several hosts every host must call `save`;
     host 0 writes, and all hosts return once it has finished.
 
+    An adapter among the parameters is merged, one layer at a time. `save_adapter` writes it apart.
+
     Args:
       path: the directory, created if missing. Weights of an earlier export in it are replaced.
       tokenizer: the tokenizer to save beside the weights, if any.
-      dtype: dtype of the weights in the file; default: the parameters' dtype.
+      dtype: dtype of the weights in the file; default: the parameters' dtype, and float32 for
+        merged weights, which would lose much of a small adapter in bfloat16.
       max_file_size: largest size of one safetensors file, in bytes.
 
     Raises:
@@ -126,10 +129,12 @@ def save(
         if config.norm == "layer" and reward_bias:
             params, reward_bias = _fold_bias(params), 0.0
         config, params, tokenizer = _with_pad(config, params, tokenizer)
-    leaves = tensors.flatten(params)
+    adapter = params.get("adapter")
+    leaves = tensors.flatten({name: tree for name, tree in params.items() if name != "adapter"})
     leaves.pop("score/bias", None)
     wanted = tensors.entries(config, set(leaves))
-    file_dtype = jnp.dtype(dtype or leaves["embed/tokens"].dtype)
+    own_dtype = leaves["embed/tokens"].dtype if adapter is None else jnp.float32
+    file_dtype = jnp.dtype(dtype or own_dtype)
     hf_config = configs.to_hf(config)
     hf_config.dtype = file_dtype.name
     if reward_bias:
@@ -148,7 +153,7 @@ def save(
             stale.unlink()
     for name, names in files.filename_to_tensors.items():
         group = [entry for entry in wanted if entry.name in names]
-        content = dict(tensors.file_tensors(group, leaves, config, file_dtype))
+        content = dict(tensors.file_tensors(group, leaves, config, file_dtype, adapter))
         if writer:
             part = directory / f"{name}.part"
             try:
@@ -183,12 +188,12 @@ def _publish(
         ids = {key: getattr(hf_config, key) for key in _IDS}
         configs.transformers().GenerationConfig(**ids).save_pretrained(directory)
     if tokenizer is not None:
-        _save_tokenizer(tokenizer, directory)
+        save_tokenizer(tokenizer, directory)
     (directory / "README.md").write_text(_model_card(config, reward_bias))
     (directory / "config.json").write_text(configs.to_json(hf_config))
 
 
-def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Writes a tokenizer that versions 4 and 5 of transformers read alike.
 
     Version 4 has no class TokenizersBackend and no list `extra_special_tokens`. Its classes of

@@ -18,7 +18,7 @@ _READ = """
 layer_types max_window_layers rope_parameters sliding_window use_sliding_window
 _sliding_window_pattern word_embed_proj_dim"""
 # Fields of ModelConfig that have no key in config.json.
-_NO_KEY = "scalar_head dtype remat unroll dropout"
+_NO_KEY = "scalar_head dtype remat unroll dropout adapter_scale"
 # Fields of Rope that a kind of rotary embedding uses besides theta and fraction.
 _ROPE_FIELDS = {
     "default": "",

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import safetensors
 from instructjax import sharding
 from instructjax.hf.directory import printable
 from instructjax.hf.families import FAMILIES
+from instructjax.models.adapters import add_product
 from instructjax.models.config import ModelConfig
-from instructjax.models.layer import Params
+from instructjax.models.layer import LINEARS, Params
 
+PEFT_PREFIX = "base_model.model."
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -33,6 +35,7 @@ class Entry:
     pattern: str  # einops, file -> leaf; the leaf's side begins with `x` where leaves are stacked
     layer: int | None  # index along the first axis of a leaf that holds all layers
     shape: tuple[int, ...]  # in the file
+    rank: int = 0  # of an adapter
 
 
 def entries(config: ModelConfig, present: set[str]) -> list[Entry]:
@@ -72,17 +75,71 @@ def _expand(target: str) -> tuple[str, ...]:
     return tuple(target.replace(braces[0], choice) for choice in braces[1].split(","))
 
 
-def _sizes(pattern: str, config: ModelConfig, stacked: int) -> dict[str, int]:
+def _sizes(pattern: str, config: ModelConfig, stacked: int, rank: int = 0) -> dict[str, int]:
     c = config
     sizes = dict(v=c.vocab_size, p=c.max_length + c.position_offset, d=c.width, n=c.heads)
-    sizes |= dict(g=c.kv_heads, h=c.head_dim, f=c.mlp_width, x=stacked)
+    sizes |= dict(g=c.kv_heads, h=c.head_dim, f=c.mlp_width, x=stacked, j=rank)
     return {axis: size for axis, size in sizes.items() if axis in pattern}
 
 
-def _file_shape(pattern: str, config: ModelConfig, stacked: int) -> tuple[int, ...]:
-    sizes = {**_sizes(pattern, config, stacked), "1": 1}
+def _file_shape(pattern: str, config: ModelConfig, stacked: int, rank: int = 0) -> tuple[int, ...]:
+    sizes = {**_sizes(pattern, config, stacked, rank), "1": 1}
     groups = re.findall(r"\(.*?\)|\w", pattern.split(" -> ")[0])
     return tuple(math.prod(sizes[axis] for axis in re.findall(r"\w", group)) for group in groups)
+
+
+def adapter_entries(config: ModelConfig, present: set[str], rank: int) -> list[Entry]:
+    """Lists the tensors of an adapter of this config, by peft's names.
+
+    Of each matrix that is adapted there are A [rank, inputs] and B [outputs, rank]. Where a file's
+    matrix holds q, k and v, so does B, and A is theirs together: the leaf `adapter/attention/a`.
+
+    Args:
+      present: paths of all leaves: of the adapter, and of a scalar head.
+    """
+    family = FAMILIES[config.family]
+    listed: list[Entry] = []
+    for template, (target, pattern) in family.tensors.items():
+        if not target.endswith("/kernel"):
+            continue
+        paths = _expand(target.removesuffix("/kernel"))
+        holder = paths[0] if len(paths) == 1 else paths[0].rpartition("/")[0]
+        _, kernel, result = LINEARS[paths[0]].replace("->", ",").split(",")
+        file_axes, leaf_axes = pattern.split(" -> ")
+        x = "x " if leaf_axes.startswith("x ") else ""
+        # The pattern may have n where the kernel has G, in a family without shared KV heads.
+        axes = list(zip(leaf_axes.removeprefix(x).split(), kernel, strict=True))
+        inner = [axis for axis, letter in axes if letter not in result]
+        outer = [axis for axis, letter in axes if letter in result]
+        groups = re.findall(r"\(.*?\)|\w", file_axes)
+        of_inputs, of_outputs = sorted(groups, key=lambda group: not set(inner) & set(group))
+        rows = {
+            "lora_A": ((f"{holder}/a",), f"j {of_inputs} -> {' '.join(inner)} j"),
+            "lora_B": (
+                tuple(f"{path}/b" for path in paths),
+                f"{of_outputs} j -> {x}j {' '.join(outer)}",
+            ),
+        }
+        for part, (leaves, of_part) in rows.items():
+            leaves = tuple(f"adapter/{leaf}" for leaf in leaves)
+            if not present.issuperset(leaves):
+                continue
+            shape = _file_shape(of_part, config, len(leaves), rank)
+            for layer in range(config.layers):
+                name = template.format(layer).removesuffix("weight") + part
+                name = f"{PEFT_PREFIX}{family.prefix}{name}.weight"
+                listed.append(Entry(name, leaves, of_part, layer, shape, rank))
+    if "score/kernel" in present:
+        pattern = "1 d -> d"
+        shape = _file_shape(pattern, config, 1)
+        listed.append(Entry(f"{PEFT_PREFIX}score.weight", ("score/kernel",), pattern, None, shape))
+    return listed
+
+
+def inputs_first(config: ModelConfig) -> bool:
+    """Whether the family's file holds [inputs, outputs], as torch's linear layers do not."""
+    rows = FAMILIES[config.family].tensors.values()
+    return next(pattern for leaf, pattern in rows if leaf == "mlp/up/kernel").startswith("d")
 
 
 # ---------------------------------------------------------------------------- reading
@@ -155,11 +212,8 @@ def check_names(
     root = family.prefix.split(".")[0] + "."
     if not any(name.startswith(root) for name in tensors):
         tensors = {n if n in heads else root + n: t for n, t in tensors.items()}
-    names = {entry.name for entry in wanted}
-    missing = sorted(names - set(tensors))
-    if missing:
-        raise ValueError(f"{where}: missing {_listing(missing)}")
     buffers = re.compile(family.buffers)
+    names = {entry.name for entry in wanted}
     unused = {n for n in set(tensors) - names if not buffers.fullmatch(n)}
     if config.tied and family.head in unused:
         embedding = family.prefix + next(iter(family.tensors))
@@ -168,6 +222,17 @@ def check_names(
                 f"{where}: tie_word_embeddings is true, but {family.head} is not {embedding}"
             )
         unused.remove(family.head)
+    return check_shapes(tensors, wanted, unused, where)
+
+
+def check_shapes(
+    tensors: dict[str, np.ndarray], wanted: list[Entry], unused: Collection[str], where: str
+) -> dict[str, np.ndarray]:
+    """The last part of `check_names`, with the same errors."""
+    names = {entry.name for entry in wanted}
+    missing = sorted(names - set(tensors))
+    if missing:
+        raise ValueError(f"{where}: missing {_listing(missing)}")
     if unused:
         raise ValueError(f"{where}: unused {_listing(sorted(unused))}")
     wrong = [
@@ -207,12 +272,12 @@ def reader(
     views: list[tuple[str, np.ndarray]] = []
     for entry in wanted:  # layers in order
         if leaf in entry.leaves:
-            sizes = _sizes(entry.pattern, config, len(entry.leaves))
+            sizes = _sizes(entry.pattern, config, len(entry.leaves), entry.rank)
             # The patterns only split and transpose, so this is a view of the file.
             view = einops.rearrange(tensors[entry.name], entry.pattern, **sizes)
             view = view[entry.leaves.index(leaf)] if "x" in sizes else view
             views.append((entry.name, view))
-    stacked = leaf.startswith("layers/")
+    stacked = leaf.startswith(("layers/", "adapter/"))
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         lengths = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
@@ -238,18 +303,32 @@ def reader(
 
 
 def file_tensors(
-    wanted: list[Entry], leaves: dict[str, jax.Array], config: ModelConfig, dtype: Any
+    wanted: list[Entry],
+    leaves: dict[str, jax.Array],
+    config: ModelConfig,
+    dtype: Any,
+    adapter: Params | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, tensor in the file's shape) of each entry, fetching one layer at a time."""
+    """Yields (name, tensor in the file's shape) of each entry, fetching one layer at a time.
+
+    Args:
+      adapter: merged into the layers' matrices.
+    """
     for entry in wanted:
         parts = []
         for leaf in entry.leaves:
-            array = leaves[leaf]
-            part = sharding.fetch(array if entry.layer is None else _layer(array, entry.layer))
+            part = leaves[leaf]
+            if entry.layer is not None:
+                part = _layer(part, entry.layer)
+            if adapter is not None and leaf.endswith("/kernel") and entry.layer is not None:
+                path = leaf.removeprefix("layers/").removesuffix("/kernel")
+                of_layer = jax.tree.map(lambda x, i=entry.layer: _layer(x, i), adapter)
+                part = _add_product(part, of_layer, path, config.adapter_scale)
+            part = sharding.fetch(part)
             parts.append(part[: config.vocab_size] if entry.pattern.startswith("v ") else part)
         file_axes, leaf_axes = entry.pattern.split(" -> ")
         whole = np.stack(parts) if leaf_axes.startswith("x ") else parts[0]
-        sizes = _sizes(entry.pattern, config, len(entry.leaves))
+        sizes = _sizes(entry.pattern, config, len(entry.leaves), entry.rank)
         tensor = einops.rearrange(whole, f"{leaf_axes} -> {file_axes}", **sizes)
         yield entry.name, np.ascontiguousarray(tensor.astype(dtype))
 
@@ -257,6 +336,9 @@ def file_tensors(
 @jax.jit
 def _layer(stacked: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+
+
+_add_product = jax.jit(add_product, static_argnums=(2, 3))
 
 
 def flatten(params: Params) -> dict[str, Any]:

@@ -4,10 +4,12 @@ config.py     sizes, switches, presets
 attention.py  which tokens see which, rotary embeddings, attention
 fused.py      attention of whole sequences as a kernel for TPUs
 layer.py      the layer, its parameters and their logical axes
+adapters.py   LoRA: low-rank adapters of a layer's matrices
 decoder.py    whole sequences; a KV cache
 heads.py      logits, log-probabilities without all logits, scalars
 """
 
+from instructjax.models.adapters import adapter_axes, init_adapter, matrices, merge, split
 from instructjax.models.config import PRESETS, ModelConfig, Rope
 from instructjax.models.decoder import Cache, apply, apply_shared, extend, positions_of, unstack
 from instructjax.models.heads import (

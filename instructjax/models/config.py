@@ -102,6 +102,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"  # what a layer's backward pass recomputes
     unroll: int = 1  # layers per turn of the scan; more is faster on CPU and compiles longer
     dropout: float = 0.0  # of each sublayer's output; off unless a key is passed
+    adapter_scale: float = 1.0  # an adapter adds this times (x A) B
 
     def __post_init__(self):
         if not self.kv_heads:

@@ -22,7 +22,16 @@ from instructjax.models.attention import (
     rotation,
 )
 from instructjax.models.config import ModelConfig
-from instructjax.models.layer import At, Layer, Norm, Params, Shard, take, unsharded
+from instructjax.models.layer import (
+    LINEAR_OUTPUT,
+    At,
+    Layer,
+    Norm,
+    Params,
+    Shard,
+    take,
+    unsharded,
+)
 
 # Rows of a TPU's tile in bfloat16 (8 in float32). A sequence that ends within a tile, such as all
 # 2,048 tokens of a rollout but the last, took more than twice as long to compile.
@@ -72,6 +81,12 @@ def _final_norm(params: Params, c: ModelConfig, x_BTD: jax.Array) -> Any:
     return Norm(c).apply({"params": params["final_norm"]}, x_BTD)
 
 
+def _variables(params: Params) -> dict[str, Any]:
+    """What `Layer.apply` takes, of all layers: stacked leaves, or a list of trees each."""
+    names = {"params": "layers", "adapter": "adapter"}
+    return {collection: params[name] for collection, name in names.items() if name in params}
+
+
 def _scan(
     params: Params, c: ModelConfig, tokens_BT, positions_BT, sights, mix, key, shard, last=None
 ) -> Any:
@@ -86,7 +101,7 @@ def _scan(
     layer = Layer(c)
 
     def body(x_BTD, per_layer, at=None, sights=sights):
-        layer_params, windowed, number, layer_key = per_layer
+        variables, windowed, number, layer_key = per_layer
 
         def pick(full_and_local):  # both kinds of layer share one scanned body
             full, local = full_and_local
@@ -95,18 +110,19 @@ def _scan(
 
         sight, cos_sin = pick(sights), pick(rotations)
         run_mix = functools.partial(mix, sight=sight, layer=number)
-        variables = {"params": layer_params}
         return layer.apply(variables, x_BTD, cos_sin, layer_key, mix=run_mix, shard=shard, at=at)
 
     def remat(run):  # "dots" keeps results of matmuls and recomputes all else and attention
         keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        if "adapter" in params:  # else x W and (x A) B would be kept, not their sum
+            keep_dots = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT)
         policy = keep_dots if c.remat == "dots" else None
         return run if c.remat == "none" else jax.checkpoint(run, policy=policy)
 
     x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
     keys = None if key is None else jax.random.split(key, c.layers)
     windowed_L = jnp.array(c.windowed or (False,) * c.layers)
-    stacked = params["layers"], windowed_L, jnp.arange(c.layers), keys
+    stacked = _variables(params), windowed_L, jnp.arange(c.layers), keys
     if last is not None:
         final = jax.tree.map(lambda x: x[-1], stacked)
         stacked = jax.tree.map(lambda x: x[:-1], stacked)
@@ -309,8 +325,11 @@ class Cache:
 
 def unstack(params: Params, config: ModelConfig) -> Params:
     """The parameters, with layers as a list of trees in place of stacked leaves; see `extend`."""
-    layer = lambda i: jax.tree.map(lambda leaf: leaf[i], params["layers"])  # noqa: E731
-    return {**params, "layers": [layer(i) for i in range(config.layers)]}
+
+    stacked = {name: params[name] for name in ("layers", "adapter") if name in params}
+    layer = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)  # noqa: E731
+    layers = range(config.layers)
+    return params | {name: [layer(tree, i) for i in layers] for name, tree in stacked.items()}
 
 
 def extend(
@@ -390,14 +409,16 @@ def extend(
     x_BTD = _embed(params, c, tokens_BT, positions_BT, shard)
     masks = [attention_mask(positions_BT, positions_BS, live_BS, w) for w in (None, c.window)]
     kept = []
-    for i, layer_params in enumerate(params["layers"]):
+    layers = _variables(params)
+    for i in range(c.layers):
+        variables = {collection: trees[i] for collection, trees in layers.items()}
         windowed = bool(c.windowed) and c.windowed[i]
 
         def mix(q, k, v, i=i, mask=masks[windowed]):
             k, v = put(old.keys[i], k, at), put(old.values[i], v, at)
             return attend(q, k, v, mask, c.attention_softcap), (k, v)
 
-        inputs = {"params": layer_params}, x_BTD, rotations[windowed], None
+        inputs = variables, x_BTD, rotations[windowed], None
         x_BTD, keys_values = Layer(c).apply(*inputs, mix=mix, shard=shard)
         kept.append(keys_values)
     keys, values = zip(*kept, strict=True)

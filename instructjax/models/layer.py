@@ -6,6 +6,7 @@
         "final_norm": {"scale": [D], "bias": [D]?},
         "unembed": {"kernel": [V, D]}?              absent where tied
         "score": {"kernel": [D], "bias": []}?       instead, in a reward or value model
+        "adapter": {"attention": {...}, ...}?       see adapters.py; stacked likewise
     }
 
 Each parameter is declared with the logical names of its axes, which `sharding.py` maps to a mesh.
@@ -19,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 
 from instructjax.models.attention import rotate, rotation
 from instructjax.models.config import ModelConfig
@@ -111,18 +113,72 @@ class Norm(nn.Module):
 
 
 # The logical names of the axis alphabet's letters.
-_AXES = {"D": "width", "N": "heads", "G": "kv_heads", "H": "head_dim", "F": "mlp"}
+AXES = {"D": "width", "N": "heads", "G": "kv_heads", "H": "head_dim", "F": "mlp", "J": "rank"}
+
+# The matrices of a layer: einsum(equation, x, kernel).
+LINEARS = {
+    "attention/query": "BTD,DNH->BNTH",
+    "attention/key": "BTD,DGH->BGTH",
+    "attention/value": "BTD,DGH->BGTH",
+    "attention/out": "BNTH,NHD->BTD",
+    "mlp/up": "BTD,DF->BTF",
+    "mlp/gate": "BTD,DF->BTF",
+    "mlp/down": "BTF,FD->BTD",
+}
+LINEAR_OUTPUT = "linear output"  # its name for a policy of jax.checkpoint
 
 
-def _linear(c: ModelConfig, equation: str, bias: bool, name: str, std: float = 0.02) -> nn.Einsum:
-    """einsum(equation, x, kernel) + bias; the bias has the kernel axes that are in the result."""
-    sizes = {"D": c.width, "N": c.heads, "G": c.kv_heads, "H": c.head_dim, "F": c.mlp_width}
+def axis_size(c: ModelConfig, letter: str) -> int:
+    """The size of an axis of the layers' matrices, by its letter."""
+    sizes = {"L": c.layers, "D": c.width, "N": c.heads, "G": c.kv_heads}
+    return (sizes | {"H": c.head_dim, "F": c.mlp_width})[letter]
+
+
+def low_rank(equation: str) -> tuple[str, str]:
+    """The equations of x -> x A and of x A -> (x A) B, for the matrix A B in a matrix's place.
+
+    "BTD,DNH->BNTH"  ->  "BTD,DJ->BTJ", "BTJ,JNH->BNTH"
+    """
+    x, kernel, result = equation.replace("->", ",").split(",")
+    inner = "".join(letter for letter in kernel if letter in x)
+    outer = "".join(letter for letter in kernel if letter not in x)
+    return f"{x},{inner}J->BTJ", f"BTJ,J{outer}->{result}"
+
+
+class Linear(nn.Einsum):
+    """einsum(equation, x, kernel) + bias and, where there is an adapter, scale (x A) B.
+
+    The matrix A B is never formed: its gradient would cost as much as that of the kernel.
+
+    Args:
+      x: the input.
+      low_BTJ: x A, if matrices that read the same input share A.
+    """
+
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, low_BTJ: jax.Array | None = None) -> jax.Array:  # type: ignore[override]
+        y = super().__call__(x)
+        b = self.get_variable("adapter", "b")
+        if b is not None:
+            down, up = low_rank(str(self.einsum_str))
+            if low_BTJ is None:
+                low_BTJ = jnp.einsum(down, x, self.get_variable("adapter", "a").astype(y.dtype))
+            y += jnp.einsum(up, self.scale * low_BTJ, b.astype(y.dtype))
+        return checkpoint_name(y, LINEAR_OUTPUT) if "adapter" in self.variables else y
+
+
+def _linear(c: ModelConfig, path: str, bias: bool, std: float = 0.02) -> Linear:
+    """The matrix `path` of a layer; its bias has the kernel axes that are in the result."""
+    equation, name = LINEARS[path], path.rpartition("/")[2]
     kernel, result = equation.split(",")[1].split("->")
-    axes = [_AXES[letter] for letter in kernel]
-    kept = [_AXES[letter] for letter in kernel if letter in result]
+    axes = [AXES[letter] for letter in kernel]
+    kept = [AXES[letter] for letter in kernel if letter in result]
     inits = {"kernel_init": _normal(std, *axes), "bias_init": _named(nn.initializers.zeros, *kept)}
-    shape = [sizes[letter] for letter in kernel]
-    return nn.Einsum(shape, equation, use_bias=bias, dtype=c.dtype, name=name, **inits)
+    shape = [axis_size(c, letter) for letter in kernel]
+    how: Any = {"use_bias": bias, "dtype": c.dtype, "scale": c.adapter_scale, "name": name}
+    return Linear(shape, equation, **how, **inits)
 
 
 class Attention(nn.Module):
@@ -132,13 +188,19 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, cos_sin, mix, shard, at):
         c = self.config
 
-        def project(x_BTD, equation, axis, name):
-            y = _linear(c, equation, c.qkv_bias, name)(x_BTD)
+        # An adapter of a family whose file has one matrix for q, k and v has one A for them.
+        a, low_BTJ = self.get_variable("adapter", "a"), None
+        if a is not None:
+            low_BTJ = jnp.einsum("BTD,DJ->BTJ", x_BTD, a.astype(x_BTD.dtype))
+
+        def project(name, axis, at=None):
+            low = None if low_BTJ is None else take(low_BTJ, at)
+            y = _linear(c, f"attention/{name}", c.qkv_bias)(take(x_BTD, at), low)
             return shard(y, "batch", axis, None, None)
 
-        q_BNTH = project(take(x_BTD, at), "BTD,DNH->BNTH", "heads", "query")
-        k_BGTH = project(x_BTD, "BTD,DGH->BGTH", "kv_heads", "key")
-        v_BGTH = project(x_BTD, "BTD,DGH->BGTH", "kv_heads", "value")
+        q_BNTH = project("query", "heads", at)
+        k_BGTH = project("key", "kv_heads")
+        v_BGTH = project("value", "kv_heads")
         if c.qk_norm:
             q_BNTH = Norm(c, name="query_norm")(q_BNTH)
             k_BGTH = Norm(c, name="key_norm")(k_BGTH)
@@ -147,7 +209,7 @@ class Attention(nn.Module):
             q_BNTH = rotate(q_BNTH, (take(cos, at), take(sin, at)))
             k_BGTH = rotate(k_BGTH, cos_sin)
         y_BNTH, kept = mix(q_BNTH * (c.query_scalar or c.head_dim) ** -0.5, k_BGTH, v_BGTH)
-        return _linear(c, "BNTH,NHD->BTD", c.out_bias, "out", _residual_std(c))(y_BNTH), kept
+        return _linear(c, "attention/out", c.out_bias, _residual_std(c))(y_BNTH), kept
 
 
 class MLP(nn.Module):
@@ -156,13 +218,13 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, shard):
         c, act = self.config, _ACTIVATIONS[self.config.activation]
-        y_BTF = _linear(c, "BTD,DF->BTF", c.mlp_bias, "up")(x_BTD)
+        y_BTF = _linear(c, "mlp/up", c.mlp_bias)(x_BTD)
         if c.gated:
-            y_BTF *= act(_linear(c, "BTD,DF->BTF", c.mlp_bias, "gate")(x_BTD))
+            y_BTF *= act(_linear(c, "mlp/gate", c.mlp_bias)(x_BTD))
         else:
             y_BTF = act(y_BTF)
         y_BTF = shard(y_BTF, "batch", None, "mlp")
-        return _linear(c, "BTF,FD->BTD", c.mlp_bias, "down", _residual_std(c))(y_BTF)
+        return _linear(c, "mlp/down", c.mlp_bias, _residual_std(c))(y_BTF)
 
 
 def take(x_BT: jax.Array, at: At) -> jax.Array:
@@ -266,8 +328,12 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def cast(params: Params, dtype: str) -> Params:
-    """Casts all but norms and the scalar head, which compute in float32 in a trained model too."""
-    kept = lambda path: any(x in jax.tree_util.keystr(path) for x in ("norm", "score"))  # noqa: E731
+    """Casts all but norms and the scalar head, which compute in float32 in a trained model too.
+
+    An adapter, which is far smaller than what it adapts, stays in float32 as well.
+    """
+    float32 = ("norm", "score", "adapter")
+    kept = lambda path: any(x in jax.tree_util.keystr(path) for x in float32)  # noqa: E731
     cast_leaf = lambda path, leaf: leaf if kept(path) else leaf.astype(dtype)  # noqa: E731
     return jax.tree_util.tree_map_with_path(cast_leaf, params)
 

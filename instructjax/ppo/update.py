@@ -10,7 +10,7 @@ import optax
 
 from instructjax.models import Params
 from instructjax.state import TrainState
-from instructjax.train import Batch, LossFn, Metrics
+from instructjax.train import Batch, LossFn, Metrics, of_whole
 
 
 @flax.struct.dataclass
@@ -29,10 +29,11 @@ class Gradient:
     Args:
       loss_fn: see `train.LossFn`. It gets no key, since dropout is off in PPO.
       layout: shardings of the gradients, which are those of the parameters.
+      frozen: what the model has besides the trained parameters; see `models.split`.
     """
 
-    def __init__(self, loss_fn: LossFn, layout: Any = None):
-        self.loss_fn = loss_fn
+    def __init__(self, loss_fn: LossFn, layout: Any = None, frozen: Params | None = None):
+        self.loss_fn, self.frozen = loss_fn, frozen
         # Compiled twice a shape: to begin a sum, where grads and metrics are None, and to add.
         self.add = jax.jit(self._add, donate_argnums=(0, 1), out_shardings=(layout, None))
 
@@ -47,13 +48,15 @@ class Gradient:
         """
         metrics: Any = None
         for batch in batches:
-            grads, metrics = self.add(grads, metrics, params, batch, coef, weight)
+            grads, metrics = self.add(grads, metrics, params, batch, coef, weight, self.frozen)
         return grads, metrics  # type: ignore[return-value]  # there is at least one batch
 
-    def _add(self, grads, metrics, params, batch, coef, weight):
+    def _add(self, grads, metrics, params, batch, coef, weight, frozen=None):
+        loss_fn = self.loss_fn if frozen is None else of_whole(self.loss_fn, frozen)
+
         def weighted_loss(params: Params):
             no_key: Any = None
-            mean, (tokens, batch_metrics) = self.loss_fn(params, batch, no_key)
+            mean, (tokens, batch_metrics) = loss_fn(params, batch, no_key)
             share = tokens / weight
             return coef * share * mean, {name: share * x for name, x in batch_metrics.items()}
 

@@ -2,7 +2,9 @@
 
 flags.py        RunConfig, the flags of all training scripts; parse; config.json
 checks.py       checks of the flags, before anything is loaded
+adapters.py     where the adapter of a model is, and the model with it
 pretrained.py   loads the model that --model names
+lora.py         the flags of LoRA, and the model that a run with them starts from
 bucket.py       what a directory in Cloud Storage needs
 manifest.py     checksums of a checkpoint's files
 shared.py       a directory that all hosts see and one run holds

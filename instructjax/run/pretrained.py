@@ -2,7 +2,7 @@
 
 miniature, gpt3-1.3b, ...   a preset of `models.PRESETS`, with random values
 runs/sft                    the export/ of a run directory
-some/directory              a Hugging Face directory
+some/directory              a Hugging Face directory, or peft's of an adapter and its base's name
 EleutherAI/pythia-160m      a name on the Hugging Face hub, if no folder EleutherAI exists here
 hf:EleutherAI/pythia-160m   a name on the hub in any case
 """
@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from instructjax import data, hf, hosts, models, sharding
 from instructjax.data import template as templates
 from instructjax.models import PRESETS, ModelConfig, Params
+from instructjax.run import adapters
 
 _NO_TOKENIZER = "a preset has no tokenizer: give --tokenizer DIR"
 
@@ -36,6 +37,7 @@ def load(
     seed: int = 0,
     flag: str = "--model",
     scalar_head: bool | None = None,
+    merged: bool = True,
 ) -> tuple[ModelConfig, Params, Any]:
     """Loads a model onto a mesh, with its tokenizer.
 
@@ -51,6 +53,8 @@ def load(
       seed: seed of a preset's random values.
       flag: the flag that named the model, for error messages.
       scalar_head: whether it must be a reward model or a language model; None: it may be either.
+      merged: whether an adapter is merged into its base. If not, a run directory's adapter and its
+        base are loaded in place of its export.
 
     Returns:
       (config, float32 params, a transformers tokenizer)
@@ -63,11 +67,13 @@ def load(
     if model in PRESETS:
         config, params, loaded = _random(model, mesh, tokenizer, seed, flag)
     else:
-        where = _export(model, flag)
+        where = export_of(model, flag)
         with _naming(model, flag):
-            config, params = hf.load(where, mesh)
+            if not merged:
+                where = adapters.adapter_of(model) or where
+            config, params = adapters.load_weights(where, mesh, merged)
         _check_head(config, scalar_head, f"{flag} {model}")
-        loaded = _tokenizer(tokenizer or where)
+        loaded = load_tokenizer(tokenizer or where)
         fit = _fit_vocabulary
         config, params = fit(config, params, loaded, mesh, tokenizer is not None, f"{flag} {model}")
         if not scalar_head:  # one that scores ends no response
@@ -137,9 +143,9 @@ def describe(model: str, flag: str = "--model") -> ModelConfig:
     """The config of a model, without its weights. Arguments and errors: as for `load`."""
     if model in PRESETS:
         return PRESETS[model]
-    where = _export(model, flag)
+    where = export_of(model, flag)
     with _naming(model, flag):
-        return hf.load_config(where)
+        return adapters.load_config(where)
 
 
 def check(
@@ -159,15 +165,17 @@ def check(
     """
     try:
         if tokenizer is not None:
-            _check_tokenizer(_export(tokenizer, "--tokenizer"))
+            _check_tokenizer(export_of(tokenizer, "--tokenizer"))
         config = describe(model, flag)
         if model in PRESETS and not _of_miniature(model) and tokenizer is None:
             raise ValueError(f"{flag} {model}: {_NO_TOKENIZER}")
         if model not in PRESETS:
-            where = _export(model, flag)
+            where = export_of(model, flag)
             with _naming(model, flag):
                 if tokenizer is None:
-                    hf.check_tokenizer(where)
+                    hf.check_tokenizer(_with_tokenizer(where))
+                if hf.is_adapter(where):
+                    where = adapters.base_of(where)
                 if hf.hub_name(where) is None:
                     hf.weight_files(Path(os.path.expanduser(where)), where)
     except FileNotFoundError as error:
@@ -218,7 +226,7 @@ def hub_base(model: str) -> str | None:
         return None
     if (name := hf.hub_name(model)) is not None:
         return name
-    card = Path(os.path.expanduser(_export(model, "--model"))) / "README.md"
+    card = Path(os.path.expanduser(export_of(model, "--model"))) / "README.md"
     if not card.is_file():
         return None
     known = huggingface_hub.metadata_load(card) or {}
@@ -230,7 +238,7 @@ def finished(run: Path) -> bool:
     return bool(hosts.agree((run / "export" / "config.json").is_file()))
 
 
-def _export(model: str, flag: str) -> str:
+def export_of(model: str, flag: str) -> str:
     """The export/ of a run directory; any other model as it is."""
     if hf.hub_name(model) is not None:
         return model
@@ -269,7 +277,7 @@ def _random(
     preset: str, mesh: Mesh, tokenizer: str | None, seed: int, flag: str
 ) -> tuple[ModelConfig, Params, Any]:
     if tokenizer is not None:
-        loaded = _tokenizer(tokenizer)
+        loaded = load_tokenizer(tokenizer)
     elif _of_miniature(preset):
         from instructjax import miniature
 
@@ -289,9 +297,22 @@ def _random(
     return config, jax.jit(build, out_shardings=layout)(key), loaded
 
 
-def _tokenizer(where: str) -> Any:
-    where = _export(where, "--tokenizer")
+def _with_tokenizer(where: str) -> str:
+    """The directory or hub name itself, or an adapter's base if it has no tokenizer of its own."""
+    if not hf.is_adapter(where):
+        return where
     try:
+        hf.check_tokenizer(where)
+    except ValueError:
+        return adapters.base_of(where)
+    return where
+
+
+def load_tokenizer(where: str) -> Any:
+    """A transformers tokenizer, from a directory, a run or the hub; errors as for `load`."""
+    where = export_of(where, "--tokenizer")
+    try:
+        where = _with_tokenizer(where)
         hf.check_tokenizer(where)
         return hf.load_tokenizer(where)
     except FileNotFoundError as error:

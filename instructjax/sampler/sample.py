@@ -207,6 +207,10 @@ def generate_on_device(
 def lay_out(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
     """Weights for decoding: in the compute dtype (`models.cast`), gathered over data and fsdp.
 
+    An adapter is merged into them. That costs what one row's forward pass of J tokens costs, J
+    the rank, and a token then costs what it costs without an adapter. Adapters in decoding would
+    add two small matrix products, which read little but must be started, to each of its matrices.
+
     One tree per layer; on TPUs stacked (see `models.extend`), so that deep models compile soon.
     """
     unembed = {"unembed": {"kernel": models.unembedding(params)}}
@@ -217,6 +221,7 @@ def lay_out(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
         is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
         layer = jax.tree.map(lambda x: x[1:], axes["layers"], is_leaf=is_axes)
         axes |= {"layers": [layer] * config.layers}
+    weights = models.merge(weights, config)
     if mesh is None:
         return weights
     layout = sharding.shardings(axes, weights, mesh, sharding.GENERATION)

@@ -1,0 +1,259 @@
+"""run_ppo.py with LoRA: one frozen base, adapters for all that is trained, and exact resume."""
+
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import run_ppo
+from test_run_ppo import FEW, SMALL, metrics_of
+
+from instructjax import hf, miniature, models, sharding
+from instructjax.data import sources
+from instructjax.models import ModelConfig
+from instructjax.run import lora
+from instructjax.run.lora import LoRA
+from instructjax.scoring import RewardConfig, load
+
+LORA = LoRA(rank=3, alpha=6.0)
+FLAGS = ["--lora.rank", "3", "--lora.alpha", "6", "--ppo.learning_rate", "0.003"]
+FLAGS += ["--ppo.value_learning_rate", "0.003"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "MINIATURE", SMALL)
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base; sft and rm, runs with adapters on it; rm-own, a reward model of its own weights."""
+    out, tokenizer = tmp_path_factory.mktemp("models"), miniature.tokenizer()
+    ids = {"eos_ids": (tokenizer.eos_token_id,), "pad_id": tokenizer.pad_token_id}
+    config = ModelConfig(len(tokenizer), 2, 16, heads=2, mlp_width=32, max_length=96, **ids)
+    base = models.init(config, jax.random.key(0))
+    hf.save(out / "base", config, base, tokenizer)
+    reward_config, reward = models.with_scalar_head(base, config, jax.random.key(1))
+    reward["score"] = {"kernel": 10 * reward["score"]["kernel"], "bias": jnp.float32(0.375)}
+    hf.save(out / "rm-own", reward_config, reward, tokenizer)
+    for i, (name, model, params) in enumerate(
+        (("sft", config, base), ("rm", reward_config, reward))
+    ):
+        model = dataclasses.replace(model, adapter_scale=LORA.scale)
+        adapter = models.init_adapter(
+            model, jax.random.key(i), LORA.rank, models.matrices(model), shared=True
+        )
+        whole = {**params, "adapter": jax.tree.map(lambda x: x + 0.03, adapter)}
+        hf.save(out / name / "export", model, whole, tokenizer)
+        hf.save_adapter(out / name / "adapter", model, whole, str(out / "base"), tokenizer)
+    return out
+
+
+def flags(world, model="sft", reward="rm", *more):
+    return ["--model", f"{world}/{model}", "--reward", f"{world}/{reward}", *FEW, *FLAGS, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """Three iterations, uninterrupted, with an average."""
+    out = tmp_path_factory.mktemp("ppo") / "whole"
+    run_ppo.cli([*flags(world), "--out", str(out), "--steps", "3", "--save_every", "1"])
+    return out
+
+
+def parts_of(world, reward="rm", **changes) -> Any:
+    """(config, base, reward models, value net) as run_ppo.py makes them."""
+    config = dataclasses.replace(
+        run_ppo.PRESETS["miniature"],
+        **{"reward": RewardConfig((f"{world}/{reward}",)), "lora": LORA},
+        **{"model": f"{world}/sft", **changes},
+    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    model, params, tokenizer = run_ppo.load_policy(config, mesh)
+    base = lora.shared_base(config.lora, config.model, model, params)
+    assert base is not None
+    rewards = load(config.reward, mesh, tokenizer, config.model_dtype, config.offload, base=base)
+    policy, _, value = run_ppo.load_value_net(config, mesh, model, params, tokenizer, base)
+    assert value is not None
+    return config, policy, base, rewards, value
+
+
+def test_one_base_is_in_memory(world):
+    """Policy, reward model, value net: the same arrays, not copies; in the compute dtype."""
+    for offload in (False, True):
+        _, policy, base, rewards, value = parts_of(world, model_dtype="bfloat16", offload=offload)
+        ((run, own),) = rewards.models
+        shared = run.args[1]
+        assert set(own.tree) == {"adapter", "score"}
+        for tree in (policy, shared, value):
+            for name in ("embed", "layers", "final_norm"):
+                pairs = zip(
+                    jax.tree.leaves(tree[name]), jax.tree.leaves(base.params[name]), strict=True
+                )
+                assert all(mine is its for mine, its in pairs)
+        assert base.params["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
+        assert base.params["final_norm"]["scale"].dtype == jnp.float32
+        assert policy["adapter"]["mlp"]["up"]["a"].dtype == jnp.float32
+    jax.tree.map(np.testing.assert_array_equal, value["adapter"], own.on_device()["adapter"])
+
+
+def test_a_reward_model_of_other_weights_has_its_own(world):
+    """The value net is an adapter on the reward model's weights, and begins as its copy."""
+    _, _, base, rewards, value = parts_of(world, "rm-own")
+    assert models.split(value)[0].keys() == {"adapter", "score"}
+    mine, its = (x["layers"]["mlp"]["up"]["kernel"] for x in (value, base.params))
+    assert mine is not its
+    assert not value["adapter"]["mlp"]["up"]["b"].any()
+    np.testing.assert_allclose(value["score"]["bias"], 0.0, atol=0)  # folded into the last norm
+    ((_, own),) = rewards.models
+    assert "adapter" not in own.tree
+    jax.tree.map(np.testing.assert_array_equal, value["layers"], own.tree["layers"])
+
+
+def test_each_member_of_an_ensemble_is_found(world, tmp_path):
+    """By its adapter on the policy's base, or by its own weights."""
+    for kind, name in (("rm", "shared"), ("rm-own", "own")):
+        export = "export" if kind == "rm" else ""
+        for member in ("", "-1"):
+            shutil.copytree(world / kind / export, tmp_path / name / f"export{member}")
+            if kind == "rm":
+                shutil.copytree(world / kind / "adapter", tmp_path / name / f"adapter{member}")
+        _, _, base, rewards, _ = parts_of(tmp_path, name, model=f"{world}/sft")
+        assert len(rewards.models) == 2
+        for run, own in rewards.models:
+            kernel = {**run.args[1], **own.tree}["layers"]["mlp"]["up"]["kernel"]
+            its = base.params["layers"]["mlp"]["up"]["kernel"]
+            assert (kernel is its) == (name == "shared")
+
+
+def test_checkpoints_hold_adapters_alone(whole):
+    kept = (whole / "checkpoints" / "3" / "state" / "_METADATA").read_text()
+    assert "adapter" in kept
+    assert "ema" in kept
+    assert not any(f"'{name}'" in kept for name in ("layers", "embed", "final_norm"))
+
+
+def test_the_first_iteration_begins_at_the_reference(whole):
+    first, last = metrics_of(whole)[1], metrics_of(whole)[3]
+    assert abs(first["objective/kl"]) < 5e-5 * 6
+    assert first["rollout/logp_mismatch"] < 5e-5
+    assert last["objective/kl_k3"] > 1e-7
+
+
+def test_the_export_is_the_base_with_the_trained_adapter(world, whole):
+    config, base = hf.load(world / "base")
+    config, trained = hf.load_adapter(whole / "adapter", config)
+    assert hf.adapter_base(whole / "adapter") == f"{world}/base"
+    _, merged = hf.load(whole / "export")
+    want = models.merge({**base, **trained}, config)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), merged, want)
+    _, before = hf.load_adapter(world / "sft" / "adapter", hf.load_config(world / "base"))
+    moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), trained, before)
+    assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(world, whole, tmp_path):
+    class StopError(Exception):
+        pass
+
+    def steps(self, begin, total, all_steps=run_ppo.Run.steps):
+        for number in all_steps(self, begin, total):
+            if number == 2 and begin == 0:
+                raise StopError
+            yield number
+
+    argv = [*flags(world), "--out", str(tmp_path / "ppo"), "--steps", "3", "--save_every", "1"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(StopError):
+        patch.setattr(run_ppo.Run, "steps", steps)
+        run_ppo.cli(argv)
+    run_ppo.cli([*argv, "--resume"])
+    assert metrics_of(tmp_path / "ppo") == metrics_of(whole)
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "ppo" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_one_device_and_offload_compute_the_same(world, whole, tmp_path):
+    argv = [*flags(world), "--steps", "1", "--out", str(tmp_path / "ppo"), "--offload"]
+    run_ppo.cli([*argv, "--mesh", "tensor=2,data=2,fsdp=2"])
+    got, want = metrics_of(tmp_path / "ppo")[1], metrics_of(whole)[1]
+    for name in ("objective/score", "value/loss", "ptx/loss", "optim/grad_norm", "policy/loss"):
+        assert got[name] == pytest.approx(want[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--model_dtype", "bfloat16", "--remat", "dots"),
+        ("--ppo.value", "shared"),
+        ("--ppo.beta", "0"),
+    ],
+    ids=["bfloat16", "value head", "no reference"],
+)
+def test_other_ways_to_run(world, more, tmp_path):
+    run_ppo.cli([*flags(world, "sft", "rm", *more), "--steps", "2", "--out", str(tmp_path / "ppo")])
+    assert (tmp_path / "ppo" / "adapter" / "adapter_config.json").exists()
+    rows = metrics_of(tmp_path / "ppo")
+    assert rows[1]["optim/grad_norm"] > 0
+
+
+def test_new_adapters_and_rewards_that_are_functions(world, tmp_path):
+    """The reference is the base with no adapter, and the value net has the policy's base."""
+    (tmp_path / "long.py").write_text(
+        "def long(prompts, responses, records):\n    return [float(len(x)) for x in responses]\n"
+    )
+    argv = ["--model", f"{world}/base", "--reward", f"{tmp_path}/long.py:long", *FEW, *FLAGS]
+    run_ppo.cli([*argv, "--steps", "2", "--out", str(tmp_path / "ppo")])
+    rows = metrics_of(tmp_path / "ppo")
+    assert abs(rows[1]["objective/kl"]) < 5e-5 * 6
+    assert rows[2]["objective/kl_k3"] > 0
+    config = json.loads((tmp_path / "ppo" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == f"{world}/base"
+    assert "score" not in json.dumps(config["modules_to_save"])
+
+
+def test_an_update_computes_no_gradient_of_a_frozen_matrix(world):
+    """Of policy, pretraining text and value net; the program of all weights has such products."""
+    config, policy, _, _, value = parts_of(world)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    model, _, _ = run_ppo.load_policy(config, mesh)
+    value_model = dataclasses.replace(model, scalar_head=True)
+    batch = {
+        "prompt_BP": jnp.ones((3, 5), jnp.int32),
+        "prompt_mask_BP": jnp.ones((3, 5), bool),
+        "tokens_BR": jnp.ones((3, 4), jnp.int32),
+        "mask_BR": jnp.ones((3, 4), bool),
+        **{f"{name}_BR": jnp.ones((3, 4)) for name in ("logp", "value", "advantage", "return")},
+    }
+    names = ("tokens_BT", "segments_BT", "positions_BT", "mask_BT")
+    text = dict.fromkeys(names, jnp.ones((3, 7), jnp.int32))
+
+    def products(policy: Any, value: Any):
+        (policy, frozen), (value, value_frozen) = models.split(policy), models.split(value)
+        programs: Any = run_ppo.Programs(
+            config, model, value_model, policy, value, mesh, (5,), frozen, value_frozen
+        )
+        for gradient, params, rows in (
+            (programs.policy_gradient, policy, batch),
+            (programs.ptx_gradient, policy, text),
+            (programs.value_gradient, value, batch),
+        ):
+            arguments = None, None, params, rows, 1.0, 8, gradient.frozen
+            compiled = gradient.add.lower(*arguments).compile().as_text()
+            shapes = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", compiled)
+            yield {frozenset(map(int, shape.split(","))) for shape in shapes}
+
+    full, head = frozenset({16, 32}), frozenset({16, model.padded_vocab_size})
+    for found in products(policy, value):
+        assert not found & {full, head}
+    plain = [{k: v for k, v in x.items() if k != "adapter"} for x in (policy, value)]
+    found = list(products(*plain))
+    assert all(full in shapes for shapes in found)
+    assert head in found[0]
