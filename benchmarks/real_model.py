@@ -210,7 +210,9 @@ def grid(c: Config) -> Grid:
         {"model": out / "short-sft", **lottery, **ppo, **function, "max_new_tokens": 64},
         needs=("short-sft",),
     )
-    return Grid(out, every, EXPERIMENTS, c.results_directory)
+    here = f"{Path(__file__).resolve().parents[1]}/"
+    places = {c.model: "MODEL", f"{c.data}": "DATA", here: ""}
+    return Grid(out, every, EXPERIMENTS, c.results_directory, places)
 
 
 def one_sentence(prompts: Sequence[str], responses: Sequence[str], records: Any) -> list[float]:

@@ -52,6 +52,24 @@ def test_a_finished_run_with_other_flags_is_refused(tmp_path):
         runs.check(["b"])
 
 
+def test_kept_results_name_no_path_of_this_machine(tmp_path):
+    def grid_of(place: str, folder: str) -> Grid:
+        jobs = {"a": Job("x.py", {"data": f"jsonl:{place}/f"})}
+        out, results = tmp_path / folder, tmp_path / "results"
+        return Grid(out, jobs, tmp_path, results, {place: "DATA", f"{out}/": ""})
+
+    first = grid_of("/mnt/x", "one")
+    (first.out / "a").mkdir(parents=True)
+    (first.out / "a" / "config.json").write_text(f'"/mnt/x/f {first.out}/a"')
+    (first.out / "a" / "results.json").write_text("1")
+    assert first.make(["a"]) == []
+    kept = tmp_path / "results"
+    assert (kept / "a" / "config.json").read_text() == '"DATA/f a"'
+    assert (kept / "a" / "results.json").read_text() == "1"
+    assert json.loads((kept / "a.cost.json").read_text())["flags"]["data"] == ["jsonl:DATA/f"]
+    grid_of("/home/y", "two").check([])  # another machine's data
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(GridConfig):
     out: Path | None = None

@@ -7,7 +7,6 @@ import concurrent.futures
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +90,8 @@ class Grid:
     jobs: Mapping[str, Job]  # by name, each after those that it needs
     scripts: Path  # the directory experiments/
     results: Path | None = None  # where results of finished runs are kept; None: nowhere else
+    # Paths of this machine, such as a data set's, and what kept results have in place of each.
+    places: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, name: str) -> list[str]:
         """The words of a run's command."""
@@ -128,7 +129,16 @@ class Grid:
     def _flags(self, name: str) -> dict[str, list[str]]:
         """A run's flags wherever its grid is."""
         words = _words(self.jobs[name])
-        return {k: [word.replace(str(self.out), "OUT") for word in x] for k, x in words.items()}
+        return {
+            k: [self._anywhere(word.replace(str(self.out), "OUT")) for word in x]
+            for k, x in words.items()
+        }
+
+    def _anywhere(self, text: str) -> str:
+        """A text without the paths of this machine."""
+        for path, name in self.places.items():
+            text = text.replace(path, name)
+        return text
 
     def has_finished(self, name: str) -> bool:
         """Whether a run has ended well: its cost is written after that."""
@@ -155,7 +165,7 @@ class Grid:
                         kept = self.results / part
                         kept.parent.mkdir(parents=True, exist_ok=True)
                         part_of_file = kept.with_name(f"{kept.name}.part")
-                        shutil.copyfile(written, part_of_file)
+                        part_of_file.write_text(self._anywhere(written.read_text()))
                         part_of_file.replace(kept)  # a kill leaves a whole file or none
 
     def make(self, names: Sequence[str], at_once: int = 1) -> list[str]:
@@ -336,10 +346,10 @@ def flags_of(config: Any, name: str) -> dict[str, Any]:
       config: a dataclass whose `spec` has the flag --NAME itself, such as `DataConfig`.
     """
     flags = {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            flags[name if field.name == "spec" else f"{name}.{field.name}"] = value
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if value != each.default:
+            flags[name if each.name == "spec" else f"{name}.{each.name}"] = value
     return flags
 
 
