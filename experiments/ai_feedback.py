@@ -32,7 +32,6 @@ import ai_labeler
 import constitution
 import jax
 import numpy as np
-import tyro
 from ai_labeler import Pair
 from rich.console import Console
 from rich.table import Table
@@ -234,13 +233,7 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-
-    def parse() -> Config:
-        config = tyro.cli(Config, **keywords)
-        return dataclasses.replace(config, out=config.out.expanduser())
-
-    ai_feedback(usage.read(parse, check))
+    ai_feedback(usage.parse(Config, argv, __doc__, check))
 
 
 if __name__ == "__main__":

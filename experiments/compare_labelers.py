@@ -8,12 +8,11 @@ r"""AI feedback against people's: the same pairs by several labelers, then rewar
 RLAIF (Lee et al. 2023, arXiv 2309.00267): a model labels in place of people. Each labeler labels
 the same pairs of the policy's responses; pairs that it finds even are left out.
 
-    pairs                the policy's responses, and what people say of them
-    critic               in the miniature, a base model that has learned from pages of critics
-    labels-LABELER       what a model says, or a rule-based critic with --noise and --place_bias
-    rm-LABELER-SEED      a reward model for each labeler, and for `people`
-    ppo-LABELER-SEED     PPO against it
-    evaluation-SEED      all of these and --model, by the judge
+    pairs                    the policy's responses, and what people say of them
+    critic                   in the miniature, a base model that has learned from pages of critics
+    labels-LABELER           what a model says, or a rule-based critic with errors
+    rm-, ppo-LABELER-SEED    a reward model for each labeler and for `people`, and PPO against it
+    evaluation-SEED          all of these and --model, by the judge
 
 `mixed` has people's labels of one half of the pairs, and of the other a rule-based critic's, under
 a principle that is drawn for each pair, as RL-CAI has (Bai et al. 2022, arXiv 2212.08073).
@@ -32,6 +31,7 @@ from typing import Any
 
 import constitution
 import policy_grids as grids
+from line_files import read_lines, write_lines
 
 from instructjax import miniature, usage
 from instructjax.evaluation import paper, statistics
@@ -43,7 +43,7 @@ from instructjax.run import pretrained
 from instructjax.scoring import RewardConfig
 
 EXPERIMENTS = Path(__file__).resolve().parent
-PEOPLE, CRITIC, MIXED = "people", "critic", "mixed"
+PEOPLE, CRITIC, MIXED, LABELS = "people", "critic", "mixed", "comparisons.jsonl"
 PAGES = 30_000  # of the miniature's corpus, and as many of critics
 ABLE = ("followed", "padding", "rude")  # what the base model that reads critics can judge
 COLUMNS = ("utility", "kl", "against the start", "against people")
@@ -154,22 +154,22 @@ def write_text(file: Path) -> None:
     """Writes the miniature's corpus and as many pages of critics, in random order."""
     pages = miniature.texts(0, PAGES) + critics.pages(0, PAGES)
     random.Random(0).shuffle(pages)
-    grids.write_rows(file, [{"text": page["text"]} for page in pages])
+    write_lines(file, [{"text": page["text"]} for page in pages])
 
 
 def write_mixed(file: Path, people: Path, critic: Path) -> None:
     """Writes every second comparison of people's, and the critic's of the other prompts."""
-    of_people = grids.read_rows(people)[::2]
+    of_people = read_lines(people / LABELS)[::2]
     taken = [row["prompt"] for row in of_people]
-    others = [row for row in grids.read_rows(critic) if row["prompt"] not in taken]
-    grids.write_rows(file, [*of_people, *others])
+    others = [row for row in read_lines(critic / LABELS) if row["prompt"] not in taken]
+    write_lines(file, [*of_people, *others])
 
 
 # ------------------------------------------------------------------------------------- the page
 
 
 def figures_of(c: Config, seed: int) -> dict[str, dict[str, float]]:
-    """The COLUMNS of a seed's policies, by labeler; empty before its evaluation has finished."""
+    """The COLUMNS of a seed's policies, by labeler, once its evaluation has finished."""
     found = grids.policies_of(c.results_directory, f"evaluation-{seed}")
     others = {COLUMNS[2]: paper.run_name(c.model), COLUMNS[3]: f"ppo-{PEOPLE}-{seed}"}
     figures = {}
@@ -227,7 +227,6 @@ def policies(c: Config) -> Section | None:
 
 
 def sections(c: Config) -> list[Section]:
-    """What has finished."""
     return [section for section in (labelers(c), policies(c)) if section is not None]
 
 

@@ -30,7 +30,6 @@ import constitution
 import jax
 import numpy as np
 import revision_chains
-import tyro
 from ai_feedback import PRINCIPLES, RULES
 from jax.sharding import Mesh
 from line_files import check_resume, record
@@ -223,13 +222,7 @@ def load(c: Config, name: str, flag: str, mesh: Mesh) -> Speaker:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-
-    def parse_flags() -> Config:
-        config = tyro.cli(Config, **keywords)
-        return dataclasses.replace(config, out=config.out.expanduser())
-
-    critique_revise(usage.read(parse_flags, check))
+    critique_revise(usage.parse(Config, argv, __doc__, check))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -467,13 +466,7 @@ def kl(
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-
-    def parse() -> Config:
-        config = tyro.cli(Config, **keywords)
-        return dataclasses.replace(config, out=config.out.expanduser())  # of `--out=~/run`
-
-    evaluate(usage.read(parse, check))
+    evaluate(usage.parse(Config, argv, __doc__, check))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Files of a script that goes on after a stop: JSON lines, and the flags of an earlier start."""
+"""Files of experiments: JSON lines, files written at once, and the flags of an earlier start."""
 
 import json
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,29 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n") if line]
 
 
-def append(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+def append(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds rows on host 0."""
     if jax.process_index() == 0:
         with file.open("a", encoding="utf-8") as lines:
-            lines.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            lines.write(_lines(rows))
 
 
-def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows on host 0. A kill leaves the file as it was, or whole."""
+def write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """`replace` by rows, on host 0."""
     if jax.process_index() == 0:
-        part = file.with_name(f"{file.name}.part")
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        part.write_text("".join(lines), encoding="utf-8")
-        part.replace(file)
+        replace(file, _lines(rows))
+
+
+def replace(file: Path, text: str) -> None:
+    """Writes a file at once: a kill leaves it as it was or whole, and others may read it, or write
+    the same."""
+    part = file.with_name(f"{file.name}.{threading.get_ident()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def record(out: Path, flags: Mapping[str, Any]) -> None:

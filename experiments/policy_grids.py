@@ -2,8 +2,6 @@
 overoptimise.py and ensembles.py; and what maximises a reward."""
 
 import functools
-import json
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from line_files import read_lines, write_lines
 
 from instructjax import data, models, scoring, sharding
 from instructjax.data import DataConfig
@@ -244,7 +243,7 @@ def write_pairs(c: ProxyConfig, file: Path, count: int, seed: int, flipped: floa
     Raises:
       ValueError: there are too few.
     """
-    rows = read_rows(c.directory / "pairs")
+    rows = read_lines(c.directory / "pairs" / "comparisons.jsonl")
     held_out, rows = rows[:HELD_OUT], rows[HELD_OUT:]
     if len(rows) < count:
         raise ValueError(
@@ -261,22 +260,9 @@ def write_pairs(c: ProxyConfig, file: Path, count: int, seed: int, flipped: floa
         prompt = {name: value for name, value in row.items() if name in ("prompt", "tools")}
         _, better = max(zip(row["scores"], row["responses"], strict=True))
         best.append({**prompt, "completion": better})
-    write_rows(file, pairs)
-    write_rows(c.directory / HELD_OUT_FILE, held_out)
-    write_rows(c.directory / BEST_FILE, best)
-
-
-def read_rows(run: Path) -> list[dict[str, Any]]:
-    """The comparisons that a run has written."""
-    lines = (run / "comparisons.jsonl").read_text("utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
-
-
-def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows at once, as another run may read the file, or write it too."""
-    part = file.with_name(f"{file.name}.{threading.get_ident()}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.replace(file)
+    write_lines(file, pairs)
+    write_lines(c.directory / HELD_OUT_FILE, held_out)
+    write_lines(c.directory / BEST_FILE, best)
 
 
 def policies_of(results: Path, evaluation: str) -> dict[str, dict[str, Any]]:

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 from jax.sharding import Mesh
 from line_files import append, check_resume, read_lines, record
 from red_team_attacker import Attacker, attack_of, read_examples
@@ -222,13 +221,7 @@ def red_team(c: Config) -> None:
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-    keywords: Any = {"args": argv, "description": __doc__, "use_underscores": True}
-
-    def parse() -> Config:
-        config = tyro.cli(Config, **keywords)
-        return dataclasses.replace(config, out=config.out.expanduser())
-
-    red_team(usage.read(parse, check))
+    red_team(usage.parse(Config, argv, __doc__, check))
 
 
 if __name__ == "__main__":

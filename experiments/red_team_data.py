@@ -1,11 +1,11 @@
 """The files of red_team_rounds.py: rewards of attackers, and prompts made of attacks and others."""
 
 import itertools
-import json
-import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+from line_files import read_lines, replace, write_lines
 
 from instructjax import data
 from instructjax.data import DataConfig
@@ -38,12 +38,12 @@ def write_reward(file: Path, **arguments: Any) -> None:
       arguments: of `red_team_target.make_reward`; texts, numbers and tuples of these.
     """
     lines = "".join(f"        {name}={value!r},\n" for name, value in arguments.items())
-    _replace(file, _REWARD.format(arguments=lines))
+    replace(file, _REWARD.format(arguments=lines))
 
 
 def write_openings(file: Path, opening: str) -> None:
     """Writes the prompts of an attacker that reinforcement learning trains: one, many times."""
-    _write(file, [{"prompt": opening}] * ROWS)
+    write_lines(file, [{"prompt": opening}] * ROWS)
 
 
 def succeeded(directories: Iterable[Path]) -> list[str]:
@@ -80,11 +80,11 @@ def write_prompts(
         raise ValueError(f"{', '.join(map(str, attacked))}: no attack succeeded")
     ordinary = _ordinary(config, "train")
     count = round(len(ordinary) * share / (1 - share))
-    _write(
+    write_lines(
         file,
         [*ordinary, *({"prompt": x} for x in itertools.islice(itertools.cycle(attacks), count))],
     )
-    _write(held_out, _ordinary(config, "validation"))
+    write_lines(held_out, _ordinary(config, "validation"))
 
 
 def write_held_out(file: Path, attacked: Sequence[Path], trained_on: Sequence[Path]) -> None:
@@ -100,7 +100,7 @@ def write_held_out(file: Path, attacked: Sequence[Path], trained_on: Sequence[Pa
     attacks = [attack for attack in held_out if attack not in seen]
     if not attacks:
         raise ValueError(f"{', '.join(map(str, attacked))}: all attacks are in training as well")
-    _write(file, [{"prompt": attack} for attack in attacks])
+    write_lines(file, [{"prompt": attack} for attack in attacks])
 
 
 def _ordinary(config: DataConfig, split: Literal["train", "validation"]) -> list[dict[str, Any]]:
@@ -113,17 +113,4 @@ def _ordinary(config: DataConfig, split: Literal["train", "validation"]) -> list
 
 
 def _rows(directories: Iterable[Path]) -> list[dict[str, Any]]:
-    files = [directory / "attacks.jsonl" for directory in directories]
-    texts = [file.read_text("utf-8") for file in files]
-    return [json.loads(line) for text in texts for line in text.split("\n") if line]
-
-
-def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    _replace(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _replace(file: Path, text: str) -> None:
-    """At once: another run may read the file."""
-    part = file.with_name(f"{file.name}.{threading.get_ident()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+    return [row for x in directories for row in read_lines(x / "attacks.jsonl")]

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Literal
 
 import policy_grids as grids
+from line_files import replace
 
 from instructjax import usage
 from instructjax.evaluation import paper, statistics
@@ -167,7 +168,7 @@ def write_labels(c: Config, file: Path, of_rounds: Sequence[str]) -> None:
                     "Then the same command goes on."
                 )
         lines += [line for line in labels.read_text("utf-8").split("\n") if line]
-    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    replace(file, "".join(f"{line}\n" for line in lines))
 
 
 # ------------------------------------------------------------------------------------- the page

@@ -1,10 +1,12 @@
 """A command line gives a config, or one line on stderr and exit code 2."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -24,7 +26,7 @@ def parse(
     check: Callable[[ConfigT], object],
     prog: str | None = None,
 ) -> ConfigT:
-    """`read` of the flags of a dataclass.
+    """`read` of the flags of a dataclass, with `~` expanded in --out, as of `--out=~/run`.
 
     Args:
       argv: the words; None: those of the process.
@@ -33,7 +35,15 @@ def parse(
       prog: the program's name in --help, if it is not the file's.
     """
     keywords: Any = {"args": argv, "description": description, "use_underscores": True}
-    return read(lambda: tyro.cli(kind, prog=prog, **keywords), check)
+
+    def expanded() -> ConfigT:
+        config: Any = tyro.cli(kind, prog=prog, **keywords)
+        out = getattr(config, "out", None)
+        if isinstance(out, Path):
+            config = dataclasses.replace(config, out=out.expanduser())
+        return config
+
+    return read(expanded, check)
 
 
 def read(parse: Callable[[], ConfigT], check: Callable[[ConfigT], object]) -> ConfigT:

@@ -23,6 +23,7 @@ import pytest
 import run_ppo
 import run_rm
 import run_sft
+import stopped
 import swap_loss
 import test_run
 
@@ -302,20 +303,8 @@ def test_each_row_is_read_where_its_device_is(runs):
 def test_a_signal_to_one_stops_both_and_any_number_resumes(start, runs, cache, tmp_path):
     """One process starts, two resume at step 2, and one resumes after a SIGTERM to one of them."""
     (rm,) = [command for command in commands(start, tmp_path) if command[0] == "rm"]
-
-    class StopError(Exception):
-        pass
-
-    def steps(self, begin, total, whole=run.Run.steps):
-        for step in whole(self, begin, total):
-            if step == 3:
-                raise StopError
-            yield step
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "steps", steps)
-        with pytest.raises(StopError):
-            tasks(rm)
+    with stopped.before_step(3):
+        tasks(rm)
     checkpoints = tmp_path / "rm" / "checkpoints"
     shutil.copytree(checkpoints / "2", checkpoints / "3")
     damaged = next((checkpoints / "3/state/ocdbt.process_0/d").iterdir())

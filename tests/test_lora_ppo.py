@@ -1,6 +1,5 @@
 """run_ppo.py with LoRA: one frozen base, adapters for all that is trained, and exact resume."""
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import run_ppo
+import stopped
 from test_run_ppo import FEW, SMALL, metrics_of
 
 from instructjax import hf, miniature, models, sharding
@@ -161,18 +161,8 @@ def test_the_export_is_the_base_with_the_trained_adapter(world, whole):
 
 
 def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(world, whole, tmp_path):
-    class StopError(Exception):
-        pass
-
-    def steps(self, begin, total, all_steps=run_ppo.Run.steps):
-        for number in all_steps(self, begin, total):
-            if number == 2 and begin == 0:
-                raise StopError
-            yield number
-
     argv = [*flags(world), "--out", str(tmp_path / "ppo"), "--steps", "3", "--save_every", "1"]
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(StopError):
-        patch.setattr(run_ppo.Run, "steps", steps)
+    with stopped.before_step(2):
         run_ppo.cli(argv)
     run_ppo.cli([*argv, "--resume"])
     assert metrics_of(tmp_path / "ppo") == metrics_of(whole)

@@ -14,6 +14,7 @@ import ppo_config
 import preflight_programs
 import pytest
 import run_ppo
+import stopped
 
 from instructjax import hf, miniature, models, ppo, rollout, sharding, state
 from instructjax.data import sources
@@ -107,22 +108,10 @@ def test_scores_are_not_cut_to_integers(whole):
 
 def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(start, whole, tmp_path):
     """Beta, average, both optimizers, both streams and keys are the checkpoint's."""
-
-    class StopError(Exception):
-        pass
-
-    def steps(self, begin, total, all_steps=run_ppo.Run.steps):
-        for number in all_steps(self, begin, total):
-            if number == 2 and begin == 0:
-                raise StopError
-            yield number
-
     out = tmp_path / "ppo"
     flags = [*start, "--out", str(out), "--steps", "3", "--save_every", "1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_ppo.Run, "steps", steps)
-        with pytest.raises(StopError):
-            run_ppo.cli(flags)
+    with stopped.before_step(2):
+        run_ppo.cli(flags)
     run_ppo.cli([*flags, "--resume"])
     assert metrics_of(out) == metrics_of(whole)
     assert (out / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()

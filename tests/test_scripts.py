@@ -13,6 +13,7 @@ import run_ppo
 import run_pretrain
 import run_rm
 import run_sft
+import stopped
 import swap_loss
 
 from instructjax import data, hf, reward, sharding
@@ -116,20 +117,8 @@ def test_an_interrupted_sft_run_ends_as_the_uninterrupted_one(runs, tmp_path, ca
     """The run is stopped after step 2 of 3. The export is the best checkpoint's in both runs."""
     few = [*FEW, "--model", f"{runs}/pretrain", "--max_new_tokens", "4", "--eval_every", "2"]
     few += ["--dropout", "0.1", "--out", f"{tmp_path}/sft", "--save_every", "2"]
-
-    class StopError(Exception):
-        pass
-
-    def steps(self, start, total, whole=run_sft.Run.steps):
-        for step in whole(self, start, total):
-            if step == 3 and start == 0:
-                raise StopError
-            yield step
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_sft.Run, "steps", steps)
-        with pytest.raises(StopError):
-            run_sft.cli([*few, "--steps", "3"])
+    with stopped.before_step(3):
+        run_sft.cli([*few, "--steps", "3"])
     run_sft.cli([*few, "--steps", "3", "--resume"])
     assert "resumed after step 2" in capsys.readouterr().out
     once, twice = (lines(at / "sft" / "metrics.jsonl") for at in (runs, tmp_path))

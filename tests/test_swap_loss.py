@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import reference
 import run_ppo
+import stopped
 import swap_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -318,20 +319,9 @@ def test_each_algorithm_from_its_command_to_its_export_and_resumed(
     changed = jax.tree.map(lambda x, y: (x != y).any(), params, before)
     assert all(jax.tree.leaves(changed))
 
-    class StopError(Exception):
-        pass
-
-    def steps(self, begin, total, all_steps=swap_loss.Run.steps):
-        for number in all_steps(self, begin, total):
-            if number == 3 and begin == 0:
-                raise StopError
-            yield number
-
     few = [*flags(start, algorithm, again), "--save_every", "1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(swap_loss.Run, "steps", steps)
-        with pytest.raises(StopError):
-            swap_loss.cli(few)
+    with stopped.before_step(3):
+        swap_loss.cli(few)
     swap_loss.cli([*few, "--resume"])
     assert "resumed after step 2" in capsys.readouterr().out
     assert lines(again) == rows
