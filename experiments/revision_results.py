@@ -139,7 +139,7 @@ def finish(
         (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print_results(results)
         for why, count in Counter(chain.ended for chain in chains if chain.ended).items():
-            print(f"{count:,} chains have ended early: {why}")
+            print(f"{count:,} chains have ended early: {why}; more --max_new_tokens end more texts")
         print(f"wrote {len(rows):,} revisions of {len(pairs):,} responses: {file}")
     return results
 
