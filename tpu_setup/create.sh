@@ -4,22 +4,26 @@
 #   tpu_setup/create.sh --name ppo --project my-project --zone us-west4-a \
 #       --accelerator v5litepod-16 --spot
 #
-# --name NAME              name of the queued resource and of its TPU VM
+# --name NAME              name of the slice: of the queued resource and its TPU VM, or of the group
 # --project PROJECT        Google Cloud project
 # --zone ZONE              a zone that has the accelerator
-# --accelerator TYPE       v5litepod-16, v5p-128, ...
+# --accelerator TYPE       v5litepod-16, v5p-128, v6e-16, tpu7x-16, ...
+# --api NAME               tpus: the Cloud TPU API, for v4, v5e, v5p and v6e. compute: Compute Engine,
+#                          for v5p, v6e and TPU7x. Default: compute for TPU7x, else tpus
 # --spot                   uses spot capacity, which can be preempted at any moment
-# --direct                 creates a TPU VM at once or fails, without the queue
-# --runtime-version NAME   the hosts' image; default: the one for the accelerator
+# --direct                 tpus: creates a TPU VM at once or fails, without the queue
+# --runtime-version NAME   the hosts' runtime (tpus) or image family (compute); default: the
+#                          accelerator's
 # --service-account EMAIL  account that the hosts use; default: Compute Engine's
 # --dry-run                prints the commands and runs nothing
 #
-# The first four can also be set as POD_NAME, POD_PROJECT, POD_ZONE and POD_ACCELERATOR. Ctrl-C
-# leaves the request in the queue; the same command waits for it again.
+# The first five can also be set as POD_NAME, POD_PROJECT, POD_ZONE, POD_ACCELERATOR and POD_API.
+# POD_CREATE_FLAGS holds more flags for gcloud's request, separated by spaces, as for a reservation.
+# Ctrl-C leaves the request in the queue; the same command waits for it again.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
-parse "--name --project --zone --accelerator --runtime-version --service-account" \
+parse "--name --project --zone --accelerator --api --runtime-version --service-account" \
   "--spot --direct" "$@"
 check_name
 check_place
@@ -31,17 +35,56 @@ now="$(state)"
 if is_gone "$now" || is_going "$now"; then
   failed "$NAME is $now: run tpu_setup/delete.sh first, or let tpu_setup/resume.sh do both"
 fi
-if [ -z "$now" ]; then
-  place=("--project=$PROJECT" "--zone=$ZONE" "--accelerator-type=$ACCELERATOR")
-  [ -z "$SERVICE_ACCOUNT" ] || place+=("--service-account=$SERVICE_ACCOUNT")
+common=()
+[ -z "$SERVICE_ACCOUNT" ] || common+=("--service-account=$SERVICE_ACCOUNT")
+read -r -a more <<<"$CREATE_FLAGS"
+common+=(${more[@]+"${more[@]}"})
+
+request_tpus() {
+  local place=("--project=$PROJECT" "--zone=$ZONE" "--accelerator-type=$ACCELERATOR")
   [ -z "$SPOT" ] || place+=(--spot)
   if [ -n "$DIRECT" ]; then
-    run gcloud compute tpus tpu-vm create "$NAME" "${place[@]}" "--version=$RUNTIME_VERSION"
+    run gcloud compute tpus tpu-vm create "$NAME" "${place[@]}" "--version=$RUNTIME_VERSION" \
+      ${common[@]+"${common[@]}"}
   else
     run gcloud compute tpus queued-resources create "$NAME" "--node-id=$NAME" "${place[@]}" \
-      "--runtime-version=$RUNTIME_VERSION"
+      "--runtime-version=$RUNTIME_VERSION" ${common[@]+"${common[@]}"}
   fi
-fi
+}
+
+# request_compute: a template of a host and a group of such hosts, which wait until there is room for
+# all of them. A group does not replace a host: the slice would no longer be one.
+request_compute() {
+  local host=("--machine-type=$MACHINE" "--image-family=$RUNTIME_VERSION"
+    "--image-project=$IMAGE_PROJECT" "--boot-disk-size=$DISK_SIZE" --maintenance-policy=TERMINATE
+    --scopes=cloud-platform)
+  local group=("--template=$NAME" --size=0 --default-action-on-vm-failure=do-nothing)
+  [ -z "$DISK_TYPE" ] || host+=("--boot-disk-type=$DISK_TYPE")
+  [ -z "$SPOT" ] || host+=(--provisioning-model=SPOT --instance-termination-action=STOP)
+  if [ "$HOSTS" -gt 1 ]; then
+    make_policy
+    group+=(--target-size-policy-mode=bulk
+      "--workload-policy=projects/$PROJECT/regions/${ZONE%-*}/resourcePolicies/$NAME")
+  fi
+  drop instance-templates
+  compute instance-templates create "$NAME" "${host[@]}" ${common[@]+"${common[@]}"}
+  compute "$GROUP" create "$NAME" "--zone=$ZONE" "${group[@]}"
+  compute "$GROUP" resize "$NAME" "--zone=$ZONE" "--size=$HOSTS"
+}
+
+# answers: waits until a host of --api compute can be reached; it is RUNNING before that. The first
+# ssh adds your key to the project, so it is to one host only.
+answers() {
+  local host tries=0
+  host="$(hosts | head -n 1)"
+  until on_host true "$host"; do
+    tries=$((tries + 1))
+    [ "$tries" -lt 10 ] || failed "$host does not answer"
+    sleep "$POLL"
+  done
+}
+
+[ -n "$now" ] || "request_$API"
 
 while now="$(state)"; [ -z "$DRY_RUN" ] && ! is_up "$now"; do
   if [ -z "$now" ] || is_gone "$now" || is_going "$now"; then
@@ -51,3 +94,4 @@ while now="$(state)"; [ -z "$DRY_RUN" ] && ! is_up "$now"; do
   sleep "$POLL"
 done
 [ -n "$DRY_RUN" ] || echo "$NAME is $now: $CHIPS chips, $HOSTS hosts"
+[ "$API" = tpus ] || answers

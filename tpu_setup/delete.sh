@@ -6,20 +6,25 @@
 # --name NAME        name of the slice
 # --project PROJECT  Google Cloud project
 # --zone ZONE        zone of the slice
+# --api NAME         that of create.sh; default: compute if POD_ACCELERATOR is a TPU7x, else tpus
 # --direct           needed if the slice was created with --direct
 # --dry-run          prints the commands and runs nothing
 #
-# The first three can also be set as POD_NAME, POD_PROJECT and POD_ZONE.
+# The first four can also be set as POD_NAME, POD_PROJECT, POD_ZONE and POD_API.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
-parse "--name --project --zone" "--direct" "$@"
+parse "--name --project --zone --api" "--direct" "$@"
 check_name
 check_place
 check_tool gcloud
 
 place=("$NAME" "--project=$PROJECT" "--zone=$ZONE" --quiet)
-if [ -n "$DIRECT" ]; then
+if [ "$API" = compute ]; then
+  drop "$GROUP" zone
+  drop instance-templates
+  drop resource-policies region
+elif [ -n "$DIRECT" ]; then
   run gcloud compute tpus tpu-vm delete "${place[@]}"
 else
   run gcloud compute tpus queued-resources delete "${place[@]}" --force

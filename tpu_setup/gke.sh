@@ -20,7 +20,7 @@
 # --zone ZONE              zone of the nodes
 # --cluster CLUSTER        name of the cluster
 # --location PLACE         region or zone of the cluster; default: the zone's region
-# --accelerator TYPE       v5litepod-16, v5p-128, ...: a slice of several hosts
+# --accelerator TYPE       v5litepod-16, v5p-128, tpu7x-16, ...: a slice of several hosts
 # --spot                   nodes: uses spot capacity
 # --service-account EMAIL  nodes: account that the hosts use
 # --image IMAGE            run, manifest: image with the repository and its Python packages
@@ -51,6 +51,7 @@ esac
 parse "--name --project --zone --cluster --location --accelerator --service-account --image \
 --command --worker" "--spot" "$@"
 check_name
+API="" # POD_API does not matter here
 check_place
 needs --cluster "$CLUSTER" '[a-z]([a-z0-9-]{0,38}[a-z0-9])?' pods POD_CLUSTER
 LOCATION="${LOCATION:-${ZONE%-*}}"
@@ -87,10 +88,16 @@ case "$verb" in
     [ "$HOSTS" -gt 1 ] || wrong "--accelerator $ACCELERATOR" "has one host; choose one with several"
     check_service_account
     check_tool gcloud
-    pool=("--machine-type=$MACHINE" "--tpu-topology=$TOPOLOGY" "--num-nodes=$HOSTS"
-      --scopes=cloud-platform)
+    pool=("--machine-type=$MACHINE" "--num-nodes=$HOSTS" --scopes=cloud-platform)
+    [ -z "$DISK_TYPE" ] || pool+=("--disk-type=$DISK_TYPE")
     [ -z "$SERVICE_ACCOUNT" ] || pool+=("--service-account=$SERVICE_ACCOUNT")
     [ -z "$SPOT" ] || pool+=(--spot)
+    if [ "$GKE_ACCELERATOR" = tpu7x ]; then # its nodes take their topology from a policy
+      make_policy
+      pool+=("--placement-policy=$NAME")
+    else
+      pool+=("--tpu-topology=$TOPOLOGY")
+    fi
     run gcloud container node-pools create "$NAME" "${of_cluster[@]}" "--node-locations=$ZONE" \
       "${pool[@]}"
     ;;
@@ -119,6 +126,8 @@ case "$verb" in
     check_tool kubectl
     check_tool gcloud
     kubernetes delete jobset "$NAME" --ignore-not-found
-    [ "$verb" = stop ] || run gcloud container node-pools delete "$NAME" "${of_cluster[@]}" --quiet
+    [ "$verb" != stop ] || exit 0
+    run gcloud container node-pools delete "$NAME" "${of_cluster[@]}" --quiet
+    case "$ACCELERATOR" in tpu7x-*) drop resource-policies region ;; esac
     ;;
 esac

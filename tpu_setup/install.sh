@@ -6,10 +6,11 @@
 # --name NAME        name of the slice
 # --project PROJECT  Google Cloud project
 # --zone ZONE        zone of the slice
+# --api NAME         that of create.sh; default: compute if POD_ACCELERATOR is a TPU7x, else tpus
 # --ref COMMIT       commit to install; default: HEAD. Uncommitted changes are not installed.
 # --dry-run          prints the commands and runs nothing
 #
-# The first three can also be set as POD_NAME, POD_PROJECT and POD_ZONE. The hosts download uv,
+# The first four can also be set as POD_NAME, POD_PROJECT, POD_ZONE and POD_API. The hosts download uv,
 # Python and the packages, so they need internet access. Run the script again to update.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -18,7 +19,7 @@ REF=HEAD
 UV_VERSION="${POD_UV_VERSION:-0.13.9}"
 PYTHON_VERSION="${POD_PYTHON_VERSION:-3.12}" # the images' Python is too old
 
-parse "--name --project --zone --ref" "" "$@"
+parse "--name --project --zone --ref --api" "" "$@"
 check_name
 check_place
 needs --ref "$REF" '[A-Za-z0-9_.][A-Za-z0-9_./^~-]*' main
@@ -34,8 +35,7 @@ if [ -z "$DRY_RUN" ]; then
     echo "note: uncommitted changes in $root are not installed" >&2
 fi
 run git -C "$root" archive --format=tar.gz "--output=$archive" "$REF"
-run gcloud compute tpus tpu-vm scp "$archive" "$NAME:instructjax.tar.gz" \
-  "--project=$PROJECT" "--zone=$ZONE" --worker=all
+copy_to_hosts "$archive" instructjax.tar.gz
 # Delete the old code, or modules that the commit does not have would remain. Runs and data stay.
 unpack="cd instructjax; rm -rf instructjax experiments tpu_setup; tar -xzf ../instructjax.tar.gz"
 uv="\$HOME/.local/bin/uv"

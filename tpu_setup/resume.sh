@@ -13,7 +13,7 @@
 #                    --resume is added, and also starts a run that has no checkpoint yet
 # --ref COMMIT       commit to install; default: HEAD
 # --dry-run          prints the commands that follow a preemption, and runs nothing
-# --name, --project, --zone, --accelerator, --spot, --direct, --runtime-version and
+# --name, --project, --zone, --accelerator, --api, --spot, --direct, --runtime-version and
 # --service-account are those of create.sh.
 #
 # Ctrl-C leaves the job running; the same command watches it again. The hosts' disks are lost with
@@ -27,7 +27,8 @@ COMMAND=""
 PATIENCE=10 # checks or attempts in a row that may fail
 ABORTS=5    # times in a row that the command may be killed or aborted within an hour
 
-parse "--name --project --zone --accelerator --runtime-version --service-account --ref --command" \
+parse "--name --project --zone --accelerator --api --runtime-version --service-account --ref \
+--command" \
   "--spot --direct" "$@"
 check_name
 check_place
@@ -36,7 +37,7 @@ check_service_account
 check_command
 check_tool gcloud
 
-place=("--name=$NAME" "--project=$PROJECT" "--zone=$ZONE")
+place=("--name=$NAME" "--project=$PROJECT" "--zone=$ZONE" "--api=$API")
 common=()
 [ -z "$DIRECT" ] || common+=(--direct)
 [ -z "$DRY_RUN" ] || common+=(--dry-run)
