@@ -64,12 +64,130 @@ def list_of(kind, field):
     return (f"gcloud compute tpus {kind} list".split(), {**PLACE, **filters})
 
 
-def ssh(command, worker="all"):
+GROUP = "gcloud compute instance-groups managed"
+
+
+def compute(text, **flags):
+    """A command of Compute Engine in the project."""
+    return (text.split(), {"project": "my-project", **flags})
+
+
+def hosts_of_group():
+    return compute(
+        f"{GROUP} list-instances ppo", zone="us-west4-a", format="value(instance.basename())"
+    )
+
+
+def ssh(command, worker="all", api="tpus"):
+    if api == "compute":
+        return compute("gcloud compute ssh ppo-HOST", zone="us-west4-a", command=command)
     words = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "ppo"]
     return (words, {**PLACE, "worker": worker, "command": command})
 
 
 # -------------------------------------------------------------------------- printed commands
+
+NAMED = {"filter": "name=ppo", "format": "value(name)"}
+IN_REGION = {**NAMED, "filter": "name=ppo AND region~/us-west4$"}
+LOOKS = [
+    compute(f"{GROUP} list", zones="us-west4-a", filter="name=ppo", format="value(targetSize)"),
+    compute(
+        f"{GROUP} list-instances ppo",
+        zone="us-west4-a",
+        format="csv[no-heading](instanceStatus,currentAction)",
+    ),
+]
+DROPS = {
+    "group": [
+        compute(f"{GROUP} list", **{**NAMED, "filter": "name=ppo AND zone~/us-west4-a$"}),
+        compute(f"{GROUP} delete ppo", zone="us-west4-a", quiet=True),
+    ],
+    "template": [
+        compute("gcloud compute instance-templates list", **NAMED),
+        compute("gcloud compute instance-templates delete ppo", quiet=True),
+    ],
+    "policy": [
+        compute("gcloud compute resource-policies list", **IN_REGION),
+        compute("gcloud compute resource-policies delete ppo", region="us-west4", quiet=True),
+    ],
+}
+
+
+def policy(topology):
+    return compute(
+        "gcloud compute resource-policies create workload-policy ppo",
+        region="us-west4",
+        type="HIGH_THROUGHPUT",
+        **{"accelerator-topology": topology},
+    )
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "hosts", "topology", "machine", "extra"),
+    [
+        ("v6e-16", 4, "4x4", "ct6e-standard-4t", {}),
+        ("v6e-8", 1, None, "ct6e-standard-8t", {}),
+        ("v6e-1", 1, None, "ct6e-standard-1t", {}),
+        ("v5p-128", 16, "4x4x4", "ct5p-hightpu-4t", {}),
+        ("tpu7x-16", 2, "2x2x2", "tpu7x-standard-4t", {"boot-disk-type": "hyperdisk-balanced"}),
+    ],
+)
+def test_create_on_compute_engine(accelerator, hosts, topology, machine, extra):
+    """A template and a group of hosts; a policy makes several of them a slice."""
+    family = "2404-amd64-tpu-tpu7x" if "7x" in accelerator else "2204-amd64-tpu-v5e-v5p-v6e"
+    host = {
+        "machine-type": machine,
+        "image-family": f"ubuntu-accel-{family}",
+        "image-project": "ubuntu-os-accelerator-images",
+        "boot-disk-size": "200GB",
+        "maintenance-policy": "TERMINATE",
+        "scopes": "cloud-platform",
+        **extra,
+    }
+    group = {"zone": "us-west4-a", "template": "ppo", "size": "0"}
+    group["default-action-on-vm-failure"] = "do-nothing"
+    if topology:
+        group["target-size-policy-mode"] = "bulk"
+        group["workload-policy"] = "projects/my-project/regions/us-west4/resourcePolicies/ppo"
+    expected = [
+        *LOOKS,
+        *([*DROPS["policy"], policy(topology)] if topology else []),
+        *DROPS["template"],
+        compute("gcloud compute instance-templates create ppo", **host),
+        compute(f"{GROUP} create ppo", **group),
+        compute(f"{GROUP} resize ppo", zone="us-west4-a", size=str(hosts)),
+        *LOOKS,
+        hosts_of_group(),
+        ssh("true", api="compute"),
+    ]
+    api = {} if "7x" in accelerator else {"api": "compute"}  # TPU7x has no other
+    assert dry("create.sh", accelerator=accelerator, **api, **SLICE) == expected
+
+
+def test_a_request_has_more_flags():
+    account = "tpu@my-project.iam.gserviceaccount.com"
+    more = {"POD_CREATE_FLAGS": "--reservation=r --labels=a=b"}
+    places = {"tpus": "queued-resources", "compute": "instance-templates"}
+    for api, kind in places.items():
+        flags = {**SLICE, "accelerator": "v6e-16", "api": api, "service_account": account}
+        done = shell("create.sh", "--dry-run", "--spot", env=more, **flags)
+        (got,) = [
+            got
+            for words, got in map(parsed, done.stdout.splitlines())
+            if [kind, "create"] == words[-3:-1]
+        ]
+        assert (got["reservation"], got["labels"]) == ("r", "a=b")
+        assert got["service-account"] == account
+        if api == "compute":
+            assert got["provisioning-model"] == "SPOT"
+            assert got["instance-termination-action"] == "STOP"
+        else:
+            assert got["spot"] is True
+    env = {"POD_DISK_SIZE": "50GB", "POD_IMAGE_PROJECT": "mine", "POD_RUNTIME_VERSION": "ours"}
+    flags = {**SLICE, "accelerator": "v6e-16", "api": "compute"}
+    text = shell("create.sh", "--dry-run", env=env, **flags).stdout
+    for flag in ("--boot-disk-size=50GB", "--image-project=mine", "--image-family=ours"):
+        assert flag in text
 
 
 @pytest.mark.parametrize("accelerator", SLICES)
@@ -91,20 +209,29 @@ def test_create(accelerator):
 
 
 def test_delete():
+    parts = [*DROPS["group"], *DROPS["template"], *DROPS["policy"]]
+    assert dry("delete.sh", api="compute", **SLICE) == parts
     words = ["gcloud", "compute", "tpus", "queued-resources", "delete", "ppo"]
     assert dry("delete.sh", **SLICE) == [(words, {**PLACE, "quiet": True, "force": True})]
     words = ["gcloud", "compute", "tpus", "tpu-vm", "delete", "ppo"]
     assert dry("delete.sh", "--direct", **SLICE) == [(words, {**PLACE, "quiet": True})]
 
 
-def test_install():
-    archive, copy, (words, flags), remove = dry("install.sh", ref="v1.0", **SLICE)
+@pytest.mark.parametrize("api", ["tpus", "compute"])
+def test_install(api):
+    archive, *copies, remove = dry("install.sh", ref="v1.0", api=api, **SLICE)
+    if api == "compute":
+        assert copies[0] == copies[2] == hosts_of_group()
+        copies = copies[1::2]
+    copy, (words, flags) = copies
     path = archive[1]["output"]
     assert archive[0] == ["git", "-C", str(SETUP.parent), "archive", "v1.0"]
     scp = ["gcloud", "compute", "tpus", "tpu-vm", "scp", path, "ppo:instructjax.tar.gz"]
-    assert copy == (scp, {**PLACE, "worker": "all"})
+    if api == "compute":
+        scp = ["gcloud", "compute", "scp", path, "ppo-HOST:instructjax.tar.gz"]
+    assert copy == (scp, PLACE if api == "compute" else {**PLACE, "worker": "all"})
     assert remove == (["rm", "-f", path], {})
-    assert (words, flags) == ssh(flags["command"])
+    assert (words, flags) == ssh(flags["command"], api=api)
     *_, unpack, _, uv, python, packages = flags["command"].split("; ")
     assert shlex.split(unpack) == ["tar", "-xzf", "../instructjax.tar.gz"]
     assert uv.startswith("curl -LsSf https://astral.sh/uv/")
@@ -121,7 +248,26 @@ def test_run_all(verb):
     assert shlex.split(flags["command"]) == ["bash", "instructjax/tpu_setup/job.sh", verb, COMMAND]
 
 
+NUMBER = (
+    "echo $(curl -sf -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/"
+    "instance/attributes/agent-worker-number || echo 0) $(hostname -s)"
+)
+
+
+def test_one_host():
+    """On Compute Engine each host is asked for its number first."""
+    asked = [hosts_of_group(), ssh(NUMBER, api="compute")]
+    (*before, (words, flags)) = dry("run_all.sh", command="x", worker=2, api="compute", **SLICE)
+    assert before == asked
+    assert (words, flags) == ssh("bash instructjax/tpu_setup/job.sh run x", api="compute")
+    logs = dry("logs.sh", worker=3, api="compute", **SLICE)
+    assert logs == [*asked, ssh("tail -n 200 -F job/log", api="compute")]
+
+
 def test_logs():
+    assert dry("run_all.sh", command="x", worker=2, **SLICE) == [
+        ssh("bash instructjax/tpu_setup/job.sh run x", worker="2")
+    ]
     assert dry("logs.sh", worker=3, **SLICE) == [ssh("tail -n 200 -F job/log", worker="3")]
 
 
@@ -140,6 +286,25 @@ def test_resume(accelerator, direct):
     assert others[:before] == deleted + created
     assert "job.sh status" in others[before][1]["command"]
     assert others[before + 1 :] == installed + started
+
+
+def test_resume_on_compute_engine():
+    target = {**SLICE, "accelerator": "v6e-16", "api": "compute"}
+    on = {**SLICE, "api": "compute"}
+    got = dry("resume.sh", "--spot", command=COMMAND, ref="v1.0", **target)
+    *jobs, (_, flags) = got[: -len(dry("install.sh", ref="v1.0", **on)) - 2]
+    assert "job.sh status" in flags["command"]
+    assert jobs == [
+        *LOOKS,
+        *dry("delete.sh", **on),
+        *dry("create.sh", "--spot", **target),
+        hosts_of_group(),
+    ]
+    installed = dry("install.sh", ref="v1.0", **on)
+    assert got[len(jobs) + 1 :] == [
+        *installed,
+        *dry("run_all.sh", "--detach", command=f"{COMMAND} --resume", **on),
+    ]
 
 
 @pytest.mark.parametrize("accelerator", SLICES)
@@ -167,6 +332,25 @@ def test_gke_commands(accelerator):
     delete = (["gcloud", "container", "node-pools", "delete", "ppo"], {**where, "quiet": True})
     assert dry("gke.sh", "stop", **target) == [stop]
     assert dry("gke.sh", "delete", **target) == [stop, delete]
+
+
+def test_gke_tpu7x():
+    """Its nodes take their topology from a policy, which is deleted with them."""
+    target = {**SLICE, "cluster": "pods", "accelerator": "tpu7x-16"}
+    *made, (_, flags) = dry("gke.sh", "nodes", **target)
+    assert made == [*DROPS["policy"], policy("2x2x2")]
+    assert (flags["placement-policy"], flags["num-nodes"]) == ("ppo", "2")
+    assert (flags["machine-type"], flags["disk-type"]) == (
+        "tpu7x-standard-4t",
+        "hyperdisk-balanced",
+    )
+    assert "tpu-topology" not in flags
+    assert dry("gke.sh", "delete", **target)[2:] == DROPS["policy"]
+    text = shell("gke.sh", "manifest", command="x", image="i", **target).stdout
+    assert "gke-tpu-accelerator: tpu7x\n" in text
+    env = {"POD_API": "compute"}  # another way than GKE's, but also set
+    flags = {**target, "accelerator": "v5litepod-16"}
+    assert shell("gke.sh", "nodes", "--dry-run", env=env, **flags).returncode == 0
 
 
 @pytest.mark.parametrize("accelerator", SLICES)
@@ -230,6 +414,11 @@ GOOD = {**SLICE, "accelerator": "v5litepod-16"}
         ("create.sh", {"service_account": "me"}, "--service-account me"),
         ("create.sh", {"runtime_version": "a b"}, "--runtime-version a b"),
         ("create.sh", {"speed": "1"}, "--speed=1"),
+        *[(script, {"api": "mars"}, "--api mars") for script in CLOUD_SCRIPTS],
+        ("create.sh", {"api": "compute"}, "--api compute: has no v5litepod"),
+        ("resume.sh", {"api": "tpus", "accelerator": "tpu7x-16"}, "--api tpus: has no tpu7x"),
+        ("create.sh", {"accelerator": "v7x-16"}, "tpu7x-16"),
+        ("run_all.sh", {"worker": "first"}, "--worker first"),
         ("install.sh", {"ref": "--all"}, "--ref --all"),
         ("logs.sh", {"worker": "all"}, "--worker all"),
         ("run_all.sh", {"command": ""}, "--command"),
@@ -244,6 +433,13 @@ def test_wrong_flags_are_named(script, bad, named):
     assert (done.returncode, done.stdout) == (2, "")
     assert named in done.stderr
     assert len(done.stderr.splitlines()) <= 2
+
+
+def test_compute_engine_has_no_queue():
+    for script in ("create.sh", "delete.sh", "resume.sh"):
+        done = shell(script, "--direct", "--dry-run", env={"POD_API": "compute"}, **SLICE)
+        assert done.returncode == 2
+        assert "--direct: --api compute" in done.stderr
 
 
 def test_gke_refuses():
@@ -333,6 +529,37 @@ for word; do
     --worker=*) worker="${word#*=}" ;;
   esac
 done
+case "$2 $3 $4" in # Compute Engine; a file for each part, and a line of states for each call
+  "instance-groups managed list") [ ! -e "$CLOUD/group" ] || cat "$CLOUD/group"; exit ;;
+  "instance-groups managed list-instances")
+    case "$*" in
+      *basename*) [ ! -e "$CLOUD/1" ] || printf 'ppo-aa\nppo-zz\n' ;; # host 1, host 0
+      *) head -1 "$state" | tr ' ' '\n'; [ "$(wc -l <"$state")" = 1 ] || sed -i 1d "$state" ;;
+    esac
+    exit ;;
+  "instance-groups managed create")
+    [ ! -e "$CLOUD/no_quota" ] || exit 4
+    [ -e "$CLOUD/template" ] && [ -e "$CLOUD/policy" ] || exit 1
+    echo 0 >"$CLOUD/group"; exit ;;
+  "instance-groups managed resize")
+    mkdir -p "$CLOUD/0" "$CLOUD/1"; echo 2 >"$CLOUD/group"; echo RUNNING, RUNNING, >"$state"
+    exit ;;
+  "instance-groups managed delete") rm -rf "$CLOUD/group" "$state" "$CLOUD"/[0-9]; exit ;;
+  "instance-templates "* | "resource-policies "*)
+    part="$CLOUD/template"; [ "$2" = instance-templates ] || part="$CLOUD/policy"
+    case "$3" in
+      list) [ ! -e "$part" ] || echo ppo ;;
+      create) [ ! -e "$part" ] && touch "$part" ;;
+      delete) [ ! -e "$CLOUD/group" ] && rm "$part" ;; # else it is in use
+    esac
+    exit ;;
+  "scp "*) [ "${4%%:*}" = ppo-aa ]; cp "$3" "$CLOUD/$((! $?))/${4#*:}"; exit ;;
+  "ssh "*)
+    [ "$3" = ppo-aa ]; host=$((! $?))
+    head -1 "$state" | tr ' ' '\n' | grep -q RUNNING || exit 255
+    [ ! -s "$CLOUD/misses" ] || { sed -i 1d "$CLOUD/misses"; exit 255; }
+    cd "$CLOUD/$host" && HOME="$PWD" exec bash -c "$command" ;;
+esac
 case "$3 $4" in
   *" list") # one line for each call; the last line stays
     [ ! -e "$state" ] || head -1 "$state"
@@ -364,10 +591,13 @@ def cloud(tmp_path):
     for directory in (tools, where, source):
         directory.mkdir()
     (source / "tpu_setup").symlink_to(SETUP)
-    uv = "mkdir -p .local/bin && echo >.local/bin/uv && chmod +x .local/bin/uv"
+    uv = "mkdir -p ~/.local/bin && echo >~/.local/bin/uv && chmod +x ~/.local/bin/uv"
     stand_ins = {
         "gcloud": GCLOUD,
-        "curl": f"#!/bin/sh\necho '{uv}'",
+        "curl": f"""#!/bin/sh
+case "$*" in *agent-worker-number) echo "${{HOME##*/}}" ;; *) echo '{uv}' ;; esac""",
+        "hostname": """#!/bin/sh
+[ "${HOME##*/}" = 0 ] && echo ppo-zz || echo ppo-aa""",
         "git": f"""#!/bin/sh
 for word; do case "$word" in --output=*) tar -czhf "${{word#*=}}" -C {source} . ;; esac; done""",
     }
@@ -383,27 +613,31 @@ def calls(where, text):
     return [line for line in (where / "calls").read_text().splitlines() if text in line]
 
 
-def test_a_run_survives_preemption(cloud):
+@pytest.mark.parametrize("api", ["tpus", "compute"])
+def test_a_run_survives_preemption(cloud, api):
     """It stops with 75, then its slice is preempted, then it finishes."""
     env, where = cloud
+    preempted = "SUSPENDED" if api == "tpus" else "RUNNING, TERMINATED,"
     (where / "job").write_text(
         f"""[ "$*" = --resume ] || exit 3
 echo start >>{where}/started
 case "$(wc -l <{where}/started)" in
   [12]) exit 75 ;;
-  4) ! mkdir {where}/taken || echo SUSPENDED >{where}/state; exit 1 ;;
+  4) ! mkdir {where}/taken || echo {preempted} >{where}/state; exit 1 ;;
   3) exit 1 ;;
 esac
 """
     )
-    flags = {**SLICE, "accelerator": "v5p-16", "command": f"bash {where}/job"}
+    flags = {**SLICE, "accelerator": "v5p-16", "command": f"bash {where}/job", "api": api}
     done = shell("resume.sh", "--spot", env=env, **flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("ppo: finished\n")
     assert len((where / "started").read_text().splitlines()) == 6
-    assert len(calls(where, "queued-resources create ppo")) == 2
-    assert len(calls(where, "queued-resources delete ppo")) == 1
-    assert len(calls(where, "job.sh start")) == 3
+    kind = "queued-resources" if api == "tpus" else "managed"
+    assert len(calls(where, f"{kind} create ppo")) == 2
+    assert len(calls(where, f"{kind} delete ppo")) == 1
+    assert len(calls(where, "job.sh start")) == (3 if api == "tpus" else 6)  # once on each host
+    assert "Done" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -456,6 +690,105 @@ def test_create_waits(cloud):
         "ppo is ACTIVE: 16 chips, 4 hosts",
     ]
     assert not calls(where, " create ")  # the slice was already requested
+
+
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        (["RUNNING, RUNNING,"], ["READY: 8 chips, 2 hosts"]),
+        (["RUNNING,", ",CREATING ,CREATING", "PENDING, RUNNING,", "RUNNING, RUNNING,"],
+         ["CREATING", "PENDING", "READY: 8 chips, 2 hosts"]),
+        (["STAGING, TERMINATED,"], "TERMINATED"),
+        (["RUNNING, ,NONE"], "TERMINATED"),  # nothing makes that host again
+        (["STOPPING, TERMINATED,"], "STOPPING"),
+    ],
+)  # fmt: skip
+def test_the_state_of_a_group(cloud, states, said):
+    """It is up when all its hosts are, and gone when one is."""
+    env, where = cloud
+    (where / "1").mkdir()
+    (where / "group").write_text("2\n")
+    (where / "state").write_text("\n".join(states) + "\n")
+    done = shell("create.sh", env=env, accelerator="v5p-16", api="compute", **SLICE)
+    if isinstance(said, str):
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"ppo is {said}: run tpu_setup/delete.sh first" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == [f"ppo is {state}" for state in said]
+        assert not calls(where, " create ")
+        assert len(calls(where, "--command=true")) == 1  # the first host only
+
+
+def test_leftovers_of_a_group(cloud):
+    """A request that failed half-way leaves a template and a policy, which are made again."""
+    env, where = cloud
+    (where / "no_quota").touch()
+    flags = {**SLICE, "accelerator": "v5p-16", "api": "compute"}
+    assert shell("create.sh", env=env, **flags).returncode == 4
+    assert (where / "template").exists()
+    (where / "no_quota").unlink()
+    (where / "group").write_text("0\n")  # or one that never got its size
+    (where / "state").write_text("\n")
+    assert "ppo is STOPPED" in shell("create.sh", env=env, **flags).stderr
+    (where / "group").unlink()
+    assert shell("create.sh", env=env, **flags).returncode == 0
+    assert shell("delete.sh", env=env, api="compute", **SLICE).returncode == 0
+    assert not {"group", "template", "policy"} & {path.name for path in where.iterdir()}
+
+
+def test_hosts_of_a_group(cloud):
+    """All run a command at once; the code is that of the first that failed. One has a number."""
+    env, where = cloud
+    on = {**SLICE, "api": "compute"}
+    shell("create.sh", env=env, accelerator="v5p-16", **on)
+    assert shell("install.sh", env=env, **on).returncode == 0
+    meet = f"touch {where}/$(basename $HOME).is; until [ -e {where}/0.is ] && [ -e {where}/1.is ]; "
+    meet += "do sleep 0.02; done"
+    done = shell("run_all.sh", env=env, command=f"{meet}; exit 1$(basename $HOME)", **on)
+    assert done.returncode == 11  # ppo-aa, which is host 1
+    done = shell("run_all.sh", env=env, worker=0, command="hostname; exit 7", **on)
+    assert (done.returncode, done.stdout) == (7, "ppo-zz\n")
+    done = shell("run_all.sh", env=env, worker=5, command="hostname", **on)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--worker 5" in done.stderr
+    shell("delete.sh", env=env, **on)
+    assert "finds no hosts" in shell("run_all.sh", env=env, command="x", **on).stderr
+
+
+def test_sky():
+    """sky.yaml installs what install.sh installs, and runs what resume.sh runs."""
+    task = yaml.safe_load((SETUP / "sky.yaml").read_text())
+    assert task["workdir"] == "."
+    resources = task["resources"]
+    assert resources["use_spot"] is True
+    assert resources["job_recovery"]["recover_on_exit_codes"] == [75]
+    kind = resources["accelerators"].removeprefix("tpu-")
+    created = dry("create.sh", accelerator=kind, **SLICE)[1][1]
+    assert resources["accelerator_args"]["runtime_version"] == created["runtime-version"]
+    install = (SETUP / "install.sh").read_text()
+    for name in ("UV", "PYTHON"):
+        (version,) = re.findall(rf"POD_{name}_VERSION:-([0-9.]+)", install)
+        assert version in task["setup"]
+    assert "--python ~/venv/bin/python -e '.[tpu]'" in task["setup"]
+    assert task["envs"] == {"COMMAND": None}  # SkyPilot then requires it
+
+
+def test_sky_runs(cloud, tmp_path):
+    env, _ = cloud
+    home = tmp_path / "home"
+    (home / "sky_workdir").mkdir(parents=True)
+    (home / "sky_workdir" / "tpu_setup").symlink_to(SETUP)
+    task = yaml.safe_load((SETUP / "sky.yaml").read_text())
+    command = "true; echo $PWD"
+    env = {**env, "HOME": str(home), "COMMAND": command}
+    for part in ("setup", "run"):
+        argv = ["bash", "-c", task[part]]
+        done = subprocess.run(
+            argv, cwd=home / "sky_workdir", env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{home}/instructjax --resume\n"
 
 
 def test_create_gives_up(cloud):
