@@ -495,12 +495,14 @@ def test_syntax_and_help(script):
     assert "set -euo" not in done.stdout
 
 
-def test_the_readme():
-    """Its shell code parses, and the scripts accept the README's calls in their order."""
-    readme = (SETUP / "README.md").read_text()
-    shells = re.findall(r"^```bash\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+def shell_code(page):
+    return re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def calls_of(page):
+    """What the page's calls of the scripts print, in their order; and these lines of the page."""
     lines = []
-    for text in shells:
+    for text in shell_code(page):
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
         for statement in text.replace("\\\n", "").splitlines():
             if statement.startswith("export "):
@@ -511,10 +513,42 @@ def test_the_readme():
     argv = ["bash", "-euc", "\n".join(lines)]
     done = subprocess.run(argv, cwd=SETUP.parent, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    created = [flags for _, flags in map(parsed, done.stdout.splitlines()) if "node-id" in flags]
+    return [parsed(line) for line in done.stdout.splitlines()], lines
+
+
+def test_the_readme():
+    """Its shell code parses, and the scripts accept the README's calls."""
+    got, lines = calls_of(SETUP / "README.md")
+    created = [flags for _, flags in got if "node-id" in flags]
     assert [flags["accelerator-type"] for flags in created] == [*SLICES][:1] * 2 + [*SLICES][1:]
     called = {line.split()[0].removeprefix("tpu_setup/") for line in lines if "tpu_setup" in line}
     assert called == {*CLOUD_SCRIPTS, "gke.sh"}
+
+
+def test_the_start_page():
+    """The scripts accept its calls: a queued v5e, then a group of v6e. xpk has all its flags."""
+    page = SETUP.parent / "docs" / "which-tpu.md"
+    got, _ = calls_of(page)
+    (queued,) = [flags for _, flags in got if "node-id" in flags]
+    assert (queued["accelerator-type"], queued["spot"]) == ("v5litepod-16", True)
+    (host,) = [flags for words, flags in got if words[2:4] == ["instance-templates", "create"]]
+    assert host["machine-type"] == "ct6e-standard-4t"
+    for text in (*shell_code(page), *shell_code(SETUP / "README.md")):
+        for line in text.replace("\\\n", "").splitlines():
+            if line.startswith("sky "):
+                words = shlex.split(line)
+                assert words[:4] == ["sky", "jobs", "launch", "tpu_setup/sky.yaml"]
+                assert words[-2] == "--env"
+                assert words[-1].startswith("COMMAND=python experiments/run_ppo.py --checkpoints")
+            if line.startswith("xpk "):
+                words, flags = parsed(line.replace('--command "', '--command="'))
+                assert words == ["xpk", "workload", "create"]
+                assert flags.keys() == {
+                    *("project", "zone", "cluster", "workload", "tpu-type", "docker-image"),
+                    *("max-restarts", "restart-on-exit-codes", "command"),
+                }
+                assert flags["restart-on-exit-codes"] == "75"
+                assert "--resume --checkpoints" in flags["command"]
 
 
 # ----------------------------------------------------------------- runs on a stand-in cloud
