@@ -36,7 +36,7 @@ _CUBES = (
     *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
     *("8x8x16", "8x16x16", "16x16x16"),
 )
-_SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # libtpu describes no 1x1
+_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 # `usable` is the HBM that libtpu 0.0.42.1 reports as available when a program is too large. `link`
 # and `wraps` are from [book]. The pages' "bidirectional bandwidth per chip" gives 11 % more: v5e
@@ -162,11 +162,12 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
         raise ValueError(f"--topology {text}: not one of {', '.join(CHIPS)}, as in v5e:4x4")
     chip = CHIPS[kind]
     dims = len(chip.slices[0].split("x"))
-    example = f"{kind}:{chip.slices[2]}"
+    example = f"{kind}:{chip.slices[3 if dims == 2 else 2]}"
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", grid) or grid.count("x") != dims - 1:
         raise ValueError(f"--topology {text}: a {kind} slice has {dims} dimensions, as {example}")
     sizes = tuple(map(int, grid.split("x")))
-    if any(size % 2 for size in sizes[:2]):  # a host holds 2x2 chips
+    # A host holds 2x2 chips, or one.
+    if any(size % 2 for size in sizes[:2]) and grid not in chip.slices:
         raise ValueError(f"--topology {text}: the first two sizes must be even, as in {example}")
     return Topology(chip, sizes, num_slices)
 
