@@ -19,6 +19,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ppo_config
@@ -51,18 +52,40 @@ from instructjax.preflight.chips import GiB
 from instructjax.run import checks, main
 
 
+@dataclass(frozen=True)
+class Fit:
+    """The largest model of --fit that fits a slice."""
+
+    stage: Stage
+    model: str | None  # None: not even the smallest fits
+    flags: str  # that it fits with, beside those that were given
+    programs: list[preflight.Program]
+
+    def __str__(self) -> str:
+        if self.model is None:
+            return f"{self.stage}: none fits"
+        worst = max(self.programs, key=lambda program: program.memory.peak)
+        sizes = f"{worst.memory.peak / GiB:.2f} of {worst.usable / GiB:.2f} GiB"
+        return f"{self.stage}: {self.model} fits with {self.flags}; at most {sizes} ({worst.name})"
+
+    def json(self) -> dict[str, Any]:
+        programs = [program.json() for program in self.programs]
+        return {**vars(self), "programs": programs}
+
+
 def run_preflight(config: Config) -> None:
-    topology = None
-    if not config.search:
-        topology = preflight.parse_topology(config.topology, config.num_slices)
-    if topology is None:
-        programs = search(config)
-    elif config.fit:
-        programs = fit(config, topology)
+    results: Sequence[Fit | preflight.Program]
+    if config.search:
+        results = search(config)
     else:
-        programs = analyse(config, topology, config.mesh)
+        topology = preflight.parse_topology(config.topology, config.num_slices)
+        if config.fit:
+            results = [largest(config, stage, topology) for stage in config.stages]
+            print("\n".join(map(str, results)))
+        else:
+            results = analyse(config, topology, config.mesh)
     if config.out is not None:
-        config.out.write_text(json.dumps([each.json() for each in programs], indent=2) + "\n")
+        config.out.write_text(json.dumps([each.json() for each in results], indent=2) + "\n")
 
 
 def search(config: Config) -> list[preflight.Program]:
@@ -70,39 +93,29 @@ def search(config: Config) -> list[preflight.Program]:
     for single in preflight.slices(config.topology):
         topology = dataclasses.replace(single, num_slices=config.num_slices)
         if found := first_that_fits(config, topology):
-            tried, mesh, programs = found
-            print(f"everything fits with {flags(tried, topology, mesh)}")
+            words, programs = found
+            print(f"everything fits with {words}")
             return programs
     raise ValueError(f"--search: no slice of {config.topology} is large enough with these flags")
 
 
-def fit(config: Config, topology: preflight.Topology) -> list[preflight.Program]:
-    """The programs of the largest model of --fit that fits the slice, for each stage."""
+def largest(config: Config, stage: Stage, topology: preflight.Topology) -> Fit:
+    """The largest model of --fit whose programs of a stage fit the slice. Smaller ones are not
+    compiled.
+    """
     sizes = {model: parameters(describe_model(model, "--fit")) for model in config.fit}
-    programs, lines = [], []
-    for stage in config.stages:
-        for model in sorted(sizes, key=lambda model: -sizes[model]):
-            trial = dataclasses.replace(config, model=model, stages=(stage,), fit=())
-            if found := first_that_fits(trial, topology):
-                tried, mesh, analysed = found
-                programs += analysed
-                worst = max(analysed, key=lambda each: each.memory.peak)
-                gib = f"{worst.memory.peak / GiB:.2f}"
-                usable = f"{worst.usable / GiB:.2f}"
-                lines.append(
-                    f"{stage}: {model} fits with {flags(tried, topology, mesh)}; at most {gib} of"
-                    f" {usable} GiB ({worst.name})"
-                )
-                break
-            lines.append(f"{stage}: {model} does not fit")
-    print("\n".join(lines))
-    return programs
+    for model in sorted(sizes, key=lambda model: -sizes[model]):
+        trial = dataclasses.replace(config, model=model, stages=(stage,), fit=())
+        if found := first_that_fits(trial, topology):
+            return Fit(stage, model, *found)
+        print(f"{topology.name}, {stage}: {model} does not fit")
+    return Fit(stage, None, "", [])
 
 
 def first_that_fits(
     config: Config, topology: preflight.Topology
-) -> tuple[Config, str, list[preflight.Program]] | None:
-    """(flags, mesh, programs): the first mesh and parts of a batch that fit a slice; None: none do.
+) -> tuple[str, list[preflight.Program]] | None:
+    """(flags, programs) of the first mesh and parts of a batch that fit a slice; None: none do.
 
     The first mesh is all `fsdp`. Each next one doubles `tensor`, which needs more collectives. If a
     step or gradient does not fit, the number of microbatches grows; if the rollout does not fit,
@@ -118,7 +131,7 @@ def first_that_fits(
                 print(f"{topology.name} {mesh}: {error}")
                 break
             if all(program.fits for program in programs):
-                return tried, mesh, programs
+                return flags(tried, topology, mesh), programs
             shards = topology.devices // sharding.parse_mesh(mesh).get("tensor", 1)
             tried = in_smaller_parts(config, tried, programs[-1], shards)
             if tried is not None:

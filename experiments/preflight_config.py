@@ -96,6 +96,8 @@ class Config:
     --reward was trained with LoRA from the same model."""
     mesh: str = ""
     """Number of devices along each axis, such as `data=2,fsdp=-1`; by default all are `fsdp`."""
+    model_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of matmuls, activations and frozen weights. [The preset's value]"""
     remat: Literal["none", "dots", "full"] | None = None
     """Activations that the backward pass recomputes. [The preset's value]"""
     batch_size: Count | None = None
@@ -151,7 +153,15 @@ def script_config(stage: Stage, config: Config) -> RunConfig:
         raise ValueError(f"--preset {config.preset}: not one of {', '.join(presets)}")
     script = presets[name]
     names = {field.name for field in dataclasses.fields(script)} & {
-        *("remat", "batch_size", "shard_sequence", "length", "max_new_tokens", "lora"),
+        *(
+            "model_dtype",
+            "remat",
+            "batch_size",
+            "shard_sequence",
+            "length",
+            "max_new_tokens",
+            "lora",
+        ),
         *("microbatches", "offload", "sample_batch"),
     }
     values = {name: getattr(config, name) for name in names}

@@ -1292,7 +1292,7 @@ def test_the_sampler_makes_weights_unless_frozen_ones_serve():
     c = PRESETS["miniature"]
     D, F, V = c.width, c.mlp_width, c.padded_vocab_size
     weights = 2 * (V * D + 2 * (4 * D * D + 3 * D * F)) + 4 * (2 * 2 * D + D)  # norms are float32
-    bfloat16 = {"preset": "instructgpt-1.3b", "max_new_tokens": 32, "ptx": flags_of.PTX(coef=0.0)}
+    bfloat16 = {"model_dtype": "bfloat16"}
     assert compilables("ppo", **bfloat16)["rollout"].made == weights
     assert compilables("ppo", **bfloat16, lora=flags_of.LoRA(rank=2))["rollout"].made == 0
     assert compilables("ppo")["rollout"].made == 0  # in float32
@@ -1318,7 +1318,7 @@ def test_one_chip(capsys):
     assert "SFT step: fits" in output
 
 
-def test_fit_names_the_largest_model_that_fits(monkeypatch, capsys):
+def test_fit_names_the_largest_model_that_fits(monkeypatch, capsys, tmp_path):
     """Largest first; each stage by itself; smaller ones are not tried once one fits."""
     tried = []
 
@@ -1331,21 +1331,28 @@ def test_fit_names_the_largest_model_that_fits(monkeypatch, capsys):
 
     monkeypatch.setattr(script, "analyse", analyse)
     models = "smollm2-135m", "qwen3-4b", "qwen3-0.6b", "llama-3.2-1b"
-    config = script.Config(topology="v5e:1x1", stages=("sft", "ppo"), preset="small", fit=models)
+    flags = {"stages": ("sft", "ppo"), "preset": "small", "out": tmp_path / "fit.json"}
+    config = script.Config(topology="v5e:1x1", fit=models, **flags)
     script.run_preflight(config)
     assert tried == [
         *((("sft",), model) for model in ("qwen3-4b", "llama-3.2-1b")),
         *((("ppo",), model) for model in ("qwen3-4b", "llama-3.2-1b", "qwen3-0.6b")),
     ]
-    assert capsys.readouterr().out.splitlines()[-5:] == [
-        "sft: qwen3-4b does not fit",
-        "sft: llama-3.2-1b fits with --topology v5e:1x1 --mesh fsdp=1,tensor=1; at most 7.00 of"
-        " 15.75 GiB (policy step)",
-        "ppo: qwen3-4b does not fit",
-        "ppo: llama-3.2-1b does not fit",
-        "ppo: qwen3-0.6b fits with --topology v5e:1x1 --mesh fsdp=1,tensor=1; at most 7.00 of"
-        " 15.75 GiB (policy step)",
+    where = (
+        "with --topology v5e:1x1 --mesh fsdp=1,tensor=1; at most 7.00 of 15.75 GiB (policy step)"
+    )
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"sft: llama-3.2-1b fits {where}",
+        f"ppo: qwen3-0.6b fits {where}",
     ]
+    written = json.loads(config.out.read_text())
+    assert [(fit["stage"], fit["model"]) for fit in written] == [
+        ("sft", "llama-3.2-1b"),
+        ("ppo", "qwen3-0.6b"),
+    ]
+    none = dataclasses.replace(config, fit=models[1:2], stages=("ppo",))
+    script.run_preflight(none)
+    assert capsys.readouterr().out.splitlines()[-1] == "ppo: none fits"
 
 
 def test_built_in_sizes():
