@@ -954,7 +954,9 @@ from instructjax import preflight
 from instructjax.preflight.chips import CHIPS
 for kind in CHIPS:
     topology = next(preflight.slices(kind))
-    assert preflight.make_mesh(topology).size == topology.devices
+    devices = preflight.make_mesh(topology).devices.flat
+    assert len(devices) == topology.devices
+    assert devices[0].device_kind in topology.chip.kinds
 import jax
 print(jax.config.jax_platforms, jax.devices()[0].platform)
 """

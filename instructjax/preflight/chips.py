@@ -28,6 +28,7 @@ class Chip:
     wraps: int  # an axis of the slice is a ring if this divides its size, else a line; see `_ring`
     cloud: str  # template of the cloud's name of a slice, with {chips} or {cores}
     slices: tuple[str, ...]  # grids that the cloud offers, smallest first
+    kinds: tuple[str, ...]  # jax's names of it, `device_kind`
     devices: int = 1  # JAX devices
     config: str | None = None  # libtpu's chip_config_name
 
@@ -48,24 +49,28 @@ CHIPS = {
         Chip(
             *("v4", 32 * GiB, 30.75 * GiB, 275e12, 1200e9, 45e9, 4, "v4-{cores}"),
             slices=_CUBES,
+            kinds=("TPU v4",),
             config="megacore",
         ),
         # [v5e]: 197 TFLOP/s, 16 GB, 819 GB/s (800 GiB/s in later editions).
         Chip(
             *("v5e", 16 * GiB, 15.75 * GiB, 197e12, 819e9, 45e9, 16, "v5litepod-{chips}"),
             slices=_SQUARES,
+            kinds=("TPU v5 lite", "TPU v5e"),
         ),
         # [v5p]: 459 TFLOP/s, 95 GiB, 2765 GB/s. Two cores a chip, one device. libtpu reports 0.74
         # GiB more than the page.
         Chip(
             *("v5p", 95 * GiB, 95.74 * GiB, 459e12, 2765e9, 90e9, 4, "v5p-{cores}"),
             slices=(*_CUBES, "16x16x24"),
+            kinds=("TPU v5", "TPU v5p"),
             config="megacore",
         ),
         # [v6e]: 918 TFLOP/s, 32 GB, 1638 GB/s ([tpu7x]'s comparison; 1600 on the page).
         Chip(
             *("v6e", 32 * GiB, 31.25 * GiB, 918e12, 1638e9, 90e9, 16, "v6e-{chips}"),
             slices=_SQUARES,
+            kinds=("TPU v6 lite", "TPU v6e"),
         ),
         # [tpu7x]: 2307 TFLOP/s, 192 GiB, 7380 GB/s. Two devices a chip, 94.75 GiB usable in each;
         # traffic between the two is not modelled. GKE alone offers it, by topology; the list of
@@ -73,6 +78,7 @@ CHIPS = {
         Chip(
             *("tpu7x", 192 * GiB, 189.5 * GiB, 2307e12, 7380e9, 90e9, 4, "tpu7x of GKE"),
             slices=_CUBES,
+            kinds=("TPU7x",),
             devices=2,
         ),
     )
