@@ -1,8 +1,10 @@
-"""The memory and best-case time of a preset on a TPU slice, estimated without the slice.
+r"""The memory and best-case time of a preset on a TPU slice, estimated without the slice.
 
     python experiments/preflight.py --topology v5e:16x16 --mesh fsdp=32,tensor=8   # instructgpt-6b
     python experiments/preflight.py --preset instructgpt-1.3b --topology v5e --search
     python experiments/preflight.py --stages sft --model DIR --topology v5p:4x4x4 --remat full
+    python experiments/preflight.py --topology v5e:1x1 --preset small --lora.rank 16 --stages ppo \
+        --fit qwen3-0.6b llama-3.2-1b qwen3-1.7b      # the largest of these that fits one chip
 
 Compiles for the slice the programs that run_sft.py, run_rm.py and run_ppo.py jit. libtpu compiles
 them without a TPU. Memory and collectives are the compiler's, times are an estimate. Nothing runs,
@@ -18,111 +20,123 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ppo_config
 import run_rm
 import run_sft
 from jax.sharding import AbstractMesh, Mesh
-from preflight_programs import check_rows, ppo_programs, rm_step, sft_step
+from preflight_config import (
+    Config,
+    Stage,
+    describe,
+    describe_model,
+    describe_reward_model,
+    parameters,
+    script_config,
+)
+from preflight_programs import (
+    check_rows,
+    lengths,
+    ppo_programs,
+    rm_step,
+    row_of_comparisons,
+    row_of_text,
+    sft_step,
+)
 from rich.console import Console
 
-from instructjax import preflight, ranges, sharding, usage
+from instructjax import preflight, sharding, usage
 from instructjax.models import ModelConfig
-from instructjax.ranges import Count
-from instructjax.run import RunConfig, main, pretrained
-from instructjax.run.flags import refuse_bucket
-
-# The models that the paper's presets train; other presets need --model.
-MODELS = {"1.3b": "gpt3-1.3b", "6b": "gpt3-6b", "175b": "gpt3-175b"}
-
-Stage = Literal["sft", "rm", "ppo"]
+from instructjax.preflight.chips import GiB
+from instructjax.run import checks, main
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """The programs to compile, and the slice to compile them for."""
+@dataclass(frozen=True)
+class Fit:
+    """The largest model of --fit that fits a slice."""
 
-    topology: str
-    """A slice, such as v5e:16x16 or v5p:4x4x4; with --search a type of chip, such as v5e."""
-    num_slices: Count = 1
-    """Number of such slices, joined by the data-centre network, whose time is not estimated."""
-    search: bool = False
-    """Try the slices of this type, smallest first, with each mesh in turn, until one fits."""
-    stages: tuple[Stage, ...] = ("sft", "rm", "ppo")
-    """Stages whose programs are compiled."""
-    preset: str = "instructgpt-6b"
-    """Preset of run_sft.py and run_ppo.py. The reward model's is always instructgpt-6b."""
-    model: str | None = None
-    """Policy: a preset of models, a run directory, a Hugging Face directory or a hub name.
-    [The size of --preset]"""
-    reward_model: str | None = None
-    """Reward model and value net: as --model. [--model if given, else gpt3-6b, as in the paper]"""
-    mesh: str = ""
-    """Number of devices along each axis, such as `data=2,fsdp=-1`; by default all are `fsdp`."""
-    remat: Literal["none", "dots", "full"] | None = None
-    """Activations that the backward pass recomputes. [The preset's value]"""
-    batch_size: Count | None = None
-    """Rows of a step of SFT and RM, episodes of an iteration of PPO. [The preset's value]"""
-    microbatches: Count | None = None
-    """Number of parts of a batch (in PPO: of a minibatch and of its ptx text) whose gradients are
-    accumulated. [The preset's value]"""
-    sample_batch: Count | None = None
-    """Number of prompts that run_ppo.py samples at a time. [All prompts of an iteration]"""
-    shard_sequence: bool = False
-    """Split activations between sublayers over the `tensor` axis too, as the scripts' flag does."""
-    offload: bool = False
-    """Move models to host memory while they are not in use, as run_ppo.py's flag does."""
-    out: Path | None = None
-    """File that all figures are written to, as JSON."""
+    stage: Stage
+    model: str | None  # None: not even the smallest fits
+    flags: str  # that it fits with, beside those that were given
+    programs: list[preflight.Program]
 
-    def __post_init__(self) -> None:
-        ranges.check(self)
-        if self.out is not None:
-            refuse_bucket("--out", self.out, "a file on a disk")
-        sharding.parse_mesh(self.mesh)
-        if not self.stages:
-            raise ValueError("--stages: give at least one of sft, rm, ppo")
+    def __str__(self) -> str:
+        if self.model is None:
+            return f"{self.stage}: none fits"
+        worst = max(self.programs, key=lambda program: program.memory.peak)
+        sizes = f"{worst.memory.peak / GiB:.2f} of {worst.usable / GiB:.2f} GiB"
+        return f"{self.stage}: {self.model} fits with {self.flags}; at most {sizes} ({worst.name})"
+
+    def json(self) -> dict[str, Any]:
+        programs = [program.json() for program in self.programs]
+        return {**vars(self), "programs": programs}
 
 
 def run_preflight(config: Config) -> None:
+    results: Sequence[Fit | preflight.Program]
     if config.search:
-        programs = search(config)
+        results = search(config)
     else:
         topology = preflight.parse_topology(config.topology, config.num_slices)
-        programs = analyse(config, topology, config.mesh)
+        if config.fit:
+            results = [largest(config, stage, topology) for stage in config.stages]
+            print("\n".join(map(str, results)))
+        else:
+            results = analyse(config, topology, config.mesh)
     if config.out is not None:
-        config.out.write_text(json.dumps([each.json() for each in programs], indent=2) + "\n")
+        config.out.write_text(json.dumps([each.json() for each in results], indent=2) + "\n")
 
 
 def search(config: Config) -> list[preflight.Program]:
-    """The programs on the smallest slice that fits them, with the first mesh and parts that fit.
+    """The programs on the smallest slice that fits them; see `first_that_fits`."""
+    for single in preflight.slices(config.topology):
+        topology = dataclasses.replace(single, num_slices=config.num_slices)
+        if found := first_that_fits(config, topology):
+            words, programs = found
+            print(f"everything fits with {words}")
+            return programs
+    raise ValueError(f"--search: no slice of {config.topology} is large enough with these flags")
+
+
+def largest(config: Config, stage: Stage, topology: preflight.Topology) -> Fit:
+    """The largest model of --fit whose programs of a stage fit the slice. Smaller ones are not
+    compiled.
+    """
+    sizes = {model: parameters(describe_model(model, "--fit")) for model in config.fit}
+    for model in sorted(sizes, key=lambda model: -sizes[model]):
+        trial = dataclasses.replace(config, model=model, stages=(stage,), fit=())
+        if found := first_that_fits(trial, topology):
+            return Fit(stage, model, *found)
+        print(f"{topology.name}, {stage}: {model} does not fit")
+    return Fit(stage, None, "", [])
+
+
+def first_that_fits(
+    config: Config, topology: preflight.Topology
+) -> tuple[str, list[preflight.Program]] | None:
+    """(flags, programs) of the first mesh and parts of a batch that fit a slice; None: none do.
 
     The first mesh is all `fsdp`. Each next one doubles `tensor`, which needs more collectives. If a
     step or gradient does not fit, the number of microbatches grows; if the rollout does not fit,
     fewer prompts are sampled at a time. Both stop when the batch no longer divides, and neither
     changes a flag that was given.
     """
-    for single in preflight.slices(config.topology):
-        topology = dataclasses.replace(single, num_slices=config.num_slices)
-        meshes = [config.mesh] if config.mesh else meshes_of(topology.devices)
-        for mesh in meshes:
-            tried = config
-            while tried is not None:
-                try:
-                    programs = analyse(tried, topology, mesh, until=lambda each: not each.fits)
-                except ValueError as error:  # the mesh, or the batch, does not divide
-                    print(f"{topology.name} {mesh}: {error}")
-                    break
-                if all(program.fits for program in programs):
-                    print(f"everything fits with {flags(tried, topology, mesh)}")
-                    return programs
-                shards = topology.devices // sharding.parse_mesh(mesh).get("tensor", 1)
-                tried = in_smaller_parts(config, tried, programs[-1], shards)
-                if tried is not None:
-                    print(f"trying {flags(tried, topology, mesh)}")
-    raise ValueError(f"--search: no slice of {config.topology} is large enough with these flags")
+    for mesh in [config.mesh] if config.mesh else meshes_of(topology.devices):
+        tried: Config | None = config
+        while tried is not None:
+            try:
+                programs = analyse(tried, topology, mesh, all_must_fit=True)
+            except ValueError as error:  # the mesh, or the batch, does not divide
+                print(f"{topology.name} {mesh}: {error}")
+                break
+            if all(program.fits for program in programs):
+                return flags(tried, topology, mesh), programs
+            shards = topology.devices // sharding.parse_mesh(mesh).get("tensor", 1)
+            tried = in_smaller_parts(config, tried, programs[-1], shards)
+            if tried is not None:
+                print(f"trying {flags(tried, topology, mesh)}")
+    return None
 
 
 def in_smaller_parts(
@@ -141,7 +155,8 @@ def in_smaller_parts(
     # Half the rows take at least half the memory.
     parts = 2 ** max(1, math.ceil(math.log2(failed.memory.temporaries / room)))
     if failed.name in ("prefill", "rollout") and given.sample_batch is None:
-        episodes = preset(given, ppo_config.PRESETS).batch_size
+        ppo: Any = script_config("ppo", given)
+        episodes: int = ppo.batch_size
         smaller = (tried.sample_batch or episodes) // parts
         return dataclasses.replace(tried, sample_batch=smaller) if smaller >= shards else None
     splits = failed.name.endswith("gradient") or failed.name in ("SFT step", "RM step")
@@ -168,15 +183,34 @@ def check(config: Config) -> None:
     if config.out is not None and config.out.is_dir():
         raise IsADirectoryError(f"--out {config.out}: is a directory; give a file in it")
     scripts = [script_config(stage, config) for stage in config.stages]
-    describe(config)
-    describe_reward_model(config)
+    for model in config.fit:
+        describe_model(model, "--fit")
+    trial = dataclasses.replace(config, model=config.fit[0], fit=()) if config.fit else config
+    policy, reward_model = describe(trial), describe_reward_model(trial)
+    for each in (policy, reward_model) if config.lora.rank else ():
+        config.lora.paths(each)
+    for script in scripts:
+        check_lengths(script, reward_model if isinstance(script, run_rm.Config) else policy)
     if config.search:
         next(preflight.slices(config.topology))
         return
     topology = preflight.parse_topology(config.topology, config.num_slices)
+    if config.fit and not config.mesh:
+        return
     sizes = sharding.axis_sizes(topology.devices, **sharding.parse_mesh(config.mesh))
     for script in scripts:
         check_rows(script, AbstractMesh(sizes, sharding.AXES))
+
+
+def check_lengths(script: Any, model: ModelConfig) -> None:
+    """Raises ValueError if a flag asks for more tokens than the model's context holds."""
+    response, counts = 1, []
+    if isinstance(script, run_sft.Config):
+        counts.append(("--length", script.length, 0))
+    elif isinstance(script, ppo_config.Config):
+        response = script.max_new_tokens
+        counts += [("--max_new_tokens", response, 1), ("--ptx.length", script.ptx.length, 0)]
+    checks.check_tokens(model, [*counts, *checks.data_tokens("--data", script.data, response)])
 
 
 def meshes_of(devices: int) -> list[str]:
@@ -189,13 +223,14 @@ def analyse(
     config: Config,
     topology: preflight.Topology,
     mesh: str,
-    until: Any = lambda program: False,
+    all_must_fit: bool = False,
 ) -> list[preflight.Program]:
     """Compiles the stages' programs for a slice, and prints tables and verdicts.
 
     Args:
-      until: function of a Program; if true, no further program is compiled.
+      all_must_fit: whether to stop at the first program that does not fit. The largest come first.
     """
+    until = (lambda program: not program.fits) if all_must_fit else (lambda program: False)
     try:
         devices = preflight.make_mesh(topology, mesh)
     except ModuleNotFoundError as error:  # libtpu is missing
@@ -208,13 +243,14 @@ def analyse(
         analysed: list[preflight.Program] = []
         # `list` makes every program before any is compiled, so sizes that do not divide fail early.
         programs = list(programs_of(stage, config, devices))
+        print(f"{topology.name}, {stage}: {sizes_of(stage, config)}")
         # A program whose arguments alone do not fit may settle the answer without compiling.
         bounds = [preflight.lower_bound(each, topology) for each in programs]
         too_large = [bound.memory.peak > bound.usable and until(bound) for bound in bounds]
+        names = [each.name for each in programs]
         if any(too_large):
             programs = [programs[too_large.index(True)]]
-        elif config.search:
-            # The largest programs come first, because the search stops at one that does not fit.
+        elif all_must_fit:
             # The steps compile in seconds, in parallel with the rollout.
             first = "rollout", "policy step", "value step"
             programs.sort(
@@ -232,6 +268,8 @@ def analyse(
         console.print(*preflight.tables(analysed))
         for program in analysed:
             console.print(preflight.verdict(program), soft_wrap=True)
+        if left := [name for name in names if name not in {each.name for each in analysed}]:
+            console.print(f"not compiled: {', '.join(left)}", soft_wrap=True)
         all_stages += analysed
         if until(analysed[-1]):
             break
@@ -252,60 +290,24 @@ def programs_of(stage: Stage, config: Config, mesh: Mesh) -> Iterator[preflight.
     elif stage == "rm":
         yield rm_step(script, describe_reward_model(config), mesh)
     else:
-        yield from ppo_programs(script, describe(config), describe_reward_model(config), mesh)
+        policy, reward_model = describe(config), describe_reward_model(config)
+        shared = bool(config.lora.rank) and config.reward_model is None and policy == reward_model
+        yield from ppo_programs(script, policy, reward_model, mesh, shared)
 
 
-# ------------------------------------------------------------------------------------- helpers
-
-
-def script_config(stage: Stage, config: Config) -> RunConfig:
-    """The config of a stage's script: its preset, changed by the flags that were given."""
+def sizes_of(stage: Stage, config: Config) -> str:
+    """What a stage was compiled for, in words."""
+    script: Any = script_config(stage, config)
+    if stage == "sft":
+        return f"{script.batch_size:,} rows of {row_of_text(script, describe(config)):,} tokens"
     if stage == "rm":
-        return preset(dataclasses.replace(config, preset="instructgpt-6b"), run_rm.PRESETS)
-    return preset(config, run_sft.PRESETS if stage == "sft" else ppo_config.PRESETS)
-
-
-def preset(config: Config, presets: dict[str, Any]) -> Any:
-    """A script's config: the preset, changed by the flags that were given."""
-    if config.preset not in presets:
-        raise ValueError(f"--preset {config.preset}: not one of {', '.join(presets)}")
-    script = presets[config.preset]
-    names = {"remat", "batch_size", "shard_sequence"}
-    if isinstance(script, ppo_config.Config):
-        extra = {"offload": config.offload, "sample_batch": config.sample_batch}
-        script = dataclasses.replace(script, **extra)
-        if config.microbatches:
-            shares = {"microbatches": config.microbatches}
-            ppo = dataclasses.replace(script.ppo, **shares)
-            # A microbatch then has as many rows of text as episodes.
-            shares["microbatches"] *= script.ptx.ratio
-            ptx = dataclasses.replace(script.ptx, **shares)
-            script = dataclasses.replace(script, ppo=ppo, ptx=ptx)
-    else:
-        names.add("microbatches")
-    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    return dataclasses.replace(script, **given)
-
-
-def describe_reward_model(config: Config) -> ModelConfig:
-    """Sizes of the reward model: --reward_model, --model, or 6B as in the paper (section 3.5)."""
-    if config.reward_model is not None:
-        return pretrained.describe(config.reward_model, "--reward_model")
-    return describe(dataclasses.replace(config, model=config.model or "gpt3-6b"))
-
-
-def describe(config: Config) -> ModelConfig:
-    """The policy's sizes; reads no weights.
-
-    Raises:
-      FileNotFoundError: there is no such model.
-      ValueError: neither --model nor --preset names one.
-    """
-    size = config.preset.removeprefix("instructgpt-").split("-")[0]
-    model = config.model or MODELS.get(size)
-    if model is None:
-        raise ValueError(f"--preset {config.preset} implies no model: give --model NAME|DIR")
-    return dataclasses.replace(pretrained.describe(model), scalar_head=False)
+        tokens = row_of_comparisons(script, describe_reward_model(config))
+        return f"{script.batch_size:,} rows of {tokens:,} tokens"
+    P, R = lengths(script.data.max_prompt, script.max_new_tokens, describe(config))
+    text = f", {script.ptx.ratio} x {script.ptx.length:,} tokens of text each"
+    return (
+        f"{script.batch_size:,} episodes of {P:,} + {R:,} tokens{text if script.ptx.coef else ''}"
+    )
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import run_sft
 from jax.sharding import AbstractMesh, Mesh, Sharding
 from run_ppo import Programs
 
-from instructjax import models, offload, preflight, sampler, scoring, sharding, state
+from instructjax import hf, models, offload, ppo, preflight, sampler, scoring, sharding, state
 from instructjax.models import ModelConfig, Params
 from instructjax.preflight import Compilable
 from instructjax.run import RunConfig, checks
@@ -22,6 +22,8 @@ from instructjax.sampler.decode import PaddedPrompts, Settings
 from instructjax.sampler.draw import Distribution
 
 SHAPE = jax.ShapeDtypeStruct
+RESPONSES = 9  # to a prompt, at most (section 3.4)
+LONGEST = 1024  # tokens of a prompt and of a response where no flag says more (App. C)
 
 
 def check_rows(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
@@ -41,119 +43,189 @@ def check_rows(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
 
 def sft_step(config: run_sft.Config, model: ModelConfig, mesh: Mesh) -> Compilable:
     """As run_sft.py makes it."""
-    model = computed(model, config)
-    params = abstract_params(model, mesh)
-    tx, _, step = run_sft.make_step(config, model, params, mesh, 1000)
-    length = config.length or min(run_sft.LONGEST, model.max_length)
-    batch = text_batch(config.batch_size, length, mesh)
-    return Compilable("SFT step", step, (abstract_state(params, tx), batch, abstract_key(mesh)))
+    model, trained, frozen = split_params(config, model, mesh)
+    tx, _, step = run_sft.make_step(config, model, trained, mesh, 1000)
+    batch = text_batch(config.batch_size, row_of_text(config, model), mesh)
+    args = abstract_state(trained, tx), batch, abstract_key(mesh), frozen or None
+    return Compilable("SFT step", step, args)
 
 
 def rm_step(config: run_rm.Config, model: ModelConfig, mesh: Mesh) -> Compilable:
-    """As run_rm.py makes it. Without --length a row holds a prompt with 9 responses, all of the
-    greatest length.
-    """
-    model = computed(dataclasses.replace(model, scalar_head=True), config)
-    params = abstract_params(model, mesh)
-    tx, step = run_rm.make_step(config, model, params, mesh, 1000)
-    B, K = config.batch_size, 9
-    P, R = lengths(config.data.max_prompt, config.data.max_response, model)
+    """As run_rm.py makes it, with up to 9 responses to a prompt."""
+    model = dataclasses.replace(model, scalar_head=True)
+    model, trained, frozen = split_params(config, model, mesh)
+    tx, step = run_rm.make_step(config, model, trained, mesh, 1000)
+    B, K = config.batch_size, RESPONSES
     names = "tokens_BT", "segments_BT", "parents_BT", "positions_BT"
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (B, config.length or P + K * R))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+        names, (B, row_of_comparisons(config, model))
+    )
     shapes |= dict.fromkeys(("last_BCK", "ranks_BCK", "mask_BCK"), (B, 1, K))
     shapes |= {"margin_BC": (B, 1), "confidence_BC": (B, 1)}
-    args = abstract_state(params, tx), abstract_rows(shapes, mesh), abstract_key(mesh)
-    return Compilable("RM step", step, args)
+    args = abstract_state(trained, tx), abstract_rows(shapes, mesh), abstract_key(mesh)
+    return Compilable("RM step", step, (*args, frozen or None))
+
+
+def row_of_text(config: run_sft.Config, model: ModelConfig) -> int:
+    """Tokens of a row of run_sft.py, at most."""
+    return config.length or min(run_sft.LONGEST, model.max_length)
+
+
+def row_of_comparisons(config: run_rm.Config, model: ModelConfig) -> int:
+    """Tokens of a row of run_rm.py: --length, or a prompt with all responses, of the greatest
+    lengths. Where no flag bounds a response, rows are as long as run_rm.py makes them at most.
+    """
+    P, R = lengths(config.data.max_prompt, config.data.max_response, model)
+    longest = P + RESPONSES * R if config.data.max_response else run_rm.LONGEST
+    return config.length or longest
 
 
 # ------------------------------------------------------------------------------------ PPO
 
 
 def ppo_programs(
-    config: ppo_config.Config, model: ModelConfig, reward_model: ModelConfig, mesh: Mesh
+    config: ppo_config.Config,
+    model: ModelConfig,
+    reward_model: ModelConfig,
+    mesh: Mesh,
+    shared_base: bool = False,
 ) -> Iterator[Compilable]:
     """An iteration of run_ppo.py: every response has --max_new_tokens tokens and every prompt the
     greatest length, so all is at its largest.
 
     Args:
       reward_model: of the reward model and of the value net.
+      shared_base: whether, with LoRA, these two are adapters of the policy's weights.
     """
     flags, text = config.ppo, config.ptx
-    model = computed(model, config)
-    value_model = computed(dataclasses.replace(reward_model, scalar_head=True), config)
-    policy, value = abstract_params(model, mesh), abstract_params(value_model, mesh)
-    programs = Programs(config, model, value_model, policy, value, mesh)
-    policy_state = abstract_state(policy, programs.policy_tx)
-    value_state = abstract_state(value, programs.value_tx)
-    frozen, frozen_rm = (abstract_frozen(x, config.model_dtype) for x in (policy, value))
-
     size = preflight.shard_bytes
-    states = size(policy_state) + size(value_state)
+    model, policy, base = split_params(config, model, mesh)
+    reference = policy if config.lora.rank else abstract_frozen(policy, config.model_dtype)
+    value_model = dataclasses.replace(reward_model, scalar_head=True)
+    value_model, value, value_base = split_params(config, value_model, mesh)
+    frozen_rm = {**value_base, **abstract_frozen(value, config.model_dtype)}
+    if config.lora.rank and not shared_base:  # its weights are not adapted
+        frozen_rm.pop("adapter")
+    if flags.value == "shared":
+        head = {"kernel": SHAPE((model.width,), jnp.float32), "bias": SHAPE((), jnp.float32)}
+        head = jax.tree.map(lambda x: placed(x, sharding.replicated(mesh)), head)
+        policy = {**policy, "value_head": head}
+    own_value = flags.value == "separate"
+    programs = Programs(
+        *(config, model, value_model if own_value else None, policy, value if own_value else None),
+        mesh,
+        frozen=base,
+        value_frozen=value_base,
+    )
+    policy_state = abstract_state(policy, programs.policy_tx)
+    value_state = abstract_state(value, programs.value_tx) if own_value else None
+
+    # What is on each device between programs. With --offload, `waiting` is on the host then, and
+    # during a rollout all that is trained is there too, but for the policy's weights.
+    trained = size(policy_state) + (size(value_state) if own_value else 0)
     if flags.ema:
-        states += size(policy)  # the average
-    frozen_size = 0 if config.offload else size(frozen) + size(frozen_rm)
+        trained += size(policy)  # the average
+    fixed = size(base) + (0 if shared_base or not own_value else size(value_base))
+    waiting = {"reference": 0.0, "reward model": size(frozen_rm)}
+    if flags.beta:
+        # With LoRA the reference is the base, with the adapter that --model came with if it did.
+        waiting["reference"] = size(reference)
+    if shared_base:
+        waiting["reward model"] -= size(value_base)
+    held = trained + fixed + (0 if config.offload else sum(waiting.values()))
 
     P, R = lengths(config.data.max_prompt, config.max_new_tokens, model)
     batch, static, trips = rollout(config, model, P, R, mesh)
     number = placed(SHAPE((), jnp.float32), sharding.replicated(mesh))
     distribution = Distribution(temperature=number)
+    sampled = {**base, **ppo.without_value_head(policy)}
     yield Compilable(
-        *("rollout", sampler.generate_on_device, (policy, batch, abstract_key(mesh), distribution)),
+        *(
+            "rollout",
+            sampler.generate_on_device,
+            (sampled, batch, abstract_key(mesh), distribution),
+        ),
         static=static,
         trips=trips,
         runs=config.batch_size / (config.sample_batch or config.batch_size),
-        # With --offload everything that is trained is on the host. At the end the average is
-        # sampled beside the last weights.
-        resident=size(policy) if config.offload else states - size(policy) + frozen_size,
+        # At the end the average is sampled beside the last weights.
+        resident=(size(policy) + fixed if config.offload else held - size(policy)) - size(base),
+        made=decoding_weights(model, base, mesh),
         parts={"prefill": [0.0] * len(trips)},
     )
 
     B, B_update = flags.minibatch, flags.minibatch // flags.microbatches
     rows = response_rows(B, P, R, mesh)
     passes = config.batch_size / B
-    # With --offload one frozen model at a time is on the devices.
+    whole_policy = {**base, **policy}
+    whole_value = {**value_base, **value} if own_value else whole_policy
+    # (function, parameters, runs, bytes of the parameters that are on the devices between programs)
     scored = {
-        "reference": (programs.token_logp, frozen, passes),
-        "reward model": (scoring.scorer(computed(value_model, config), mesh), frozen_rm, passes),
-        "value net": (programs.token_values, value, passes),
-        "policy, re-scored": (programs.token_logp, policy, passes * programs.rescore),
+        "reference": (
+            *(programs.token_logp, {**base, **reference}, passes if flags.beta else 0),
+            size(base) + (0 if config.offload else waiting["reference"]),
+        ),
+        "reward model": (
+            *(scoring.scorer(computed(value_model, config), mesh), frozen_rm, passes),
+            (size(value_base) if shared_base else 0)
+            + (0 if config.offload else waiting["reward model"]),
+        ),
+        "value net": (programs.token_values, whole_value, passes, size(whole_value)),
+        "policy, re-scored": (
+            *(programs.token_logp, whole_policy, passes * programs.rescore, size(whole_policy)),
+        ),
     }
-    for name, (jitted, params, runs) in scored.items():
-        of_state = params is value or params is policy
-        others = states + frozen_size - (size(params) if of_state or not config.offload else 0)
+    for name, (jitted, params, runs, kept) in scored.items():
         if runs:
-            yield Compilable(name, jitted, (params, rows), runs=runs, resident=others)
+            yield Compilable(name, jitted, (params, rows), runs=runs, resident=held - kept)
 
     updates = float(config.updates)
     rows = response_rows(B_update, P, R, mesh)
     text_rows = flags.minibatch * text.ratio // text.microbatches
     ptx_batch = text_batch(text_rows, text.length, mesh)
-    assert programs.value_gradient is not None
-    assert programs.value_step is not None
-    gradients = {
-        "policy gradient": (programs.policy_gradient, policy, rows, flags.microbatches),
-        "ptx gradient": (programs.ptx_gradient, policy, ptx_batch, text.microbatches),
-        "value gradient": (programs.value_gradient, value, rows, flags.microbatches),
+    gradients: dict[str, Any] = {
+        "policy gradient": (programs.policy_gradient, policy, base, rows, flags.microbatches)
     }
-    if not text.coef:
-        del gradients["ptx gradient"]
-    for name, (gradient, params, batch, count) in gradients.items():
+    if text.coef:
+        ptx = programs.ptx_gradient, policy, base, ptx_batch, text.microbatches
+        gradients["ptx gradient"] = ptx
+    if own_value:
+        of_value = programs.value_gradient, value, value_base, rows, flags.microbatches
+        gradients["value gradient"] = of_value
+    for name, (gradient, params, frozen, batch, count) in gradients.items():
         # The last of several batches: the sums of those before it are arguments.
-        _, metrics = jax.eval_shape(gradient.add, None, None, params, batch, number, number)
+        first = None, None, params, batch, number, number, frozen or None
+        _, metrics = jax.eval_shape(gradient.add, *first)
         metrics = jax.tree.map(lambda x: placed(x, number.sharding), metrics)
-        args = params, metrics, params, batch, number, number
-        others = states + frozen_size - size(params)
-        yield Compilable(name, gradient.add, args, runs=updates * count, resident=others)
-    for name, step, args in (
-        (
-            "policy step",
-            programs.policy_step,
-            (policy_state, policy if flags.ema else None, policy),
-        ),
-        ("value step", programs.value_step, (value_state, None, value)),
-    ):
-        others = states + frozen_size - size(args) + size(args[-1])  # without its gradients
-        yield Compilable(name, step, args, runs=updates, resident=others)
+        yield Compilable(
+            *(name, gradient.add, (params, metrics, *first[2:])),
+            runs=updates * count,
+            resident=held - size(params) - size(frozen),
+        )
+    averaged = policy if flags.ema else None
+    steps: dict[str, Any] = {"policy step": (programs.policy_step, policy_state, averaged, policy)}
+    if own_value:
+        steps["value step"] = programs.value_step, value_state, None, value
+    for name, (step, *args) in steps.items():
+        others = held - size(args) + size(args[-1])  # without its gradients
+        yield Compilable(name, step, tuple(args), runs=updates, resident=others)
+
+
+def decoding_weights(model: ModelConfig, base: Params, mesh: Mesh) -> float:
+    """Bytes on a device of the weights that the sampler makes: in the compute dtype, not split over
+    `data` and `fsdp`. 0 where frozen ones in that dtype and place may serve.
+
+    Args:
+      base: frozen weights; empty: all are trained, in float32.
+    """
+    whole = mesh.shape["data"] * mesh.shape["fsdp"] == 1
+    if whole and (base or model.dtype == "float32"):
+        return 0.0
+    shapes = jax.eval_shape(functools.partial(models.init, model), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(models.cast, dtype=model.dtype), shapes)
+    axes = models.logical_axes(model)
+    layout = sharding.shardings(axes, shapes, mesh, sharding.GENERATION)
+    return preflight.shard_bytes(jax.tree.map(placed, shapes, layout))
 
 
 def rollout(
@@ -190,9 +262,25 @@ def computed(model: ModelConfig, config: Any) -> ModelConfig:
 
 
 def lengths(prompt: int | None, response: int | None, model: ModelConfig) -> tuple[int, int]:
-    """(P, R), which fill the model's context where the flags set no bound."""
-    R = min(response or model.max_length // 2, model.max_length)
-    return min(prompt or model.max_length, model.max_length - R), R
+    """(P, R). Without a flag each is at most the paper's 1,024, and the context holds both."""
+    R = min(response or min(model.max_length // 2, LONGEST), model.max_length)
+    return min(prompt or LONGEST, model.max_length - R), R
+
+
+def split_params(config: Any, model: ModelConfig, mesh: Mesh) -> tuple[ModelConfig, Params, Params]:
+    """(the model as a script computes it, what it trains, what it freezes), as of `lora.load`."""
+    model, flags = computed(model, config), config.lora
+    params = abstract_params(model, mesh)
+    if not flags.rank:
+        return model, params, {}
+    init = functools.partial(models.init_adapter, model, rank=flags.rank)
+    of_model = {"targets": flags.paths(model), "shared": hf.shares_input(model)}
+    shapes = jax.eval_shape(functools.partial(init, **of_model), jax.random.key(0))
+    layout = sharding.shardings(models.adapter_axes(shapes), shapes, mesh)
+    adapter = jax.tree.map(placed, shapes, layout)
+    trained, frozen = models.split({**params, "adapter": adapter})
+    model = dataclasses.replace(model, adapter_scale=flags.scale)
+    return model, trained, abstract_frozen(frozen, config.model_dtype)
 
 
 def abstract_params(model: ModelConfig, mesh: Mesh) -> Params:

@@ -270,6 +270,7 @@ def iteration_metrics(
     """What an iteration logs besides the metrics of its experience."""
     metrics = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
     metrics |= {f"reward/{name}": mean for name, mean in score_terms.items()}
+    metrics["rollout/tokens"] = int(rows["prompt_mask_BP"].sum() + rows["mask_BR"].sum())
     # Without --ppo.rescore, the first minibatch of the policy that sampled shows the mismatch.
     metrics["rollout/logp_mismatch"] = updates[0]["policy/logp_change"]
     if rows["logp_BR"] is not sampler_logp_BR:

@@ -38,5 +38,5 @@ def test_a_module_imports_only_those_above_it_in_the_reading_order():
         files = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
         above = {*order[: order.index(module) + 1]}
         if module == "evaluation":
-            above |= {"miniature"}  # its gold judge
+            above |= {"miniature", "preflight"}  # its gold judge; peak rates of chips
         assert set().union(*map(imported, files)) <= above, module

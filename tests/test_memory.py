@@ -40,11 +40,12 @@ def test_the_peak_is_attributed_to_the_phases_that_raised_it(monkeypatch):
     with record.phase("loading"):
         peaks[0] = 7
     peaks[0] = 8
-    expected = "memory, first step: peak of a device's memory 8.00 GiB of 16.00 GiB"
-    assert record.report("first step") == [
-        f"{expected} (sampling 5.00 GiB, loading 7.00 GiB, the rest 8.00 GiB)",
-        "memory, first step: counted on a device: arrays 300 MiB, temporaries 3.00 GiB (jit_step)",
-    ]
+    assert record.report() == {
+        "of": "a device's memory",
+        "peak": "8.00 GiB of 16.00 GiB",
+        "phases": "sampling 5.00 GiB, loading 7.00 GiB, the rest 8.00 GiB",
+        "counted": "arrays 300 MiB, temporaries 3.00 GiB (jit_step)",
+    }
 
 
 def test_arrays_and_temporaries_are_counted_on_one_device():
@@ -69,9 +70,9 @@ def test_arrays_and_temporaries_are_counted_on_one_device():
 
 
 def test_resident_memory_stands_in_where_devices_report_none():
-    (first, counted) = memory.Memory().report("whole run")
-    assert first.startswith("memory, whole run: peak of this process's resident memory ")
-    assert "counted on a device: arrays" in counted
+    report = memory.Memory().report()
+    assert report["of"] == "this process's resident memory"
+    assert report["counted"].startswith("arrays ")
 
 
 @pytest.mark.parametrize("real", [True, False])

@@ -34,6 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # The script experiments/preflight.py, not the package instructjax.preflight.
 script = importlib.import_module("preflight")
+flags_of = importlib.import_module("preflight_config")
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -69,10 +70,11 @@ def test_topologies():
     """Chips, devices and the cloud's name of a slice; every listed slice parses."""
     properties = {
         text: (t.chips, t.devices, t.cloud)
-        for text in ("v5e:4x4", "v6e:16x16", "v5p:4x4x4", "v4:2x2x4", "tpu7x:2x2x1")
+        for text in ("v5e:1x1", "v5e:4x4", "v6e:16x16", "v5p:4x4x4", "v4:2x2x4", "tpu7x:2x2x1")
         for t in [preflight.parse_topology(text)]
     }
     assert properties == {
+        "v5e:1x1": (1, 1, "v5litepod-1"),
         "v5e:4x4": (16, 16, "v5litepod-16"),
         "v6e:16x16": (256, 256, "v6e-256"),
         "v5p:4x4x4": (64, 64, "v5p-128"),
@@ -111,6 +113,7 @@ def test_several_slices():
         ("v5p:4x4", "a v5p slice has 3 dimensions, as v5p:2x2x4"),
         ("v5e:4x0", "a v5e slice has 2 dimensions"),
         ("v5e:3x3", "the first two sizes must be even"),
+        ("v5p:1x1x1", "the first two sizes must be even"),
     ],
 )
 def test_wrong_topologies(text, says):
@@ -951,7 +954,9 @@ from instructjax import preflight
 from instructjax.preflight.chips import CHIPS
 for kind in CHIPS:
     topology = next(preflight.slices(kind))
-    assert preflight.make_mesh(topology).size == topology.devices
+    devices = preflight.make_mesh(topology).devices.flat
+    assert len(devices) == topology.devices
+    assert devices[0].device_kind in topology.chip.kinds
 import jax
 print(jax.config.jax_platforms, jax.devices()[0].platform)
 """
@@ -1051,6 +1056,13 @@ SFT = ["--stages", "sft"]
             [*SFT, "--batch_size", "4", "--microbatches", "3"],
             "--batch_size 4: not a multiple of --microbatches 3",
         ),
+        (["--fit", "qwen3-4b", "--model", "gpt3-6b"], "--fit: not with --model"),
+        (["--fit", "runs/none"], "--fit runs/none: no such directory"),
+        (["--lora.rank", "2", "--lora.targets", "gate"], "--lora.targets gate: a layer of gpt2"),
+        (["--ptx.ratio", "0"], "--ptx.ratio 0: must be at least 1"),
+        (["--max_new_tokens", "2048"], "--max_new_tokens 2048: the model's context is 2048 tokens"),
+        (["--length", "4096"], "--length 4096: the model's context is 2048 tokens"),
+        (["--ptx.length", "4096"], "--ptx.length 4096: the model's context is 2048 tokens"),
     ],
 )
 @needs_libtpu
@@ -1078,7 +1090,10 @@ def test_a_search_makes_parts_smaller(monkeypatch, capsys, name, held, work, giv
     """The search tries the next mesh if smaller parts cannot help, or if a flag fixes them."""
     trials = []
 
-    def analyse(config, topology, mesh, until):
+    def analyse(config, topology, mesh, all_must_fit):
+        assert all_must_fit
+        if topology.devices == 1:
+            raise ValueError("too small")
         parts = {"microbatches": config.microbatches, "sample_batch": config.sample_batch}
         trials.append((mesh, {name: x for name, x in parts.items() if x is not None}))
         if mesh != "fsdp=4,tensor=1":
@@ -1086,9 +1101,7 @@ def test_a_search_makes_parts_smaller(monkeypatch, capsys, name, held, work, giv
         share = (config.sample_batch or 512) / 512 / (config.microbatches or 1)
         temporaries = work * share * GIB
         memory = Memory(held * GIB, *[0.0] * 5, temporaries=temporaries, code=0.0, host=0.0)
-        program = preflight.Program(name, topology, memory, COUNTS, 1)
-        assert until(program) != program.fits
-        return [program]
+        return [preflight.Program(name, topology, memory, COUNTS, 1)]
 
     monkeypatch.setattr(script, "analyse", analyse)
     script.search(script.Config(topology="v5e", search=True, **given))
@@ -1111,12 +1124,252 @@ def test_a_search_compiles_the_largest_programs_first(monkeypatch):
     monkeypatch.setattr(preflight, "analyse", analyse)
     config = script.Config(topology="v5e", search=True, stages=("ppo",), preset="instructgpt-1.3b")
     topology = preflight.parse_topology("v5e:4x8")
-    script.analyse(config, topology, "fsdp=8,tensor=4", until=lambda program: not program.fits)
+    script.analyse(config, topology, "fsdp=8,tensor=4", all_must_fit=True)
     assert compiled == [
         *("rollout", "policy step", "value step"),
         *("policy gradient", "ptx gradient", "value gradient"),
         *("reference", "reward model", "value net", "policy, re-scored"),
     ]
+
+
+# ------------------------------------------------------------ the script's flags and its programs
+
+
+def compilables(stage, model="miniature", preset="miniature", **flags):
+    """The programs of a stage by name, on one device of this machine."""
+    config = script.Config(topology="v5e:1x1", stages=(stage,), preset=preset, model=model, **flags)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return {each.name: each for each in script.programs_of(stage, config, mesh)}
+
+
+def shape(tree, name):
+    return tree[name].shape
+
+
+EVERY = {
+    *("rollout", "reference", "reward model", "value net"),
+    *("policy gradient", "ptx gradient", "value gradient", "policy step", "value step"),
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "more", "less"),
+    [
+        ({}, set(), set()),
+        ({"ppo": flags_of.PPO(beta=0.0)}, set(), {"reference"}),
+        ({"ppo": flags_of.PPO(value="shared")}, set(), {"value gradient", "value step"}),
+        ({"ppo": flags_of.PPO(rescore=True)}, {"policy, re-scored"}, set()),
+        ({"ptx": flags_of.PTX(coef=0.0)}, set(), {"ptx gradient"}),
+        ({"lora": flags_of.LoRA(rank=2)}, set(), set()),
+    ],
+)
+def test_flags_of_ppo_choose_its_programs(flags, more, less):
+    assert set(compilables("ppo", **flags)) == (EVERY | more) - less
+
+
+def test_lengths_and_parts_reach_the_programs():
+    """Prompts of 40 tokens, responses of 24, 2 rows of 48 tokens of text an episode."""
+    programs = compilables(
+        "ppo",
+        data=flags_of.Data(max_prompt=40),
+        max_new_tokens=24,
+        batch_size=32,
+        sample_batch=8,
+        ppo=flags_of.PPO(minibatch=16, microbatches=4),
+        ptx=flags_of.PTX(ratio=2, length=48, microbatches=8),
+    )
+    _, prompts, *_ = programs["rollout"].args
+    assert prompts.tokens_BP.shape == (8, 40)
+    assert programs["rollout"].static["settings"].max_new_tokens == 24
+    assert shape(programs["reference"].args[1], "tokens_BR") == (16, 24)
+    for name, rows in (("policy gradient", (4, 24)), ("value gradient", (4, 24))):
+        batch = programs[name].args[3]
+        assert (shape(batch, "tokens_BR"), shape(batch, "prompt_BP")) == (rows, (4, 40))
+    assert shape(programs["ptx gradient"].args[3], "tokens_BT") == (4, 48)
+    runs = {name: each.runs for name, each in programs.items()}
+    assert (runs["rollout"], runs["reference"]) == (4, 2)
+    assert (runs["policy gradient"], runs["ptx gradient"], runs["policy step"]) == (8, 16, 2)
+
+
+def test_microbatches_hold_as_many_rows_of_text_as_episodes():
+    """--microbatches is for both; the flag of each goes before it."""
+    of = {"batch_size": 32, "microbatches": 4, "ptx": flags_of.PTX(ratio=2)}
+    programs = compilables("ppo", ppo=flags_of.PPO(minibatch=16), **of)
+    batches = [programs[f"{name} gradient"].args[3] for name in ("policy", "ptx")]
+    assert shape(batches[0], "tokens_BR")[0] == shape(batches[1], "tokens_BT")[0] == 4
+    of["ptx"] = flags_of.PTX(ratio=2, microbatches=2)
+    programs = compilables("ppo", ppo=flags_of.PPO(minibatch=16, microbatches=2), **of)
+    batches = [programs[f"{name} gradient"].args[3] for name in ("policy", "ptx")]
+    assert shape(batches[0], "tokens_BR")[0] == 8
+    assert shape(batches[1], "tokens_BT")[0] == 16
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "want"),
+    [
+        ("sft", {}, (8, 128)),
+        ("sft", {"length": 96, "batch_size": 4}, (4, 96)),
+        ("rm", {}, (6, 288)),
+        ("rm", {"length": 200}, (6, 200)),
+        ("rm", {"preset": "small"}, (8, 4096)),
+        ("rm", {"preset": "small", "data": flags_of.Data(max_response=20)}, (8, 236 + 9 * 20)),
+    ],
+)
+def test_rows_of_sft_and_rm(stage, flags, want):
+    [program] = compilables(stage, **flags).values()
+    assert shape(program.args[1], "tokens_BT") == want
+
+
+def size_of(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared base", "own base"])
+def test_lora_keeps_adapters_and_one_base(shared):
+    """What is on the device beside a program's arguments, against a count by hand, in float32.
+
+    A is 2 x (width of the input), B is 2 x (width of the output), of 7 matrices in 2 layers.
+    """
+    c = PRESETS["miniature"]
+    D, F, V = c.width, c.mlp_width, c.padded_vocab_size
+    base = 4 * (V * D + 2 * (4 * D * D + 3 * D * F + 2 * D) + D)
+    adapter = 4 * 2 * 2 * (4 * 2 * D + 3 * (D + F))
+    head = 4 * (D + 1)
+    flags = {} if shared else {"reward_model": "miniature"}
+    lora = flags_of.LoRA(rank=2)
+    programs = compilables("ppo", lora=lora, ppo=flags_of.PPO(ema=0.9), **flags)
+    # The policy's adapter with two moments and an average, the value net's with two moments and a
+    # head, the reference's; and what the reward model and the value net have besides.
+    held = base + 4 * adapter + 3 * (adapter + head) + adapter
+    held += adapter + head if shared else 2 * base + head
+    used = {
+        "rollout": base + adapter,
+        "reference": base + adapter,
+        "reward model": base + head + (adapter if shared else 0),
+        "value net": base + adapter + head,
+        "policy gradient": base + adapter,
+        "ptx gradient": base + adapter,
+        "value gradient": base + adapter + head,
+        "policy step": 4 * adapter,
+        "value step": 3 * (adapter + head),
+    }
+    assert set(used) == set(programs)
+    for name, each in programs.items():
+        # Optimizers and schedules have counters of a few bytes.
+        assert each.resident == pytest.approx(held - used[name], abs=64), name
+        assert size_of(each.args) >= used[name], name
+
+
+def test_a_value_net_on_the_policys_weights_is_not_held_twice():
+    """A shared value head, no average, no reference: the policy's state and the reward model."""
+    c = PRESETS["miniature"]
+    D, F, V = c.width, c.mlp_width, c.padded_vocab_size
+    base = 4 * (V * D + 2 * (4 * D * D + 3 * D * F + 2 * D) + D)
+    head = 4 * (D + 1)
+    programs = compilables("ppo", ppo=flags_of.PPO(value="shared", beta=0.0, ema=0.0))
+    held = 3 * (base + head) + base + head
+    for name, used in (
+        ("rollout", base + head),
+        ("reward model", base + head),
+        ("value net", base + head),
+        ("policy gradient", base + head),
+        ("policy step", 3 * (base + head)),
+    ):
+        assert programs[name].resident == pytest.approx(held - used, abs=64), name
+
+
+def test_lora_in_steps_of_sft_and_rm():
+    """Adapters (and a head) are trained; the rest is an argument that gets no gradient."""
+    for stage, head in (("sft", 0), ("rm", 4 * (128 + 1))):
+        [full] = compilables(stage).values()
+        [lora] = compilables(stage, lora=flags_of.LoRA(rank=2, targets=("query",))).values()
+        trained = 4 * 2 * 2 * (2 * 128) + head
+        assert size_of(lora.args[0].params) == trained
+        assert size_of(lora.args[3]) == size_of(full.args[0].params) - head
+        assert full.args[3] is None
+
+
+def test_the_sampler_makes_weights_unless_frozen_ones_serve():
+    """Trained in float32 and sampled in bfloat16: a copy. The base of adapters needs none."""
+    c = PRESETS["miniature"]
+    D, F, V = c.width, c.mlp_width, c.padded_vocab_size
+    weights = 2 * (V * D + 2 * (4 * D * D + 3 * D * F)) + 4 * (2 * 2 * D + D)  # norms are float32
+    bfloat16 = {"model_dtype": "bfloat16"}
+    assert compilables("ppo", **bfloat16)["rollout"].made == weights
+    assert compilables("ppo", **bfloat16, lora=flags_of.LoRA(rank=2))["rollout"].made == 0
+    assert compilables("ppo")["rollout"].made == 0  # in float32
+
+
+def test_what_a_program_makes_counts_before_it_is_compiled():
+    topology = preflight.parse_topology("v5e:1x1")
+    x = array_on(sharding.make_mesh(devices=jax.devices()[:1]), (4, 256))
+    args = {"jitted": jax.jit(jnp.sin), "args": (x,), "resident": 10.0 * GIB}
+    for made, fits in ((5.0, True), (6.0, False)):
+        bound = preflight.lower_bound(preflight.Compilable("f", **args, made=made * GIB), topology)
+        assert (bound.memory.peak <= bound.usable) == fits
+
+
+@needs_libtpu
+def test_one_chip(capsys):
+    """SFT of the miniature on one v5e with LoRA. The table names what was compiled."""
+    call = "--topology v5e:1x1 --preset miniature --model miniature --stages sft --lora.rank 2"
+    script.cli(call.split())
+    output = capsys.readouterr().out
+    assert "v5e:1x1, sft: 8 rows of 128 tokens" in output
+    assert "v5e:1x1 (v5litepod-1), 1 devices, 15.75 GiB" in output
+    assert "SFT step: fits" in output
+
+
+def test_fit_names_the_largest_model_that_fits(monkeypatch, capsys, tmp_path):
+    """Largest first; each stage by itself; smaller ones are not tried once one fits."""
+    tried = []
+
+    def analyse(config, topology, mesh, all_must_fit):
+        tried.append((config.stages, config.model))
+        large = {"sft": "llama-3.2-1b", "ppo": "qwen3-0.6b"}
+        work = 1 if large[config.stages[0]] == config.model else 40
+        memory = Memory(*[1.0 * GIB] * 6, temporaries=work * GIB, code=0.0, host=0.0)
+        return [preflight.Program("policy step", topology, memory, COUNTS, 1)]
+
+    monkeypatch.setattr(script, "analyse", analyse)
+    models = "smollm2-135m", "qwen3-4b", "qwen3-0.6b", "llama-3.2-1b"
+    flags = {"stages": ("sft", "ppo"), "preset": "small", "out": tmp_path / "fit.json"}
+    config = script.Config(topology="v5e:1x1", fit=models, **flags)
+    script.run_preflight(config)
+    assert tried == [
+        *((("sft",), model) for model in ("qwen3-4b", "llama-3.2-1b")),
+        *((("ppo",), model) for model in ("qwen3-4b", "llama-3.2-1b", "qwen3-0.6b")),
+    ]
+    where = (
+        "with --topology v5e:1x1 --mesh fsdp=1,tensor=1; at most 7.00 of 15.75 GiB (policy step)"
+    )
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"sft: llama-3.2-1b fits {where}",
+        f"ppo: qwen3-0.6b fits {where}",
+    ]
+    written = json.loads(config.out.read_text())
+    assert [(fit["stage"], fit["model"]) for fit in written] == [
+        ("sft", "llama-3.2-1b"),
+        ("ppo", "qwen3-0.6b"),
+    ]
+    none = dataclasses.replace(config, fit=models[1:2], stages=("ppo",))
+    script.run_preflight(none)
+    assert capsys.readouterr().out.splitlines()[-1] == "ppo: none fits"
+
+
+def test_built_in_sizes():
+    """Parameters, in millions, as each model's page on the Hugging Face hub has them."""
+    counts = {name: flags_of.parameters(config) for name, config in flags_of.MODELS.items()}
+    assert {name: round(n / 1e6, 1) for name, n in counts.items()} == {
+        "smollm2-135m": 134.5,
+        "pythia-410m": 405.3,
+        "qwen3-0.6b": 596.0,
+        "llama-3.2-1b": 1235.8,
+        "qwen3-1.7b": 1720.6,
+        "qwen3-4b": 4022.5,
+        "llama-3.1-8b": 8030.3,
+    }
+    assert list(counts.values()) == sorted(counts.values())
 
 
 @needs_libtpu

@@ -297,6 +297,9 @@ def test_allowed_changes_are_printed(tmp_path, capsys):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["config"]["steps"] == 8
     assert config["versions"]["jax"] == jax.__version__
+    hardware = json.loads((tmp_path / "hardware.json").read_text())
+    assert (hardware["kind"], hardware["devices"], hardware["hosts"]) == ("cpu", 8, 1)
+    assert "arrays" in hardware["memory"]["counted"]
 
 
 def test_resume_of_nothing_starts(tmp_path, capsys):

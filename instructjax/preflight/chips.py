@@ -28,6 +28,7 @@ class Chip:
     wraps: int  # an axis of the slice is a ring if this divides its size, else a line; see `_ring`
     cloud: str  # template of the cloud's name of a slice, with {chips} or {cores}
     slices: tuple[str, ...]  # grids that the cloud offers, smallest first
+    kinds: tuple[str, ...]  # jax's names of it, `device_kind`
     devices: int = 1  # JAX devices
     config: str | None = None  # libtpu's chip_config_name
 
@@ -36,7 +37,7 @@ _CUBES = (
     *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
     *("8x8x16", "8x16x16", "16x16x16"),
 )
-_SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # libtpu describes no 1x1
+_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 # `usable` is the HBM that libtpu 0.0.42.1 reports as available when a program is too large. `link`
 # and `wraps` are from [book]. The pages' "bidirectional bandwidth per chip" gives 11 % more: v5e
@@ -48,24 +49,28 @@ CHIPS = {
         Chip(
             *("v4", 32 * GiB, 30.75 * GiB, 275e12, 1200e9, 45e9, 4, "v4-{cores}"),
             slices=_CUBES,
+            kinds=("TPU v4",),
             config="megacore",
         ),
         # [v5e]: 197 TFLOP/s, 16 GB, 819 GB/s (800 GiB/s in later editions).
         Chip(
             *("v5e", 16 * GiB, 15.75 * GiB, 197e12, 819e9, 45e9, 16, "v5litepod-{chips}"),
             slices=_SQUARES,
+            kinds=("TPU v5 lite", "TPU v5e"),
         ),
         # [v5p]: 459 TFLOP/s, 95 GiB, 2765 GB/s. Two cores a chip, one device. libtpu reports 0.74
         # GiB more than the page.
         Chip(
             *("v5p", 95 * GiB, 95.74 * GiB, 459e12, 2765e9, 90e9, 4, "v5p-{cores}"),
             slices=(*_CUBES, "16x16x24"),
+            kinds=("TPU v5", "TPU v5p"),
             config="megacore",
         ),
         # [v6e]: 918 TFLOP/s, 32 GB, 1638 GB/s ([tpu7x]'s comparison; 1600 on the page).
         Chip(
             *("v6e", 32 * GiB, 31.25 * GiB, 918e12, 1638e9, 90e9, 16, "v6e-{chips}"),
             slices=_SQUARES,
+            kinds=("TPU v6 lite", "TPU v6e"),
         ),
         # [tpu7x]: 2307 TFLOP/s, 192 GiB, 7380 GB/s. Two devices a chip, 94.75 GiB usable in each;
         # traffic between the two is not modelled. GKE alone offers it, by topology; the list of
@@ -73,6 +78,7 @@ CHIPS = {
         Chip(
             *("tpu7x", 192 * GiB, 189.5 * GiB, 2307e12, 7380e9, 90e9, 4, "tpu7x of GKE"),
             slices=_CUBES,
+            kinds=("TPU7x",),
             devices=2,
         ),
     )
@@ -162,11 +168,12 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
         raise ValueError(f"--topology {text}: not one of {', '.join(CHIPS)}, as in v5e:4x4")
     chip = CHIPS[kind]
     dims = len(chip.slices[0].split("x"))
-    example = f"{kind}:{chip.slices[2]}"
+    example = f"{kind}:{chip.slices[3 if dims == 2 else 2]}"
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", grid) or grid.count("x") != dims - 1:
         raise ValueError(f"--topology {text}: a {kind} slice has {dims} dimensions, as {example}")
     sizes = tuple(map(int, grid.split("x")))
-    if any(size % 2 for size in sizes[:2]):  # a host holds 2x2 chips
+    # A host holds 2x2 chips, or one.
+    if any(size % 2 for size in sizes[:2]) and grid not in chip.slices:
         raise ValueError(f"--topology {text}: the first two sizes must be even, as in {example}")
     return Topology(chip, sizes, num_slices)
 

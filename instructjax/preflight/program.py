@@ -23,7 +23,7 @@ KINDS = {
     "optimizer": r"opt_state|ema",
     "gradients": r"grads",
     "cache": r"cache",
-    "parameters": r"params|weights",
+    "parameters": r"params|weights|frozen",
 }
 
 
@@ -38,6 +38,7 @@ class Compilable:
     trips: Sequence[float] = ()  # see `count.count`
     runs: float = 1  # in an iteration of PPO, or a step of SFT or RM
     resident: float = 0  # see `Memory`; `shard_bytes` of the trees that stay
+    made: float = 0  # bytes of arrays that it is known to make, such as a cache; for `lower_bound`
     # Shorter calls of the same program: name -> trips. They are listed with 0 runs.
     parts: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
@@ -166,9 +167,11 @@ def analyse(
 
 
 def lower_bound(program: Compilable, topology: Topology) -> Program:
-    """The memory that a program takes at least: arguments and other models, without compiling."""
+    """The memory that a program takes at least, without compiling it: arguments, other models, and
+    what it is known to make.
+    """
     sizes = _arguments(program.jitted, program.args) | {"resident": program.resident}
-    memory = Memory(**sizes, other=0, outputs=0, temporaries=0, code=0)
+    memory = Memory(**sizes, other=0, outputs=0, temporaries=program.made, code=0)
     return Program(program.name, topology, memory, None, program.runs)
 
 

@@ -52,6 +52,8 @@ def make_mesh(topology: Topology, mesh: str = "") -> Mesh:
     keywords: dict[str, Any] = (
         {"num_slices": topology.num_slices} if topology.num_slices > 1 else {}
     )
+    if topology.chips == 1:
+        keywords["chips_per_host_bounds"] = (1, 1, 1)  # libtpu's default is a host of 2x2
     if topology.chip.config is not None:
         keywords["chip_config_name"] = topology.chip.config
     try:

@@ -48,27 +48,26 @@ class Memory:
             self._read()
             self._phases.remove(doing)
 
-    def report(self, when: str) -> list[str]:
-        """Lines with the peak by phase, and with the arrays and temporaries that were counted.
+    def report(self) -> dict[str, str]:
+        """The peak by phase, and the arrays and temporaries that were counted; {} if none is known.
 
         The count is preflight's, for the programs and the platform of this run: the arrays that are
         alive now, and the largest of all programs' temporaries and new outputs.
         """
         self._read()
         if not self._peak:
-            return []
+            return {}
         stats = _stats()
         of = f" of {_size(stats['bytes_limit'])}" if "bytes_limit" in stats else ""
         what = "a device's memory" if stats else "this process's resident memory"
         rises = ", ".join(f"{phase} {_size(peak)}" for phase, peak in self._rises.items())
-        lines = [f"memory, {when}: peak of {what} {_size(self._peak)}{of} ({rises})"]
+        report = {"of": what, "peak": f"{_size(self._peak)}{of}", "phases": rises}
         with suppress(JaxRuntimeError):  # a platform that does not count
             name, temporaries = largest_program()
-            lines.append(
-                f"memory, {when}: counted on a device: arrays {_size(array_bytes())},"
-                f" temporaries {_size(temporaries)} ({name})"
+            report["counted"] = (
+                f"arrays {_size(array_bytes())}, temporaries {_size(temporaries)} ({name})"
             )
-        return lines
+        return report
 
     def explain(self, error: BaseException, config: RunConfig, step: int, last: int | None) -> str:
         """One line: where memory ran out, what asked for it, which flags help, the last checkpoint.

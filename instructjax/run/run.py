@@ -20,6 +20,7 @@ have the same number.
 """
 
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -466,8 +467,24 @@ class Run:
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def _report_memory(self, when: str) -> None:
-        for line in self._memory.report(when):
-            self._say(line)
+        """Says how much memory the run took so far, and writes it to OUT/hardware.json."""
+        memory = self._memory.report()
+        if memory:
+            self._say(
+                f"memory, {when}: peak of {memory['of']} {memory['peak']} ({memory['phases']})"
+            )
+        if "counted" in memory:
+            self._say(f"memory, {when}: counted on a device: {memory['counted']}")
+        if jax.process_index() == 0:
+            first = jax.devices()[0]
+            hardware = {
+                "platform": first.platform,
+                "kind": first.device_kind,
+                "devices": jax.device_count(),
+                "hosts": jax.process_count(),
+                "memory": memory,
+            }
+            (self.out / "hardware.json").write_text(json.dumps(hardware, indent=2) + "\n")
 
     def _set_outer_phase(self, doing: str) -> None:
         self._outer_phase.close()
