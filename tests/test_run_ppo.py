@@ -96,6 +96,9 @@ def test_the_first_iteration_begins_at_the_reference(whole):
     assert first["rollout/logp_mismatch"] < 5e-5
     assert first["objective/reward"] == pytest.approx(first["objective/score"], abs=1e-5)
     assert first["policy/ratio"] == pytest.approx(1, abs=0.05)
+    episodes = json.loads((whole / "config.json").read_text())["config"]["batch_size"]
+    prompts = first["rollout/tokens"] - episodes * first["rollout/length"]
+    assert 3 * episodes < prompts < 60 * episodes
     later = metrics_of(whole)[3]
     assert later["objective/kl_k3"] > 1e-7  # and it does move
     assert first["objective/score"] != later["objective/score"]
