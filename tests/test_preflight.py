@@ -1212,6 +1212,7 @@ def test_microbatches_hold_as_many_rows_of_text_as_episodes():
         ("rm", {}, (6, 288)),
         ("rm", {"length": 200}, (6, 200)),
         ("rm", {"preset": "small"}, (8, 4096)),
+        ("rm", {"preset": "instructgpt-1.3b", "length": 256}, (64, 256)),  # that of 6b
         ("rm", {"preset": "small", "data": flags_of.Data(max_response=20)}, (8, 236 + 9 * 20)),
     ],
 )
