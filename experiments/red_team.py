@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
-from line_files import append, check_resume, read_lines, record
+from line_files import append, check_resume, read_lines, record, replace
 from red_team_attacker import Attacker, attack_of, read_examples
 from red_team_results import results_of, show
 from red_team_target import load_target
@@ -43,6 +43,7 @@ from instructjax.run.metrics import phase
 from instructjax.run.process import cache_compilations
 from instructjax.scoring import RewardConfig
 
+STAGE = "red_team"
 WRITTEN, ATTACKS, RESULTS = "written.jsonl", "attacks.jsonl", "results.json"
 
 
@@ -117,7 +118,7 @@ class Config:
 
 def check(c: Config) -> None:
     """Raises ValueError or OSError for flags that cannot work, before anything is loaded."""
-    hosts.require_equal("flags", flags.of_all_hosts(c, "red_team"))
+    hosts.require_equal("flags", flags.of_all_hosts(c, STAGE))
     checks.check_directory("--out", c.out)
     mesh = sharding.make_mesh(**sharding.parse_mesh(c.mesh), devices=jax.devices())
     checks.check_rows("--batch_size", c.batch_size, 1, mesh)
@@ -129,7 +130,7 @@ def check(c: Config) -> None:
     if c.examples is not None:
         read_examples(f"{c.examples}", c.shots)
     if jax.process_index() == 0:
-        check_resume(c.out, _flags(c), c.resume)
+        check_resume(c.out, STAGE, _flags(c), c.resume, flags.defaults(c))
 
 
 def _flags(c: Config) -> dict[str, Any]:
@@ -207,7 +208,7 @@ def red_team(c: Config) -> None:
     if hosts.agree(c.resume and (c.out / RESULTS).exists()):
         print(f"{c.out} has finished before")
         return
-    record(c.out, _flags(c))
+    record(c.out, STAGE, _flags(c))
     cache_compilations()
     mesh = sharding.make_mesh(**sharding.parse_mesh(c.mesh), devices=jax.devices())
     attack_key, answer_key = jax.random.split(jax.random.key(c.seed))
@@ -216,7 +217,7 @@ def red_team(c: Config) -> None:
     if jax.process_index() == 0:
         results = results_of(attacks, rows)
         show(results, f"{c.attacker} against {c.target}")
-        (c.out / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+        replace(c.out / RESULTS, json.dumps(results, indent=2) + "\n")
         print(f"wrote {c.out / ATTACKS}, {c.out / RESULTS}")
 
 
