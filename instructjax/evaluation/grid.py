@@ -6,6 +6,7 @@ The flags of a script that makes such a grid, and its runs.
 import concurrent.futures
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -90,7 +91,8 @@ class Grid:
     jobs: Mapping[str, Job]  # by name, each after those that it needs
     scripts: Path  # the directory experiments/
     results: Path | None = None  # where results of finished runs are kept; None: nowhere else
-    # Paths of this machine, such as a data set's, and what kept results have in place of each.
+    # Paths of this machine, such as a data set's, and what kept results have in place of each. That
+    # of `out` is OUT.
     places: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, name: str) -> list[str]:
@@ -129,16 +131,32 @@ class Grid:
     def _flags(self, name: str) -> dict[str, list[str]]:
         """A run's flags wherever its grid is."""
         words = _words(self.jobs[name])
-        return {
-            k: [self._anywhere(word.replace(str(self.out), "OUT")) for word in x]
-            for k, x in words.items()
-        }
+        return {k: [self._anywhere(word, flag=True) for word in x] for k, x in words.items()}
 
-    def _anywhere(self, text: str) -> str:
-        """A text without the paths of this machine."""
-        for path, name in self.places.items():
-            text = text.replace(path, name)
+    def _anywhere(self, text: str, flag: bool = False) -> str:
+        """A text without the absolute paths of this machine, of which the longest come first.
+
+        Args:
+          flag: whether it is the value of a flag. One may begin with a relative path, after
+            `jsonl:` and the like. In other texts that could be any word.
+        """
+        names = {f"{self.out}": "OUT", **self.places}
+        for path in sorted(names, key=len, reverse=True):
+            if path.startswith("/") or flag:
+                before = r"(?<![\w./~-])" if path.startswith("/") else r"(?<![^:])"
+                after = "" if path.endswith("/") else r"(?!\.?[\w~-])"  # not in /a.jsonl or /ab
+                pattern = f"{before}{re.escape(path)}{after}"
+                text = re.sub(pattern, lambda _, name=names[path]: name, text)
         return text
+
+    def _anywhere_in(self, written: str) -> str:
+        """JSON whose strings hold no absolute path of this machine."""
+
+        def string(found: re.Match[str]) -> str:
+            text = json.loads(found[0])
+            return found[0] if (moved := self._anywhere(text)) == text else json.dumps(moved)
+
+        return re.sub(r'"(?:[^"\\]|\\.)*"', string, written)
 
     def has_finished(self, name: str) -> bool:
         """Whether a run has ended well: its cost is written after that."""
@@ -165,7 +183,7 @@ class Grid:
                         kept = self.results / part
                         kept.parent.mkdir(parents=True, exist_ok=True)
                         part_of_file = kept.with_name(f"{kept.name}.part")
-                        part_of_file.write_text(self._anywhere(written.read_text()))
+                        part_of_file.write_text(self._anywhere_in(written.read_text()))
                         part_of_file.replace(kept)  # a kill leaves a whole file or none
 
     def make(self, names: Sequence[str], at_once: int = 1) -> list[str]:
