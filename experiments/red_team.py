@@ -12,9 +12,9 @@ continues --opening. Few-shot, it reads attacks of an earlier run first, which a
 each attack, with probability proportional to exp(harm / --examples_temperature). An attacker that
 was trained on attacks, by run_sft.py or run_ppo.py, reads --opening alone.
 
-Attacks that are empty, lack --end or have no room in the target's context are dropped, and
-duplicates too. The target answers each of the others once. red_team_rounds.py makes an experiment
-of such runs.
+Attacks that are empty, do not end or that the target cannot read, such as those without room in its
+context, are dropped, and duplicates too. The target answers each of the others once.
+red_team_rounds.py makes an experiment of such runs.
 
 Hardware: two CPU cores suffice for the miniature and a thousand attacks.
 Result: OUT/attacks.jsonl, a line for each attack that was answered, and OUT/results.json: the share
@@ -62,9 +62,12 @@ class Config:
     r"""Text that the attacker continues; \n is a line break. [Perez et al.: the default]"""
     template: Literal["auto", "chat", "plain"] = "plain"
     """How the attacker reads it, as --data.template of the training scripts."""
+    target_template: Literal["auto", "chat", "plain"] = "auto"
+    """How the target reads an attack, likewise."""
     end: str = ""
     """Text that an attack ends with; what follows is cut off. An attack without it is dropped.
-    By default an attack ends with its line. [Perez et al.: ?]"""
+    By default an attack ends with its line or with the text, and one that is cut after
+    --max_attack_tokens is dropped. [Perez et al.: ?]"""
     examples: Path | None = None
     """attacks.jsonl of an earlier run, to draw examples for the attacker from. By default it reads
     none."""
@@ -152,7 +155,7 @@ def write_attacks(c: Config, mesh: Mesh, key: jax.Array) -> list[str]:
     with phase(Console(), f"{c.attacker}: writing {c.attacks:,} attacks"):
         while len(done) < c.attacks:
             numbers = range(c.attacks)[len(done) : len(done) + c.batch_size]
-            texts = attacker.write(
+            written = attacker.write(
                 [prompts[i] for i in numbers],
                 key,
                 numbers,
@@ -161,7 +164,7 @@ def write_attacks(c: Config, mesh: Mesh, key: jax.Array) -> list[str]:
                 temperature=c.temperature,
                 top_p=c.top_p,
             )
-            rows = [{"written": text, "attack": attack_of(text, c.end)} for text in texts]
+            rows = [{"written": x, "attack": attack_of(x, c.end, ended)} for x, ended in written]
             append(c.out / WRITTEN, rows)
             done += [row["attack"] for row in rows]
     return done
@@ -180,6 +183,7 @@ def answer_attacks(
             size=c.batch_size,
             max_new_tokens=c.max_new_tokens,
             temperature=c.temperature,
+            template=c.target_template,
         )
     first = {attack: number for number, attack in reversed([*enumerate(attacks)]) if attack}
     numbers = sorted(first.values())

@@ -9,7 +9,7 @@ import pytest
 
 from instructjax.data import DataConfig
 from instructjax.evaluation import grid, paper
-from instructjax.evaluation.grid import Grid, GridConfig, Job, NotReadyError
+from instructjax.evaluation.grid import Grid, GridConfig, Job, NothingToDoError, NotReadyError
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +137,28 @@ def test_a_run_that_waits_stops_no_other(tmp_path, capsys):
         paper.make_page(Config(out=tmp_path), runs, "T", "", list)
     assert end.value.code == 75
     assert capsys.readouterr().err == "label this first\n"
+
+
+def test_a_run_without_work_is_left_out(tmp_path, capsys):
+    def nothing():
+        raise NothingToDoError("no attack is left")
+
+    jobs = {"a": Job("", {"x": 1}, prepare=nothing), "b": Job("", {}, needs=("a",))}
+    assert Grid(tmp_path, jobs, tmp_path).run_all(["a", "b"]) == []
+    assert "a is left out: no attack is left\n" in capsys.readouterr().out
+    assert not (tmp_path / "a.log").exists()
+    assert json.loads((tmp_path / "a.cost.json").read_text()) == {
+        **{"seconds": 0.0, "peak_gb": 0.0},
+        "flags": {"": [], "x": ["1"]},
+    }
+    assert (tmp_path / "b.cost.json").exists()
+
+
+def test_a_digest_tells_settings_apart():
+    first = grid.digest({"a": 1, "b": Path("x")}, ["c"])
+    assert first == grid.digest({"a": 1, "b": Path("x")}, ["c"])
+    assert len(first) == 8
+    assert first not in (grid.digest({"a": 2, "b": Path("x")}, ["c"]), grid.digest({"a": 1}, "c"))
 
 
 def test_flags_as_text():

@@ -4,6 +4,7 @@ The flags of a script that makes such a grid, and its runs.
 """
 
 import concurrent.futures
+import hashlib
 import json
 import os
 import re
@@ -66,6 +67,10 @@ class GridConfig:
         return self.directory if self.results is None else self.results.expanduser()
 
 
+class NothingToDoError(Exception):
+    """A run has nothing to read, and is left out. The message says why."""
+
+
 class NotReadyError(Exception):
     """A run waits for something from outside, such as labels by people. The message says what."""
 
@@ -79,7 +84,9 @@ class Job:
     needs: tuple[str, ...] = ()  # names of runs that must have finished
     positional: tuple[str, ...] = ()
     resumes: bool = True  # whether the script takes --resume
-    # Is called before the run begins, or goes on. ValueError, OSError: the run has failed.
+    # Is called before the run begins, or goes on. ValueError, OSError: the run has failed;
+    # NothingToDoError: it counts as finished. What the files that it writes are made from should
+    # show in the flags, see `digest`, as a finished run is compared by these.
     prepare: Callable[[], object] | None = None
 
 
@@ -257,6 +264,10 @@ class Grid:
             except (ValueError, OSError) as error:
                 print(f"{name} failed: {error}", file=sys.stderr, flush=True)
                 return False
+            except NothingToDoError as error:
+                print(f"{name} is left out: {error}", flush=True)
+                self._finish(name, cost)
+                return True
         began = time.perf_counter()
         with log.open("a") as file:
             process = subprocess.Popen(self.command(name), stdout=file, stderr=file)
@@ -274,10 +285,13 @@ class Grid:
         if process.returncode:
             spent.write_text(json.dumps(cost) + "\n")
             return False
-        written = cost | {"flags": self._flags(name)}
-        (self.out / f"{name}.cost.json").write_text(json.dumps(written) + "\n")
-        spent.unlink(missing_ok=True)
+        self._finish(name, cost)
         return True
+
+    def _finish(self, name: str, cost: Mapping[str, float]) -> None:
+        written = {**cost, "flags": self._flags(name)}
+        (self.out / f"{name}.cost.json").write_text(json.dumps(written) + "\n")
+        (self.out / f"{name}.spent.json").unlink(missing_ok=True)
 
     def run_all(self, names: Sequence[str], at_once: int = 1) -> list[str]:
         """Makes runs, each after those that it needs.
@@ -369,6 +383,15 @@ def flags_of(config: Any, name: str) -> dict[str, Any]:
         if value != each.default:
             flags[name if each.name == "spec" else f"{name}.{each.name}"] = value
     return flags
+
+
+def digest(*settings: Any) -> str:
+    """Eight characters that tell settings apart, for the name of a file that is made from them.
+
+    Args:
+      settings: as JSON can have them; others as text.
+    """
+    return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:8]
 
 
 def parse_flags(text: str) -> dict[str, list[str]]:
