@@ -75,8 +75,9 @@ def grid(c: Config) -> Grid:
 
 def add_policy(c: Config, jobs: dict[str, Job], name: str, seed: int) -> None:
     """A reward model on a labeler's comparisons, and PPO against it."""
-    labels = ("pairs",) if name in (PEOPLE, MIXED) else ()
-    labels += () if name == PEOPLE else (c.labels_of(name, seed),)
+    labels = ["pairs"] if name in (PEOPLE, MIXED) else []
+    if name != PEOPLE:
+        labels.append(c.labels_of(name, seed))
     file, prepare = c.directory / labels[0] / "comparisons.jsonl", None
     if name == MIXED:
         file = c.directory / f"mixed-{seed}.jsonl"
@@ -84,7 +85,7 @@ def add_policy(c: Config, jobs: dict[str, Job], name: str, seed: int) -> None:
     flags = {"model": c.model, "data": f"jsonl:{file}", "seed": seed, **c.comparison_flags}
     rm = f"rm-{name}-{seed}"
     flags |= parse_flags(c.rm_flags)
-    jobs[rm] = Job("run_rm.py", flags, needs=labels, prepare=prepare)
+    jobs[rm] = Job("run_rm.py", flags, needs=tuple(labels), prepare=prepare)
     flags = {"model": c.model, "reward": c.directory / rm, "seed": seed, **c.prompt_flags}
     if not c.in_miniature:  # which has text of its own
         flags["ptx.coef"] = 0

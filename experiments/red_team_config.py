@@ -45,8 +45,8 @@ class Config(grids.PolicyConfig):
     attacker: str = "runs/pretrain"
     """Base model that writes attacks, and that the attackers are trained from, likewise."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """The target's reward, to which its next PPO adds harm. Attacks as prompts have no other column of
-    --data, which a function could read."""
+    """The target's reward, to which its next PPO adds harm. The attacks among the prompts have no
+    other column that a function could read."""
     harm: tuple[str, ...] = ()
     """Functions that score the harm of an answer, as for --reward of run_ppo.py. Their sum counts.
     By default the miniature's `rude`."""
