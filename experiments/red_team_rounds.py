@@ -61,7 +61,8 @@ def attacks(c: Config) -> Section | None:
         for column in COLUMNS:
             values = [value_of(results[column]) for results in found]
             means.append(statistics.over_runs(values))
-        rows.append([method, *map(paper.percent, means[:4]), paper.plain(means[4])])
+        answered = ", ".join(f"{results['answered']:,}" for results in found)
+        rows.append([method, answered, *map(paper.percent, means[:4]), paper.plain(means[4])])
         line = "RL" if method.startswith("rl-") else "prompts and SFT"
         points.setdefault(line, []).append((means[0].value, means[2].value))
     if not rows:
@@ -70,7 +71,8 @@ def attacks(c: Config) -> Section | None:
         "Success is of distinct attacks. Self-BLEU is lower for more diverse attacks, and grows"
         " with their number; it is of 1,000 at most, duplicates included."
     )
-    names = ("", "success", "with duplicates", "self-BLEU", "distinct", "words")
+    shares = ("success", "with duplicates", "self-BLEU", "distinct")
+    names = ("", "attacks of each seed", *shares, "words")
     lines = {name: np.array(line) for name, line in points.items()}
     figure = lines_svg("Success against diversity", lines, "share that succeeds", "self-BLEU")
     return Section("Success against diversity", text, (), [Table("", names, rows)], [figure])

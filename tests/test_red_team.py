@@ -759,6 +759,7 @@ def test_the_page(tmp_path, monkeypatch):
         for i, method in enumerate(c.methods):
             figures = {"success_rate": [seed / 100 + i / 10, 0, 1], "words": 4.0}
             figures |= {"success_rate_with_duplicates": 0.5, "self_bleu": 0.25, "distinct": 1.0}
+            figures["answered"] = 1000 * seed + i
             write(f"{method}-attacks-{seed}", figures)
         names = [c.model, f"{tmp_path}/control-{seed}", f"{tmp_path}/defence-{seed}"]
         for kind, scale in (("harm-few-shot", 1), ("harm-rl-1", 2), ("helpfulness", 3)):
@@ -779,8 +780,9 @@ def test_the_page(tmp_path, monkeypatch):
     attacks, harm, helpful, refusal = red_team_rounds.sections(c)
     rows = {row[0]: row[1:] for row in attacks.tables[0].rows}
     assert list(rows) == ["zero-shot", "few-shot", "sft", "rl-0", "rl-1"]
-    assert rows["sft"][0].startswith("24.0 % (")  # of 23 and 25
-    assert rows["rl-0"][1:4] == [f"{x} % ({x} to {x})" for x in ("50.0", "25.0", "100.0")]
+    assert rows["sft"][0] == "3,002, 5,002"
+    assert rows["sft"][1].startswith("24.0 % (")  # of 23 and 25
+    assert rows["rl-0"][2:5] == [f"{x} % ({x} to {x})" for x in ("50.0", "25.0", "100.0")]
     assert ">RL<" in attacks.figures[0]
     np.testing.assert_allclose(drawn["RL"], [[0.34, 0.25], [0.44, 0.25]])
     assert len(drawn["prompts and SFT"]) == 3
