@@ -10,7 +10,8 @@ the same pairs of the policy's responses; pairs that it finds even are left out.
 
     pairs                    the policy's responses, and what people say of them
     critic                   in the miniature, a base model that has learned from pages of critics
-    labels-LABELER           what a model says, or a rule-based critic with errors
+    labels-LABELER           what a model says
+    labels-LABELER-SEED      what a rule-based critic says, whose errors are of that seed
     rm-, ppo-LABELER-SEED    a reward model for each labeler and for `people`, and PPO against it
     evaluation-SEED          all of these and --model, by the judge
 
@@ -24,13 +25,12 @@ import functools
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
-import constitution
+import numpy as np
 import policy_grids as grids
+from ai_feedback import RULES
+from labelers_config import CRITIC, MIXED, PEOPLE, Config
 from line_files import read_lines, write_lines
 
 from instructjax import miniature, usage
@@ -38,75 +38,13 @@ from instructjax.evaluation import paper, statistics
 from instructjax.evaluation.grid import Grid, Job, from_here, parse_flags
 from instructjax.evaluation.report import Section, Table
 from instructjax.miniature import critics
-from instructjax.ranges import Count, Finite, NotNegative
 from instructjax.run import pretrained
 from instructjax.scoring import RewardConfig
 
 EXPERIMENTS = Path(__file__).resolve().parent
-PEOPLE, CRITIC, MIXED, LABELS = "people", "critic", "mixed", "comparisons.jsonl"
+LABELS = "comparisons.jsonl"
 PAGES = 30_000  # of the miniature's corpus, and as many of critics
-ABLE = ("followed", "padding", "rude")  # what the base model that reads critics can judge
 COLUMNS = ("utility", "kl", "against the start", "against people")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(grids.PolicyConfig):
-    """The labelers."""
-
-    OWN = MappingProxyType({"ai_flags": ("model", "data", "pairs"), "rm_flags": ("data",)})
-
-    out: Path | None = Path("runs/labelers")
-    people: tuple[str, ...] = ()
-    """Whose labels AI feedback is compared with: functions and reward models, as for --reward of
-    run_ppo.py. By default the miniature's training labelers, one for each prompt."""
-    labelers: tuple[str, ...] = ()
-    """Language models that label, best chat models. By default none besides the miniature's."""
-    noise: tuple[NotNegative, ...] = (0.0, 3.0)
-    """Standard deviations of the errors of rule-based critics, in units of the judge's utility. The
-    miniature has such critics, one for each noise and each --place_bias."""
-    place_bias: tuple[Finite, ...] = (0.0, 2.0)
-    """How much better the response that is shown first seems to them, likewise."""
-    prompts: Count = 8000
-    """Number of prompts that the policy answers twice. Those whose two responses people find equal
-    give no pair."""
-    ai_flags: str = ""
-    """More flags of each ai_feedback.py of --labelers, likewise."""
-    rm_flags: str = ""
-    """More flags of each run_rm.py, likewise."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for flag, named in (("--people", self.people), ("--labelers", self.labelers)):
-            if not named and not self.in_miniature:
-                raise ValueError(f"{flag}: only the miniature has some of its own; name one")
-        names = [Path(model).name for model in self.labelers]
-        taken = [PEOPLE, *self.critics]
-        if len({*taken, *names}) < len(taken) + len(names):
-            raise ValueError(f"--labelers: two of one name, or a name in use: {', '.join(names)}")
-
-    @property
-    def people_specs(self) -> tuple[str, ...]:
-        return self.people or (f"{from_here(EXPERIMENTS)}/reproduce.py:training_labelers",)
-
-    @property
-    def critics(self) -> dict[str, dict[str, Any]]:
-        """The flags of each ai_feedback.py by a critic of the miniature, by name."""
-        if not self.in_miniature:
-            return {}
-        overall = {"only_principles": critics.OVERALL}
-        asked: dict[str, dict[str, Any]] = {}
-        for noise, bias in itertools.product(self.noise, self.place_bias):
-            rules = {"model": "rules", "noise": noise, "place_bias": bias}
-            asked.setdefault(MIXED, rules)
-            asked[f"rules-{noise:g}-{bias:g}"] = rules | overall
-        made = {"model": self.directory / CRITIC, "principles": constitution.MINIATURE}
-        return asked | {CRITIC: made | {"only_principles": ABLE}}
-
-    @property
-    def asked(self) -> dict[str, dict[str, Any]]:
-        """The flags of each ai_feedback.py, by the name of its labeler."""
-        words = parse_flags(self.ai_flags)
-        return self.critics | {Path(x).name: {"model": x, **words} for x in self.labelers}
 
 
 # ------------------------------------------------------------------------------------- the runs
@@ -120,10 +58,13 @@ def grid(c: Config) -> Grid:
         text = c.directory / "critic.jsonl"
         flags = {"model": "miniature", "preset": "miniature", "data": f"jsonl:{text}"}
         jobs[CRITIC] = Job("run_pretrain.py", flags, prepare=functools.partial(write_text, text))
-    for name, flags in c.asked.items():
+    own = {"data": f"jsonl:{c.directory / 'pairs' / 'comparisons.jsonl'}", "pairs": c.prompts}
+    for name, seed in itertools.product(c.asked, c.seeds):
         needs = ("pairs", CRITIC) if name == CRITIC else ("pairs",)
-        own = {"data": f"jsonl:{c.directory / 'pairs' / 'comparisons.jsonl'}", "pairs": c.prompts}
-        jobs[f"labels-{name}"] = Job("ai_feedback.py", flags | own, needs=needs, resumes=False)
+        flags = c.asked[name] | own
+        if c.asked[name]["model"] == RULES:  # other errors would else be one draw for all seeds
+            flags["seed"] = seed
+        jobs[c.labels_of(name, seed)] = Job("ai_feedback.py", flags, needs=needs, resumes=False)
     for name, seed in itertools.product([PEOPLE, *c.asked], c.seeds):
         add_policy(c, jobs, name, seed)
     for seed in c.seeds:
@@ -134,16 +75,17 @@ def grid(c: Config) -> Grid:
 
 def add_policy(c: Config, jobs: dict[str, Job], name: str, seed: int) -> None:
     """A reward model on a labeler's comparisons, and PPO against it."""
-    labels = {PEOPLE: ("pairs",), MIXED: ("pairs", f"labels-{MIXED}")}
-    labels = labels.get(name, (f"labels-{name}",))
+    labels = ["pairs"] if name in (PEOPLE, MIXED) else []
+    if name != PEOPLE:
+        labels.append(c.labels_of(name, seed))
     file, prepare = c.directory / labels[0] / "comparisons.jsonl", None
     if name == MIXED:
-        file = c.directory / "mixed.jsonl"
+        file = c.directory / f"mixed-{seed}.jsonl"
         prepare = functools.partial(write_mixed, file, *(c.directory / x for x in labels))
     flags = {"model": c.model, "data": f"jsonl:{file}", "seed": seed, **c.comparison_flags}
     rm = f"rm-{name}-{seed}"
     flags |= parse_flags(c.rm_flags)
-    jobs[rm] = Job("run_rm.py", flags, needs=labels, prepare=prepare)
+    jobs[rm] = Job("run_rm.py", flags, needs=tuple(labels), prepare=prepare)
     flags = {"model": c.model, "reward": c.directory / rm, "seed": seed, **c.prompt_flags}
     if not c.in_miniature:  # which has text of its own
         flags["ptx.coef"] = 0
@@ -180,15 +122,27 @@ def figures_of(c: Config, seed: int) -> dict[str, dict[str, float]]:
     return figures
 
 
+def mean_of(estimates: Sequence[Sequence[float] | None]) -> statistics.Estimate | None:
+    """The mean of a figure over some runs, with that of its intervals; None where it is missing."""
+    given = [x for x in estimates if x is not None]
+    return statistics.Estimate(*np.mean(given, 0).tolist()) if given else None
+
+
 def labelers(c: Config) -> Section | None:
     """What each labeler says of the pairs that people order."""
     rows = []
     for name in c.asked:
-        if results := paper.results_of(c.results_directory, f"labels-{name}"):
-            judge = results.get("agreement_with_judge", {}).get(critics.OVERALL)
-            shares = [f"{results[x]:.0%}" for x in ("share_a", "decided_by_place")]
-            agreements = map(paper.percent, (results.get("agreement"), judge))
-            rows.append([name, f"{results['pairs']:,}", *agreements, *shares])
+        runs = dict.fromkeys(c.labels_of(name, seed) for seed in c.seeds)
+        found = [x for run in runs if (x := paper.results_of(c.results_directory, run))]
+        if found:
+            judge = [x.get("agreement_with_judge", {}).get(critics.OVERALL) for x in found]
+            means = [mean_of([x.get("agreement") for x in found]), mean_of(judge)]
+            shares = [
+                f"{np.mean([x[column] for x in found]):.0%}"
+                for column in ("share_a", "decided_by_place")
+            ]
+            pairs = f"{round(np.mean([x['pairs'] for x in found])):,}"
+            rows.append([name, pairs, *map(paper.percent, means), *shares])
     columns = (
         "",
         "pairs",
@@ -197,7 +151,10 @@ def labelers(c: Config) -> Section | None:
         "says A",
         "decided by the place",
     )
-    text = "Of the pairs that people order. Intervals are over prompts."
+    text = (
+        "Of the pairs that people order. Intervals are over prompts, and means over the seeds of a"
+        " rule-based critic."
+    )
     return paper.section("Labelers", text, (), Table("", columns, rows))
 
 

@@ -46,7 +46,7 @@ from instructjax.run import checks, flags, main, pretrained
 from instructjax.run.metrics import phase
 from instructjax.run.process import cache_compilations
 
-CHAINS = "chains.jsonl"
+STAGE, CHAINS = "critique_revise", "chains.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class Config:
 
 def check(c: Config) -> None:
     """Raises ValueError or OSError for flags that cannot work, before anything is loaded."""
-    hosts.require_equal("flags", flags.of_all_hosts(c, "critique_revise"))
+    hosts.require_equal("flags", flags.of_all_hosts(c, STAGE))
     checks.check_directory("--out", c.out)
     assert c.constitution
     mesh = sharding.make_mesh(**sharding.parse_mesh(c.mesh), devices=jax.devices())
@@ -133,13 +133,14 @@ def check(c: Config) -> None:
         scoring.check(scoring.RewardConfig(c.gold), mesh, "--gold")
     data.check(c.data, "prompts")
     if jax.process_index() == 0:
-        check_resume(c.out, recorded(c), c.resume, ("revisions", "gold"))
+        free = ("revisions", "gold")
+        check_resume(c.out, STAGE, recorded(c), c.resume, flags.defaults(c), free)
 
 
 def recorded(c: Config) -> dict[str, Any]:
     """The flags and the principles, as config.json has them."""
     principles = [dataclasses.asdict(principle) for principle in c.constitution.principles]
-    return flags.of_all_hosts(c, "critique_revise") | {"principles": principles}
+    return flags.of_all_hosts(c, STAGE) | {"principles": principles}
 
 
 def critique_revise(c: Config) -> list[dict[str, Any]]:
@@ -158,7 +159,7 @@ def critique_revise(c: Config) -> list[dict[str, Any]]:
     prompts = prompts.take(np.arange(len(prompts)) < c.prompts)
     records = prompts.records
     check_records(c, records)
-    record(c.out, recorded(c))
+    record(c.out, STAGE, recorded(c))
     file, key = c.out / CHAINS, jax.random.key(c.seed)
     chains = revision_chains.read(file, records)
     if not chains:

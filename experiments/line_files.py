@@ -16,13 +16,20 @@ SAME = ("out", "resume", "batch_size", "mesh")  # flags that change no token
 
 
 def check_resume(
-    out: Path, flags: Mapping[str, Any], resume: bool, free: Collection[str] = ()
+    out: Path,
+    stage: str,
+    flags: Mapping[str, Any],
+    resume: bool,
+    defaults: Mapping[str, Any],
+    free: Collection[str] = (),
 ) -> None:
     """Raises ValueError or OSError if --out holds a run, and this is not its continuation.
 
     Args:
+      stage: the script's name.
       flags: as config.json has them.
       resume: whether --resume was given.
+      defaults: of the flags; what a run has used that knew no such flag.
       free: more flags that may differ.
     """
     file = out / "config.json"
@@ -32,12 +39,18 @@ def check_resume(
         raise FileExistsError(
             f"--out {out} holds a run: continue it with --resume, or give another --out"
         )
-    before = json.loads(file.read_text())["config"]
+    recorded = json.loads(file.read_text())
+    # Without a stage it is an earlier version's, and its flags must do.
+    if (other := recorded.get("stage", stage)) != stage:
+        raise ValueError(
+            f"--resume: {out} holds a run of {other}, not of {stage}; give another --out"
+        )
+    before = {**defaults, **recorded["config"]}
     for name, value in flags.items():
-        if name not in (*SAME, *free) and before.get(name, value) != value:
+        if name not in (*SAME, *free) and before.get(name) != value:
             raise ValueError(
-                f"--resume: --{name} was {before[name]!r} in {out}, and is {value!r}; give the same"
-                " flags again, or another --out"
+                f"--resume: --{name} was {before.get(name)!r} in {out}, and is {value!r}; give the"
+                " same flags again, or another --out"
             )
 
 
@@ -45,9 +58,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of host 0, on all hosts. A torn last line is cut off."""
     text = ""
     if jax.process_index() == 0 and file.exists():
-        text = file.read_text("utf-8")
-        if (whole := text[: text.rfind("\n") + 1]) != text:
-            file.write_text(text := whole, encoding="utf-8")
+        data = file.read_bytes()  # its end may be within a character
+        if (whole := data[: data.rfind(b"\n") + 1]) != data:
+            file.write_bytes(whole)
+        text = whole.decode()
     if jax.process_count() > 1:
         text = hosts.agree_text(text)
     return [json.loads(line) for line in text.split("\n") if line]
@@ -78,9 +92,10 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def record(out: Path, flags: Mapping[str, Any]) -> None:
-    """Makes OUT, with the command and its flags in config.json."""
+def record(out: Path, stage: str, flags: Mapping[str, Any]) -> None:
+    """Makes OUT, with the script's name, the command and its flags in config.json."""
     out.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        written = {"command": shlex.join(["python", *sys.argv]), "config": flags}
-        (out / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+        command = shlex.join(["python", *sys.argv])
+        written = {"stage": stage, "command": command, "config": flags}
+        replace(out / "config.json", json.dumps(written, indent=2) + "\n")

@@ -38,10 +38,7 @@ def rude(prompts: Texts, responses: Texts, records: Records) -> list[float]:
 
     It reads the response alone, so that a prompt may be any text, as in red teaming.
     """
-    return [
-        float(any(x.act == "rude" or language.RUDE_WORDS & {*x.words} for x in language.read(text)))
-        for text in responses
-    ]
+    return [float(any(x.is_rude for x in language.read(text))) for text in responses]
 
 
 def _parts(responses: Texts, records: Records, names: Sequence[str]) -> list[float]:

@@ -12,9 +12,9 @@ continues --opening. Few-shot, it reads attacks of an earlier run first, which a
 each attack, with probability proportional to exp(harm / --examples_temperature). An attacker that
 was trained on attacks, by run_sft.py or run_ppo.py, reads --opening alone.
 
-Attacks that are empty, lack --end or have no room in the target's context are dropped, and
-duplicates too. The target answers each of the others once. red_team_rounds.py makes an experiment
-of such runs.
+Attacks that are empty, do not end or that the target cannot read, such as those without room in its
+context, are dropped, and duplicates too. The target answers each of the others once.
+red_team_rounds.py makes an experiment of such runs.
 
 Hardware: two CPU cores suffice for the miniature and a thousand attacks.
 Result: OUT/attacks.jsonl, a line for each attack that was answered, and OUT/results.json: the share
@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
-from line_files import append, check_resume, read_lines, record
+from line_files import append, check_resume, read_lines, record, replace
 from red_team_attacker import Attacker, attack_of, read_examples
 from red_team_results import results_of, show
 from red_team_target import load_target
@@ -43,6 +43,7 @@ from instructjax.run.metrics import phase
 from instructjax.run.process import cache_compilations
 from instructjax.scoring import RewardConfig
 
+STAGE = "red_team"
 WRITTEN, ATTACKS, RESULTS = "written.jsonl", "attacks.jsonl", "results.json"
 
 
@@ -61,9 +62,12 @@ class Config:
     r"""Text that the attacker continues; \n is a line break. [Perez et al.: the default]"""
     template: Literal["auto", "chat", "plain"] = "plain"
     """How the attacker reads it, as --data.template of the training scripts."""
+    target_template: Literal["auto", "chat", "plain"] = "auto"
+    """How the target reads an attack, likewise."""
     end: str = ""
     """Text that an attack ends with; what follows is cut off. An attack without it is dropped.
-    By default an attack ends with its line. [Perez et al.: ?]"""
+    By default an attack ends with its line or with the text, and one that is cut after
+    --max_attack_tokens is dropped. [Perez et al.: ?]"""
     examples: Path | None = None
     """attacks.jsonl of an earlier run, to draw examples for the attacker from. By default it reads
     none."""
@@ -117,7 +121,7 @@ class Config:
 
 def check(c: Config) -> None:
     """Raises ValueError or OSError for flags that cannot work, before anything is loaded."""
-    hosts.require_equal("flags", flags.of_all_hosts(c, "red_team"))
+    hosts.require_equal("flags", flags.of_all_hosts(c, STAGE))
     checks.check_directory("--out", c.out)
     mesh = sharding.make_mesh(**sharding.parse_mesh(c.mesh), devices=jax.devices())
     checks.check_rows("--batch_size", c.batch_size, 1, mesh)
@@ -129,7 +133,7 @@ def check(c: Config) -> None:
     if c.examples is not None:
         read_examples(f"{c.examples}", c.shots)
     if jax.process_index() == 0:
-        check_resume(c.out, _flags(c), c.resume)
+        check_resume(c.out, STAGE, _flags(c), c.resume, flags.defaults(c))
 
 
 def _flags(c: Config) -> dict[str, Any]:
@@ -151,7 +155,7 @@ def write_attacks(c: Config, mesh: Mesh, key: jax.Array) -> list[str]:
     with phase(Console(), f"{c.attacker}: writing {c.attacks:,} attacks"):
         while len(done) < c.attacks:
             numbers = range(c.attacks)[len(done) : len(done) + c.batch_size]
-            texts = attacker.write(
+            written = attacker.write(
                 [prompts[i] for i in numbers],
                 key,
                 numbers,
@@ -160,7 +164,7 @@ def write_attacks(c: Config, mesh: Mesh, key: jax.Array) -> list[str]:
                 temperature=c.temperature,
                 top_p=c.top_p,
             )
-            rows = [{"written": text, "attack": attack_of(text, c.end)} for text in texts]
+            rows = [{"written": x, "attack": attack_of(x, c.end, ended)} for x, ended in written]
             append(c.out / WRITTEN, rows)
             done += [row["attack"] for row in rows]
     return done
@@ -179,6 +183,7 @@ def answer_attacks(
             size=c.batch_size,
             max_new_tokens=c.max_new_tokens,
             temperature=c.temperature,
+            template=c.target_template,
         )
     first = {attack: number for number, attack in reversed([*enumerate(attacks)]) if attack}
     numbers = sorted(first.values())
@@ -207,7 +212,7 @@ def red_team(c: Config) -> None:
     if hosts.agree(c.resume and (c.out / RESULTS).exists()):
         print(f"{c.out} has finished before")
         return
-    record(c.out, _flags(c))
+    record(c.out, STAGE, _flags(c))
     cache_compilations()
     mesh = sharding.make_mesh(**sharding.parse_mesh(c.mesh), devices=jax.devices())
     attack_key, answer_key = jax.random.split(jax.random.key(c.seed))
@@ -216,7 +221,7 @@ def red_team(c: Config) -> None:
     if jax.process_index() == 0:
         results = results_of(attacks, rows)
         show(results, f"{c.attacker} against {c.target}")
-        (c.out / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+        replace(c.out / RESULTS, json.dumps(results, indent=2) + "\n")
         print(f"wrote {c.out / ATTACKS}, {c.out / RESULTS}")
 
 

@@ -16,15 +16,17 @@ from instructjax.offload import freeze
 from instructjax.run import pretrained
 
 
-def attack_of(written: str, end: str = "") -> str:
-    """The attack in what an attacker wrote: its first line, cut after `end`; empty without `end`.
+def attack_of(written: str, end: str = "", ended: bool = True) -> str:
+    """The attack in what an attacker wrote: its first line, cut after `end`; empty without its end.
 
     Args:
-      end: text that an attack ends with, such as `?`; empty: the line's end.
+      end: text that an attack ends with, such as `?`; empty: the end of its line or of the text.
+      ended: whether the text ended by itself, and was not cut after a number of tokens.
     """
-    line = written.lstrip().partition("\n")[0].strip()
+    line, cut_here, _ = written.lstrip().partition("\n")
+    line = line.strip()
     if not end:
-        return line
+        return line if ended or cut_here else ""
     before, found, _ = line.partition(end)
     return f"{before}{found}" if found and before.strip() else ""
 
@@ -148,8 +150,9 @@ class Attacker:
         numbers: Sequence[int],
         size: int,
         **settings: Any,
-    ) -> list[str]:
-        """What it writes after each prompt. The noise depends on the key and the prompt's number.
+    ) -> list[tuple[str, bool]]:
+        """What it writes after each prompt, and whether that ended. The noise depends on the key
+        and the prompt's number.
 
         Args:
           size: prompts at a time; more of them are written in parts.
@@ -166,8 +169,9 @@ class Attacker:
             mesh=self.mesh,
             **settings,
         )
-        tokens = rollout.token_ids(sampled)[: len(prompts)]
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(rollout.token_ids(sampled), skip_special_tokens=True)
+        ended = rollout.ended(sampled, self.config.eos_ids).tolist()
+        return [*zip(texts, ended, strict=True)][: len(prompts)]
 
 
 def filled(prompts: Sequence[Sequence[int]], size: int) -> tuple[list[Sequence[int]], int]:

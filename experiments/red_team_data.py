@@ -1,6 +1,7 @@
 """The files of red_team_rounds.py: rewards of attackers, and prompts made of attacks and others."""
 
 import itertools
+import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,13 @@ from line_files import read_lines, replace, write_lines
 
 from instructjax import data
 from instructjax.data import DataConfig
+from instructjax.data.fields import ALIASES, INPUT, NAMES
 from instructjax.evaluation import comparison
+from instructjax.evaluation.grid import NothingToDoError
 
 LEAST = 20  # attacks that must have succeeded before an attacker is trained on them
+# Columns that a conversation is read from.
+READ = {*INPUT, *(x for name in NAMES["prompts"] for x in ALIASES.get(name, (name,)))}
 ROWS = 256  # of a file that repeats the opening: prompts of an evaluation in training
 _REWARD = '''"""The reward of an attacker. Written by red_team_rounds.py."""
 
@@ -61,21 +66,30 @@ def check_successes(directory: Path) -> None:
 
 
 def write_prompts(
-    file: Path, held_out: Path, config: DataConfig, attacked: Sequence[Path], share: float
+    file: Path,
+    held_out: Path,
+    config: DataConfig,
+    attacked: Sequence[Path],
+    share: float,
+    seed: int,
 ) -> None:
     """Writes the prompts of the target's next PPO, and those it is evaluated on in training.
 
     Args:
       file: gets all training prompts, and attacks that succeeded, as often as makes their share.
+        They have no other column, which a function of a reward could read.
       held_out: gets the validation prompts.
       config: of the target's prompts.
       attacked: directories of runs of red_team.py.
       share: of the attacks among the prompts of `file`.
+      seed: of the attacks' order. In that of `attacked`, a small share would have those of the
+        first runs alone.
 
     Raises:
       ValueError: no attack succeeded.
     """
     attacks = succeeded(attacked)
+    random.Random(seed).shuffle(attacks)
     if not attacks and share:
         raise ValueError(f"{', '.join(map(str, attacked))}: no attack succeeded")
     ordinary = _ordinary(config, "train")
@@ -94,20 +108,30 @@ def write_held_out(file: Path, attacked: Sequence[Path], trained_on: Sequence[Pa
     that fail more often.
 
     Raises:
-      ValueError: none is left.
+      NothingToDoError: none is left.
     """
     seen, held_out = ({row["prompt"]: None for row in _rows(x)} for x in (trained_on, attacked))
     attacks = [attack for attack in held_out if attack not in seen]
     if not attacks:
-        raise ValueError(f"{', '.join(map(str, attacked))}: all attacks are in training as well")
+        raise NothingToDoError(
+            f"{', '.join(map(str, attacked))}: no attack that the training runs lack"
+        )
     write_lines(file, [{"prompt": attack} for attack in attacks])
 
 
 def _ordinary(config: DataConfig, split: Literal["train", "validation"]) -> list[dict[str, Any]]:
     records = data.read(config, "prompts", split=split, render=False, log=lambda _: None)
-    # What functions of a reward read besides the prompt, such as the miniature's request.
+    # Functions of a reward may read other columns, such as the miniature's request. Those that the
+    # prompt was read from would be read once more.
     return [
-        {**(record.row if record.verbatim else {}), **comparison.prompt_row(record)}
+        {
+            **{
+                name: value
+                for name, value in record.row.items()
+                if name not in (ALIASES["messages"] if record.verbatim else READ)
+            },
+            **comparison.prompt_row(record),
+        }
         for record in records
     ]
 

@@ -21,10 +21,11 @@ def results_of(attacks: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[s
       rows: of attacks.jsonl.
 
     Returns:
-      Counts; `success_rate`, of the attacks that were answered, and `harm`, their mean, with
-      intervals; `success_rate_with_duplicates`, in which an attack counts as often as it was
-      written; and over all valid attacks, duplicates included, `distinct`, their share that is
-      distinct, `self_bleu`, of the first 1,000, and `words`, their mean length.
+      Counts, of which `unreadable` are distinct attacks that the target cannot read;
+      `success_rate`, of the attacks that were answered, and `harm`, their mean, with intervals;
+      `success_rate_with_duplicates`, in which an attack counts as often as it was written; and over
+      all valid attacks, duplicates included, `distinct`, their share that is distinct, `self_bleu`,
+      of the first 1,000, and `words`, their mean length.
     """
     valid = [attack for attack in attacks if attack]
     succeeded = {row["prompt"]: row["succeeded"] for row in rows}
@@ -34,7 +35,7 @@ def results_of(attacks: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[s
         "written": len(attacks),
         "invalid": len(attacks) - len(valid),
         "duplicates": len(valid) - len({*valid}),
-        "no_room": len({*valid}) - len(rows),
+        "unreadable": len({*valid}) - len(rows),
         "answered": len(rows),
         "succeeded": sum(succeeded.values()),
         "success_rate": statistics.mean(np.array([*succeeded.values()], float)),

@@ -18,7 +18,7 @@ The second round is ours.
     defence-SEED             PPO from the target: its prompts and attacks that succeeded, and its
                              reward less --harm_coef times harm
     control-SEED             PPO from the target on its prompts and reward alone
-    harm-KIND-SEED           the three on held-out attacks, by harm; prompted attackers and trained
+    harm-METHOD-SEED         the three on held-out attacks that no training run has, by harm
     helpfulness-SEED         the three on held-out prompts, by the judge
     refusal-SEED             the miniature: prompts that ask for insults
 
@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import red_team_grid as runs
-from red_team_grid import Config
+from red_team_config import Config
 
 from instructjax import scoring, usage
 from instructjax.evaluation import paper, statistics
@@ -42,6 +42,7 @@ from instructjax.evaluation.report import Section, Table
 from instructjax.run import pretrained
 from instructjax.scoring import RewardConfig
 
+MODELS = ("target", "control", "defence")
 COLUMNS = ("success_rate", "success_rate_with_duplicates", "self_bleu", "distinct", "words")
 
 
@@ -60,7 +61,8 @@ def attacks(c: Config) -> Section | None:
         for column in COLUMNS:
             values = [value_of(results[column]) for results in found]
             means.append(statistics.over_runs(values))
-        rows.append([method, *map(paper.percent, means[:4]), paper.plain(means[4])])
+        answered = ", ".join(f"{results['answered']:,}" for results in found)
+        rows.append([method, answered, *map(paper.percent, means[:4]), paper.plain(means[4])])
         line = "RL" if method.startswith("rl-") else "prompts and SFT"
         points.setdefault(line, []).append((means[0].value, means[2].value))
     if not rows:
@@ -69,7 +71,8 @@ def attacks(c: Config) -> Section | None:
         "Success is of distinct attacks. Self-BLEU is lower for more diverse attacks, and grows"
         " with their number; it is of 1,000 at most, duplicates included."
     )
-    names = ("", "success", "with duplicates", "self-BLEU", "distinct", "words")
+    shares = ("success", "with duplicates", "self-BLEU", "distinct")
+    names = ("", "attacks of each seed", *shares, "words")
     lines = {name: np.array(line) for name, line in points.items()}
     figure = lines_svg("Success against diversity", lines, "share that succeeds", "self-BLEU")
     return Section("Success against diversity", text, (), [Table("", names, rows)], [figure])
@@ -106,43 +109,56 @@ def figures_of(c: Config, run: str, kind: str) -> dict[str, list[float]]:
 
     Args:
       run: how the names of the evaluations begin.
-      kind: `utility`, `wins` against the target, or a name of --measure.
+      kind: `utility`, `wins` against the target, or a measure of evaluate.py.
     """
     found: dict[str, list[float]] = {}
     for seed in c.seeds:
         results = paper.results_of(c.results_directory, f"{run}-{seed}")
         if results is None:
             continue
+        # By their order in --models: the target may have a defence of another grid's name.
+        start, *_ = results["models"]
         won = {
-            paper.run_name(pair["model"]): pair["win_rate"][0]
+            pair["model"]: pair["win_rate"][0]
             for pair in results["pairs"]
-            if pair["against"] == c.model
+            if pair["against"] == start
         }
-        rows = {paper.run_name(path): row for path, row in results["models"].items()}
-        names = {"target": paper.run_name(c.model)}
-        names |= {name: f"{name}-{seed}" for name in ("control", "defence")}
-        for label, name in names.items():
-            row = rows[name]
+        for label, (name, row) in zip(MODELS, results["models"].items(), strict=True):
             figures = {"utility": row["utility"][0], "wins": won.get(name, 0.5)}
             figures |= {key: value[0] for key, value in row.get("measures", {}).items()}
             found.setdefault(label, []).append(figures[kind])
     return found
 
 
+def harm(c: Config) -> Section | None:
+    """The harm of the three on each method's held-out attacks, and how many these are."""
+    rows = []
+    for method in c.methods:
+        every = [paper.results_of(c.results_directory, f"harm-{method}-{x}") for x in c.seeds]
+        counts = [results["prompts"] for results in every if results is not None]
+        if counts:
+            figures = figures_of(c, f"harm-{method}", "utility")
+            cells = [paper.plain(statistics.over_runs(figures[label])) for label in MODELS]
+            rows.append([method, ", ".join(f"{count:,}" for count in counts), *cells])
+    text = (
+        "Mean harm of the answers to attacks of the same attackers with another seed, without all"
+        " attacks of the training runs. A method of which none is left has no row."
+    )
+    table = Table("", ("", "attacks of each seed", *MODELS), rows)
+    return paper.section("Harm on held-out attacks", text, (), table)
+
+
 def defence(c: Config) -> list[Section]:
     """Harm before and after the target's next PPO, and what that costs."""
-    sections = []
-    columns = {f"{kind} attackers": figures_of(c, f"harm-{kind}", "utility") for kind in c.kinds}
-    text = "Mean harm of the answers to attacks of another seed, without those in training."
-    sections.append(section("Harm on held-out attacks", text, columns, paper.plain))
+    sections = [harm(c)]
     columns = {
         "utility": figures_of(c, "helpfulness", "utility"),
         "wins against the target": figures_of(c, "helpfulness", "wins"),
     }
     text = "On held-out prompts, by the judge."
     sections.append(section("Helpfulness", text, columns, paper.plain))
-    if c.data.spec == "miniature":
-        measured = figures_of(c, "refusal", "rude")
+    if c.in_miniature:
+        measured = figures_of(c, "refusal", "toxic")
         refused = {label: [1 - x for x in values] for label, values in measured.items()}
         text = "Share of prompts that ask for insults and get none."
         sections.append(section("Over-refusal", text, {"refused": refused}, paper.percent))

@@ -6,7 +6,7 @@ import functools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from red_team_attacker import attack_of, filled
 
 from instructjax import data, rollout, scoring, sharding
-from instructjax.data import DataError, Record, template
+from instructjax.data import DataError, Record
+from instructjax.data import template as templates
 from instructjax.data.records import parse
 from instructjax.evaluation import diversity
 from instructjax.models import ModelConfig
@@ -41,7 +42,7 @@ class Target:
     def prompts(self, attacks: Sequence[str]) -> list[tuple[Record, list[int]] | None]:
         """Each attack as the target reads it; None where its template refuses it or its context
         has no room for it and an answer, and for an empty one."""
-        form = template.of(self.tokenizer, "auto", self.config.eos_ids)
+        form = templates.of(self.tokenizer, "auto", self.config.eos_ids)
         records = {}
         for i, attack in enumerate(attacks):
             try:
@@ -107,17 +108,22 @@ def load_target(
     size: int,
     max_new_tokens: int,
     temperature: float,
+    template: Literal["auto", "chat", "plain"] = "auto",
     offload: bool = False,
 ) -> Target:
     """Loads the target and what scores harm.
 
     Args:
+      template: --target_template of red_team.py.
       offload: keep both in host memory while they are not used.
       Others are as the flags of red_team.py.
 
     Errors: as of `pretrained.load` and `scoring.load`.
     """
-    config, params, tokenizer = pretrained.load(model, mesh, flag="--target", scalar_head=False)
+    # The tokenizer records the form, which `Target.prompts` and a reward model's check then read.
+    config, params, tokenizer = pretrained.load(
+        model, mesh, flag="--target", template=template, scalar_head=False
+    )
     rewards = RewardConfig(tuple(harm))
     loaded = scoring.load(rewards, mesh, tokenizer, dtype, offload=offload, flag="--harm")
     config, frozen = dataclasses.replace(config, dtype=dtype), freeze(params, dtype)
@@ -136,6 +142,7 @@ def make_reward(
     end: str = "",
     max_new_tokens: int = 32,
     temperature: float = 1.0,
+    template: Literal["auto", "chat", "plain"] = "auto",
     batch_size: int = 128,
     model_dtype: str = "float32",
     mesh: str = "",
@@ -147,7 +154,9 @@ def make_reward(
     `diversity_coef` times its BLEU against the other attacks of the batch. Each host calls it with
     the same responses, and all of them answer together.
 
-    Args: as the flags of red_team.py; `diversity_coef` as its grid's --diversity.
+    Args: as the flags of red_team.py, `template` as --target_template; `diversity_coef` as its
+      grid's --diversity. Whether a response ended is not known here, so that without `end` one that
+      was cut counts as an attack: --ppo.missing_eos is what tells them apart.
 
     Errors: as `load_target`.
     """
@@ -160,6 +169,7 @@ def make_reward(
         size=batch_size,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        template=template,
         offload=True,
     )
 

@@ -44,6 +44,14 @@ def test_the_scripts_know_all_flags(tmp_path, size):
         assert set(job.needs) <= set(grid.jobs)
 
 
+def test_kept_runs_are_those_of_any_machine():
+    results = Path(real_model.__file__).parents[1] / "docs" / "results" / "real"
+    kept = [file.name.removesuffix(".cost.json") for file in results.glob("*.cost.json")]
+    for folder in ("/x", "y"):
+        c = Config(model=f"{folder}/m", data=Path(f"{folder}/d"), results=results)
+        real_model.grid(c).check(kept)
+
+
 def test_runs_are_chosen_with_what_they_need(tmp_path):
     every = {"x": Job("", {}), "y-1": Job("", {}, needs=("x",)), "z": Job("", {}, needs=("y-1",))}
     grid = Grid(tmp_path, every, tmp_path)

@@ -30,7 +30,7 @@ REAL = Config(
 
 @pytest.mark.parametrize("c", [SMALL, REAL])
 def test_the_scripts_know_all_flags(c):
-    labelers = set()
+    labelers, seeds = set(), set()
     for name, job, flags in grid_commands.parsed(compare_labelers.grid(c)):
         if name == "pairs":
             assert (flags.models, flags.data, flags.split) == (("runs/sft",), c.data, "train")
@@ -39,6 +39,10 @@ def test_the_scripts_know_all_flags(c):
         elif job.script == "ai_feedback.py":
             assert flags.data.spec == "jsonl:OUT/pairs/comparisons.jsonl"
             assert flags.pairs == c.prompts
+            if flags.model == "rules":  # whose errors are each seed's own
+                name, _, seed = name.rpartition("-")
+                assert flags.seed == int(seed)
+                seeds.add(flags.seed)
             labelers.add((name, flags.model, flags.noise, flags.place_bias, flags.thoughts))
             assert (flags.constitution_source == "miniature") == (c is SMALL)
             named = {"rules": (critics.OVERALL,), "critic": ("followed", "padding", "rude")}
@@ -57,6 +61,7 @@ def test_the_scripts_know_all_flags(c):
             assert flags.prompts == (9 if c is REAL else 512)
         if name[-2] == "-" and job.script in ("run_rm.py", "run_ppo.py", "evaluate.py"):
             assert flags.seed == int(name[-1])
+    assert seeds == (set() if c is REAL else {3, 5})
     if c is REAL:
         assert labelers == {
             ("labels-ai", "models/ai", 0, 0, 9),
@@ -76,11 +81,16 @@ def test_whose_labels_a_reward_model_has():
     of_rm = {name: job for name, job in jobs.items() if name.startswith("rm-")}
     assert len(of_rm) == 2 * 5
     for name, job in of_rm.items():
-        labeler = name[3:-2]
-        needs = {"people": ("pairs",), "mixed": ("pairs", "labels-mixed")}
-        assert job.needs == needs.get(labeler, (f"labels-{labeler}",))
-        files = {"people": "pairs/comparisons.jsonl", "mixed": "mixed.jsonl"}
-        file = files.get(labeler, f"labels-{labeler}/comparisons.jsonl")
+        labeler, seed = name[3:-2], name[-1]
+        labels = f"labels-{labeler}" if labeler == "critic" else f"labels-{labeler}-{seed}"
+        needs = {"people": ("pairs",), "mixed": ("pairs", labels)}
+        assert job.needs == needs.get(labeler, (labels,))
+        files = {"people": "pairs/comparisons.jsonl", "mixed": f"mixed-{seed}.jsonl"}
+        file = files.get(labeler, f"{labels}/comparisons.jsonl")
+        if labeler == "mixed":
+            assert [str(x) for x in job.prepare.args] == [
+                f"OUT/{x}" for x in (f"mixed-{seed}.jsonl", "pairs", labels)
+            ]
         assert job.flags["data"] == f"jsonl:OUT/{file}"
     assert jobs["labels-critic"].needs == ("pairs", "critic")
     assert jobs["critic"].flags["data"] == "jsonl:OUT/critic.jsonl"
@@ -131,9 +141,16 @@ def test_the_page(tmp_path):
         (tmp_path / f"evaluation-{seed}").mkdir()
         file = tmp_path / f"evaluation-{seed}" / "results.json"
         file.write_text(json.dumps({"models": models, "pairs": pairs}))
+    for seed, share in ((3, 0.5), (5, 0.7)):
+        (tmp_path / f"labels-rules-0-0.5-{seed}").mkdir()
+        of_seed = {"pairs": 1000 + seed, "share_a": share, "decided_by_place": share / 2}
+        of_seed |= {"agreement": [share, share - 0.1, share + 0.1]}
+        file = tmp_path / f"labels-rules-0-0.5-{seed}" / "results.json"
+        file.write_text(json.dumps(of_seed))
     labelers, policies = compare_labelers.sections(c)
     expected = ["critic", "1,234", "70.0 % (60.0 to 80.0)", "90.0 % (80.0 to 95.0)", "61%", "25%"]
-    assert labelers.tables[0].rows == [expected]
+    of_rules = ["rules-0-0.5", "1,004", "60.0 % (50.0 to 70.0)", "", "60%", "30%"]
+    assert labelers.tables[0].rows == [of_rules, expected]
     rows = {row[0]: row[1:] for row in policies.tables[0].rows}
     assert list(rows) == ["people", "mixed", "rules-0-0.5", "critic"]
     assert rows["people"][3] == ""  # not against itself

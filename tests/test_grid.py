@@ -9,7 +9,7 @@ import pytest
 
 from instructjax.data import DataConfig
 from instructjax.evaluation import grid, paper
-from instructjax.evaluation.grid import Grid, GridConfig, Job, NotReadyError
+from instructjax.evaluation.grid import Grid, GridConfig, Job, NothingToDoError, NotReadyError
 
 
 @pytest.fixture(autouse=True)
@@ -54,20 +54,54 @@ def test_a_finished_run_with_other_flags_is_refused(tmp_path):
 
 def test_kept_results_name_no_path_of_this_machine(tmp_path):
     def grid_of(place: str, folder: str) -> Grid:
-        jobs = {"a": Job("x.py", {"data": f"jsonl:{place}/f"})}
+        jobs = {"a": Job("x.py", {"data": f"jsonl:{place}/f", "model": f"{place}/m", "size": "m"})}
         out, results = tmp_path / folder, tmp_path / "results"
-        return Grid(out, jobs, tmp_path, results, {place: "DATA", f"{out}/": ""})
+        return Grid(out, jobs, tmp_path, results, {place: "DATA", f"{place}/m": "MODEL", "m": "M"})
 
-    first = grid_of("/mnt/x", "one")
-    (first.out / "a").mkdir(parents=True)
-    (first.out / "a" / "config.json").write_text(f'"/mnt/x/f {first.out}/a"')
-    (first.out / "a" / "results.json").write_text("1")
+    first = grid_of("/mnt/é", "one")
+    out = first.out
+    (out / "a").mkdir(parents=True)
+    said = {
+        f"{out}/a": [0.10, "/mnt/é/f,/mnt/é/m"],
+        "m": "a m, /mnt/é2 /mnt/é.y /y/mnt/é or /mnt/é.",
+    }
+    said |= {"command": f"f --data=jsonl:/mnt/é/*.gz --out '{out}' ü"}
+    (out / "a" / "config.json").write_text(
+        json.dumps(said, ensure_ascii=False).replace("0.1", "0.10")
+    )
+    (out / "a" / "results.json").write_text(r'{"no": "/mnt/\u00e9/f", "x": 1e5}')
     assert first.make(["a"]) == []
     kept = tmp_path / "results"
-    assert (kept / "a" / "config.json").read_text() == '"DATA/f a"'
-    assert (kept / "a" / "results.json").read_text() == "1"
-    assert json.loads((kept / "a.cost.json").read_text())["flags"]["data"] == ["jsonl:DATA/f"]
+    written = (kept / "a" / "config.json").read_text()
+    assert json.loads(written) == {
+        "OUT/a": [0.1, "DATA/f,MODEL"],
+        "m": "a m, /mnt/é2 /mnt/é.y /y/mnt/é or DATA.",
+        "command": "f --data=jsonl:DATA/*.gz --out 'OUT' ü",
+    }
+    assert "[0.10, " in written  # all else is as it was
+    assert (kept / "a" / "results.json").read_text() == '{"no": "DATA/f", "x": 1e5}'
+    flags = json.loads((kept / "a.cost.json").read_text())["flags"]
+    assert flags == {"": [], "data": ["jsonl:DATA/f"], "model": ["MODEL"], "size": ["M"]}
     grid_of("/home/y", "two").check([])  # another machine's data
+
+
+def test_flags_of_relative_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"data": "DATA", "data/m": "MODEL"}
+    flags = {
+        "data": "jsonl:data/f",
+        "x": "jsonl:runs/a/f",
+        "y": ("runs/ab", "data/m/n"),
+        "z": "data",
+    }
+    for out in (Path("runs/a"), tmp_path / "a"):
+        flags |= {"x": f"jsonl:{out}/f", "data.columns": "prompt=data"}
+        out.mkdir(parents=True)
+        assert Grid(out, {"a": Job("x.py", flags)}, tmp_path, None, names).run_all(["a"]) == []
+        assert json.loads((out / "a.cost.json").read_text())["flags"] == {
+            **{"": [], "data": ["jsonl:DATA/f"], "x": ["jsonl:OUT/f"]},
+            **{"y": ["runs/ab", "MODEL/n"], "z": ["DATA"], "data.columns": ["prompt=data"]},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +137,28 @@ def test_a_run_that_waits_stops_no_other(tmp_path, capsys):
         paper.make_page(Config(out=tmp_path), runs, "T", "", list)
     assert end.value.code == 75
     assert capsys.readouterr().err == "label this first\n"
+
+
+def test_a_run_without_work_is_left_out(tmp_path, capsys):
+    def nothing():
+        raise NothingToDoError("no attack is left")
+
+    jobs = {"a": Job("", {"x": 1}, prepare=nothing), "b": Job("", {}, needs=("a",))}
+    assert Grid(tmp_path, jobs, tmp_path).run_all(["a", "b"]) == []
+    assert "a is left out: no attack is left\n" in capsys.readouterr().out
+    assert not (tmp_path / "a.log").exists()
+    assert json.loads((tmp_path / "a.cost.json").read_text()) == {
+        **{"seconds": 0.0, "peak_gb": 0.0},
+        "flags": {"": [], "x": ["1"]},
+    }
+    assert (tmp_path / "b.cost.json").exists()
+
+
+def test_a_digest_tells_settings_apart():
+    first = grid.digest({"a": 1, "b": Path("x")}, ["c"])
+    assert first == grid.digest({"a": 1, "b": Path("x")}, ["c"])
+    assert len(first) == 8
+    assert first not in (grid.digest({"a": 2, "b": Path("x")}, ["c"]), grid.digest({"a": 1}, "c"))
 
 
 def test_flags_as_text():

@@ -230,7 +230,11 @@ def runs(start, cache, tmp_path_factory) -> tuple[Path, Path]:
     grpo = ["swap_loss", "grpo", "--model", f"{start}/sft", "--out", f"{pair_out}/grpo", *FEW]
     grpo += ["--mesh", "data=2,fsdp=4", "--steps", "1", "--samples", "2", "--max_new_tokens", "4"]
     grpo += ["--reward", f"{start}/rm"]
-    with Pair(cache, [["rows", f"{pair_out}"], *commands(start, pair_out), grpo]) as pair:
+    sft, rm, ppo, replayed = commands(start, pair_out)
+    ppo += ["--checkpoints", f"{pair_out}/ppo/checkpoints"]
+    there = [*ppo, "--out", f"{pair_out}/ppo-of-host-1"]  # the hosts may name it differently
+    both = [["rows", f"{pair_out}"], sft, rm, replayed, grpo]
+    with Pair(cache, [*both, ppo], [*both, there]) as pair:
         tasks(*commands(start, single))
         pair.end(0, 0, timeout=240)
     return single, pair_out

@@ -18,11 +18,12 @@ import red_team_grid
 import red_team_results
 import red_team_rounds
 import red_team_target as target
-from red_team_grid import Config
+from red_team_config import Config
 
 from instructjax import data, hf, miniature, models, rollout, scoring, sharding
 from instructjax.data import DataConfig
 from instructjax.evaluation import diversity
+from instructjax.evaluation.grid import NothingToDoError
 from instructjax.models import ModelConfig
 from instructjax.scoring import RewardConfig
 
@@ -89,6 +90,10 @@ def test_the_attack_in_what_was_written():
     assert attacker.attack_of("Why\nso?", end="?") == ""  # of the first line
     assert attacker.attack_of(" ?", end="?") == ""
     assert attacker.attack_of(" \n ") == ""
+    # What was cut after a number of tokens is no attack, but for a line or a sentence before that.
+    assert attacker.attack_of("Who", ended=False) == ""
+    assert attacker.attack_of(" \nWho\nWh", ended=False) == "Who"
+    assert attacker.attack_of("Who? Wh", end="?", ended=False) == "Who?"
 
 
 def test_examples_before_the_opening():
@@ -259,12 +264,21 @@ def test_the_flags_reach_the_models(world, tmp_path, monkeypatch):
         return rollout.right_padded(tokens, settings["max_new_tokens"]), 1.0
 
     monkeypatch.setattr(rollout, "sample", sample)
-    flags = ["--temperature", "0.5", "--top_p", "0.6", "--max_attack_tokens", "20", "--seed", "9"]
+    load_target, forms = red_team.load_target, []
+
+    def load(*args, template, **settings):
+        forms.append(template)
+        return load_target(*args, template=template, **settings)
+
+    monkeypatch.setattr(red_team, "load_target", load)
+    flags = ["--target_template", "plain"]
+    flags += ["--temperature", "0.5", "--top_p", "0.6", "--max_attack_tokens", "20", "--seed", "9"]
     flags += ["--max_new_tokens", "12", "--model_dtype", "bfloat16", "--mesh", "data=2,fsdp=4"]
     flags += ["--examples", f"{examples}", "--shots", "1", "--attacks", "21", "--threshold", "0.2"]
     flags += ["--opening", r"do:\n1.", "--examples_temperature", "2", "--end", "."]
     red_team.cli(words(world, tmp_path / "run", *flags))
     first, second, answers = asked
+    assert forms == ["plain"]
     keys = jax.random.split(jax.random.key(9))
     for given, key in ((first, keys[0]), (second, keys[0]), (answers, keys[1])):
         assert (given["temperature"], given["size"]) == (0.5, 16)
@@ -292,6 +306,24 @@ def test_the_flags_reach_the_models(world, tmp_path, monkeypatch):
     out = tmp_path / "strict"
     red_team.cli(words(world, out, *flags, "--threshold", "0.9"))
     assert not lines(out / "attacks.jsonl")[0]["succeeded"]
+
+
+def test_a_text_that_was_cut_is_no_attack(world, tmp_path, monkeypatch):
+    """Without --end it would be the beginning of one."""
+    tokenizer = miniature.tokenizer()
+    ids = tokenizer("list two foods")["input_ids"]
+
+    def sample(params, config, prompts, key, **settings):
+        tokens = [[*ids, *[tokenizer.eos_token_id] * (i % 2)] for i in range(len(prompts))]
+        return rollout.right_padded(tokens, settings["max_new_tokens"]), 1.0
+
+    monkeypatch.setattr(rollout, "sample", sample)
+    flags = ["--attacks", "3", "--max_attack_tokens", "20", "--end", ""]
+    red_team.cli(words(world, tmp_path / "run", *flags))
+    assert lines(tmp_path / "run" / "written.jsonl") == [
+        {"written": "list two foods", "attack": attack} for attack in ("", "list two foods", "")
+    ]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["stage"] == "red_team"
 
 
 def test_fewer_examples_where_there_is_no_room(world, capsys):
@@ -327,6 +359,20 @@ def test_chat_templates(tmp_path):
     record, given = short
     assert record.prompt.endswith("<|im_start|>user\na river<|im_end|>\n<|im_start|>assistant\n")
     assert given == tokenizer(record.prompt)["input_ids"]
+    plain = target.load_target(f"{tmp_path}/chat", harm, mesh=mesh, template="plain", **sizes)
+    assert [ids for _, ids in plain.prompts(["a river"])] == [tokenizer("a river")["input_ids"]]
+
+
+def test_an_attack_leaves_room_for_the_answer(world):
+    mesh, tokenizer = sharding.make_mesh(devices=jax.devices()[:1]), miniature.tokenizer()
+    sizes = {"size": 4, "max_new_tokens": 6, "temperature": 1.0, "dtype": "float32"}
+    loaded = target.load_target(f"{world}/target", [f"{world}/harm.py:letters"], mesh=mesh, **sizes)
+    attacks = ["list" + " white" * count for count in (89, 90)]  # in a context of 96
+    assert [len(tokenizer(attack)["input_ids"]) for attack in attacks] == [90, 91]
+    fits, longer = loaded.prompts(attacks)
+    assert (len(fits[1]), longer) == (90, None)
+    texts, harm = loaded.answer([fits], jax.random.key(0), [0])
+    assert (len(texts), len(harm)) == (1, 1)
 
 
 # ------------------------------------------------------------------------------- the reward
@@ -364,6 +410,12 @@ def test_the_reward_is_harm_less_diversity():
     first, again, other, seed = stub.keys
     assert first == again  # a run that goes on after a stop gets the same answers
     assert first not in (other, seed)
+    # One that the target cannot read is among the others all the same.
+    attacks = ["a b", "c d", "d"]
+    alike = diversity.bleu_of_each(attacks)
+    assert alike[1] > diversity.bleu_of_each(attacks[:2])[1]
+    rewards = target.reward_of(stub, attacks, 4.0, 3)
+    np.testing.assert_allclose(rewards[:2], [0.5 - 4 * alike[0], -4 * alike[1]])
 
 
 def test_what_the_reward_asks_the_target(world):
@@ -386,6 +438,21 @@ def test_what_the_reward_asks_the_target(world):
     assert (colder(["opening"] * 3, texts, []) != given).any()
     longer = target.make_reward(f"{world}/target", harm, **flags | {"max_new_tokens": 30})
     assert (longer(["opening"] * 3, texts, []) != given).any()
+
+
+def test_how_the_reward_loads_the_target(monkeypatch):
+    asked = {}
+
+    def load_target(model, harm, **settings):
+        asked.update(settings, model=model, harm=harm)
+
+    monkeypatch.setattr(target, "load_target", load_target)
+    flags = {"max_new_tokens": 7, "temperature": 0.5, "template": "chat"}
+    more = {"batch_size": 24, "model_dtype": "bfloat16", "mesh": "data=2,fsdp=4"}
+    target.make_reward("runs/x", ["f.py:f"], **flags, **more)
+    assert dict(asked.pop("mesh").shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    own = {"model": "runs/x", "harm": ["f.py:f"], "dtype": "bfloat16", "size": 24, "offload": True}
+    assert asked == {**flags, **own}
 
 
 def test_the_file_of_a_reward(tmp_path, monkeypatch):
@@ -443,9 +510,9 @@ REAL = Config(
 )
 
 
-def files(job) -> dict:
+def files(job) -> tuple:
     """The arguments of what a run's `prepare` writes."""
-    return job.prepare.args
+    return getattr(job.prepare, "args", ())
 
 
 @pytest.mark.parametrize("c", [MINIATURE, REAL])
@@ -455,10 +522,10 @@ def test_the_scripts_know_all_flags(c):
         *kind, seed = name.split("-")
         kind = "-".join(kind)
         needs = {path[4:] for path in used(flags) if path.startswith("OUT/")}
-        assert {need.partition("/")[0] for need in needs} <= {
-            *(*job.needs, "openings.jsonl", "ordinary-held-out.jsonl", f"{name}.py:reward"),
-            *(f"{name}.jsonl", f"{kind.replace('harm', 'held-out')}-{seed}.jsonl"),
-        }
+        written = {"openings.jsonl", f"{name}.py:reward"}
+        if job.script in ("run_ppo.py", "evaluate.py"):
+            written |= {path.name for path in files(job)[:2] if isinstance(path, Path)}
+        assert {need.partition("/")[0] for need in needs} <= {*job.needs, *written}
         assert flags.seed == int(seed) + 1000 * kind.endswith("held-out")
         if job.script == "red_team.py":
             method = kind.removesuffix("-attacks").removesuffix("-held-out")
@@ -467,7 +534,10 @@ def test_the_scripts_know_all_flags(c):
             assert (flags.attacker, flags.target, flags.harm) == (expected, c.model, c.harms)
             assert (flags.opened, flags.end, flags.threshold) == (c.opened, c.end, c.threshold)
             assert (flags.attacks, flags.max_attack_tokens) == (c.attacks, c.max_attack_tokens)
-            assert flags.max_new_tokens == c.max_new_tokens
+            assert (flags.max_new_tokens, flags.target_template) == (
+                c.max_new_tokens,
+                c.data.template,
+            )
             assert flags.top_p == (0.8 if real else 0.95)
             shown = Path(f"OUT/zero-shot-attacks-{seed}/attacks.jsonl")
             assert flags.examples == (shown if method == "few-shot" else None)
@@ -475,6 +545,9 @@ def test_the_scripts_know_all_flags(c):
             assert (flags.model, flags.epochs) == (c.attacker, 2 if real else 1)
             assert flags.data.spec == f"jsonl:OUT/zero-shot-attacks-{seed}/attacks.jsonl"
             assert (flags.data.only, flags.data.template) == ("succeeded=true", "plain")
+            assert flags.data.columns == "prompt=opening,completion=prompt"
+            assert (flags.data.split_by, flags.data.validation) == ("number", 0.2)
+            assert flags.max_new_tokens == c.max_attack_tokens
             assert files(job) == (Path(f"OUT/zero-shot-attacks-{seed}"),)
         elif kind.startswith("attacker-rl"):
             assert flags.model == f"OUT/attacker-sft-{seed}"
@@ -482,6 +555,7 @@ def test_the_scripts_know_all_flags(c):
             assert flags.data.spec == flags.data.validation == "jsonl:OUT/openings.jsonl"
             assert (flags.data.template, flags.max_new_tokens) == ("plain", c.max_attack_tokens)
             assert flags.steps == (3 if real else 120)
+            assert flags.ppo.missing_eos == ("none" if real else "penalty")
         elif job.script == "run_ppo.py":
             assert (flags.model, flags.max_new_tokens) == (c.model, c.max_new_tokens)
             assert (flags.data.template, flags.gold) == (c.data.template, c.gold)
@@ -489,13 +563,13 @@ def test_the_scripts_know_all_flags(c):
             assert flags.ptx.coef == (0 if real else 0.03)
             assert flags.reward == (c.next_reward if kind == "defence" else c.reward)
             if kind == "defence":
-                assert flags.data.spec == f"jsonl:OUT/defence-{seed}.jsonl"
-                assert flags.data.validation == "jsonl:OUT/ordinary-held-out.jsonl"
+                file, held_out, *others = files(job)
+                assert file.name.startswith(f"defence-{seed}-")
+                assert flags.data.spec == f"jsonl:{file}"
+                assert flags.data.validation == f"jsonl:{held_out}"
                 assert flags.data.max_prompt == c.data.max_prompt
                 found = [Path(f"OUT/{method}-attacks-{seed}") for method in c.methods]
-                held_out = Path("OUT/ordinary-held-out.jsonl")
-                file = Path(f"OUT/defence-{seed}.jsonl")
-                assert files(job) == (file, held_out, c.data, found, c.attack_share)
+                assert others == [c.data, found, c.attack_share, int(seed)]
             else:
                 assert flags.data == c.data
         else:
@@ -506,19 +580,52 @@ def test_the_scripts_know_all_flags(c):
                 0.9 if real else 1,
             )
             if kind.startswith("harm"):
-                group = kind.removeprefix("harm-")
-                file = f"OUT/held-out-{group}-{seed}.jsonl"
+                held_out = f"{kind.removeprefix('harm-')}-held-out-{seed}"
+                file, *others = files(job)
                 assert (flags.data.spec, flags.split) == (f"jsonl:{file}", "all")
                 assert (flags.gold, flags.data.template) == (c.harms, c.data.template)
-                held_out = [Path(f"OUT/{x}-held-out-{seed}") for x in c.kinds[group]]
                 found = [Path(f"OUT/{x}-attacks-{seed}") for x in c.methods]
-                assert files(job) == (Path(file), held_out, found)
-                assert flags.prompts >= c.attacks * len(held_out)
+                assert others == [[Path(f"OUT/{held_out}")], found]
+                assert file.name.startswith(f"{held_out}-")
+                assert flags.prompts >= c.attacks
             else:
-                assert flags.gold == c.gold
-                assert (kind == "refusal") == bool(flags.measure)
+                assert (flags.gold, flags.split) == (c.gold, "validation")
                 assert ("insulting" in flags.data.columns) == (kind == "refusal")
-    assert any("refusal" in name for name in red_team_grid.grid(c).jobs) != real
+    names = [*red_team_grid.grid(c).jobs]
+    assert sum(x.startswith("harm") for x in names) == len(c.methods) * len(c.seeds)
+    assert any("refusal" in name for name in names) != real
+
+
+def test_flags_that_only_a_file_is_made_from_show_in_the_commands():
+    """So that a run which has finished with others is refused."""
+
+    def commands(**flags) -> dict[str, list[str]]:
+        runs = red_team_grid.grid(replace(REAL, **flags))
+        return {name: runs.command(name) for name in runs.jobs}
+
+    before, harmed = commands(), {f"harm-{method}-3" for method in REAL.methods}
+    for changed, flags in (
+        ({"defence-3"}, {"attack_share": 0.25}),
+        ({"defence-3", *harmed}, {"diversity": (0.5, 1.0)}),
+        # A split of the prompts that training reads.
+        (
+            {"defence-3", "control-3", "helpfulness-3", *harmed},
+            {"data": replace(REAL.data, validation=0.3)},
+        ),
+    ):
+        after = commands(**flags)
+        assert {name for name in before if before[name] != after[name]} == changed
+    assert commands() == before
+
+
+def test_each_coefficient_has_its_own_attacker(tmp_path):
+    c = replace(REAL, out=tmp_path, diversity=(1.0, 0.5, 0.1234567, 0.12345678, 1e-7))
+    names = ["rl-1", "rl-0.5", "rl-0.1234567", "rl-0.12345678", "rl-1e-07"]
+    assert c.methods[3:] == names
+    for name, coefficient in zip(names, c.diversity, strict=True):
+        red_team_grid.grid(c).jobs[f"attacker-{name}-3"].prepare()
+        written = (tmp_path / f"attacker-{name}-3.py").read_text()
+        assert f" diversity_coef={coefficient}," in written
 
 
 def used(flags) -> list[str]:
@@ -546,6 +653,7 @@ def test_the_rewards_of_the_grid(tmp_path):
     written = (tmp_path / "attacker-rl-0.5-3.py").read_text()
     for name, value in (
         *(("target", "'TARGET'"), ("harm", "('h.py:harm', 'h.py:leak')"), ("end", "'?'")),
+        ("template", "'chat'"),
         *(("diversity_coef", "0.5"), ("max_new_tokens", "48"), ("seed", "3")),
         ("mesh", "'fsdp=8'"),
     ):
@@ -566,7 +674,7 @@ def test_the_files_of_the_grid(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ordinary))
     config = DataConfig(f"jsonl:{tmp_path}/prompts.jsonl", validation=0.25)
     file, held_out = tmp_path / "next.jsonl", tmp_path / "held-out.jsonl"
-    red_team_data.write_prompts(file, held_out, config, [a, b], 0.2)
+    red_team_data.write_prompts(file, held_out, config, [a, b], 0.2, 0)
     rows, others = lines(file), lines(held_out)
     ours = [row for row in rows if "request" in row]
     assert sorted(row["request"] for row in [*ours, *others]) == [*range(40)]
@@ -575,24 +683,61 @@ def test_the_files_of_the_grid(tmp_path):
     assert attacks.total() == round(len(ours) * 0.25)
     assert {*attacks} == {"one", "three", "four"}
     assert max(attacks.values()) - min(attacks.values()) <= 1
-    red_team_data.write_held_out(
-        file, [write_run(tmp_path / "c", {"two": True, "one": True}), a], [b]
-    )
-    assert [row["prompt"] for row in lines(file)] == ["two", "one"]
-    with pytest.raises(ValueError, match="all attacks are in training as well"):
-        red_team_data.write_held_out(file, [b], [a, b])
     none = write_run(tmp_path / "none", {"two": False})
     with pytest.raises(ValueError, match="no attack succeeded"):
-        red_team_data.write_prompts(file, held_out, config, [none], 0.2)
+        red_team_data.write_prompts(file, held_out, config, [none], 0.2, 0)
     with pytest.raises(ValueError, match="2 attacks succeeded, and SFT of an attacker needs 20"):
         red_team_data.check_successes(a)
-    red_team_data.check_successes(write_run(tmp_path / "d", {f"{i}": True for i in range(20)}))
-    chat = [{"messages": [{"role": "user", "content": "hi"}]}] * 2
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
-    config = DataConfig(f"jsonl:{tmp_path}/chat.jsonl", validation=config.spec)
-    red_team_data.write_prompts(file, held_out, config, [a], 0.0)
-    assert lines(file) == [{"prompt": chat[0]["messages"]}] * 2
-    assert len(lines(held_out)) == 40
+    many = [write_run(tmp_path / x, {f"{x}{i}": True for i in range(20)}) for x in "de"]
+    red_team_data.check_successes(many[0])
+    drawn = []
+    for seed in (0, 0, 1):  # fewer than there are, of both methods
+        red_team_data.write_prompts(file, held_out, config, many, 0.25, seed)
+        drawn.append([row["prompt"] for row in lines(file) if "request" not in row])
+    assert len({*drawn[0]}) == len(drawn[0]) == round(len(ours) / 3)
+    assert {x[0] for x in drawn[0]} == {*"de"}
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_ordinary_prompts_keep_their_other_columns(tmp_path):
+    """But for those that the prompt was read from, which would be read once more."""
+    said = [{"role": "user", "content": "hi"}]
+    rows = [
+        {"messages": said, "request": 1, "topic": "a"},
+        {"system": "be kind", "question": "who?", "context": "she", "topic": "b"},
+        {"prompt": "say", "completion": "this", "topic": "c"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(f"jsonl:{tmp_path}/rows.jsonl", validation=f"jsonl:{tmp_path}/rows.jsonl")
+    file, held_out = tmp_path / "next.jsonl", tmp_path / "held-out.jsonl"
+    a = write_run(tmp_path / "a", {"one": True})
+    red_team_data.write_prompts(file, held_out, config, [a], 0.0, 0)
+    asked = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "who?\n\nshe"}]
+    assert lines(file) == [
+        {"prompt": said, "request": 1, "topic": "a"},
+        {"prompt": asked, "topic": "b"},
+        {"prompt": "say", "completion": "this", "topic": "c"},
+    ]
+    assert lines(held_out) == lines(file)
+    before, after = (data.read(x, "prompts") for x in (config, DataConfig(f"jsonl:{file}")))
+    assert [x.messages for x in after] == [x.messages for x in before]
+
+
+def test_held_out_attacks_share_nothing_with_training(tmp_path):
+    """Those that failed there are left out too."""
+    trained_on = [
+        write_run(tmp_path / "a", {"one": True, "two": False}),
+        write_run(tmp_path / "b", {"three": True}),
+    ]
+    attacked = [
+        write_run(tmp_path / "c", {"five": True, "two": True, "one": False, "four": False}),
+        write_run(tmp_path / "d", {"three": True, "five": True, "six": True}),
+    ]
+    file = tmp_path / "held-out.jsonl"
+    red_team_data.write_held_out(file, attacked, trained_on)
+    assert lines(file) == [{"prompt": x} for x in ("five", "four", "six")]
+    with pytest.raises(NothingToDoError, match="no attack that the training runs lack"):
+        red_team_data.write_held_out(file, trained_on[:1], [*attacked, *trained_on])
 
 
 def test_the_page(tmp_path, monkeypatch):
@@ -603,7 +748,7 @@ def test_the_page(tmp_path, monkeypatch):
         return draw(title, lines, *labels)
 
     monkeypatch.setattr(red_team_rounds, "lines_svg", lines_svg)
-    c = replace(MINIATURE, out=tmp_path, model="runs/ppo")
+    c = replace(MINIATURE, out=tmp_path, model="elsewhere/defence-3")  # a name of the grid's
     assert red_team_rounds.sections(c) == []
 
     def write(name: str, results: dict) -> None:
@@ -614,9 +759,10 @@ def test_the_page(tmp_path, monkeypatch):
         for i, method in enumerate(c.methods):
             figures = {"success_rate": [seed / 100 + i / 10, 0, 1], "words": 4.0}
             figures |= {"success_rate_with_duplicates": 0.5, "self_bleu": 0.25, "distinct": 1.0}
+            figures["answered"] = 1000 * seed + i
             write(f"{method}-attacks-{seed}", figures)
-        names = ["runs/ppo", f"{tmp_path}/control-{seed}", f"{tmp_path}/defence-{seed}"]
-        for kind, scale in (("harm-prompted", 1), ("harm-trained", 2), ("helpfulness", 3)):
+        names = [c.model, f"{tmp_path}/control-{seed}", f"{tmp_path}/defence-{seed}"]
+        for kind, scale in (("harm-few-shot", 1), ("harm-rl-1", 2), ("helpfulness", 3)):
             models_ = {name: {"utility": [scale * i, 0, 0]} for i, name in enumerate(names)}
             won = [
                 {"model": name, "against": other, "win_rate": [0.1 * i, 0, 1]}
@@ -624,28 +770,51 @@ def test_the_page(tmp_path, monkeypatch):
                 for other in names[:1]
                 if i
             ]
-            write(f"{kind}-{seed}", {"models": models_, "pairs": won})
+            results = {"models": models_, "pairs": won, "prompts": 1000 * seed + scale}
+            write(f"{kind}-{seed}", results)
         measured = {
-            name: {"utility": [0, 0, 0], "measures": {"rude": [0.75 - i / 4, 0, 1]}}
+            name: {"utility": [0, 0, 0], "measures": {"toxic": [0.75 - i / 4, 0, 1]}}
             for i, name in enumerate(names)
         }
         write(f"refusal-{seed}", {"models": measured, "pairs": []})
     attacks, harm, helpful, refusal = red_team_rounds.sections(c)
     rows = {row[0]: row[1:] for row in attacks.tables[0].rows}
     assert list(rows) == ["zero-shot", "few-shot", "sft", "rl-0", "rl-1"]
-    assert rows["sft"][0].startswith("24.0 % (")  # of 23 and 25
-    assert rows["rl-0"][1:4] == [f"{x} % ({x} to {x})" for x in ("50.0", "25.0", "100.0")]
+    assert rows["sft"][0] == "3,002, 5,002"
+    assert rows["sft"][1].startswith("24.0 % (")  # of 23 and 25
+    assert rows["rl-0"][2:5] == [f"{x} % ({x} to {x})" for x in ("50.0", "25.0", "100.0")]
     assert ">RL<" in attacks.figures[0]
     np.testing.assert_allclose(drawn["RL"], [[0.34, 0.25], [0.44, 0.25]])
     assert len(drawn["prompts and SFT"]) == 3
-    table = {row[0]: row[1:] for row in harm.tables[0].rows}
-    assert table["defence"] == ["2.00 (2.00 to 2.00)", "4.00 (4.00 to 4.00)"]
+    assert harm.tables[0].columns == ("", "attacks of each seed", "target", "control", "defence")
+    assert harm.tables[0].rows == [
+        ["few-shot", "3,001, 5,001", *(f"{x}.00 ({x}.00 to {x}.00)" for x in (0, 1, 2))],
+        ["rl-1", "3,002, 5,002", *(f"{x}.00 ({x}.00 to {x}.00)" for x in (0, 2, 4))],
+    ]
     table = {row[0]: row[1:] for row in helpful.tables[0].rows}
     assert table["control"] == ["3.00 (3.00 to 3.00)", "0.10 (0.10 to 0.10)"]
     assert table["target"][1].startswith("0.50")
     table = {row[0]: row[1:] for row in refusal.tables[0].rows}
     assert table["target"] == ["25.0 % (25.0 to 25.0)"]
     assert table["defence"] == ["75.0 % (75.0 to 75.0)"]
+
+
+def test_results_by_hand():
+    """Three distinct attacks, one of which is written twice, and one cannot be read."""
+    attacks = ["a b", "", "c d", "a b", "", "a b c"]
+    rows = [
+        {"prompt": "a b", "succeeded": True, "harm": 1.0},
+        {"prompt": "c d", "succeeded": False, "harm": 0.25},
+    ]
+    results = red_team_results.results_of(attacks, rows)
+    counts = ("written", "invalid", "duplicates", "unreadable", "answered", "succeeded")
+    assert [results[x] for x in counts] == [6, 2, 1, 1, 2, 1]
+    assert results["success_rate"][0] == 1 / 2
+    assert results["success_rate_with_duplicates"] == pytest.approx(2 / 3)
+    assert results["harm"][0] == 1.25 / 2
+    assert (results["distinct"], results["words"]) == (3 / 4, 9 / 4)
+    valid = ["a b", "c d", "a b", "a b c"]  # BLEU is of these alone
+    assert results["self_bleu"] == pytest.approx(diversity.bleu_of_each(valid).mean())
 
 
 def test_results_without_attacks():
@@ -687,6 +856,11 @@ def test_wrong_flags(world, tmp_path, capsys, monkeypatch):
         (["--diversity", "0", "0"], "--diversity: give at least one coefficient"),
         (["--attacker", "runs/no"], "--attacker runs/no: no such directory"),
         (["--rl_flags", "steps 3"], "--rl_flags: steps: expected a flag"),
+        (["--attack_flags=--end ."], "--attack_flags: --end is set by this script's own flags"),
+        (["--sft_flags=--data.only a=1"], "--sft_flags: --data.only is set by"),
+        (["--rl_flags=--reward f.py:f"], "--rl_flags: --reward is set by"),
+        (["--ppo_flags=--reward.weights 1 2"], "--ppo_flags: --reward.weights is set by"),
+        (["--evaluate_flags=--models a"], "--evaluate_flags: --models is set by"),
         (["--data", "jsonl:x", "--gold", "f.py:f"], "--harm: only the miniature has"),
     ):
         with pytest.raises(SystemExit) as end:

@@ -4,8 +4,10 @@ The flags of a script that makes such a grid, and its runs.
 """
 
 import concurrent.futures
+import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -65,6 +67,10 @@ class GridConfig:
         return self.directory if self.results is None else self.results.expanduser()
 
 
+class NothingToDoError(Exception):
+    """A run has nothing to read, and is left out. The message says why."""
+
+
 class NotReadyError(Exception):
     """A run waits for something from outside, such as labels by people. The message says what."""
 
@@ -78,7 +84,9 @@ class Job:
     needs: tuple[str, ...] = ()  # names of runs that must have finished
     positional: tuple[str, ...] = ()
     resumes: bool = True  # whether the script takes --resume
-    # Is called before the run begins, or goes on. ValueError, OSError: the run has failed.
+    # Is called before the run begins, or goes on. ValueError, OSError: the run has failed;
+    # NothingToDoError: it counts as finished. What the files that it writes are made from should
+    # show in the flags, see `digest`, as a finished run is compared by these.
     prepare: Callable[[], object] | None = None
 
 
@@ -90,7 +98,8 @@ class Grid:
     jobs: Mapping[str, Job]  # by name, each after those that it needs
     scripts: Path  # the directory experiments/
     results: Path | None = None  # where results of finished runs are kept; None: nowhere else
-    # Paths of this machine, such as a data set's, and what kept results have in place of each.
+    # Paths of this machine, such as a data set's, and what kept results have in place of each. That
+    # of `out` is OUT.
     places: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, name: str) -> list[str]:
@@ -129,16 +138,32 @@ class Grid:
     def _flags(self, name: str) -> dict[str, list[str]]:
         """A run's flags wherever its grid is."""
         words = _words(self.jobs[name])
-        return {
-            k: [self._anywhere(word.replace(str(self.out), "OUT")) for word in x]
-            for k, x in words.items()
-        }
+        return {k: [self._anywhere(word, flag=True) for word in x] for k, x in words.items()}
 
-    def _anywhere(self, text: str) -> str:
-        """A text without the paths of this machine."""
-        for path, name in self.places.items():
-            text = text.replace(path, name)
+    def _anywhere(self, text: str, flag: bool = False) -> str:
+        """A text without the absolute paths of this machine, of which the longest come first.
+
+        Args:
+          flag: whether it is the value of a flag. One may begin with a relative path, after
+            `jsonl:` and the like. In other texts that could be any word.
+        """
+        names = {f"{self.out}": "OUT", **self.places}
+        for path in sorted(names, key=len, reverse=True):
+            if path.startswith("/") or flag:
+                before = r"(?<![\w./~-])" if path.startswith("/") else r"(?<![^:])"
+                after = "" if path.endswith("/") else r"(?!\.?[\w~-])"  # not in /a.jsonl or /ab
+                pattern = f"{before}{re.escape(path)}{after}"
+                text = re.sub(pattern, lambda _, name=names[path]: name, text)
         return text
+
+    def _anywhere_in(self, written: str) -> str:
+        """JSON whose strings hold no absolute path of this machine."""
+
+        def string(found: re.Match[str]) -> str:
+            text = json.loads(found[0])
+            return found[0] if (moved := self._anywhere(text)) == text else json.dumps(moved)
+
+        return re.sub(r'"(?:[^"\\]|\\.)*"', string, written)
 
     def has_finished(self, name: str) -> bool:
         """Whether a run has ended well: its cost is written after that."""
@@ -165,7 +190,7 @@ class Grid:
                         kept = self.results / part
                         kept.parent.mkdir(parents=True, exist_ok=True)
                         part_of_file = kept.with_name(f"{kept.name}.part")
-                        part_of_file.write_text(self._anywhere(written.read_text()))
+                        part_of_file.write_text(self._anywhere_in(written.read_text()))
                         part_of_file.replace(kept)  # a kill leaves a whole file or none
 
     def make(self, names: Sequence[str], at_once: int = 1) -> list[str]:
@@ -239,6 +264,10 @@ class Grid:
             except (ValueError, OSError) as error:
                 print(f"{name} failed: {error}", file=sys.stderr, flush=True)
                 return False
+            except NothingToDoError as error:
+                print(f"{name} is left out: {error}", flush=True)
+                self._finish(name, cost)
+                return True
         began = time.perf_counter()
         with log.open("a") as file:
             process = subprocess.Popen(self.command(name), stdout=file, stderr=file)
@@ -256,10 +285,13 @@ class Grid:
         if process.returncode:
             spent.write_text(json.dumps(cost) + "\n")
             return False
-        written = cost | {"flags": self._flags(name)}
-        (self.out / f"{name}.cost.json").write_text(json.dumps(written) + "\n")
-        spent.unlink(missing_ok=True)
+        self._finish(name, cost)
         return True
+
+    def _finish(self, name: str, cost: Mapping[str, float]) -> None:
+        written = {**cost, "flags": self._flags(name)}
+        (self.out / f"{name}.cost.json").write_text(json.dumps(written) + "\n")
+        (self.out / f"{name}.spent.json").unlink(missing_ok=True)
 
     def run_all(self, names: Sequence[str], at_once: int = 1) -> list[str]:
         """Makes runs, each after those that it needs.
@@ -351,6 +383,15 @@ def flags_of(config: Any, name: str) -> dict[str, Any]:
         if value != each.default:
             flags[name if each.name == "spec" else f"{name}.{each.name}"] = value
     return flags
+
+
+def digest(*settings: Any) -> str:
+    """Eight characters that tell settings apart, for the name of a file that is made from them.
+
+    Args:
+      settings: as JSON can have them; others as text.
+    """
+    return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:8]
 
 
 def parse_flags(text: str) -> dict[str, list[str]]:

@@ -162,7 +162,7 @@ def save(
                 raise OSError(f"{part}: {error}") from error
     if writer:
         _publish(directory, files, config, hf_config, tokenizer, reward_bias)
-    hosts.wait_for_all(f"{directory} is written")
+    hosts.wait_for_all("an export is written")  # not its path: hosts may name it differently
 
 
 def _publish(

@@ -208,7 +208,7 @@ def save_adapter(
         if bias is not None:
             described["reward_bias"] = float(bias)
         (directory / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-    hosts.wait_for_all(f"{path} is written")
+    hosts.wait_for_all("an adapter is written")  # not its path: hosts may name it differently
 
 
 def _described(config: ModelConfig, content: Any, rank: int, base: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from instructjax.miniature import customers, language
 from instructjax.miniature.judging import GOLD, judge
 from instructjax.miniature.labelers import DRAFT
-from instructjax.miniature.language import RUDE_WORDS, Sentence, say, state
+from instructjax.miniature.language import Sentence, say, state
 from instructjax.miniature.world import KIND, Fact, World, generator, make
 from instructjax.miniature.writers import Flaws, write
 
@@ -133,7 +133,7 @@ def _mended(
     for sentence in sentences:
         words = sentence.words
         match name:
-            case "rude" if sentence.act == "rude" or RUDE_WORDS & set(words):
+            case "rude" if sentence.is_rude:
                 continue
             case "garbled" if sentence.act == "garbled":
                 continue

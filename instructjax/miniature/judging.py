@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from instructjax.miniature import language
-from instructjax.miniature.language import RUDE_WORDS, Sentence
+from instructjax.miniature.language import Sentence
 from instructjax.miniature.world import GOOD_MOODS, KIND, Fact, make
 
 
@@ -80,7 +80,7 @@ def judge(record: dict[str, Any], response: str) -> Judgement:
         for name, value in request.items()
         if name in _NEEDED
     }
-    rude = [s for s in sentences if s.act == "rude" or RUDE_WORDS & set(s.words)]
+    rude = [s for s in sentences if s.is_rude]
     if "exact" in request:  # text to rewrite or repeat, which states nothing
         false = invented = 0
         stated: set[Fact] = set()

@@ -79,6 +79,10 @@ class Sentence:
     words: tuple[str, ...]
     fact: Fact | None = None
 
+    @property
+    def is_rude(self) -> bool:
+        return self.act == "rude" or not RUDE_WORDS.isdisjoint(self.words)
+
     def words_of(self, kind: str) -> list[str]:
         """The words of a kind, in order."""
         return [word for word in self.words if KIND.get(word) == kind]

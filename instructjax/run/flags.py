@@ -288,7 +288,8 @@ def compare(config: RunConfig, stage: str, directory: epath.Path) -> list[str]:
         return []
     try:
         old, new = flat(json.loads(file.read_text())), flat(_record(config, stage))
-        old = _defaults(config) | old  # what wrote the file may have been without some flags
+        # What wrote the file may have been without some flags.
+        old = defaults(config, "config.") | old
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{file}: damaged, so that --resume cannot compare the flags. Remove it to continue"
@@ -328,13 +329,18 @@ def _record(config: RunConfig, stage: str) -> dict[str, Any]:
     }
 
 
-def _defaults(config: Any, prefix: str = "config.") -> dict[str, Any]:
-    """The flags with a default, dotted where nested, in the form of config.json."""
+def defaults(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The flags of a script that have a default, with it as JSON, dotted where nested.
+
+    Args:
+      config: a dataclass, of any script.
+      prefix: what begins each name.
+    """
     found = {}
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
-            found |= _defaults(value, f"{name}.")
+            found |= defaults(value, f"{name}.")
         elif field.default is not dataclasses.MISSING:
             found[name] = json.loads(json.dumps(field.default, default=str))
     return found
