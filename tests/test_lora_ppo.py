@@ -77,8 +77,8 @@ def parts_of(world, reward="rm", **changes) -> Any:
         **{"model": f"{world}/sft", **changes},
     )
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    model, params, tokenizer = run_ppo.load_policy(config, mesh)
-    base = lora.shared_base(config.lora, config.model, model, params)
+    model, params, tokenizer, origin = run_ppo.load_policy(config, mesh)
+    base = lora.shared_base(origin, model, params)
     assert base is not None
     rewards = load(config.reward, mesh, tokenizer, config.model_dtype, config.offload, base=base)
     policy, _, value = run_ppo.load_value_net(config, mesh, model, params, tokenizer, base)
@@ -213,7 +213,7 @@ def test_an_update_computes_no_gradient_of_a_frozen_matrix(world):
     """Of policy, pretraining text and value net; the program of all weights has such products."""
     config, policy, _, _, value = parts_of(world)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    model, _, _ = run_ppo.load_policy(config, mesh)
+    model, *_ = run_ppo.load_policy(config, mesh)
     value_model = dataclasses.replace(model, scalar_head=True)
     batch = {
         "prompt_BP": jnp.ones((3, 5), jnp.int32),
