@@ -28,6 +28,7 @@ An iteration:
 
 Hardware: two CPU cores suffice for the miniature: 120 iterations, 195 s. run_sft.py and run_rm.py
 run first where runs/sft and runs/rm are missing.
+OUT gets export/ and, with --lora.rank, adapter/ (docs/lora.md).
 Result: by the gold judge the policy wins 66 % (63 to 68) against SFT on held-out prompts, at 1.5
 nats of KL. Its loss on pretraining text falls from 3.9 to 1.5.
 """

@@ -13,6 +13,8 @@ brackets below say where the paper states them.
 Hardware: two CPU cores suffice for the miniature: 2,454 steps, 98 s. run_pretrain.py and run_sft.py
 run first if runs/sft does not exist.
 
+OUT gets export/ and, with --lora.rank, adapter/; with --ensemble 2 also export-1/ and adapter-1/.
+
 Result: on test prompts the reward model orders 70 % of the pairs as the training labelers did, and
 71 % as held-out labelers did. The noise-free judge reaches 77 and 79 %, a bag of words 59 %, and
 length 51 %.
