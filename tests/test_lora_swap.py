@@ -42,7 +42,7 @@ def test_adapters_alone_are_trained(name, world, tmp_path):  # noqa: F811
     else:
         assert abs(first["objective/kl"]) < 1e-3
 
-    if name not in ("dpo", "grpo"):
+    if name != "grpo":  # the way back is the same for all
         return
     # Stopped after step 1 and resumed, it ends the same, bit for bit.
     again = [*argv[: argv.index("--out")], *argv[argv.index("--out") + 2 :]]
