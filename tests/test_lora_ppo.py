@@ -44,7 +44,8 @@ def world(tmp_path_factory):
     hf.save(out / "base", config, base, tokenizer)
     reward_config, reward = models.with_scalar_head(base, config, jax.random.key(1))
     reward["score"] = {"kernel": 10 * reward["score"]["kernel"], "bias": jnp.float32(0.375)}
-    hf.save(out / "rm-own", reward_config, reward, tokenizer)
+    other = jax.tree.map(lambda x: x + 0.02, reward["layers"])
+    hf.save(out / "rm-own", reward_config, {**reward, "layers": other}, tokenizer)
     for i, (name, model, params) in enumerate(
         (("sft", config, base), ("rm", reward_config, reward))
     ):
@@ -256,7 +257,7 @@ def test_one_device_and_offload_compute_the_same(world, whole, tmp_path):
         ("rm", ("--ppo.value", "shared")),
         ("rm-own", ("--ppo.beta", "0")),
     ],
-    ids=["bfloat16", "value head", "no reference, a reward model of its own weights"],
+    ids=["bfloat16", "value_head", "other_reward_model_and_no_reference"],
 )
 def test_other_ways_to_run(world, reward, more, tmp_path, capsys):
     out, own = tmp_path / "ppo", reward == "rm-own"
@@ -271,6 +272,7 @@ def test_other_ways_to_run(world, reward, more, tmp_path, capsys):
     if own:  # the value net's adapter, on the reward model's weights, learns
         assert rows[1]["optim/value_grad_norm"] > 0
         assert rows[2]["value/loss"] != rows[1]["value/loss"]
+        assert rows[1]["value/clip_fraction"] == 0  # the rollout's values are of these weights too
         name, fingerprint = meta["frozen"]["--reward"]
         assert (name, fingerprint) == (f"{world}/rm-own", hf.fingerprint(world / "rm-own"))
 
