@@ -23,8 +23,8 @@ class LoRA:
     rank: CountOrZero = 0
     """Rank of the adapters; 0 trains all weights.
     Above 0 the model itself is frozen, in --model_dtype, and only adapters and a scalar head are
-    trained, averaged and kept in checkpoints. OUT gets adapter/ beside export/. They take about ten times the learning rate of all
-    weights. [Hu et al., section 7.2: 1 to 64; peft: 8]
+    trained, averaged and kept in checkpoints. They take about ten times the learning rate of all
+    weights. OUT gets adapter/ beside export/. [Hu et al., section 7.2: 1 to 64; peft: 8]
     If --model is a run with adapters, they are trained on, and its --lora flags are to be given
     again. `--model RUN/export` begins with new adapters on its merged weights."""
     alpha: Positive | None = None
