@@ -28,6 +28,7 @@ An iteration:
 
 Hardware: two CPU cores suffice for the miniature: 120 iterations, 195 s. run_sft.py and run_rm.py
 run first where runs/sft and runs/rm are missing.
+OUT gets export/ and, with --lora.rank, adapter/ (docs/lora.md).
 Result: by the gold judge the policy wins 66 % (63 to 68) against SFT on held-out prompts, at 1.5
 nats of KL. Its loss on pretraining text falls from 3.9 to 1.5.
 """
@@ -69,7 +70,7 @@ from instructjax import (
 from instructjax.data import DataConfig, Dataset, PackedRows, PromptRows, Record, Stream
 from instructjax.evaluation import gold, policies
 from instructjax.models import PRESETS as MODELS
-from instructjax.models import ModelConfig, Params, split
+from instructjax.models import ModelConfig, Params, split, whole
 from instructjax.offload import Offloaded, freeze, to_host
 from instructjax.run import RESUMABLE, Run, adapters, checks, lora, main, parse, pretrained
 from instructjax.run.process import return_memory
@@ -97,9 +98,9 @@ def run_ppo(config: Config) -> dict[str, Any]:
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
 
         # The four models: policy, reference, reward model, value net.
-        model, params, tokenizer = load_policy(config, mesh)
+        model, params, tokenizer, origin = load_policy(config, mesh)
         check_lengths(config, model)
-        base = lora.shared_base(config.lora, config.model, model, params)
+        base = lora.shared_base(origin, model, params)
         reward = scoring.load(
             config.reward, mesh, tokenizer, config.model_dtype, config.offload, base=base
         )
@@ -107,10 +108,11 @@ def run_ppo(config: Config) -> dict[str, Any]:
         reference = None
         if flags.beta > 0:
             reference = to_host(
-                freeze(start_of(config, params), config.model_dtype), config.offload
+                freeze(start_of(origin, params), config.model_dtype), config.offload
             )
         policy, value_model, value = load_value_net(config, mesh, model, params, tokenizer, base)
         (policy, frozen), (value, value_frozen) = split(policy), split(value or {})
+        frozen_weights = lora.frozen_weights(origin) | value_weights(config, base)
 
         # Prompts and pretraining text, each split in two.
         context = model.max_length - config.max_new_tokens + 1
@@ -153,7 +155,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             run.checkpoints.wait,
         )
         del params, policy, value, base
-        training.state, start, meta = run.restore(training.state)
+        training.state, start, meta = run.restore(training.state, frozen_weights)
 
         def evaluate(step: int) -> None:
             doing = f"evaluating on {config.eval_prompts} prompts"
@@ -238,10 +240,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
         }
         del weights
         final = programs.whole(next(iter(trained.values())))
-        hf.save(config.out / "export", model, final, tokenizer)
-        if config.lora.rank:
-            weights_of = lora.base_of(config.model)
-            hf.save_adapter(config.out / "adapter", model, final, weights_of, tokenizer)
+        lora.export(config.out, origin, model, final, tokenizer)
         del final
         training.drop()
         sampled = {"SFT": before}
@@ -391,8 +390,8 @@ class Programs:
         else:
             policy_loss = functools.partial(ppo.policy_loss, **behaviour)
         ptx_loss = functools.partial(ppo.ptx_loss, config=model, shard=shard)
-        self.policy_gradient = ppo.Gradient(policy_loss, policy_layout.params, frozen or None)
-        self.ptx_gradient = ppo.Gradient(ptx_loss, policy_layout.params, frozen or None)
+        self.policy_gradient = ppo.Gradient(policy_loss, policy_layout.params, self.frozen)
+        self.ptx_gradient = ppo.Gradient(ptx_loss, policy_layout.params, self.frozen)
         self.policy_step = ppo.make_step(self.policy_tx, policy_layout, flags.ema)
         self.value_gradient = self.value_step = None
         if value_model is not None and value:
@@ -400,9 +399,7 @@ class Programs:
                 ppo.value_loss, config=value_model, clip=flags.value_clip, shard=shard
             )
             value_layout = state.shardings(value, self.value_tx)
-            self.value_gradient = ppo.Gradient(
-                value_loss, value_layout.params, value_frozen or None
-            )
+            self.value_gradient = ppo.Gradient(value_loss, value_layout.params, self.value_frozen)
             self.value_step = ppo.make_step(self.value_tx, value_layout)
         self.ptx_loss = jax.jit(functools.partial(ptx_loss, key=None))
         self.count_targets = jax.jit(sft.count_targets)
@@ -414,7 +411,7 @@ class Programs:
 
     def whole(self, params: Params) -> Params:
         """All of a policy's parameters."""
-        return {**self.frozen, **params}
+        return whole(params, self.frozen)
 
     def sample(
         self, params: Params, prompts: Sequence[Sequence[int]], episodes: Any, key: jax.Array
@@ -454,7 +451,7 @@ class Programs:
         if ppo_state.value is None:
             params = self.whole(ppo_state.policy.params)
         else:
-            params = {**self.value_frozen, **ppo_state.value.params}
+            params = whole(ppo_state.value.params, self.value_frozen)
         return self.run_model(rows, functools.partial(self.token_values, params))
 
     def minibatch(self, rows: Batch, index: np.ndarray) -> tuple[list[Batch], int]:
@@ -626,7 +623,7 @@ def check(config: Config) -> None:
     model = MODELS["miniature"]
     if config.model not in coming:
         model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
-        lora.check(config.lora, config.model, model)
+        lora.check(config.lora, config.model, model, config.tokenizer)
     check_lengths(config, model)
     scoring.check(config.reward, mesh, "--reward", coming)
     if config.value_model is not None and config.value_model not in coming:
@@ -659,9 +656,9 @@ def ensure_sft_and_rm(config: Config) -> None:
         )
 
 
-def load_policy(config: Config, mesh: Mesh) -> tuple[ModelConfig, Params, Any]:
-    """(config, parameters, tokenizer) of --model; see `lora.load`."""
-    model, params, tokenizer = lora.load(
+def load_policy(config: Config, mesh: Mesh) -> tuple[ModelConfig, Params, Any, lora.Origin | None]:
+    """(config, parameters, tokenizer, origin of the adapters) of --model; see `lora.load`."""
+    model, params, tokenizer, origin = lora.load(
         config.lora,
         config.model,
         mesh,
@@ -671,17 +668,33 @@ def load_policy(config: Config, mesh: Mesh) -> tuple[ModelConfig, Params, Any]:
         template=config.data.template,
         scalar_head=False,
     )
-    return config.compute(model), params, tokenizer
+    return config.compute(model), params, tokenizer, origin
 
 
-def start_of(config: Config, params: Params) -> Params:
+def start_of(origin: lora.Origin | None, params: Params) -> Params:
     """What the reference has in place of the policy's trained parameters.
 
     Of LoRA that is the adapter that --model came with, or nothing: the base with its adapter off.
     """
-    if not config.lora.rank or adapters.adapter_of(config.model) is not None:
-        return split(params)[0]
-    return {}
+    return split(params)[0] if origin is None or origin.adapted else {}
+
+
+def value_source(config: Config) -> tuple[str, str] | None:
+    """(flag, model) of the reward model that the value net begins as; None if it is none."""
+    reward_models = [spec for spec in config.reward.spec if not scoring.is_function(spec)]
+    path = config.value_model or next(iter(reward_models), None)
+    if config.ppo.value == "shared" or path is None:
+        return None
+    return "--value_model" if config.value_model else "--reward", path
+
+
+def value_weights(config: Config, base: adapters.Base | None) -> dict[str, tuple[str, str]]:
+    """With LoRA, a value net's frozen weights that are not the policy's; for `Run.restore`."""
+    source = value_source(config)
+    if base is None or source is None or scoring.adapter_on(base, source[1]) is not None:
+        return {}
+    flag, path = source
+    return {flag: (path, hf.fingerprint(pretrained.export_of(path, flag)))}
 
 
 def load_value_net(
@@ -701,11 +714,9 @@ def load_value_net(
     """
     if config.ppo.value == "shared":
         return ppo.with_value_head(params, model.width, mesh), None, None
-    reward_models = [spec for spec in config.reward.spec if not scoring.is_function(spec)]
-    path = config.value_model or next(iter(reward_models), None)
-    if path is None:
+    if (source := value_source(config)) is None:
         return params, *run_rm.with_reward_head(model, params, config.seed, mesh)
-    flag = "--value_model" if config.value_model else "--reward"
+    flag, path = source
     dtype = "float32" if base is None else config.model_dtype
     value_model, value = scoring.load_model(path, mesh, tokenizer, dtype, flag, base)
     if base is not None and "adapter" not in value:

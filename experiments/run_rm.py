@@ -13,6 +13,8 @@ brackets below say where the paper states them.
 Hardware: two CPU cores suffice for the miniature: 2,454 steps, 98 s. run_pretrain.py and run_sft.py
 run first if runs/sft does not exist.
 
+OUT gets export/ and, with --lora.rank, adapter/; with --ensemble 2 also export-1/ and adapter-1/.
+
 Result: on test prompts the reward model orders 70 % of the pairs as the training labelers did, and
 71 % as held-out labelers did. The noise-free judge reaches 77 and 79 %, a bag of words 59 %, and
 length 51 %.
@@ -37,7 +39,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from instructjax import data, hf, hosts, models, reward, sharding, state, train
+from instructjax import data, hosts, models, reward, sharding, state, train
 from instructjax.data import (
     DataConfig,
     Dataset,
@@ -159,7 +161,7 @@ def check(config: Config) -> None:
     checks.check_rows("--batch_size", config.batch_size, 1, mesh)
     if not first:
         model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer)
-        lora.check(config.lora, config.model, model)
+        lora.check(config.lora, config.model, model, config.tokenizer)
     checks.check_tokens(model, checks.data_tokens("--data", config.data))
     data.check(config.data, "comparisons")
     if config.demonstrations.spec:
@@ -186,7 +188,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
         config = checks.fit_microbatches(config, mesh)
         shard = sharding.constrainer(mesh)
-        base, base_params, tokenizer = lora.load(
+        base, base_params, tokenizer, origin = lora.load(
             config.lora,
             config.model,
             mesh,
@@ -249,7 +251,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
             step_fn = vmap_members(step_fn)
             del others
         step_key = jax.random.key(config.seed)
-        current, start, meta = run.restore(current)
+        current, start, meta = run.restore(current, lora.frozen_weights(origin))
         del params, base_params, trained
 
         # ------------------------------------------------------------------------- evaluation
@@ -261,7 +263,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
 
         def member(i: int) -> models.Params:
             own = current.params if N == 1 else jax.tree.map(lambda x: x[i], current.params)
-            return {**frozen, **own}
+            return models.whole(own, frozen)
 
         @run.phase("scoring comparisons")
         def scores_of(dataset: Dataset) -> np.ndarray:
@@ -303,7 +305,7 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
                     lambda *x: jnp.stack(x), *(jax.tree.map(put, b) for b in of_members)
                 )
                 key = jax.random.split(key, N)
-            current, metrics = step_fn(current, batch, key, frozen or None)
+            current, metrics = step_fn(current, batch, key, frozen)
             run.log(step, metrics, tokens=N * config.batch_size * rows.tokens)
             if step == total and demonstrations is not None:
                 # Section 3.5: demonstrations have a mean score of 0. Done before the save, so that
@@ -319,12 +321,9 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
 
         # ------------------------------------------------------------------------ export, report
 
-        exports = [config.out / ("export" if i == 0 else f"export-{i}") for i in range(N)]
-        for i, export in enumerate(exports):
-            hf.save(export, model, member(i), tokenizer)
-            if config.lora.rank:
-                adapter = config.out / export.name.replace("export", "adapter")
-                hf.save_adapter(adapter, model, member(i), lora.base_of(config.model), tokenizer)
+        exports = []
+        for i in range(N):
+            exports += lora.export(config.out, origin, model, member(i), tokenizer, i)
 
         scores = {
             name: unseen_scores
@@ -419,7 +418,7 @@ def vmap_members(step_fn: train.TrainStep) -> train.TrainStep:
         keys: jax.Array,
         frozen: models.Params | None = None,
     ) -> tuple[state.TrainState, train.Metrics]:
-        members, metrics = jax.vmap(step_fn, (0, 0, 0, None))(members, batch, keys, frozen)
+        members, metrics = jax.vmap(step_fn, (0, 0, 0, None))(members, batch, keys, frozen or {})
         return members, jax.tree.map(jnp.mean, metrics)
 
     return jax.jit(step, donate_argnums=0)

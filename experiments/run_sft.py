@@ -31,7 +31,7 @@ import optax
 import run_pretrain
 import tyro
 
-from instructjax import data, hf, models, rollout, scoring, sft, sharding, state, train
+from instructjax import data, models, rollout, scoring, sft, sharding, state, train
 from instructjax.data import DataConfig, Dataset, PackedRows, Stream
 from instructjax.data.batches import row_length
 from instructjax.evaluation import report, statistics
@@ -174,7 +174,7 @@ def check(config: Config) -> None:
     checks.check_rows("--batch_size", config.batch_size, 1, mesh)
     if not first:
         model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
-        lora.check(config.lora, config.model, model)
+        lora.check(config.lora, config.model, model, config.tokenizer)
     check_lengths(config, model)
     if config.reward_model is not None:
         pretrained.check(config.reward_model, mesh, flag="--reward_model", scalar_head=True)
@@ -210,7 +210,7 @@ def run_sft(config: Config) -> None:
 
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
         config = checks.fit_microbatches(config, mesh)
-        model, params, tokenizer = lora.load(
+        model, params, tokenizer, origin = lora.load(
             config.lora,
             config.model,
             mesh,
@@ -250,11 +250,12 @@ def run_sft(config: Config) -> None:
         loss_of = jax.jit(lambda params, batch: loss_fn(params, batch, None))
 
         step_key, sample_key = jax.random.split(jax.random.key(config.seed))
-        current, start, _ = run.restore(state.create(trained, tx))
+        frozen_weights = lora.frozen_weights(origin)
+        current, start, _ = run.restore(state.create(trained, tx), frozen_weights)
 
         def whole() -> models.Params:
-            """All parameters: those that are trained, and those that are frozen."""
-            return {**frozen, **current.params}
+            """All parameters as they are now."""
+            return models.whole(current.params, frozen)
 
         # ------------------------------------------------------------------------- evaluation
 
@@ -271,8 +272,14 @@ def run_sft(config: Config) -> None:
         padded = rollout.left_padded(prompts, max(map(len, prompts)))
         score_of = None
         if config.reward_model is not None:
+            shared = lora.shared_base(origin, model, params)
             reward_config, reward_params = scoring.load_model(
-                config.reward_model, mesh, tokenizer, "float32", "--reward_model"
+                config.reward_model,
+                mesh,
+                tokenizer,
+                "float32" if shared is None else config.model_dtype,
+                "--reward_model",
+                shared,
             )
             score_of = functools.partial(scoring.scorer(reward_config, mesh), reward_params)
 
@@ -329,7 +336,7 @@ def run_sft(config: Config) -> None:
             evaluate(0)
         for step, batch in zip(run.steps(start, total), stream.iterate(start), strict=False):
             key = jax.random.fold_in(step_key, step)
-            current, metrics = step_fn(current, jax.tree.map(put, batch), key, frozen or None)
+            current, metrics = step_fn(current, jax.tree.map(put, batch), key, frozen)
             run.log(step, metrics, tokens=config.batch_size * length)
             if step % eval_every == 0 or step == total:
                 run.save(step, current, score=evaluate(step))
@@ -345,12 +352,7 @@ def run_sft(config: Config) -> None:
             jax.tree.map(lambda leaf: leaf.delete(), current.params)
             best_params = run.checkpoints.restore_params(best, target)
             current = dataclasses.replace(current, params=best_params)
-        hf.save(config.out / "export", model, whole(), tokenizer)
-        exports = [config.out / "export"]
-        if config.lora.rank:
-            exports.append(config.out / "adapter")
-            weights_of = lora.base_of(config.model)
-            hf.save_adapter(exports[-1], model, current.params, weights_of, tokenizer)
+        exports = lora.export(config.out, origin, model, whole(), tokenizer)
         panels: dict[str, Sequence[str]] = {"nats a token": ("loss", "validation/loss")}
         summary = {"steps": total, "kept checkpoint": best, "by": score_name}
         if best is not None:

@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from ppo_config import SamplingConfig
 
-from instructjax import data, hf, losses, models, rollout, scoring, sharding, state, train
+from instructjax import data, losses, models, rollout, scoring, sharding, state, train
 from instructjax.advantages import kl_estimate
 from instructjax.data import ComparisonRows, DataConfig, Dataset, PromptRows, Stream
 from instructjax.evaluation import gold, policies
@@ -386,7 +386,7 @@ def check(config: Config) -> None:
     mesh = checks.check_run(config, type(config).__name__.lower())
     checks.check_rows("--batch_size", config.batch_size, 1, mesh)
     model = pretrained.check(config.model, mesh, tokenizer=config.tokenizer, scalar_head=False)
-    lora.check(config.lora, config.model, model)
+    lora.check(config.lora, config.model, model, config.tokenizer)
     check_lengths(config, model)
     if isinstance(config, Online):
         scoring.check(config.reward, mesh)
@@ -408,7 +408,7 @@ def swap_loss(config: Config) -> None:
     with Run(config, stage=name) as run:
         mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh), devices=jax.devices())
         config = checks.fit_microbatches(config, mesh)
-        model, params, tokenizer = lora.load(
+        model, params, tokenizer, origin = lora.load(
             config.lora,
             config.model,
             mesh,
@@ -421,7 +421,7 @@ def swap_loss(config: Config) -> None:
         trained, frozen = models.split(params)
         check_lengths(config, model)
         model = config.compute(model)
-        base = lora.shared_base(config.lora, config.model, model, params)
+        base = lora.shared_base(origin, model, params)
         start = Start(mesh, model, params, tokenizer, base)
         algorithms: Any = {DPO: dpo, GRPO: grpo, RLOO: rloo, RAFT: raft}
         algorithm: Algorithm = algorithms[type(config)](config, start)
@@ -436,31 +436,27 @@ def swap_loss(config: Config) -> None:
         tx, key = train.adam(config.learning_rate), jax.random.key(config.seed)
         layout = state.shardings(trained, tx)
         step_fn = train.make_train_step(algorithm.loss_fn, tx, config.microbatches, layout)
-        current, done, _ = run.restore(state.create(trained, tx))
+        current, done, _ = run.restore(state.create(trained, tx), lora.frozen_weights(origin))
         if config.eval_every and not done:
             policies.log(run, 0, before, before)
         batches = algorithm.stream.iterate(done)
         for step, batch in zip(run.steps(done, config.steps), batches, strict=False):
             step_key = jax.random.fold_in(key, step)
             with run.phase("preparing the batch of the update"):
-                policy = {**frozen, **current.params}
+                policy = models.whole(current.params, frozen)
                 rows, tokens, rollout_metrics = algorithm.prepare(policy, batch, step_key)
                 del policy  # the step donates it
-            current, metrics = step_fn(current, rows, step_key, frozen or None)
+            current, metrics = step_fn(current, rows, step_key, frozen)
             run.log(step, metrics | rollout_metrics, tokens=tokens)
             if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
                 with run.phase("evaluating on held-out prompts"):
-                    now = assess({**frozen, **current.params}, now_key)
+                    now = assess(models.whole(current.params, frozen), now_key)
                     policies.log(run, step, before, now)
             if run.should_save(step):
                 run.save(step, current)
 
-        policy = {**frozen, **current.params}
-        hf.save(config.out / "export", start.model, policy, start.tokenizer)
-        if config.lora.rank:
-            weights_of = lora.base_of(config.model)
-            adapter = config.out / "adapter"
-            hf.save_adapter(adapter, start.model, policy, weights_of, start.tokenizer)
+        policy = models.whole(current.params, frozen)
+        lora.export(config.out, origin, start.model, policy, start.tokenizer)
         with run.phase("comparing with the start on held-out prompts"):
             after = assess(policy, now_key)
         run.console.print(policies.samples_table("held-out prompts", before, after))

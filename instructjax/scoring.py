@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from instructjax import hosts, reward, sharding
+from instructjax import hf, hosts, reward, sharding
 from instructjax.data import Record, template
 from instructjax.models import ModelConfig, Params, split
 from instructjax.offload import Offloaded, freeze, to_host
@@ -214,15 +214,15 @@ def load_model(
       ValueError: it is a language model, or its tokens have other ids.
       FileNotFoundError: there is no such model.
     """
-    adapter = None if base is None else _adapter_on(base, path)
+    with pretrained.naming(path, flag):
+        adapter = adapter_on(base, path)
     if base is None or adapter is None:
         config, params, model_tokenizer = pretrained.load(path, mesh, flag=flag, scalar_head=True)
         params = freeze(params, dtype)
     else:
-        (config, params), model_tokenizer = (
-            base.adapted(adapter, mesh),
-            pretrained.load_tokenizer(adapter),
-        )
+        with pretrained.naming(path, flag):
+            config, params = base.adapted(adapter, mesh)
+        model_tokenizer = pretrained.load_tokenizer(adapter)
     learned, form = template.recorded(model_tokenizer), template.recorded(tokenizer)
     if None not in (learned, form) and learned != form and jax.process_index() == 0:
         print(f"warning: {flag} {path} was trained on {learned} prompts: these are {form} prompts")
@@ -239,13 +239,15 @@ def load_model(
     return dataclasses.replace(config, dtype=dtype), params
 
 
-def _adapter_on(base: adapters.Base, path: str) -> str | None:
+def adapter_on(base: adapters.Base | None, path: str) -> str | None:
     """The adapter of a reward model, if it is one of a language model's weights `base`."""
+    if base is None:
+        return None
     run, _, member = path.rpartition("/export-")  # of an ensemble
     adapter = adapters.adapter_of(path)
     if run and (of_member := Path(os.path.expanduser(run)) / f"adapter-{member}").is_dir():
         adapter = str(of_member)
-    return adapter if adapter and adapters.same(base.name, adapters.base_of(adapter)) else None
+    return adapter if adapter and adapters.same(base.name, hf.adapter_base(adapter)) else None
 
 
 def _score_shared(

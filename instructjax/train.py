@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from instructjax.models import Params
+from instructjax.models import Params, whole
 from instructjax.state import TrainState
 
 Batch = Any  # a pytree of arrays whose first dimension is the batch's
@@ -116,8 +116,8 @@ def accumulate_gradients(
 
 
 def of_whole(loss_fn: LossFn, frozen: Params) -> LossFn:
-    """The loss as a function of the trained parameters alone."""
-    return lambda trained, batch, key: loss_fn({**frozen, **trained}, batch, key)
+    """The loss as a function of the trained parameters alone; see `models.whole`."""
+    return lambda trained, batch, key: loss_fn(whole(trained, frozen), batch, key)
 
 
 def make_train_step(
@@ -140,14 +140,14 @@ def make_train_step(
     Returns:
       step(state, batch, key) -> (state, metrics). The metrics are `loss`, those of loss_fn,
       `optim/grad_norm` (before clipping) and, with a schedule, `optim/learning_rate`. With a fourth
-      argument `frozen`, the loss is of `{**frozen, **state.params}`; see `models.split`. Frozen
-      parameters are not donated, and get no gradient.
+      argument `frozen`, the loss is of these parameters too; see `models.split`. They are not
+      donated, and get no gradient.
     """
 
     def step(
         state: TrainState, batch: Batch, key: jax.Array, frozen: Params | None = None
     ) -> tuple[TrainState, Metrics]:
-        of_trained = loss_fn if frozen is None else of_whole(loss_fn, frozen)
+        of_trained = of_whole(loss_fn, frozen or {})
         grads, metrics = accumulate_gradients(of_trained, state.params, batch, key, microbatches)
         if shardings is not None:  # lets the compiler reduce-scatter instead of all-reduce
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)

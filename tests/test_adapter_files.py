@@ -1,16 +1,21 @@
-"""adapter_config.json and adapter_model.safetensors without peft; test_peft.py compares with it."""
+"""adapter_config.json and adapter_model.safetensors without peft; test_peft.py compares with it.
+
+And adapter_base.json, which tells the base's weights from others.
+"""
 
 import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from test_adapters import RANK, SCALE, adapted
-from test_models import GPT2, MISTRAL
+from test_models import GPT2, MISTRAL, params_of
 
-from instructjax import hf, models, sharding
+from instructjax import hf, models, offload, sharding
+from instructjax.run import adapters, lora, pretrained
 
 MODEL = dataclasses.replace(MISTRAL, windowed=(), window=None)
 WEIGHTS = "adapter_model.safetensors"
@@ -117,11 +122,145 @@ def test_wrong_tensors_are_named(tmp_path):
     with pytest.raises(ValueError, match=f"{name} has .* NaN"):
         hf.load_adapter(tmp_path, config)
     (tmp_path / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=f"no {WEIGHTS}"):
-        hf.load_adapter(tmp_path, config)
+    for read in (hf.load_adapter, hf.describe_adapter):
+        with pytest.raises(FileNotFoundError, match=f"no {WEIGHTS}"):
+            read(tmp_path, config)
 
 
 def test_no_base_is_named(tmp_path):
     saved(MODEL, tmp_path, base_model_name_or_path=None)
     with pytest.raises(ValueError, match="base_model_name_or_path names no model"):
         hf.adapter_base(tmp_path)
+
+
+def test_a_reward_model_without_a_head_is_named(tmp_path):
+    config, _ = saved(MODEL, tmp_path, task_type="SEQ_CLS")
+    with pytest.raises(ValueError, match=r"task_type is SEQ_CLS.* has no .*score\.weight"):
+        hf.describe_adapter(tmp_path, config)
+    with_head = dataclasses.replace(config, scalar_head=True)  # the base is a reward model
+    assert hf.describe_adapter(tmp_path, with_head).config == with_head
+
+
+def test_targets_are_read_from_the_names_of_tensors(tmp_path):
+    for config, targets in ((MODEL, ("attention/value", "mlp/up")), (GPT2, adapters_of_qkv())):
+        saved(config, tmp_path, targets)
+        assert hf.describe_adapter(tmp_path, config).targets == targets
+
+
+def adapters_of_qkv():
+    return tuple(f"attention/{name}" for name in ("query", "key", "value"))
+
+
+# ---------------------------------------------------------------------------- the base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    out = tmp_path_factory.mktemp("base")
+    hf.save(out, GPT2, params_of(GPT2))
+    return out
+
+
+def test_a_fingerprint_is_of_the_values(base, tmp_path):
+    """Not of the files that they are in; a change of one tensor by training changes it."""
+    hf.save(tmp_path / "parts", GPT2, params_of(GPT2), max_file_size=20_000)
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    whole = hf.fingerprint(base)
+    assert hf.fingerprint(tmp_path / "parts") == whole
+    tensors = load_file(base / "model.safetensors")
+    seen = {whole}
+    name = "transformer.h.2.mlp.c_fc.weight"
+    for change in (
+        {name: tensors[name] + np.float32(1e-3)},
+        {name: tensors[name].reshape(-1, 24)},
+        {name: tensors[name].astype(np.float16)},
+        {"more": tensors[name]},
+        {name: np.where(np.arange(24 * 40).reshape(24, 40) < 24 * 40 - 1, tensors[name], 0)},
+    ):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        save_file({**tensors, **change}, tmp_path / "x" / "model.safetensors")
+        seen.add(hf.fingerprint(tmp_path / "x"))
+    assert len(seen) == 6
+
+
+def test_an_adapter_knows_its_base(base, tmp_path):
+    config, params = adapted(GPT2)
+    fingerprint = hf.fingerprint(base)
+    hf.save_adapter(tmp_path, config, params, str(base), fingerprint=fingerprint)
+    hf.check_base(tmp_path, str(base))
+    of_adapter = hf.fingerprint(tmp_path)
+    assert of_adapter not in (fingerprint, hf.fingerprint(base))
+    hf.save_adapter(tmp_path, config, params, str(base), fingerprint="0123")
+    said = f"fingerprint 0123, and its base {base} now has {fingerprint}: these are other weights"
+    with pytest.raises(ValueError, match=said):
+        hf.check_base(tmp_path, str(base))
+    with pytest.raises(ValueError, match=f"--model .*{said}"):
+        pretrained.load(str(tmp_path), sharding.make_mesh(), tokenizer="unread")
+    hf.save_adapter(tmp_path, config, params, str(base))  # as of peft
+    hf.check_base(tmp_path, str(base))
+    assert hf.fingerprint(tmp_path) == of_adapter
+
+
+def test_the_name_of_a_base(base, tmp_path, monkeypatch):
+    """Written as peft reads it, and read as it was meant, in whatever folder."""
+    config, params = adapted(GPT2)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()  # claims the name org/model for this folder
+    where = tmp_path / "adapter"
+    for given, written, read in (
+        ("org/model", f"{tmp_path}/org/model", f"{tmp_path}/org/model"),
+        ("hf:org/model", "org/model", "hf:org/model"),
+        ("other/model", "other/model", "other/model"),
+        ("./run", f"{tmp_path}/run", f"{tmp_path}/run"),
+    ):
+        hf.save_adapter(where, config, params, adapters.full_name(given), fingerprint="0")
+        content = json.loads((where / "adapter_config.json").read_text())
+        assert content["base_model_name_or_path"] == written
+        assert hf.adapter_base(where) == read
+        assert adapters.same(adapters.full_name(given), read)
+    (where / "adapter_base.json").unlink()  # peft's own may name any folder
+    content["base_model_name_or_path"] = "org/model"
+    (where / "adapter_config.json").write_text(json.dumps(content))
+    assert hf.adapter_base(where) == "org/model"
+    assert pretrained.hub_base(str(where)) is None
+    content["base_model_name_or_path"] = "other/model"
+    (where / "adapter_config.json").write_text(json.dumps(content))
+    assert pretrained.hub_base(str(where)) == "other/model"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "export").symlink_to(base)
+    content["base_model_name_or_path"] = "./run"
+    (where / "adapter_config.json").write_text(json.dumps(content))
+    assert hf.adapter_base(where) == "run/export"
+
+
+def test_an_adapter_is_exported_before_the_merged_weights(base, tmp_path, monkeypatch):
+    """A run with export/ counts as finished."""
+    config, params = adapted(GPT2)
+    origin = lora.Origin(str(base), hf.fingerprint(base), False)
+    order = []
+    save = hf.save
+
+    def watched(path, *rest):
+        order.append((path.name, (tmp_path / "adapter-1" / "adapter_config.json").exists()))
+        save(path, *rest)
+
+    monkeypatch.setattr(hf, "save", watched)
+    wrote = lora.export(tmp_path, origin, config, params, None, 1)
+    assert order == [("export-1", True)]
+    assert wrote == [tmp_path / "adapter-1", tmp_path / "export-1"]
+    hf.check_base(tmp_path / "adapter-1", str(base))
+    assert lora.export(tmp_path, None, GPT2, params_of(GPT2), None) == [tmp_path / "export"]
+
+
+# ---------------------------------------------------------------------------- in memory
+
+
+def test_casting_a_base_deletes_what_it_was():
+    params = jax.tree.map(jnp.copy, params_of(GPT2))
+    want = models.cast(params_of(GPT2), "bfloat16")
+    got = offload.convert(params, "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert got["final_norm"]["scale"].dtype == jnp.float32
+    assert params["layers"]["mlp"]["up"]["kernel"].is_deleted()
+    same = offload.convert(got, "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, same, want)

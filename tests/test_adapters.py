@@ -181,6 +181,24 @@ def test_some_matrices_alone(targets):
     assert changed == list(targets)
 
 
+@pytest.mark.parametrize("targets", [None, ("attention/out",)], ids=["all", "one"])
+def test_dots_keeps_the_products_of_all_matrices(targets):
+    """Its backward pass computes attention's products and x A again, and no x W."""
+    config, params = adapted(MISTRAL, targets=targets)
+    trained, frozen = models.split(params)
+
+    def products(remat):
+        c = dataclasses.replace(config, remat=remat)
+
+        def loss(trained):
+            return jnp.sum(models.apply({**frozen, **trained}, c, tokens_of(2, 12)))
+
+        return str(jax.make_jaxpr(jax.grad(loss))(trained)).count("dot_general[")
+
+    again = {remat: products(remat) - products("none") for remat in ("dots", "full")}
+    assert again["full"] - again["dots"] >= 6
+
+
 def same_kernel(params, config, path):
     return np.array_equal(kernel_of(params, path), kernel_of(models.merge(params, config), path))
 
@@ -219,6 +237,32 @@ def test_sampling_merges(config):
     assert not np.array_equal(
         got.tokens_BR, sampler.generate(base, config, prompts, key, **settings).tokens_BR
     )
+
+
+def test_sampling_in_bfloat16_keeps_the_adapter_apart():
+    """Merged into bfloat16 weights, a small one would be lost."""
+    config, params = adapted(GPT2)
+    low, mesh = dataclasses.replace(config, dtype="bfloat16"), sharding.make_mesh(data=4, tensor=2)
+    lay_out = jax.jit(sampler.sample.lay_out, static_argnums=(1, 2))
+    for where in (None, mesh):
+        laid_out = lay_out(params, low, where)
+        for name in ("layers", "adapter"):
+            want = jax.tree.map(lambda x: x[2].astype(x.dtype), params[name])
+            for got, leaf in zip(
+                jax.tree.leaves(laid_out[name][2]), jax.tree.leaves(want), strict=True
+            ):
+                np.testing.assert_array_equal(got, leaf.astype(got.dtype))
+        assert laid_out["adapter"][2]["mlp"]["up"]["b"].dtype == jnp.bfloat16
+    spec = laid_out["adapter"][2]["mlp"]["up"]["b"].sharding.spec
+    assert tuple(spec) == (None, "tensor")
+
+    prompts, key = [[5, 6, 7], [8, 9, 3], [10, 11, 4], [12, 1, 3]], jax.random.key(0)
+    rollout = sampler.generate(params, low, prompts, key, max_new_tokens=4, mesh=mesh)
+    tokens = jnp.concatenate([jnp.array(prompts), rollout.tokens_BR], 1)
+    for p, off in ((params, False), (models.split(params)[1], True)):
+        logp = jax.nn.log_softmax(models.logits(p, config, tokens)[:, 2:-1])
+        logp_BR = np.take_along_axis(logp, np.asarray(rollout.tokens_BR)[..., None], 2)[..., 0]
+        assert (np.abs(logp_BR - rollout.logp_BR).mean() > 0.5) == off
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import run_ppo
 import stopped
+from safetensors.numpy import load_file, save_file
 from test_run_ppo import FEW, SMALL, metrics_of
 
 from instructjax import hf, miniature, models, sharding
 from instructjax.data import sources
 from instructjax.models import ModelConfig
-from instructjax.run import lora
+from instructjax.run import lora, resume
 from instructjax.run.lora import LoRA
 from instructjax.scoring import RewardConfig, load
 
@@ -43,7 +44,8 @@ def world(tmp_path_factory):
     hf.save(out / "base", config, base, tokenizer)
     reward_config, reward = models.with_scalar_head(base, config, jax.random.key(1))
     reward["score"] = {"kernel": 10 * reward["score"]["kernel"], "bias": jnp.float32(0.375)}
-    hf.save(out / "rm-own", reward_config, reward, tokenizer)
+    other = jax.tree.map(lambda x: x + 0.02, reward["layers"])
+    hf.save(out / "rm-own", reward_config, {**reward, "layers": other}, tokenizer)
     for i, (name, model, params) in enumerate(
         (("sft", config, base), ("rm", reward_config, reward))
     ):
@@ -53,7 +55,8 @@ def world(tmp_path_factory):
         )
         whole = {**params, "adapter": jax.tree.map(lambda x: x + 0.03, adapter)}
         hf.save(out / name / "export", model, whole, tokenizer)
-        hf.save_adapter(out / name / "adapter", model, whole, str(out / "base"), tokenizer)
+        how = {"fingerprint": hf.fingerprint(out / "base")}
+        hf.save_adapter(out / name / "adapter", model, whole, str(out / "base"), tokenizer, **how)
     return out
 
 
@@ -77,8 +80,8 @@ def parts_of(world, reward="rm", **changes) -> Any:
         **{"model": f"{world}/sft", **changes},
     )
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    model, params, tokenizer = run_ppo.load_policy(config, mesh)
-    base = lora.shared_base(config.lora, config.model, model, params)
+    model, params, tokenizer, origin = run_ppo.load_policy(config, mesh)
+    base = lora.shared_base(origin, model, params)
     assert base is not None
     rewards = load(config.reward, mesh, tokenizer, config.model_dtype, config.offload, base=base)
     policy, _, value = run_ppo.load_value_net(config, mesh, model, params, tokenizer, base)
@@ -126,19 +129,88 @@ def test_each_member_of_an_ensemble_is_found(world, tmp_path):
             shutil.copytree(world / kind / export, tmp_path / name / f"export{member}")
             if kind == "rm":
                 shutil.copytree(world / kind / "adapter", tmp_path / name / f"adapter{member}")
+        if kind == "rm":
+            file = tmp_path / name / "adapter-1" / "adapter_model.safetensors"
+            save_file({key: 2 * x for key, x in load_file(file).items()}, file)
         _, _, base, rewards, _ = parts_of(tmp_path, name, model=f"{world}/sft")
         assert len(rewards.models) == 2
+        if kind == "rm":
+            first, second = (own.tree["adapter"] for _, own in rewards.models)
+            jax.tree.map(lambda x, y: np.testing.assert_array_equal(2 * x, y), first, second)
         for run, own in rewards.models:
             kernel = {**run.args[1], **own.tree}["layers"]["mlp"]["up"]["kernel"]
             its = base.params["layers"]["mlp"]["up"]["kernel"]
             assert (kernel is its) == (name == "shared")
 
 
-def test_checkpoints_hold_adapters_alone(whole):
+def test_a_reward_model_on_another_base_has_its_own_weights(world, tmp_path):
+    """With an export beside its adapter, or of peft's files alone."""
+    config, base = hf.load(world / "base")
+    other = jax.tree.map(lambda x: x + 0.01, base)
+    hf.save(tmp_path / "base", config, other)
+    shutil.copytree(world / "rm" / "adapter", tmp_path / "rm")
+    (tmp_path / "rm" / "adapter_base.json").unlink()
+    settings = tmp_path / "rm" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace(f"{world}/base", f"{tmp_path}/base"))
+    _, _, shared, rewards, value = parts_of(tmp_path, "rm", model=f"{world}/sft")
+    ((_, own),) = rewards.models
+    config, trained = hf.load_adapter(tmp_path / "rm", config)
+    want = models.merge({**other, **trained}, config)["layers"]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), own.tree["layers"], want)
+    assert not np.allclose(own.tree["layers"]["mlp"]["up"]["kernel"], layer_of(shared.params))
+    assert not value["adapter"]["mlp"]["up"]["b"].any()  # a new one
+
+
+def layer_of(params):
+    return params["layers"]["mlp"]["up"]["kernel"]
+
+
+def test_a_base_that_has_changed_is_refused(world, tmp_path):
+    """By the adapter that is trained on, and by those that share its base."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    shutil.copytree(world / "sft", tmp_path / "sft")
+    config, base = hf.load(world / "base")
+    hf.save(
+        tmp_path / "base", config, jax.tree.map(lambda x: x + 0.01, base), miniature.tokenizer()
+    )
+    settings = tmp_path / "sft" / "adapter" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace(f"{world}/base", f"{tmp_path}/base"))
+    said = r"--model .*trained on weights with the fingerprint \w+, and its base .* now has \w+"
+    with pytest.raises(ValueError, match=said):
+        lora.load(LORA, f"{tmp_path}/sft", mesh, "float32", 0)
+    (tmp_path / "sft" / "adapter" / "adapter_base.json").unlink()
+    lora.load(LORA, f"{tmp_path}/sft", mesh, "float32", 0)
+
+    shutil.copytree(world / "rm", tmp_path / "rm")
+    record = tmp_path / "rm" / "adapter" / "adapter_base.json"
+    record.write_text('{"fingerprint": "0123"}')
+    with pytest.raises(ValueError, match=r"^--reward .*fingerprint 0123, and its base"):
+        parts_of(tmp_path, "rm", model=f"{world}/sft")
+
+
+def test_where_adapters_come_from(world, monkeypatch):
+    """Relative names are written in full; a start with adapters is told from one without."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    monkeypatch.chdir(world)
+    fingerprint = hf.fingerprint(world / "base")
+    for model, adapted in (("./base", False), ("./sft", True)):
+        config, params, _, origin = lora.load(LORA, model, mesh, "float32", 0)
+        assert origin == (str(world / "base"), fingerprint, adapted)
+        start = run_ppo.start_of(origin, params)
+        assert set(start) == ({"adapter"} if adapted else set())
+        assert config.adapter_scale == LORA.scale
+    with pytest.raises(ValueError, match="other weights"):
+        resume.check_frozen(world, 1, {"--model": ["x", "0"]}, lora.frozen_weights(origin))
+    assert lora.load(LoRA(), "./base", mesh, "float32", 0)[3] is None
+
+
+def test_checkpoints_hold_adapters_alone(world, whole):
     kept = (whole / "checkpoints" / "3" / "state" / "_METADATA").read_text()
     assert "adapter" in kept
     assert "ema" in kept
     assert not any(f"'{name}'" in kept for name in ("layers", "embed", "final_norm"))
+    frozen = json.loads((whole / "checkpoints" / "3" / "meta" / "metadata").read_text())["frozen"]
+    assert frozen == {"--model": [f"{world}/base", hf.fingerprint(world / "base")]}
 
 
 def test_the_first_iteration_begins_at_the_reference(whole):
@@ -179,19 +251,30 @@ def test_one_device_and_offload_compute_the_same(world, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("reward", "more"),
     [
-        ("--model_dtype", "bfloat16", "--remat", "dots"),
-        ("--ppo.value", "shared"),
-        ("--ppo.beta", "0"),
+        ("rm", ("--model_dtype", "bfloat16", "--remat", "dots")),
+        ("rm", ("--ppo.value", "shared")),
+        ("rm-own", ("--ppo.beta", "0")),
     ],
-    ids=["bfloat16", "value head", "no reference"],
+    ids=["bfloat16", "value_head", "other_reward_model_and_no_reference"],
 )
-def test_other_ways_to_run(world, more, tmp_path):
-    run_ppo.cli([*flags(world, "sft", "rm", *more), "--steps", "2", "--out", str(tmp_path / "ppo")])
-    assert (tmp_path / "ppo" / "adapter" / "adapter_config.json").exists()
-    rows = metrics_of(tmp_path / "ppo")
+def test_other_ways_to_run(world, reward, more, tmp_path, capsys):
+    out, own = tmp_path / "ppo", reward == "rm-own"
+    steps = "2" if own else "1"
+    run_ppo.cli([*flags(world, "sft", reward, *more), "--steps", steps, "--out", str(out)])
+    assert (out / "adapter" / "adapter_config.json").exists()
+    assert f"wrote {out}/adapter\n" in capsys.readouterr().out
+    rows = metrics_of(out)
     assert rows[1]["optim/grad_norm"] > 0
+    meta = json.loads((out / "checkpoints" / steps / "meta" / "metadata").read_text())
+    assert ("--reward" in meta["frozen"]) == own
+    if own:  # the value net's adapter, on the reward model's weights, learns
+        assert rows[1]["optim/value_grad_norm"] > 0
+        assert rows[2]["value/loss"] != rows[1]["value/loss"]
+        assert rows[1]["value/clip_fraction"] == 0  # the rollout's values are of these weights too
+        name, fingerprint = meta["frozen"]["--reward"]
+        assert (name, fingerprint) == (f"{world}/rm-own", hf.fingerprint(world / "rm-own"))
 
 
 def test_new_adapters_and_rewards_that_are_functions(world, tmp_path):
@@ -206,6 +289,7 @@ def test_new_adapters_and_rewards_that_are_functions(world, tmp_path):
     assert rows[2]["objective/kl_k3"] > 0
     config = json.loads((tmp_path / "ppo" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == f"{world}/base"
+    hf.check_base(tmp_path / "ppo" / "adapter", f"{world}/base")
     assert "score" not in json.dumps(config["modules_to_save"])
 
 
@@ -213,7 +297,7 @@ def test_an_update_computes_no_gradient_of_a_frozen_matrix(world):
     """Of policy, pretraining text and value net; the program of all weights has such products."""
     config, policy, _, _, value = parts_of(world)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    model, _, _ = run_ppo.load_policy(config, mesh)
+    model, *_ = run_ppo.load_policy(config, mesh)
     value_model = dataclasses.replace(model, scalar_head=True)
     batch = {
         "prompt_BP": jnp.ones((3, 5), jnp.int32),

@@ -1,6 +1,7 @@
 """LoRA in the scripts, from their command lines: what is trained, kept, exported, gone on from."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -13,8 +14,10 @@ import run_rm
 import run_sft
 from test_scripts import FEW, SMALL
 
-from instructjax import hf, models
+from instructjax import hf, models, scoring
+from instructjax.data import __main__ as data_tool
 from instructjax.data import sources
+from instructjax.run import lora
 
 LORA = ["--lora.rank", "4", "--lora.alpha", "8"]
 
@@ -96,6 +99,12 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(runs, tmp_path, capsys
     record = tmp_path / "sft" / "checkpoint.json"
     record.write_text(record.read_text().replace(str(runs), str(tmp_path)))
     again = [*sft(runs), "--out", f"{tmp_path}/sft", "--save_every", "1", "--keep_last", "9"]
+    base = runs / "pretrain" / "export"
+    said = f"step 1 was trained on {base} with the fingerprint {hf.fingerprint(base)}, and --model"
+    with pytest.MonkeyPatch.context() as patch:  # as of a base that was exported again
+        patch.setattr(hf, "fingerprint", lambda path: "0123")
+        with pytest.raises(ValueError, match=f"{said} now gives {base} with 0123"):
+            run_sft.cli([*again, "--resume_step", "1"])
     run_sft.cli([*again, "--resume_step", "1"])
     assert "resumed after step 1" in capsys.readouterr().out
     for file in ("adapter/adapter_model.safetensors", "export/model.safetensors"):
@@ -106,26 +115,52 @@ def test_flags_that_cannot_work(runs, tmp_path, capsys):
     few = [*FEW, "--out", f"{tmp_path}/x", "--model"]
     sft = f"{runs}/sft"
     other = f": the adapters of --model {sft} have rank 4 and alpha 8; give"
+    targets = other.replace("rank 4 and alpha 8", "--lora.targets query key value out up gate down")
+    tokenizer = hf.load_tokenizer(runs / "sft" / "export")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "tokens")
+    for part in ("adapter", "export"):
+        shutil.copytree(runs / "sft" / part, tmp_path / "torn" / part)
+    (tmp_path / "torn" / "adapter" / "adapter_model.safetensors").unlink()
+    grows = f"--tokenizer {tmp_path}/tokens: it has <new>, which --model {sft} has not, and with"
+    torn = f"--model {tmp_path}/torn/adapter: no adapter_model.safetensors"
     for argv, said in (
         ([sft, "--lora.alpha", "4"], "--lora.alpha: has no effect without --lora.rank above 0"),
         ([sft, "--lora.rank", "-1"], "--lora.rank -1: must not be negative"),
         (["miniature", *LORA], "--lora.rank 4: --model miniature has random weights"),
         ([sft, "--lora.rank", "5"], f"--lora.rank 5{other}"),
         ([sft, "--lora.rank", "4"], f"--lora.rank 4{other}"),
+        ([sft, *LORA, "--lora.targets", "query"], f"--lora.rank 4{targets}"),
+        ([sft, *LORA, "--tokenizer", f"{tmp_path}/tokens"], f"{grows} --lora.rank 4"),
+        ([f"{tmp_path}/torn", *LORA], torn),
+        ([f"{tmp_path}/torn/adapter"], torn),
     ):
         with pytest.raises(SystemExit) as end:
             run_sft.cli([*few, *argv])
         assert end.value.code == 2
         assert said in capsys.readouterr().err
-    with pytest.raises(ValueError, match="have another rank, alpha or targets; give the --lora"):
-        run_sft.run_sft(
-            dataclasses.replace(
-                run_sft.PRESETS["miniature"],
-                out=tmp_path / "y",
-                model=sft,
-                lora=run_sft.LoRA(rank=4, alpha=8.0, targets=("query",)),
-            )
-        )
+    started = dataclasses.replace(
+        run_sft.PRESETS["miniature"],
+        out=tmp_path / "y",
+        model=sft,
+        lora=run_sft.LoRA(rank=4, alpha=8.0, targets=("query",)),
+    )
+    with pytest.raises(ValueError, match=f"--lora.rank 4{targets}"):  # by no command line
+        run_sft.run_sft(started)
+
+
+def test_a_scale_of_rank_stabilised_adapters_is_given_as_alpha(runs, tmp_path):
+    """peft's scale is then alpha over the root of the rank, which no alpha / rank may equal."""
+    shutil.copytree(runs / "sft" / "adapter", tmp_path / "mine")
+    file = tmp_path / "mine" / "adapter_config.json"
+    scale = 7 / 4**0.5 * (1 + 2**-52)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 4 * scale}))
+    base = hf.load_config(runs / "pretrain" / "export")
+    assert hf.describe_adapter(tmp_path / "mine", base).config.adapter_scale != 14 / 4
+    check = functools.partial(lora.check, model=str(tmp_path / "mine"), config=base)
+    check(run_sft.LoRA(rank=4, alpha=14.0))
+    with pytest.raises(ValueError, match="have rank 4 and alpha 14; give"):
+        check(run_sft.LoRA(rank=4, alpha=14.1))
 
 
 def test_new_adapters_on_merged_weights(runs, tmp_path):
@@ -140,9 +175,13 @@ def test_new_adapters_on_merged_weights(runs, tmp_path):
     assert set(trained["adapter"]["attention"]) == {"value"}
 
 
-def test_an_adapter_directory_is_a_model(runs, tmp_path):
+def test_an_adapter_directory_is_a_model(runs, tmp_path, capsys):
     """What peft would write, without an export beside it: merged for a run of all weights."""
     shutil.copytree(runs / "sft" / "adapter", tmp_path / "mine")
+    (tmp_path / "mine" / "tokenizer.json").unlink()  # so it is the base's
+    (tmp_path / "mine" / "tokenizer_config.json").unlink()
+    data_tool.cli(["show", "--kind", "demonstrations", "--tokenizer", f"{tmp_path}/mine"])
+    assert "response tokens: median" in capsys.readouterr().out
     few = [*FEW, "--model", f"{tmp_path}/mine", "--steps", "0", "--max_new_tokens", "4"]
     run_sft.cli([*few, "--out", f"{tmp_path}/all"])
     _, merged = weights(tmp_path / "all" / "export")
@@ -151,9 +190,29 @@ def test_an_adapter_directory_is_a_model(runs, tmp_path):
     assert not (tmp_path / "all" / "adapter").exists()
 
 
-def test_an_ensemble_shares_its_base(runs, tmp_path):
+def test_the_reward_model_that_picks_a_checkpoint_shares_the_base(runs, tmp_path, monkeypatch):
+    loaded = []
+
+    def load_model(*args, load=scoring.load_model):
+        loaded.append((args[-1], load(*args)[1]))
+        raise ValueError("loaded")  # what comes after it is tested without LoRA
+
+    monkeypatch.setattr(scoring, "load_model", load_model)
+    argv = [*FEW, *LORA, "--model", f"{runs}/sft", "--steps", "0", "--max_new_tokens", "4"]
+    keep = ["--keep", "reward", "--reward_model", f"{runs}/rm", "--out", f"{tmp_path}/kept"]
+    with pytest.raises(ValueError, match="loaded"):
+        run_sft.cli([*argv, *keep])
+    ((base, params),) = loaded
+    of_both = params["layers"]["mlp"]["up"]["kernel"], base.params["layers"]["mlp"]["up"]["kernel"]
+    assert of_both[0] is of_both[1]
+
+
+def test_an_ensemble_shares_its_base(runs, tmp_path, capsys):
     rm = [*FEW, *LORA, "--model", f"{runs}/sft", "--steps", "2", "--out", f"{tmp_path}/rm"]
     run_rm.cli([*rm, "--ensemble", "2"])
+    wrote = capsys.readouterr().out
+    for name in ("adapter", "export", "adapter-1", "export-1"):
+        assert f"wrote {tmp_path}/rm/{name}\n" in wrote
     first, second = (
         adapter_of(tmp_path / "rm" / name, runs / "pretrain" / "export")[1]
         for name in ("adapter", "adapter-1")

@@ -399,7 +399,7 @@ def test_the_models_are_computed_as_the_flags_say(start):
     flags = {"model_dtype": "bfloat16", "remat": "dots", "unroll": 2}
     config = ppo_config.Config(model=start[1], reward=RewardConfig((start[3],)), **flags)
     mesh = sharding.make_mesh(data=8)
-    model, params, tokenizer = run_ppo.load_policy(config, mesh)
+    model, params, tokenizer, _ = run_ppo.load_policy(config, mesh)
     _, value_model, _ = run_ppo.load_value_net(config, mesh, model, params, tokenizer)
     for each in (model, value_model):
         assert (each.dtype, each.remat, each.unroll) == ("bfloat16", "dots", 2)

@@ -174,7 +174,7 @@ class Tokenizer:
 
 def _check_tokenizer(name: str) -> None:
     try:
-        hf.check_tokenizer(name)
+        hf.check_tokenizer(hf.with_tokenizer(name))
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"--tokenizer {error}") from error
 
@@ -187,15 +187,17 @@ def _tokenizer(name: str | None, spec: str) -> Any:
     if name is None:
         raise DataError("--tokenizer", None, _NEEDS_TOKENIZER)
     try:
-        return hf.load_tokenizer(name)
+        return hf.load_tokenizer(hf.with_tokenizer(name))
     except (OSError, ValueError) as error:
         raise DataError(f"--tokenizer {name}", None, str(error)) from error
 
 
 def _model_ends(name: str | None) -> tuple[int, ...]:
     """The ids that end a response of the model beside the tokenizer, if there is one."""
+    if name is None:
+        return ()
     try:
-        return () if name is None else hf.load_config(name).eos_ids
+        return hf.load_config(hf.adapter_base(name) if hf.is_adapter(name) else name).eos_ids
     except (FileNotFoundError, ValueError):
         return ()
 

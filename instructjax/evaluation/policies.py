@@ -202,7 +202,7 @@ def finish(
     shown = table({name: rows[name] for name in sampled}, len(base.prompts))
     names = "metrics.jsonl samples.jsonl samples_after.jsonl results.json curves.png report.html"
     next_command = f"python experiments/sample.py --model {out}"
-    wrote = [out / name for name in (*names.split(), "export") if (out / name).exists()]
+    wrote = [out / name for name in (*names.split(), "adapter", "export") if (out / name).exists()]
     run.finish({"seconds": seconds}, wrote, next_command, tables=[shown])
     return rows
 

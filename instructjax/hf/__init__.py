@@ -16,19 +16,24 @@ from instructjax.hf.checkpoint import load, load_config, save
 from instructjax.hf.directory import check_tokenizer, hub_name, read_json, weight_files
 from instructjax.hf.peft import (
     adapter_base,
+    check_base,
     describe_adapter,
+    fingerprint,
     is_adapter,
     load_adapter,
     save_adapter,
     shares_input,
+    with_tokenizer,
 )
 from instructjax.hf.tokenizer import load_tokenizer
 from instructjax.hf.vocabulary import grow, in_use, new_tokens
 
 __all__ = [
     "adapter_base",
+    "check_base",
     "check_tokenizer",
     "describe_adapter",
+    "fingerprint",
     "grow",
     "hub_name",
     "in_use",
@@ -43,4 +48,5 @@ __all__ = [
     "save_adapter",
     "shares_input",
     "weight_files",
+    "with_tokenizer",
 ]

@@ -9,7 +9,14 @@ decoder.py    whole sequences; a KV cache
 heads.py      logits, log-probabilities without all logits, scalars
 """
 
-from instructjax.models.adapters import adapter_axes, init_adapter, matrices, merge, split
+from instructjax.models.adapters import (
+    adapter_axes,
+    init_adapter,
+    matrices,
+    merge,
+    split,
+    whole,
+)
 from instructjax.models.config import PRESETS, ModelConfig, Rope
 from instructjax.models.decoder import Cache, apply, apply_shared, extend, positions_of, unstack
 from instructjax.models.heads import (

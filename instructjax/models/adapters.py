@@ -126,11 +126,17 @@ def merge(params: Params, config: ModelConfig) -> Params:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """(what is trained, what is frozen). Their union, `{**frozen, **trained}`, is `params`.
+    """(what is trained, what is frozen), of which `whole` makes the parameters again.
 
-    With an adapter, it and a scalar head are trained. Without one all parameters are.
+    With an adapter, it and a scalar head are trained. Without one all parameters are, and what is
+    frozen is {}.
     """
     if "adapter" not in params:
         return params, {}
     trained = {name: tree for name, tree in params.items() if name in _TRAINED}
     return trained, {name: tree for name, tree in params.items() if name not in _TRAINED}
+
+
+def whole(trained: Any, frozen: Params) -> Any:
+    """All parameters, from the two parts that `split` gives."""
+    return {**frozen, **trained} if frozen else trained

@@ -166,7 +166,9 @@ class Linear(nn.Einsum):
             if low_BTJ is None:
                 low_BTJ = jnp.einsum(down, x, self.get_variable("adapter", "a").astype(y.dtype))
             y += jnp.einsum(up, self.scale * low_BTJ, b.astype(y.dtype))
-        return checkpoint_name(y, LINEAR_OUTPUT) if "adapter" in self.variables else y
+        # In a model with adapters the matrices without one are named too: `--remat dots` keeps
+        # named results alone. Where no policy asks for it, the name changes no program.
+        return checkpoint_name(y, LINEAR_OUTPUT)
 
 
 def _linear(c: ModelConfig, path: str, bias: bool, std: float = 0.02) -> Linear:

@@ -33,7 +33,7 @@ class Gradient:
     """
 
     def __init__(self, loss_fn: LossFn, layout: Any = None, frozen: Params | None = None):
-        self.loss_fn, self.frozen = loss_fn, frozen
+        self.loss_fn, self.frozen = loss_fn, frozen or {}
         # Compiled twice a shape: to begin a sum, where grads and metrics are None, and to add.
         self.add = jax.jit(self._add, donate_argnums=(0, 1), out_shardings=(layout, None))
 
@@ -52,7 +52,7 @@ class Gradient:
         return grads, metrics  # type: ignore[return-value]  # there is at least one batch
 
     def _add(self, grads, metrics, params, batch, coef, weight, frozen=None):
-        loss_fn = self.loss_fn if frozen is None else of_whole(self.loss_fn, frozen)
+        loss_fn = of_whole(self.loss_fn, frozen or {})
 
         def weighted_loss(params: Params):
             no_key: Any = None

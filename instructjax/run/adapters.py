@@ -20,12 +20,16 @@ from instructjax.models import ModelConfig, Params
 class Base(NamedTuple):
     """Frozen weights that several models share."""
 
-    name: str  # their directory or name on the hub
+    name: str  # their directory, or `hf:` and their name on the hub
     config: ModelConfig
     params: Params  # in the compute dtype, without an adapter
 
     def adapted(self, adapter: str, mesh: Mesh) -> tuple[ModelConfig, Params]:
-        """The model of an adapter on these weights, whose arrays it shares."""
+        """The model of an adapter on these weights, whose arrays it shares.
+
+        Errors: as for `hf.check_base` and `hf.load_adapter`.
+        """
+        hf.check_base(adapter, self.name)
         config, trained = hf.load_adapter(adapter, self.config, mesh)
         return config, _under(self.params, trained)
 
@@ -49,36 +53,44 @@ def load_weights(where: str, mesh: Mesh, merged: bool) -> tuple[ModelConfig, Par
 
     Args:
       merged: whether an adapter is merged into its base, or stays among the parameters.
+
+    Raises:
+      ValueError: the base's weights are others than those that the adapter was trained on.
     """
     if not hf.is_adapter(where):
         return hf.load(where, mesh)
-    config, base = hf.load(base_of(where), mesh)
-    config, adapter = hf.load_adapter(where, config, mesh)
-    params = _under(base, adapter)
+    name = hf.adapter_base(where)
+    hf.check_base(where, name)
+    config, base = hf.load(name, mesh)
+    config, trained = hf.load_adapter(where, config, mesh)
+    params = _under(base, trained)
+    del base
     if not merged:
         return config, params
+    adapter = {"adapter": params.pop("adapter")}
     layout = jax.tree.map(lambda leaf: leaf.sharding, params)
-    layout.pop("adapter")
-    merge = jax.jit(functools.partial(models.merge, config=config), out_shardings=layout)
-    return dataclasses.replace(config, adapter_scale=1.0), merge(params)
+
+    @functools.partial(jax.jit, out_shardings=layout, donate_argnums=0)  # not two bases at once
+    def merge(base: Params, adapter: Params) -> Params:
+        return models.merge({**base, **adapter}, config)
+
+    return dataclasses.replace(config, adapter_scale=1.0), merge(params, adapter)
 
 
 def load_config(where: str) -> ModelConfig:
     """`hf.load_config` of a model, or of an adapter with its base."""
     if not hf.is_adapter(where):
         return hf.load_config(where)
-    config, _ = hf.describe_adapter(where, hf.load_config(base_of(where)))
-    return dataclasses.replace(config, adapter_scale=1.0)
+    described = hf.describe_adapter(where, hf.load_config(hf.adapter_base(where)))
+    return dataclasses.replace(described.config, adapter_scale=1.0)
 
 
-def base_of(adapter: str) -> str:
-    """The directory or hub name of the weights that an adapter changes."""
-    base = hf.adapter_base(adapter)
-    export = Path(os.path.expanduser(base)) / "export"
-    return str(export) if (export / "config.json").is_file() else base
+def full_name(weights: str) -> str:
+    """A name that means the same in every folder: an absolute path, or `hf:` and a hub's name."""
+    hub = hf.hub_name(weights)
+    return f"hf:{hub}" if hub is not None else os.path.abspath(os.path.expanduser(weights))
 
 
 def same(base: str, other: str) -> bool:
-    """Whether two names are of the same weights."""
-    names = [hf.hub_name(x) or os.path.realpath(os.path.expanduser(x)) for x in (base, other)]
-    return names[0] == names[1]
+    """Whether two names are of the same directory, or the same on the hub."""
+    return os.path.realpath(full_name(base)) == os.path.realpath(full_name(other))

@@ -1,16 +1,17 @@
 """The flags of LoRA, and the model that a run with them starts from."""
 
 import dataclasses
-import functools
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from instructjax import hf, models, sharding
 from instructjax.models import PRESETS, ModelConfig, Params
-from instructjax.offload import freeze
+from instructjax.offload import convert
 from instructjax.ranges import CountOrZero, Positive
 from instructjax.run import adapters, pretrained
 
@@ -23,7 +24,7 @@ class LoRA:
     """Rank of the adapters; 0 trains all weights.
     Above 0 the model itself is frozen, in --model_dtype, and only adapters and a scalar head are
     trained, averaged and kept in checkpoints. They take about ten times the learning rate of all
-    weights. [Hu et al., section 7.2: 1 to 64; peft: 8]
+    weights. OUT gets adapter/ beside export/. [Hu et al., section 7.2: 1 to 64; peft: 8]
     If --model is a run with adapters, they are trained on, and its --lora flags are to be given
     again. `--model RUN/export` begins with new adapters on its merged weights."""
     alpha: Positive | None = None
@@ -62,31 +63,62 @@ class LoRA:
         return tuple(path for name, path in every.items() if name in (self.targets or every))
 
 
-def check(lora: LoRA, model: str, config: ModelConfig | None) -> None:
+class Origin(NamedTuple):
+    """What `load` has put the trained adapter on."""
+
+    base: str  # the frozen weights: an absolute path, or `hf:` and a name on the hub
+    fingerprint: str  # of these weights; see `hf.fingerprint`
+    adapted: bool  # whether the adapter came with --model, or is new
+
+
+def check(lora: LoRA, model: str, config: ModelConfig | None, tokenizer: str | None = None) -> None:
     """Raises ValueError or OSError for flags that cannot work, before weights are read.
 
     Args:
       model: --model, which is there.
       config: its config; None: it is not known yet.
+      tokenizer: --tokenizer.
     """
     if not lora.rank or config is None:
         return
+    flag = f"--lora.rank {lora.rank}"
     if model in PRESETS:
-        raise ValueError(
-            f"--lora.rank {lora.rank}: --model {model} has random weights, which would stay so"
-        )
-    lora.paths(config)
-    if (start := adapters.adapter_of(model)) is not None:
-        pretrained.describe(adapters.base_of(start), "--model: the base of its adapter,")
-        described, rank = hf.describe_adapter(start, config)
-        if (rank, described.adapter_scale) != (lora.rank, lora.scale):
-            have = f"have rank {rank} and alpha {described.adapter_scale * rank:g}"
-            raise ValueError(_other(lora, model, have))
+        raise ValueError(f"{flag}: --model {model} has random weights, which would stay so")
+    paths = lora.paths(config)
+    if tokenizer is not None:
+        try:
+            new = hf.new_tokens(pretrained.load_tokenizer(tokenizer), config.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"--tokenizer {tokenizer}: {error}") from error
+        if new:
+            # The base of an adapter would have to be one with these rows, and there is none.
+            raise ValueError(
+                f"--tokenizer {tokenizer}: it has {', '.join(list(new)[:5])}, which --model {model}"
+                f" has not, and with {flag} the model gets no rows for new tokens"
+            )
+    if (adapter := adapters.adapter_of(model)) is None:
+        return
+    with pretrained.naming(model, "--model"):
+        base = hf.adapter_base(adapter)
+    of_base = pretrained.describe(base, "--model: the base of its adapter,")
+    with pretrained.naming(model, "--model"):
+        have = hf.describe_adapter(adapter, of_base)
+    scale, names = have.config.adapter_scale, [path.rpartition("/")[2] for path in have.targets]
+    if have.rank != lora.rank or not math.isclose(scale, lora.scale):
+        other = f"rank {have.rank} and alpha {scale * have.rank:g}"
+    elif have.targets != paths:
+        other = f"--lora.targets {' '.join(names)}"
+    else:
+        return
+    raise ValueError(
+        f"{flag}: the adapters of --model {model} have {other}; give the --lora flags they were"
+        f" trained with, or --model {model}/export for new ones on the merged weights"
+    )
 
 
 def load(
     lora: LoRA, model: str, mesh: Mesh, dtype: str, seed: int, **how: Any
-) -> tuple[ModelConfig, Params, Any]:
+) -> tuple[ModelConfig, Params, Any, Origin | None]:
     """`pretrained.load`, with adapters and a frozen base in `dtype` if the rank is above 0.
 
     Args:
@@ -94,62 +126,82 @@ def load(
       seed: of new adapters.
       how: other keywords of `pretrained.load`.
 
-    Raises:
-      ValueError: the model's adapters are others than the flags say.
+    Returns:
+      what `pretrained.load` returns, and where the adapters came from; None without adapters.
+
+    Errors: as for `check` and `pretrained.load`.
     """
-    config, params, tokenizer = pretrained.load(model, mesh, seed=seed, merged=not lora.rank, **how)
     if not lora.rank:
-        return config, params, tokenizer
-    trained, frozen = models.split(params)
-    if "adapter" not in params:
-        config, new = with_adapter(lora, config, mesh, seed)
-        trained, frozen = new, params
-    del params
-    want = jax.eval_shape(functools.partial(_init, lora, config), jax.random.key(0))
-    shapes = [jax.tree.map(lambda x: x.shape, x) for x in (trained["adapter"], want)]
-    if shapes[0] != shapes[1] or config.adapter_scale != lora.scale:
-        raise ValueError(_other(lora, model, "have another rank, alpha or targets"))
-    return config, {**freeze(frozen, dtype), **trained}, tokenizer
+        return *pretrained.load(model, mesh, seed=seed, **how), None
+    check(lora, model, pretrained.describe(model), how.get("tokenizer"))
+    adapter = adapters.adapter_of(model)
+    base = pretrained.export_of(model, "--model") if adapter is None else hf.adapter_base(adapter)
+    origin = Origin(adapters.full_name(base), hf.fingerprint(base), adapter is not None)
+    config, params, tokenizer = pretrained.load(model, mesh, seed=seed, merged=False, **how)
+    if adapter is None:
+        frozen = params
+        config, trained = with_adapter(lora, config, mesh, seed)
+    else:
+        trained, frozen = models.split(params)
+    return config, {**convert(frozen, dtype), **trained}, tokenizer, origin
 
 
 def with_adapter(
     lora: LoRA, config: ModelConfig, mesh: Mesh, seed: int
 ) -> tuple[ModelConfig, Params]:
     """(the config with the adapters' scale, {"adapter"}) of new adapters for a model."""
-    init, key = functools.partial(_init, lora, config), jax.random.fold_in(jax.random.key(seed), 1)
+    key, shared = jax.random.fold_in(jax.random.key(seed), 1), hf.shares_input(config)
+
+    def init(key: jax.Array) -> Params:
+        return models.init_adapter(config, key, lora.rank, lora.paths(config), shared)
+
     shapes = jax.eval_shape(init, key)
     layout = sharding.shardings(models.adapter_axes(shapes), shapes, mesh)
     adapter = jax.jit(init, out_shardings=layout)(key)
     return dataclasses.replace(config, adapter_scale=lora.scale), {"adapter": adapter}
 
 
-def _init(lora: LoRA, config: ModelConfig, key: jax.Array) -> Params:
-    shared = hf.shares_input(config)
-    return models.init_adapter(config, key, lora.rank, lora.paths(config), shared)
-
-
-def base_of(model: str) -> str:
-    """The directory or hub name of the weights that adapters of a run from --model change."""
-    adapter = adapters.adapter_of(model)
-    base = pretrained.export_of(model, "--model") if adapter is None else adapters.base_of(adapter)
-    return hf.hub_name(base) or base
-
-
-def shared_base(
-    lora: LoRA, model: str, config: ModelConfig, params: Params
-) -> adapters.Base | None:
+def shared_base(origin: Origin | None, config: ModelConfig, params: Params) -> adapters.Base | None:
     """The frozen weights of `load`, for other models that are adapters of them; None without LoRA.
 
     Args:
       config: as the model is computed.
     """
-    if not lora.rank:
+    if origin is None:
         return None
-    return adapters.Base(base_of(model), config, models.split(params)[1])
+    return adapters.Base(origin.base, config, models.split(params)[1])
 
 
-def _other(lora: LoRA, model: str, have: str) -> str:
-    return (
-        f"--lora.rank {lora.rank}: the adapters of --model {model} {have}; give the --lora flags"
-        f" they were trained with, or --model {model}/export for new ones on the merged weights"
-    )
+def frozen_weights(origin: Origin | None) -> dict[str, tuple[str, str]]:
+    """What `Run.restore` gets: the name and the fingerprint of the frozen weights, by flag."""
+    return {} if origin is None else {"--model": (origin.base, origin.fingerprint)}
+
+
+def export(
+    out: Path,
+    origin: Origin | None,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Any,
+    member: int = 0,
+) -> list[Path]:
+    """Writes a trained model to OUT/export and, before that, its adapter to OUT/adapter.
+
+    A run with an export counts as finished, so the export is the last that is written.
+
+    Args:
+      origin: from `load`; None: there is no adapter.
+      params: all parameters; of a model with adapters, the adapter beside its base.
+      member: number in an ensemble. The members after 0 have it in their directories' names.
+
+    Returns:
+      the directories.
+    """
+    behind, wrote = f"-{member}" if member else "", []
+    if origin is not None:
+        wrote.append(out / f"adapter{behind}")
+        how: Any = {"fingerprint": origin.fingerprint}
+        hf.save_adapter(wrote[-1], config, params, origin.base, tokenizer, **how)
+    wrote.append(out / f"export{behind}")
+    hf.save(wrote[-1], config, params, tokenizer)
+    return wrote

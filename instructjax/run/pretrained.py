@@ -68,7 +68,7 @@ def load(
         config, params, loaded = _random(model, mesh, tokenizer, seed, flag)
     else:
         where = export_of(model, flag)
-        with _naming(model, flag):
+        with naming(model, flag):
             if not merged:
                 where = adapters.adapter_of(model) or where
             config, params = adapters.load_weights(where, mesh, merged)
@@ -144,7 +144,7 @@ def describe(model: str, flag: str = "--model") -> ModelConfig:
     if model in PRESETS:
         return PRESETS[model]
     where = export_of(model, flag)
-    with _naming(model, flag):
+    with naming(model, flag):
         return adapters.load_config(where)
 
 
@@ -171,11 +171,11 @@ def check(
             raise ValueError(f"{flag} {model}: {_NO_TOKENIZER}")
         if model not in PRESETS:
             where = export_of(model, flag)
-            with _naming(model, flag):
+            with naming(model, flag):
                 if tokenizer is None:
-                    hf.check_tokenizer(_with_tokenizer(where))
+                    hf.check_tokenizer(hf.with_tokenizer(where))
                 if hf.is_adapter(where):
-                    where = adapters.base_of(where)
+                    where = hf.adapter_base(where)
                 if hf.hub_name(where) is None:
                     hf.weight_files(Path(os.path.expanduser(where)), where)
     except FileNotFoundError as error:
@@ -226,6 +226,8 @@ def hub_base(model: str) -> str | None:
         return None
     if (name := hf.hub_name(model)) is not None:
         return name
+    if Path(os.path.expanduser(model)).is_dir() and hf.is_adapter(model):
+        return hub_base(hf.adapter_base(model))
     card = Path(os.path.expanduser(export_of(model, "--model"))) / "README.md"
     if not card.is_file():
         return None
@@ -254,7 +256,7 @@ def export_of(model: str, flag: str) -> str:
 
 
 @contextlib.contextmanager
-def _naming(model: str, flag: str) -> Iterator[None]:
+def naming(model: str, flag: str) -> Iterator[None]:
     """Adds the flag to an error, and the places that were tried to that of a missing model."""
     try:
         yield
@@ -297,22 +299,11 @@ def _random(
     return config, jax.jit(build, out_shardings=layout)(key), loaded
 
 
-def _with_tokenizer(where: str) -> str:
-    """The directory or hub name itself, or an adapter's base if it has no tokenizer of its own."""
-    if not hf.is_adapter(where):
-        return where
-    try:
-        hf.check_tokenizer(where)
-    except ValueError:
-        return adapters.base_of(where)
-    return where
-
-
 def load_tokenizer(where: str) -> Any:
     """A transformers tokenizer, from a directory, a run or the hub; errors as for `load`."""
     where = export_of(where, "--tokenizer")
     try:
-        where = _with_tokenizer(where)
+        where = hf.with_tokenizer(where)
         hf.check_tokenizer(where)
         return hf.load_tokenizer(where)
     except FileNotFoundError as error:

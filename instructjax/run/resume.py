@@ -7,7 +7,7 @@ that has saved nothing yet. Without this file, as on a new machine, the director
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,6 +123,27 @@ def choose(
         lost = "1 step is" if again == 1 else f"{again:,} steps are"
         say(f"going on from step {whole:,}: {lost} made again")
     return whole
+
+
+def check_frozen(
+    out: Path, step: int, then: Mapping[str, Sequence[str]], now: Mapping[str, Sequence[str]]
+) -> None:
+    """Compares the frozen weights of a checkpoint with those that the run has loaded.
+
+    Args:
+      then, now: (name, fingerprint) by flag. A flag that only one of them has is not compared.
+
+    Raises:
+      ValueError: they are other weights.
+    """
+    for flag in then.keys() & now.keys():
+        (old_name, old), (name, fingerprint) = then[flag], now[flag]
+        if old != fingerprint:
+            raise ValueError(
+                f"{out}: step {step:,} was trained on {old_name} with the fingerprint {old}, and"
+                f" {flag} now gives {name} with {fingerprint}: these are other weights. Put the"
+                " former ones back, or start another run with another --out"
+            )
 
 
 def _go_back(

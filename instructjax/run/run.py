@@ -121,6 +121,7 @@ class Run:
         self._clock = time.perf_counter()
         self._training = self._tracing = False
         self._reached = resume.Reached()
+        self._frozen: dict[str, tuple[str, str]] = {}
         self._watchdog = Watchdog(config.stall, lambda: self._reached.useless_start)
         self._memory = Memory()
 
@@ -234,18 +235,24 @@ class Run:
         """Whether a signal has asked the run to stop."""
         return self._signals.count > 0
 
-    def restore(self, state: Any) -> tuple[Any, int, dict[str, Any]]:
+    def restore(
+        self, state: Any, frozen: Mapping[str, tuple[str, str]] | None = None
+    ) -> tuple[Any, int, dict[str, Any]]:
         """Returns the latest checkpoint's state with --resume, and otherwise the state given.
 
         Args:
           state: a pytree of arrays. Its buffers are freed before a checkpoint replaces it.
+          frozen: name and fingerprint, by flag, of weights that the state means nothing without.
+            Each checkpoint records them.
 
         Returns:
           (state, steps made, the `meta` given to `save`)
 
         Raises:
           OSError: the disk has no room for the checkpoints.
+          ValueError: the checkpoint was made with other frozen weights.
         """
+        self._frozen = dict(frozen or {})
         self.checkpoints.check_space(state)
         if self._latest is None:
             if self.config.resuming:
@@ -256,6 +263,7 @@ class Run:
             if isinstance(leaf, jax.Array):
                 leaf.delete()
         state, meta = self.checkpoints.restore(self._latest, target)
+        resume.check_frozen(self.out, self._latest, meta.get("frozen", {}), self._frozen)
         self._say(f"{self.out}: resumed after step {self._latest:,}")
         marks, log_every = meta.get("logs", {}), self.config.log_every
         for problem in self.metrics.problems(marks, self._latest, log_every):
@@ -376,6 +384,8 @@ class Run:
         self._flush()
         self.metrics.sync()
         meta = {**(meta or {}), "step": step, "score": score, "logs": self.metrics.marks()}
+        if self._frozen:
+            meta["frozen"] = self._frozen
         with self.phase("saving a checkpoint"):
             self.checkpoints.save(step, state, meta)
         self._saved = step

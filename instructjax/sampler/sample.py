@@ -207,21 +207,28 @@ def generate_on_device(
 def lay_out(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
     """Weights for decoding: in the compute dtype (`models.cast`), gathered over data and fsdp.
 
-    An adapter is merged into them. That costs what one row's forward pass of J tokens costs, J
-    the rank, and a token then costs what it costs without an adapter. Adapters in decoding would
-    add two small matrix products, which read little but must be started, to each of its matrices.
+    In float32 an adapter is merged into them. That costs what one row's forward pass of J tokens
+    costs, J the rank, and a token then costs what it costs without an adapter. In bfloat16 an
+    adapter stays beside them, which adds two small matrix products to each matrix and token: a
+    merged matrix is rounded to bfloat16, and most of a small adapter would be lost. With changes of
+    3e-5 (standard deviation) to weights of 0.02, 68 % of the entries would stay as they were.
 
     One tree per layer; on TPUs stacked (see `models.extend`), so that deep models compile soon.
     """
     unembed = {"unembed": {"kernel": models.unembedding(params)}}
     weights = models.cast({**params, **unembed}, config.dtype)
     axes = models.logical_axes(config) | {"unembed": {"kernel": ("vocab", "width")}}
+    if "adapter" in weights and config.dtype != "float32":
+        weights["adapter"] = jax.tree.map(lambda x: x.astype(config.dtype), weights["adapter"])
+        axes |= {"adapter": models.adapter_axes(weights["adapter"])}
     if mesh is None or not sharding.constrainer(mesh).fused:
         weights = models.unstack(weights, config)
         is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
-        layer = jax.tree.map(lambda x: x[1:], axes["layers"], is_leaf=is_axes)
-        axes |= {"layers": [layer] * config.layers}
-    weights = models.merge(weights, config)
+        for name in weights.keys() & {"layers", "adapter"} & axes.keys():
+            layer = jax.tree.map(lambda x: x[1:], axes[name], is_leaf=is_axes)
+            axes |= {name: [layer] * config.layers}
+    if "adapter" not in axes:
+        weights = models.merge(weights, config)
     if mesh is None:
         return weights
     layout = sharding.shardings(axes, weights, mesh, sharding.GENERATION)
