@@ -46,7 +46,7 @@ def sft_step(config: run_sft.Config, model: ModelConfig, mesh: Mesh) -> Compilab
     model, trained, frozen = split_params(config, model, mesh)
     tx, _, step = run_sft.make_step(config, model, trained, mesh, 1000)
     batch = text_batch(config.batch_size, row_of_text(config, model), mesh)
-    args = abstract_state(trained, tx), batch, abstract_key(mesh), frozen or None
+    args = abstract_state(trained, tx), batch, abstract_key(mesh), frozen
     return Compilable("SFT step", step, args)
 
 
@@ -63,7 +63,7 @@ def rm_step(config: run_rm.Config, model: ModelConfig, mesh: Mesh) -> Compilable
     shapes |= dict.fromkeys(("last_BCK", "ranks_BCK", "mask_BCK"), (B, 1, K))
     shapes |= {"margin_BC": (B, 1), "confidence_BC": (B, 1)}
     args = abstract_state(trained, tx), abstract_rows(shapes, mesh), abstract_key(mesh)
-    return Compilable("RM step", step, (*args, frozen or None))
+    return Compilable("RM step", step, (*args, frozen))
 
 
 def row_of_text(config: run_sft.Config, model: ModelConfig) -> int:
@@ -138,7 +138,7 @@ def ppo_programs(
     batch, static, trips = rollout(config, model, P, R, mesh)
     number = placed(SHAPE((), jnp.float32), sharding.replicated(mesh))
     distribution = Distribution(temperature=number)
-    sampled = {**base, **ppo.without_value_head(policy)}
+    sampled = models.whole(ppo.without_value_head(policy), base)
     yield Compilable(
         *(
             "rollout",
@@ -157,12 +157,12 @@ def ppo_programs(
     B, B_update = flags.minibatch, flags.minibatch // flags.microbatches
     rows = response_rows(B, P, R, mesh)
     passes = config.batch_size / B
-    whole_policy = {**base, **policy}
-    whole_value = {**value_base, **value} if own_value else whole_policy
+    whole_policy = models.whole(policy, base)
+    whole_value = models.whole(value, value_base) if own_value else whole_policy
     # (function, parameters, runs, bytes of the parameters that are on the devices between programs)
     scored = {
         "reference": (
-            *(programs.token_logp, {**base, **reference}, passes if flags.beta else 0),
+            *(programs.token_logp, models.whole(reference, base), passes if flags.beta else 0),
             size(base) + (0 if config.offload else waiting["reference"]),
         ),
         "reward model": (
@@ -194,7 +194,7 @@ def ppo_programs(
         gradients["value gradient"] = of_value
     for name, (gradient, params, frozen, batch, count) in gradients.items():
         # The last of several batches: the sums of those before it are arguments.
-        first = None, None, params, batch, number, number, frozen or None
+        first = None, None, params, batch, number, number, frozen
         _, metrics = jax.eval_shape(gradient.add, *first)
         metrics = jax.tree.map(lambda x: placed(x, number.sharding), metrics)
         yield Compilable(
