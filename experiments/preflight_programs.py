@@ -103,7 +103,7 @@ def ppo_programs(
     reference = policy if config.lora.rank else abstract_frozen(policy, config.model_dtype)
     value_model = dataclasses.replace(reward_model, scalar_head=True)
     value_model, value, value_base = split_params(config, value_model, mesh)
-    frozen_rm = {**value_base, **abstract_frozen(value, config.model_dtype)}
+    frozen_rm = models.whole(abstract_frozen(value, config.model_dtype), value_base)
     if config.lora.rank and not shared_base:  # its weights are not adapted
         frozen_rm.pop("adapter")
     if flags.value == "shared":
