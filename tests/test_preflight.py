@@ -99,7 +99,7 @@ def test_several_slices():
     console = Console(width=120, file=io.StringIO())
     console.print(*preflight.tables([joined]))
     [row] = [x for x in console.file.getvalue().splitlines() if x.split()[:2] == ["step", "197"]]
-    assert row.split()[-3:] == ["?", "?", "8"]
+    assert row.split()[-5:] == ["?", "?", "?", "?", "8"]
 
 
 @pytest.mark.parametrize(
@@ -662,10 +662,27 @@ def test_roofline():
     parts = rated.compute_seconds, rated.memory_seconds, rated.network_seconds
     assert parts == pytest.approx((1, 2, 2))
     assert rated.seconds == pytest.approx(4)
+    assert rated.overlapped_seconds == pytest.approx(2)
     half = dataclasses.replace(rated, topology=preflight.parse_topology("tpu7x:2x2x1"))
     assert half.compute_seconds == pytest.approx(197e12 / (2307e12 / 2))
     assert half.memory_seconds == pytest.approx(2 * 819e9 / (7380e9 / 2))
     assert half.usable == 94.75 * GIB
+
+
+@pytest.mark.parametrize(
+    ("flops", "hbm", "sent", "want"),
+    [(3, 2, 1, "FLOPs"), (2, 3, 1, "HBM"), (1, 2, 3, "network")],
+)
+def test_what_takes_longest(flops, hbm, sent, want):
+    """Seconds of each part; nothing is said of programs on several slices."""
+    collective = count.Collective("all-gather", 4, "", 1, sent * 45e9)
+    work = {"flops": flops * 197e12, "hbm_bytes": hbm * 819e9, "collectives": (collective,)}
+    rated = dataclasses.replace(program(), counts=dataclasses.replace(COUNTS, **work))
+    assert rated.bound == want
+    assert rated.overlapped_seconds == pytest.approx(3)
+    joined = dataclasses.replace(rated, topology=preflight.parse_topology(V5E, 2))
+    assert joined.bound == "?"
+    assert math.isnan(joined.overlapped_seconds)
 
 
 def test_what_fits():
@@ -707,19 +724,22 @@ def test_a_verdict_names_what_is_not_known():
 
 def test_tables_and_json():
     programs = [program(parameters=1, optimizer=2, host=3), dataclasses.replace(program(), runs=1)]
-    console = Console(width=100, record=True, file=io.StringIO())
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(*preflight.tables(programs))
     text = console.export_text()
     assert "v5e:4x4 (v5litepod-16), 16 devices, 15.75 GiB of HBM usable in each" in text
     rows = [line.split() for line in text.splitlines() if line.strip().startswith("step")]
     assert rows[0] == ["step", "1.00", "2.00", *["0.00"] * 5, "3.00", "3.00"]
-    assert rows[2] == ["step", "197", "1,000", "1,638", "2,000", "90", "2,000", "4,000", "8"]
+    work = ["197", "1,000", "1,638", "2,000", "90", "2,000"]
+    assert rows[2] == ["step", *work, "network", "2,000", "4,000", "8"]
     assert rows[4] == ["step", "all-gather", "4", "3", "90,000", "2,000"]
     assert "all runs" in text
-    assert "36,000" in text  # 9 runs of 4 s
+    [total] = [line.split() for line in text.splitlines() if line.strip().startswith("all runs")]
+    assert total == ["all", "runs", "18,000", "36,000"]  # 9 runs of 2 s to 4 s
     kept = json.loads(json.dumps(programs[0].json()))
     assert kept["memory"]["peak"] == 3 * GIB
     assert kept["seconds"]["roofline"] == pytest.approx(4)
+    assert kept["seconds"]["overlapped"] == pytest.approx(2)
     assert kept["counts"]["collectives"][0]["bytes"] == 80e9
     uncompiled = dataclasses.replace(programs[0], counts=None)
     assert uncompiled.json()["seconds"] is None

@@ -113,12 +113,34 @@ class Program:
         """
         return max(self.compute_seconds, self.memory_seconds) + self.network_seconds
 
+    @property
+    def overlapped_seconds(self) -> float:
+        """Roofline of one run in seconds if collectives overlap with everything: the longest of
+        compute, HBM and network. With `seconds` it bounds the time that the model allows.
+        """
+        return max(self._parts.values())
+
+    @property
+    def bound(self) -> str:
+        """What takes longest: `FLOPs`, `HBM` or `network`; `?` if a time is not known."""
+        parts = self._parts
+        if any(map(math.isnan, parts.values())):
+            return "?"
+        return max(parts, key=lambda name: parts[name])
+
+    @property
+    def _parts(self) -> dict[str, float]:
+        """Seconds of each part of one run. One that is not known comes first: max is then nan."""
+        times = self.network_seconds, self.compute_seconds, self.memory_seconds
+        return dict(zip(("network", "FLOPs", "HBM"), times, strict=True))
+
     def json(self) -> dict[str, Any]:
         """Bytes, FLOPs and seconds of one device and run, for a file; None if not known."""
         seconds = {
             "compute": self.compute_seconds,
             "memory": self.memory_seconds,
             "network": self.network_seconds,
+            "overlapped": self.overlapped_seconds,
             "roofline": self.seconds,
         }
         return {

@@ -11,10 +11,11 @@ from instructjax.preflight.count import Collective, Counts
 from instructjax.preflight.program import Program
 
 ASSUMPTIONS = (
-    "Compiled, not run. FLOPs are those of matmuls; a loop's body counts as often as it runs. The"
-    " roofline is max(FLOPs / peak, bytes / HBM bandwidth) + bytes sent / interconnect, at"
-    " published peaks. It assumes that collectives overlap with nothing and that nothing waits for"
-    " the host. A ? stands for time on the network between slices, which is not estimated."
+    "Compiled, not run. FLOPs are those of matmuls; a loop's body counts as often as it runs. Times"
+    " are at published peaks, and nothing waits for the host. If collectives overlap with all else,"
+    " a run takes the longest of FLOPs / peak, bytes / HBM bandwidth and bytes sent / interconnect;"
+    " if they overlap with nothing, it takes the longer of the first two, plus the third. A ? is"
+    " time on the network between slices, which is not estimated."
 )
 
 
@@ -64,7 +65,8 @@ def _memory(programs: Sequence[Program]) -> Table:
 def _work(programs: Sequence[Program]) -> Table:
     table = _table(
         "Work of a device in one run, with the time of each part at the chip's peak",
-        *("", "TFLOP", "ms", "HBM GB", "ms", "sent GB", "ms", "roofline ms", "runs"),
+        *("", "TFLOP", "ms", "HBM GB", "ms", "sent GB", "ms", "longest"),
+        *("ms, overlapped", "ms, not", "runs"),
     )
     for each in programs:
         assert each.counts is not None
@@ -74,11 +76,13 @@ def _work(programs: Sequence[Program]) -> Table:
             *(each.counts.hbm_bytes / 1e9, 1e3 * each.memory_seconds),
             *(sent / 1e9, 1e3 * each.network_seconds),
         )
-        table.add_row(each.name, *map(_short, (*parts, 1e3 * each.seconds, each.runs)))
+        band = 1e3 * each.overlapped_seconds, 1e3 * each.seconds
+        table.add_row(each.name, *map(_short, parts), each.bound, *map(_short, (*band, each.runs)))
     if len(programs) > 1:
         table.add_section()
-        total = sum(each.runs * each.seconds for each in programs)
-        table.add_row("all runs", *[""] * 6, _short(1e3 * total), "")
+        least = sum(each.runs * each.overlapped_seconds for each in programs)
+        most = sum(each.runs * each.seconds for each in programs)
+        table.add_row("all runs", *[""] * 7, _short(1e3 * least), _short(1e3 * most), "")
     return table
 
 
