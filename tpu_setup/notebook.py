@@ -9,9 +9,9 @@
 # %% [markdown]
 # # RLHF as InstructGPT did it, on one TPU, GPU or CPU
 #
-# This notebook runs the three steps of InstructGPT with instructjax: supervised fine-tuning (SFT), a
-# reward model of human preferences, and PPO-ptx. It keeps to a number of minutes, stops PPO once and
-# resumes it, draws the curves, talks to the model, and ends with a report of speed and memory.
+# This notebook runs the three steps of InstructGPT with instructjax: supervised fine-tuning (SFT),
+# a reward model of human preferences, and PPO-ptx. It keeps to a number of minutes, stops PPO once
+# and resumes it, draws the curves, talks to the model, and ends with a report of speed and memory.
 #
 # | where | device | model |
 # |---|---|---|
@@ -184,7 +184,7 @@ def run(words, stop=lambda: False):
     Returns the exit code: 0 finished, 75 stopped and resumable.
     """
     print("$", shlex.join(map(str, words)), flush=True)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         list(map(str, words)),
         cwd=OUT,
         env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "110", "FORCE_COLOR": ""},
@@ -192,23 +192,21 @@ def run(words, stop=lambda: False):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # an interrupt of the notebook is passed on below, once
-    )
+    ) as process:
 
-    def watch():
-        while process.poll() is None:
-            if stop():
-                return process.terminate()
-            time.sleep(0.2)
+        def watch():
+            while process.poll() is None:
+                if stop():
+                    return process.terminate()
+                time.sleep(0.2)
 
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-    except BaseException:
-        process.terminate()
-        raise
-    finally:
-        process.wait()
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+        except BaseException:
+            process.terminate()
+            raise
     return process.returncode
 
 
@@ -256,7 +254,12 @@ def steps_until(end, name, rest):
 
 def finish(stage, steps, end):
     """Runs or resumes a stage up to a number of steps, or to a time if that is earlier."""
-    code = run(script(stage, "--resume", "--steps", steps), lambda: time.time() > end)
+    begin = made(stage)  # a script that is just starting would not save
+
+    def late():
+        return time.time() > end and begin < made(stage) < steps
+
+    code = run(script(stage, "--resume", "--steps", steps), late)
     if code == 75:
         code = run(script(stage, "--resume", "--steps", min(steps, made(stage) + 1)))
     assert code == 0, f"run_{stage}.py ended with code {code}"
@@ -296,15 +299,13 @@ for stage in COMMANDS:
 
 # %%
 if not finished("ppo"):
-    began, PPO_END = time.time(), due("ppo")
-    before = made("ppo")
-    killed = run(
-        script("ppo", "--resume", "--steps", MOST["ppo"]), lambda: made("ppo") >= before + KILL_AFTER
-    )
-    STOPPED = made("ppo")
+    began, PPO_END, begin = time.time(), due("ppo"), made("ppo")
+    first = script("ppo", "--resume", "--steps", MOST["ppo"])
+    killed = run(first, lambda: made("ppo") >= begin + KILL_AFTER)
     assert killed == 75, f"expected code 75, not {killed}"
+    STOPPED = made("ppo")
     print(f"exit code {killed}: stopped after step {STOPPED}")
-    rest = time.time() - began - (STOPPED - before) * step_seconds("ppo")
+    rest = time.time() - began - (STOPPED - begin) * step_seconds("ppo")
 
 # %% [markdown]
 # The same command goes on from the saved step, with as many steps as fit. Nothing is lost and
@@ -352,5 +353,7 @@ address = subprocess.run(git, capture_output=True, text=True).stdout.strip()
 if address.startswith("https://"):
     print(f"Post it here: {address.removesuffix('.git')}/issues/new?title=Speed+on+a+device")
 print(f"{(time.time() - END) / 60 + BUDGET:.1f} of {BUDGET} minutes used; all files: {OUT}")
-if OUT.parent != Path.cwd():
+if KAGGLE:  # which keeps this folder, and not /tmp
     shutil.copy(OUT / "report.md", "report.md")
+    if not MINIATURE:
+        shutil.copytree(OUT / "runs/ppo/adapter", "adapter", dirs_exist_ok=True)
