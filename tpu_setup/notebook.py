@@ -178,12 +178,14 @@ print(f"model: {MODEL}")
 
 
 # %%
-def run(words, stop=lambda: False):
-    """Runs a command in OUT, and shows its output. Once `stop()` is true, it gets a SIGTERM.
+def run(words, stop=lambda: False, only=""):
+    """Runs a command in OUT. Once `stop()` is true, it gets a SIGTERM.
 
-    Returns the exit code: 0 finished, 75 stopped and resumable.
+    Shows the lines of its output that begin with `only`, and the last others if it fails. Returns
+    the exit code: 0 finished, 75 stopped and resumable.
     """
     print("$", shlex.join(map(str, words)), flush=True)
+    hidden = []
     with subprocess.Popen(
         list(map(str, words)),
         cwd=OUT,
@@ -203,10 +205,15 @@ def run(words, stop=lambda: False):
         threading.Thread(target=watch, daemon=True).start()
         try:
             for line in process.stdout:
-                print(line, end="", flush=True)
+                if line.startswith(only):
+                    print(line, end="", flush=True)
+                else:
+                    hidden.append(line)
         except BaseException:
             process.terminate()
             raise
+    if process.returncode not in (0, 75):
+        print("".join(hidden[-50:]))
     return process.returncode
 
 
@@ -271,7 +278,8 @@ def train(stage):
         return print(f"{stage} is finished: {OUT / 'runs' / stage}")
     began, end, trial = time.time(), due(stage), f"{stage}-trial"
     shutil.rmtree(OUT / "runs" / trial, ignore_errors=True)
-    code = run(script(stage, "--out", f"runs/{trial}", "--steps", TRIAL))
+    print(f"{stage}: {TRIAL} steps, to measure")
+    code = run(script(stage, "--out", f"runs/{trial}", "--steps", TRIAL), only=f"{stage}  ")
     assert code == 0, f"run_{stage}.py ended with code {code}"
     rest = time.time() - began - TRIAL * step_seconds(trial)
     fit = steps_until(end, trial, rest)
