@@ -209,29 +209,32 @@ def stand_ins(tmp_path):
 
 @pytest.mark.parametrize("budget", [10, 0], ids=["in_time", "out_of_time"])
 def test_what_the_notebook_runs(notebook, stand_ins, tmp_path, monkeypatch, budget):
-    """Each stage is measured first. PPO is killed, and goes on. Without time each makes a step."""
+    """Each stage is stopped once, and goes on. Without time it makes one step more."""
     parameters = {
         **{"BUDGET": budget, "CODE": str(stand_ins), "INSTALL": False, "OUT": f"{tmp_path}/out"},
-        **{"MODEL": "/a/model", "FLAGS": {"ppo": "--seed 7"}, "STEPS": {"sft": 20, "rm": 15}},
-        **{"PROMPTS": ["hello you."], "TRIAL": 4},
+        **{"MODEL": "/a/model", "FLAGS": {"ppo": "--seed 7"}, "PROMPTS": ["hello you."]},
+        **{"STEPS": {"sft": 3, "rm": 150}, "MEASURED": 4},
     }
     text = execute(with_parameters(notebook, **parameters), tmp_path, monkeypatch)
     *trained, (last, asked) = commands(tmp_path / "out")
-    killed = int(text.partition("exit code 75: stopped after step ")[2].split()[0])
-    assert 3 <= killed < 200
-    sizes = {"sft": 20, "rm": 15, "ppo": 200} if budget else {"sft": 1, "rm": 1, "ppo": killed + 1}
-    expected = []
-    for name in ("sft", "rm"):
-        expected.append((f"run_{name}", f"{name}-trial", 4, False))
-        expected.append((f"run_{name}", name, sizes[name], True))
-    expected += [("run_ppo", "ppo", 200, True), ("run_ppo", "ppo", sizes["ppo"], True)]
-    assert [(name, c.out.name, c.steps, c.resume) for name, c in trained] == expected
+    stopped = {}
+    for name in ("rm", "ppo"):
+        stopped[name] = int(text.partition(f"{name}: stopped after step ")[2].split()[0])
+        assert 4 <= stopped[name] < 100
+    sizes = {"sft": 3, "rm": 150, "ppo": 200}
+    if not budget:
+        sizes |= {name: step + 1 for name, step in stopped.items()}
+    expected = [  # a stage of few steps is finished before it is stopped
+        *(("run_sft", 3), ("run_rm", 150), ("run_rm", sizes["rm"])),
+        *(("run_ppo", 200), ("run_ppo", sizes["ppo"])),
+    ]
+    assert [(name, config.steps) for name, config in trained] == expected
+    assert all(config.resume for _, config in trained)
+    assert [config.seed for name, config in trained if name == "run_ppo"] == [7, 7]
     for name, size in sizes.items():
         assert steps_of(tmp_path / "out", name) == list(range(size + 1))
-    assert [config.seed for name, config in trained if name == "run_ppo"] == [7, 7]
-    assert not list((tmp_path / "out" / "runs").glob("*-trial"))
+        assert f"{name}: {size} steps, each once" in text
     assert (last, asked.prompt, asked.model) == ("sample", "hello you.", "runs/ppo")
-    assert f"PPO went on from step {killed} to step {sizes['ppo']}" in text
     assert "an answer" in text
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.rstrip() in text
@@ -250,31 +253,41 @@ def steps_of(out, name):
     return [json.loads(line)["step"] for line in lines]
 
 
-def test_a_stage_that_takes_longer_than_measured_is_stopped(
-    notebook, stand_ins, tmp_path, monkeypatch, capsys
-):
-    """It makes one step more, and is then finished. Finished stages are not repeated."""
+@pytest.fixture
+def slow_sft(notebook, stand_ins, tmp_path, monkeypatch):
+    """The notebook's functions, with 8 s for SFT, whose steps take 0.3 s from step 20 on."""
     script = stand_ins / "experiments" / "run_sft.py"
-    slow = script.read_text().replace(
-        "sleep(0.02)", "sleep(0.02 if 'trial' in sys.argv[-3] else 0.3)"
-    )
-    script.write_text(slow)
+    seconds = "sleep(0.02 if step < 20 else 0.3)"
+    script.write_text(script.read_text().replace("sleep(0.02)", seconds))
     parameters = {"CODE": str(stand_ins), "INSTALL": False, "OUT": f"{tmp_path}/out"}
-    parameters |= {"MODEL": "/a/model", "STEPS": {"sft": 200}}
+    parameters["MODEL"] = "/a/model"
     at = functions(notebook, monkeypatch, "cpu 1 cpu", **parameters)[0]
     at.SHARE.update(rm=0, ppo=0)
     at.train.__globals__["END"] = time.time() + 8
-    at.train("sft")
-    *_, (_, first), (_, second) = commands(tmp_path / "out")
+    return at
+
+
+def test_a_stage_that_takes_longer_than_measured_is_stopped(slow_sft, tmp_path, capsys):
+    """It makes one step more, and is then finished. Finished stages are not repeated."""
+    slow_sft.train("sft")
+    (_, first), (_, second), (_, third) = commands(tmp_path / "out")
     made = steps_of(tmp_path / "out", "sft")
     assert made == list(range(len(made)))
-    assert first.steps > 30
-    assert second.steps == made[-1]
-    assert second.resume
-    assert 1 < made[-1] < 30
-    at.train("sft")
+    assert first.steps == 400
+    assert 30 < second.steps < 390
+    assert third.steps == made[-1]
+    assert 20 < made[-1] < 50
+    slow_sft.train("sft")
     assert len(commands(tmp_path / "out")) == 3
     assert "sft is finished" in capsys.readouterr().out
+
+
+def test_a_step_that_was_made_twice_is_an_error(slow_sft, tmp_path):
+    with (tmp_path / "clone" / "experiments" / "run_sft.py").open("a") as script:
+        script.write("metrics.write_text(metrics.read_text() + '{\"step\": 7}\\n')")
+    slow_sft.MOST["sft"] = 10
+    with pytest.raises(AssertionError, match="a step is missing, or was made twice"):
+        slow_sft.train("sft")
 
 
 CHAT = (
@@ -295,14 +308,15 @@ def test_a_whole_run_on_local_files(notebook, tmp_path, monkeypatch):
     few = "--batch_size 8 --data.cache None"
     toy = f"{few} --max_new_tokens 8"
     ppo = f"{toy} --ppo.minibatch 8 --eval_prompts 4 --final_prompts 4 --ptx.length 32"
+    sizes = {"sft": 30, "rm": 30, "ppo": 60}
     parameters = {
         **{"BUDGET": 30, "CODE": str(ROOT), "INSTALL": False, "OUT": str(tmp_path / "out")},
         **{"MODEL": str(tmp_path / "model"), "DATA": files(tmp_path), "PROMPTS": ["hello."]},
-        **{"STEPS": {"sft": 4, "rm": 4, "ppo": 60}, "FLAGS": {"sft": toy, "rm": few, "ppo": ppo}},
-        "TRIAL": 3,
+        **{"STEPS": sizes, "FLAGS": {"sft": toy, "rm": few, "ppo": ppo}},
+        "MEASURED": 2,
     }
     text = execute(with_parameters(notebook, **parameters), tmp_path, monkeypatch)
-    check(text, tmp_path / "out", {"sft": 4, "rm": 4, "ppo": 60})
+    check(text, tmp_path / "out", sizes)
     assert "1 skipped: field 'text': is empty" in text
     assert (tmp_path / "out" / "runs" / "ppo" / "adapter").is_dir()
 
@@ -311,10 +325,10 @@ def test_a_whole_run_on_local_files(notebook, tmp_path, monkeypatch):
 def test_a_whole_run_on_the_miniature(notebook, tmp_path, monkeypatch):
     """All four scripts on the built-in world, a few steps of each."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
-    sizes = {"pretrain": 3, "sft": 3, "rm": 3, "ppo": 10}
+    sizes = {"pretrain": 20, "sft": 20, "rm": 20, "ppo": 10}
     parameters = {
         **{"BUDGET": 60, "CODE": str(ROOT), "INSTALL": False, "OUT": str(tmp_path / "out")},
-        **{"STEPS": sizes, "TRIAL": 3, "FLAGS": {"ppo": "--final_prompts 128"}},
+        **{"STEPS": sizes, "MEASURED": 3, "FLAGS": {"ppo": "--final_prompts 128"}},
     }
     text = execute(with_parameters(notebook, **parameters), tmp_path, monkeypatch)
     check(text, tmp_path / "out", sizes)

@@ -10,8 +10,9 @@
 # # RLHF as InstructGPT did it, on one TPU, GPU or CPU
 #
 # This notebook runs the three steps of InstructGPT with instructjax: supervised fine-tuning (SFT),
-# a reward model of human preferences, and PPO-ptx. It keeps to a number of minutes, stops PPO once
-# and resumes it, draws the curves, talks to the model, and ends with a report of speed and memory.
+# a reward model of human preferences, and PPO-ptx. It keeps to a number of minutes, stops each step
+# once and resumes it, draws the curves, talks to the model, and ends with a report of speed and
+# memory.
 #
 # | where | device | model |
 # |---|---|---|
@@ -43,7 +44,7 @@ DATA = {  # docs/data.md lists more sets, and how to read your own: jsonl:/whole
 FLAGS = {}  # more flags of a script, as {"rm": "--data.columns 'prompt=question'"}
 STEPS = {}  # at most so many steps of a script, as {"ppo": 50}; {}: as below
 PROMPTS = []  # to ask the trained model; []: two that fit it
-TRIAL, KILL_AFTER = 5, 3  # steps that measure the seconds of a step; steps of PPO before the kill
+MEASURED = 5  # steps that a script makes before it is stopped once; they show how many fit
 
 # %% [markdown]
 # ## The device, and the installation
@@ -168,24 +169,23 @@ print(f"model: {MODEL}")
 # %% [markdown]
 # ## How the time is kept
 #
-# `train` runs a script for a few steps in a folder of its own, and so measures the seconds of a
-# step and of all the rest: loading, compilation, evaluation. Then it runs as many steps as fit the
-# stage's share of the minutes that are left. If they take longer than expected, the script gets a
-# SIGTERM, saves, and is resumed for one more step, after which it evaluates and exports.
+# Each script is started with all its steps and gets a SIGTERM after the first few, as when a cloud
+# takes a TPU away. It finishes its step, saves, and ends with code 75. From these steps `train`
+# computes how many fit the stage's share of the minutes that are left, and resumes the script with
+# that many. If they take longer than expected, the script is stopped again, and makes one step more
+# before it evaluates and exports.
 #
 # If the session ends early, run the notebook again with the same `OUT`: finished stages are not
 # repeated, and a stage that was stopped goes on.
 
 
 # %%
-def run(words, stop=lambda: False, only=""):
-    """Runs a command in OUT. Once `stop()` is true, it gets a SIGTERM.
+def run(words, stop=lambda: False):
+    """Runs a command in OUT, and shows its output. Once `stop()` is true, it gets a SIGTERM.
 
-    Shows the lines of its output that begin with `only`, and the last others if it fails. Returns
-    the exit code: 0 finished, 75 stopped and resumable.
+    Returns the exit code: 0 finished, 75 stopped and resumable.
     """
     print("$", shlex.join(map(str, words)), flush=True)
-    hidden = []
     with subprocess.Popen(
         list(map(str, words)),
         cwd=OUT,
@@ -205,15 +205,10 @@ def run(words, stop=lambda: False, only=""):
         threading.Thread(target=watch, daemon=True).start()
         try:
             for line in process.stdout:
-                if line.startswith(only):
-                    print(line, end="", flush=True)
-                else:
-                    hidden.append(line)
+                print(line, end="", flush=True)
         except BaseException:
             process.terminate()
             raise
-    if process.returncode not in (0, 75):
-        print("".join(hidden[-50:]))
     return process.returncode
 
 
@@ -242,7 +237,9 @@ def step_seconds(name):
 
 
 def finished(stage):
-    return (OUT / "runs" / stage / "export/config.json").exists()
+    """Whether a stage has written its model and, after its last evaluation, its curves."""
+    files = "export/config.json", "curves.png"
+    return all((OUT / "runs" / stage / file).exists() for file in files)
 
 
 def due(stage):
@@ -251,40 +248,34 @@ def due(stage):
     return time.time() + max(0.0, 0.95 * (END - time.time())) * SHARE[stage] / sum(left)
 
 
-def steps_until(end, name, rest):
-    """Number of steps that fit, if everything but the steps takes `rest` seconds."""
-    second = step_seconds(name)
-    fit = int(0.9 * (end - time.time() - rest) / second)
-    print(f"{name}: {second:.2f} s a step, {rest:.0f} s besides; {max(fit, 0):,} steps fit")
-    return fit
-
-
-def finish(stage, steps, end):
-    """Runs or resumes a stage up to a number of steps, or to a time if that is earlier."""
-    begin = made(stage)  # a script that is just starting would not save
-
-    def late():
-        return time.time() > end and begin < made(stage) < steps
-
-    code = run(script(stage, "--resume", "--steps", steps), late)
-    if code == 75:
-        code = run(script(stage, "--resume", "--steps", min(steps, made(stage) + 1)))
-    assert code == 0, f"run_{stage}.py ended with code {code}"
-
-
 def train(stage):
     """Runs a stage for its share of the time."""
     if finished(stage):
         return print(f"{stage} is finished: {OUT / 'runs' / stage}")
-    began, end, trial = time.time(), due(stage), f"{stage}-trial"
-    shutil.rmtree(OUT / "runs" / trial, ignore_errors=True)
-    print(f"{stage}: {TRIAL} steps, to measure")
-    code = run(script(stage, "--out", f"runs/{trial}", "--steps", TRIAL), only=f"{stage}  ")
+    began, end, begin = time.time(), due(stage), made(stage)
+    first = script(stage, "--resume", "--steps", MOST[stage])
+    code = run(first, lambda: made(stage) >= begin + MEASURED)
+    if code == 75:
+        stopped, second = made(stage), step_seconds(stage)
+        # What comes before the steps, such as loading and compiling. The second start has it too,
+        # and the evaluation and export at the end are taken to be as long.
+        besides = time.time() - began - (stopped - begin) * second
+        fit = max(1, int((end - time.time() - 2 * besides) / second))
+        steps = min(stopped + fit, MOST[stage])
+        print(
+            f"{stage}: stopped after step {stopped} with code 75. A step takes {second:.2f} s, all"
+        )
+        print(f"besides {besides:.0f} s: {fit:,} more steps fit, and it goes on to step {steps:,}")
+        code = run(
+            script(stage, "--resume", "--steps", steps),
+            lambda: time.time() > end and stopped < made(stage) < steps,
+        )
+        if code == 75:
+            code = run(script(stage, "--resume", "--steps", min(steps, made(stage) + 1)))
     assert code == 0, f"run_{stage}.py ended with code {code}"
-    rest = time.time() - began - TRIAL * step_seconds(trial)
-    fit = steps_until(end, trial, rest)
-    shutil.rmtree(OUT / "runs" / trial)
-    finish(stage, max(made(stage) + 1, min(fit, MOST[stage])), end)
+    steps = [row["step"] for row in metrics(stage)]
+    assert steps == list(range(steps[0], steps[-1] + 1)), "a step is missing, or was made twice"
+    print(f"{stage}: {steps[-1]:,} steps, each once; {time.time() - began:.0f} s")
 
 
 # %% [markdown]
@@ -300,32 +291,13 @@ for stage in COMMANDS:
         train(stage)
 
 # %% [markdown]
-# ## 3. PPO-ptx, stopped once
+# ## 3. PPO-ptx
 #
-# A free TPU can be taken away at any time. So this cell sends PPO a SIGTERM after a few steps, as
-# the cloud does. The script finishes its step, saves it and ends with code 75.
+# The policy samples responses, the reward model scores them, and PPO raises the scores, less a
+# penalty on the KL from SFT. Look for `stopped after step`, and for `resumed after step` below it.
 
 # %%
-if not finished("ppo"):
-    began, PPO_END, begin = time.time(), due("ppo"), made("ppo")
-    first = script("ppo", "--resume", "--steps", MOST["ppo"])
-    killed = run(first, lambda: made("ppo") >= begin + KILL_AFTER)
-    assert killed == 75, f"expected code 75, not {killed}"
-    STOPPED = made("ppo")
-    print(f"exit code {killed}: stopped after step {STOPPED}")
-    rest = time.time() - began - (STOPPED - begin) * step_seconds("ppo")
-
-# %% [markdown]
-# The same command goes on from the saved step, with as many steps as fit. Nothing is lost and
-# nothing is made twice: each step has one line in `metrics.jsonl`.
-
-# %%
-if not finished("ppo"):
-    fit = STOPPED + steps_until(PPO_END, "ppo", rest)
-    finish("ppo", max(STOPPED + 1, min(fit, MOST["ppo"])), PPO_END)
-    steps = [row["step"] for row in metrics("ppo")]
-    assert steps == list(range(steps[-1] + 1)), "a step is missing, or was made twice"
-    print(f"PPO went on from step {STOPPED} to step {steps[-1]}")
+train("ppo")
 
 # %% [markdown]
 # ## The curves, and the model's answers
