@@ -262,10 +262,9 @@ def train(stage):
         besides = time.time() - began - (stopped - begin) * second
         fit = max(1, int((end - time.time() - 2 * besides) / second))
         steps = min(stopped + fit, MOST[stage])
-        print(
-            f"{stage}: stopped after step {stopped} with code 75. A step takes {second:.2f} s, all"
-        )
-        print(f"besides {besides:.0f} s: {fit:,} more steps fit, and it goes on to step {steps:,}")
+        print(f"{stage}: stopped after step {stopped} with code 75.")
+        print(f"A step takes {second:.2f} s, and the start took {besides:.0f} s: {fit:,} more steps")
+        print(f"fit into {(end - time.time()) / 60:.1f} minutes. It goes on to step {steps:,}.")
         code = run(
             script(stage, "--resume", "--steps", steps),
             lambda: time.time() > end and stopped < made(stage) < steps,
