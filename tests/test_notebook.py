@@ -231,6 +231,7 @@ def test_what_the_notebook_runs(notebook, stand_ins, tmp_path, monkeypatch, budg
     assert [(name, config.steps) for name, config in trained] == expected
     assert all(config.resume for _, config in trained)
     assert [config.seed for name, config in trained if name == "run_ppo"] == [7, 7]
+    assert ("give a larger BUDGET" in text) == (budget == 0)
     for name, size in sizes.items():
         assert steps_of(tmp_path / "out", name) == list(range(size + 1))
         assert f"{name}: {size} steps, each once" in text

@@ -257,14 +257,17 @@ def train(stage):
     code = run(first, lambda: made(stage) >= begin + MEASURED)
     if code == 75:
         stopped, second = made(stage), step_seconds(stage)
-        # What comes before the steps, such as loading and compiling. The second start has it too,
-        # and the evaluation and export at the end are taken to be as long.
+        # Loading and compiling. The second start finds the compiled programs on disk; with the
+        # evaluation and the export at the end it is taken to need half as long again.
         besides = time.time() - began - (stopped - begin) * second
-        fit = max(1, int((end - time.time() - 2 * besides) / second))
-        steps = min(stopped + fit, MOST[stage])
-        print(f"{stage}: stopped after step {stopped} with code 75.")
-        print(f"A step takes {second:.2f} s, and the start took {besides:.0f} s: {fit:,} more steps")
-        print(f"fit into {(end - time.time()) / 60:.1f} minutes. It goes on to step {steps:,}.")
+        left = end - time.time()
+        fit = int((left - 1.5 * besides) / second)
+        steps = min(stopped + max(1, fit), MOST[stage])
+        print(f"{stage}: stopped after step {stopped} with code 75. It has {left / 60:.1f} minutes")
+        print(
+            f"left, a step takes {second:.2f} s, and the start took {besides:.0f} s: it goes on to"
+        )
+        print(f"step {steps:,}{'.' if fit > 0 else ', as no more fit: give a larger BUDGET.'}")
         code = run(
             script(stage, "--resume", "--steps", steps),
             lambda: time.time() > end and stopped < made(stage) < steps,
