@@ -10,9 +10,9 @@
 # # RLHF as InstructGPT did it, on one TPU, GPU or CPU
 #
 # This notebook runs the three steps of InstructGPT with instructjax: supervised fine-tuning (SFT),
-# a reward model of human preferences, and PPO-ptx. It keeps to a number of minutes, stops each step
-# once and resumes it, draws the curves, talks to the model, and ends with a report of speed and
-# memory.
+# a reward model of human preferences, and PPO-ptx. It chooses the number of steps by the minutes you
+# give it, stops each script once and resumes it, draws the curves, talks to the model, and ends with
+# a report of speed and memory to post.
 #
 # | where | device | model |
 # |---|---|---|
@@ -25,6 +25,9 @@
 # and local files in the place of the hub's data. **What has not:** the models and data of the hub,
 # TPUs, GPUs, Colab and Kaggle. If you run it there, please post the report of the last cell, or the
 # error.
+#
+# To begin, give the repository's address as `CODE` in the next cell, unless this file lies in a
+# clone, and run all cells. On Kaggle, switch `Internet` on first.
 #
 # The notebook is made from `notebook.py`, beside it. To change it, change that file, and then run
 # `jupytext --update --to ipynb tpu_setup/notebook.py`.
@@ -80,7 +83,7 @@ def accelerator():
 
 
 def online():
-    """Whether the hub can be reached. On Kaggle, switch `Internet` on in the settings."""
+    """Whether the hub can be reached."""
     try:
         if os.environ.get("HF_HUB_OFFLINE") != "1":
             return bool(urllib.request.urlopen("https://huggingface.co", timeout=10))
@@ -116,7 +119,8 @@ if INSTALL:
 # ## The model and the sizes
 #
 # `TABLE` chooses by the device. `MOST` is the number of steps beyond which training would see the
-# data too often, and `SHARE` divides the time.
+# data too often, and `SHARE` divides the time. Without a network, or on a CPU, it is the miniature:
+# its training of about nine minutes on two quick cores does not need all of the 60.
 
 # %%
 QUESTION = """
@@ -173,7 +177,8 @@ print(f"model: {MODEL}")
 # takes a TPU away. It finishes its step, saves, and ends with code 75. From these steps `train`
 # computes how many fit the stage's share of the minutes that are left, and resumes the script with
 # that many. If they take longer than expected, the script is stopped again, and makes one step more
-# before it evaluates and exports.
+# before it evaluates and exports. Loading, compiling and evaluating are not cut short: with too
+# small a budget each stage makes a few steps, and the whole takes longer than asked.
 #
 # If the session ends early, run the notebook again with the same `OUT`: finished stages are not
 # repeated, and a stage that was stopped goes on.
@@ -324,8 +329,9 @@ for prompt in PROMPTS or ASKED:
 # %% [markdown]
 # ## The report
 #
-# Please post it, so that others know what to expect of this device. The command below it prints it
-# for any runs.
+# Please post it, so that others know what to expect of this device. The command at its top prints
+# such a report for any runs. "Counted by the compiler" is what `experiments/preflight.py` counts:
+# compare it with the peak.
 
 # %%
 speed = [sys.executable, "-m", "instructjax.evaluation.speed", *(f"runs/{x}" for x in COMMANDS)]
