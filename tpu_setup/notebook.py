@@ -10,9 +10,9 @@
 # # RLHF as InstructGPT did it, on one TPU, GPU or CPU
 #
 # This notebook runs the three steps of InstructGPT with instructjax: supervised fine-tuning (SFT),
-# a reward model of human preferences, and PPO-ptx. It chooses the number of steps by the minutes you
-# give it, stops each script once and resumes it, draws the curves, talks to the model, and ends with
-# a report of speed and memory to post.
+# a reward model of human preferences, and PPO-ptx. It chooses the number of steps by the minutes
+# that you give it, stops each script once and resumes it, draws the curves, talks to the model, and
+# ends with a report of speed and memory to post.
 #
 # | where | device | model |
 # |---|---|---|
