@@ -185,6 +185,12 @@ print(f"model: {MODEL}")
 
 
 # %%
+PLAIN = {  # output of plain lines, at once, and no bars of downloads
+    **{"PYTHONUNBUFFERED": "1", "COLUMNS": "110", "FORCE_COLOR": ""},
+    **{"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"},
+}
+
+
 def run(words, stop=lambda: False):
     """Runs a command in OUT, and shows its output. Once `stop()` is true, it gets a SIGTERM.
 
@@ -194,7 +200,7 @@ def run(words, stop=lambda: False):
     with subprocess.Popen(
         list(map(str, words)),
         cwd=OUT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "110", "FORCE_COLOR": ""},
+        env={**os.environ, **PLAIN},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
