@@ -324,10 +324,11 @@ def test_a_whole_run_on_local_files(notebook, tmp_path, monkeypatch):
 def test_a_whole_run_on_the_miniature(notebook, tmp_path, monkeypatch):
     """All four scripts on the built-in world, a few steps of each."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
-    sizes = {"pretrain": 20, "sft": 20, "rm": 20, "ppo": 10}
+    sizes = {"pretrain": 20, "sft": 20, "rm": 20, "ppo": 15}
+    few = "--batch_size 64 --eval_prompts 32 --final_prompts 32"
     parameters = {
         **{"BUDGET": 60, "CODE": str(ROOT), "INSTALL": False, "OUT": str(tmp_path / "out")},
-        **{"STEPS": sizes, "MEASURED": 3, "FLAGS": {"ppo": "--final_prompts 128"}},
+        **{"STEPS": sizes, "MEASURED": 3, "FLAGS": {"ppo": few}},
     }
     text = execute(with_parameters(notebook, **parameters), tmp_path, monkeypatch)
     check(text, tmp_path / "out", sizes)
