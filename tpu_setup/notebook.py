@@ -121,7 +121,7 @@ if INSTALL:
 # `TABLE` chooses by the device. `MOST` is the number of steps beyond which training would see the
 # data too often, and `SHARE` divides the time. Without a network, or on a CPU, it is the miniature:
 # its training of about nine minutes on two quick cores does not need all of the 60. Compiled with
-# `experiments/preflight.py`, PPO takes 8.32 of 15.75 GiB on one v5e chip, and 4.90 on each of eight.
+# `experiments/preflight.py`, PPO takes 8.32 of 15.75 GiB on one v5e chip, 4.90 on each of eight.
 
 # %%
 QUESTION = """
