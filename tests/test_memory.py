@@ -44,8 +44,11 @@ def test_the_peak_is_attributed_to_the_phases_that_raised_it(monkeypatch):
         "of": "a device's memory",
         "peak": "8.00 GiB of 16.00 GiB",
         "phases": "sampling 5.00 GiB, loading 7.00 GiB, the rest 8.00 GiB",
-        "counted": "arrays 300 MiB, temporaries 3.00 GiB (jit_step)",
+        "counted": "3.29 GiB (arrays 300 MiB, temporaries 3.00 GiB of jit_step)",
     }
+    # At the end of a run most arrays are gone: the count is of when there were most.
+    monkeypatch.setattr(memory, "array_bytes", lambda: 0)
+    assert record.report()["counted"].startswith("3.29 GiB (arrays 300 MiB")
 
 
 def test_arrays_and_temporaries_are_counted_on_one_device():
@@ -72,7 +75,7 @@ def test_arrays_and_temporaries_are_counted_on_one_device():
 def test_resident_memory_stands_in_where_devices_report_none():
     report = memory.Memory().report()
     assert report["of"] == "this process's resident memory"
-    assert report["counted"].startswith("arrays ")
+    assert "(arrays " in report["counted"]
 
 
 @pytest.mark.parametrize("real", [True, False])

@@ -100,7 +100,9 @@ def make_run(directory: Path, devices: int = 4) -> Path:
     rows = [{"step": 1, "time/step": 99.0}]
     rate = {"throughput/tokens_per_second": 4e12, "time/update": 1.5}
     rows += [{"step": n, "time/step": 2.0, **rate} for n in (2, 3, 4)]
+    rows[2] |= {"validation/score": 7.0}
     rows += [{"step": 5, "time/step": 50.0, "time/evaluation": 48.0, **rate, "sft/loss": 1.0}]
+    rows[-1] |= {"validation/score": 8.0, "ptx/validation_loss": 2.5}
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {"stage": "sft", "command": "python experiments/run_sft.py", "config": FLAGS}
     config["versions"] = {"jax": "0.10.2"}
@@ -116,6 +118,7 @@ def test_a_run_is_measured(tmp_path):
     measured = speed.measure(make_run(tmp_path / "sft"))
     assert (measured.seconds, measured.tokens, measured.steps) == (2.0, 1e12, 5)
     assert measured.phases == {"update": 1.5}
+    assert measured.figures == {"score": 8.0, "ptx/validation_loss": 2.5}
     assert measured.flops == 6 * (LAYERS + TABLE) * 1e12
     assert measured.utilisation == pytest.approx(measured.flops / 197e12)
 
@@ -136,6 +139,7 @@ def test_the_markdown(tmp_path, capsys):
     assert f"| a | sft | 5 | {of_run} {share} | 9.50 GiB of 15.75 GiB | arrays 6.00 GiB |" in text
     assert "| old | sft | 5 | 2 | 4,000,000,000,000 |" in text
     assert "| run | update |\n| --- | --- |\n| a | 1.5 |\n| b | 1.5 |" in text
+    assert "| run | score | ptx/validation_loss |\n| --- | --- | --- |\n| a | 8 | 2.5 |" in text
     assert text.count("    python experiments/run_sft.py") == 3
 
 

@@ -4,9 +4,10 @@
     python -m instructjax.evaluation.speed runs/ppo --out speed.md
 
 Seconds are medians over steps, without the first step after a start, which compiles, and without
-steps that evaluate. Model FLOPs are those of the matmuls with weights: 2 a weight and token in a
-forward pass, 6 in a step that trains all weights, 4 in one that trains adapters. The products of
-attention, padding, and what --remat computes twice are not counted.
+steps that evaluate. Memory is counted by the run itself, as preflight.py counts it: arrays, and the
+largest temporaries of a program. Model FLOPs are those of the matmuls with weights: 2 a weight and
+token in a forward pass, 6 in a step that trains all weights, 4 in one that trains adapters. The
+products of attention, padding, and what --remat computes twice are not counted.
 """
 
 import dataclasses
@@ -43,6 +44,7 @@ class Speed:
     steps: int
     seconds: float | None  # of a step, or of an iteration of PPO
     phases: Mapping[str, float]  # seconds of each phase of a step
+    figures: Mapping[str, float]  # of the last validation
     tokens: float | None  # a second and device: of rows in SFT and RM, of responses in PPO
     flops: float | None  # a second and device
     utilisation: float | None  # share of the device's peak
@@ -86,12 +88,19 @@ def measure(directory: Path) -> Speed:
         steps=max((row["step"] for row in run.metrics), default=0),
         seconds=seconds,
         phases={key.removeprefix("time/"): value for key, value in medians.items()},
+        figures=last_figures(run.metrics),
         tokens=tokens,
         flops=flops,
         utilisation=None if flops is None or peak is None else flops / peak,
         peak=memory.get("peak", ""),
         counted=memory.get("counted", ""),
     )
+
+
+def last_figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The last value of each metric of validation, by its name without `validation/`."""
+    values = {name: x for row in metrics for name, x in row.items() if "validation" in name}
+    return {name.removeprefix("validation/"): x for name, x in values.items()}
 
 
 def peak_flops(kind: str, dtype: str) -> float | None:
@@ -215,16 +224,21 @@ def markdown(speeds: Sequence[Speed]) -> str:
                 for s in own
             ],
         )
-        names = list(dict.fromkeys(name for s in own for name in s.phases))
-        if names:
-            rows = [
-                (s.name, *(_figure(s.phases.get(name), "") for name in names))
-                for s in own
-                if s.phases
-            ]
-            lines += ["Seconds of a step by phase:", "", *_table("run", *names, rows=rows)]
+        lines += _by_name("Seconds of a step by phase:", {s.name: s.phases for s in own})
+        lines += _by_name("Figures of the last validation:", {s.name: s.figures for s in own})
         lines += [*(f"    {s.command}" for s in own), ""]
     return "\n".join(lines)
+
+
+def _by_name(title: str, runs: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A table of figures with a row for each run that has any; nothing if none has."""
+    names = list(dict.fromkeys(name for figures in runs.values() for name in figures))
+    rows = [
+        (run, *(_figure(figures.get(name), "") for name in names))
+        for run, figures in runs.items()
+        if figures
+    ]
+    return [title, "", *_table("run", *names, rows=rows)] if rows else []
 
 
 def _table(*columns: str, rows: Sequence[Sequence[str]]) -> list[str]:

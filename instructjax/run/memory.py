@@ -30,6 +30,7 @@ class Memory:
     def __init__(self):
         self._phases = [REST]  # the innermost last
         self._peak = 0
+        self._arrays = 0.0  # the most bytes of arrays at any report
         self._rises: dict[str, int] = {}  # phase -> the peak in bytes, when it last raised it
         self._failed: tuple[Any, str] = None, ""  # an error, and the innermost phase it left
 
@@ -52,7 +53,8 @@ class Memory:
         """The peak by phase, and the arrays and temporaries that were counted; {} if none is known.
 
         The count is preflight's, for the programs and the platform of this run: the arrays that are
-        alive now, and the largest of all programs' temporaries and new outputs.
+        alive now, or were at an earlier report if they took more, and the largest of all programs'
+        temporaries and new outputs.
         """
         self._read()
         if not self._peak:
@@ -64,9 +66,9 @@ class Memory:
         report = {"of": what, "peak": f"{_size(self._peak)}{of}", "phases": rises}
         with suppress(JaxRuntimeError):  # a platform that does not count
             name, temporaries = largest_program()
-            report["counted"] = (
-                f"arrays {_size(array_bytes())}, temporaries {_size(temporaries)} ({name})"
-            )
+            self._arrays = max(self._arrays, array_bytes())
+            parts = f"arrays {_size(self._arrays)}, temporaries {_size(temporaries)} of {name}"
+            report["counted"] = f"{_size(self._arrays + temporaries)} ({parts})"
         return report
 
     def explain(self, error: BaseException, config: RunConfig, step: int, last: int | None) -> str:
