@@ -308,9 +308,8 @@ def report(c: Config, runs: Grid) -> None:
                 }
                 for pair in results["pairs"]
             }
-        figures[name] = results | json.loads(
-            (c.results_directory / f"{name}.cost.json").read_text()
-        )
+        cost = json.loads((c.results_directory / f"{name}.cost.json").read_text())
+        figures[name] = results | {key: x for key, x in cost.items() if key != "flags"}
         if name == "e2e-ppo" and runs.has_finished(name):
             for policy, shares in overlaps(c, name).items():
                 figures[name][policy] |= dict(zip(("word_f1", "pair_f1"), shares, strict=True))

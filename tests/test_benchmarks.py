@@ -91,6 +91,7 @@ def test_runs_wait_for_what_they_need_and_are_not_made_twice(tmp_path, monkeypat
     results = json.loads((c.directory / "results.json").read_text())
     assert set(results) == {"a", "b", "c"}
     assert results["b"]["x"] == {"score": 0.5}
+    assert set(results["b"]) == {"x", "seconds", "peak_gb"}  # of the cost, not its flags
     assert results["b"]["seconds"] > 0
     assert 0.001 < results["b"]["peak_gb"] < 10
     (c.directory / "sft").mkdir()  # SFT writes no results.json
