@@ -24,6 +24,12 @@ PAPER_MODELS = {"1.3b": "gpt3-1.3b", "6b": "gpt3-6b", "175b": "gpt3-175b"}
 
 Stage = Literal["sft", "rm", "ppo"]
 
+# Flags of the scripts that have the same name and meaning here.
+SAME = (
+    *("model_dtype", "remat", "batch_size", "microbatches", "shard_sequence", "lora"),
+    *("length", "max_new_tokens", "sample_batch", "offload"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
@@ -152,19 +158,8 @@ def script_config(stage: Stage, config: Config) -> RunConfig:
     if name not in presets:
         raise ValueError(f"--preset {config.preset}: not one of {', '.join(presets)}")
     script = presets[name]
-    names = {field.name for field in dataclasses.fields(script)} & {
-        *(
-            "model_dtype",
-            "remat",
-            "batch_size",
-            "shard_sequence",
-            "length",
-            "max_new_tokens",
-            "lora",
-        ),
-        *("microbatches", "offload", "sample_batch"),
-    }
-    values = {name: getattr(config, name) for name in names}
+    fields = {field.name for field in dataclasses.fields(script)}
+    values = {name: getattr(config, name) for name in SAME if name in fields}
     values = {name: value for name, value in values.items() if value is not None}
     values["data"] = given(script.data, config.data)
     if isinstance(script, ppo_config.Config):

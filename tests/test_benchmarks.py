@@ -1,5 +1,6 @@
 """benchmarks/real_model.py: its commands, its data and its figures, without a real model."""
 
+import dataclasses
 import gzip
 import importlib
 import json
@@ -47,9 +48,13 @@ def test_the_scripts_know_all_flags(tmp_path, size):
 def test_kept_runs_are_those_of_any_machine():
     results = Path(real_model.__file__).parents[1] / "docs" / "results" / "real"
     kept = [file.name.removesuffix(".cost.json") for file in results.glob("*.cost.json")]
+    assert "oasst-rm-a" in kept
     for folder in ("/x", "y"):
         c = Config(model=f"{folder}/m", data=Path(f"{folder}/d"), results=results)
-        real_model.grid(c).check(kept)
+        real_model.grid(c).check(kept)  # raises if a kept run was made with other flags
+        other = dataclasses.replace(c, size="full")
+        with pytest.raises(ValueError, match="was made with --microbatches 2, and not with"):
+            real_model.grid(other).check(kept)
 
 
 def test_runs_are_chosen_with_what_they_need(tmp_path):

@@ -294,7 +294,7 @@ def test_new_adapters_and_rewards_that_are_functions(world, tmp_path):
 
 
 def test_an_update_computes_no_gradient_of_a_frozen_matrix(world):
-    """Of policy, pretraining text and value net; the program of all weights has such products."""
+    """The gradients of policy, text and value net; that of all weights has such products."""
     config, policy, _, _, value = parts_of(world)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model, *_ = run_ppo.load_policy(config, mesh)

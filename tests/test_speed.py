@@ -33,7 +33,7 @@ def sizes(monkeypatch):
 
 
 def flops(stage: str, changes: dict | None = None) -> float | None:
-    """Of a step of 20 response tokens and 50 in all, or of a row of 20 tokens."""
+    """`step_flops` of 20 response tokens and 50 in all, or of a row of 20 tokens."""
     row = {"throughput/tokens_per_second": 10.0, "time/step": 2.0, "rollout/tokens": 50}
     return speed.step_flops(
         Path("nowhere"), {"stage": stage, "config": {**FLAGS, **(changes or {})}}, row

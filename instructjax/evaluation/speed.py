@@ -143,7 +143,7 @@ def step_flops(directory: Path, record: Mapping[str, Any], row: Mapping[str, Any
 def _ppo_flops(
     flags: Mapping[str, Any], policy: ModelConfig, responses: float, tokens: float, train: int
 ) -> float | None:
-    """Of an iteration.
+    """Model FLOPs of an iteration of PPO; None if the sizes of a model are not known.
 
     Args:
       responses: tokens of responses, which alone are unembedded.

@@ -1,5 +1,6 @@
 """Memory of a run: its peak by phase, what the compiler counted, and what helps if it runs out."""
 
+import json
 import os
 import re
 import sys
@@ -99,6 +100,32 @@ class Memory:
             self._peak = peak
             self._rises.pop(self._phases[-1], None)  # the last rise comes last
             self._rises[self._phases[-1]] = peak
+
+
+def lines(report: dict[str, str], when: str) -> list[str]:
+    """What the terminal shows of `Memory.report`."""
+    said = []
+    if report:
+        peak = f"{report['peak']} ({report['phases']})"
+        said.append(f"memory, {when}: peak of {report['of']} {peak}")
+    if "counted" in report:
+        said.append(f"memory, {when}: counted on a device: {report['counted']}")
+    return said
+
+
+def write_hardware(out: Path, report: dict[str, str]) -> None:
+    """Writes the devices of all hosts and `Memory.report` to OUT/hardware.json."""
+    first = jax.devices()[0]
+    hardware = {
+        "platform": first.platform,
+        "kind": first.device_kind,
+        "devices": jax.device_count(),
+        "hosts": jax.process_count(),
+        "memory": report,
+    }
+    part = out / "hardware.part"
+    part.write_text(json.dumps(hardware, indent=2) + "\n")
+    part.replace(out / "hardware.json")
 
 
 def ran_out(error: BaseException | None) -> bool:

@@ -20,7 +20,6 @@ have the same number.
 """
 
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -38,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from instructjax import hosts
-from instructjax.run import bucket, card, flags, resume
+from instructjax.run import bucket, card, flags, memory, resume
 from instructjax.run.checkpoint import Checkpoints, abstract
 from instructjax.run.flags import RunConfig
 from instructjax.run.memory import Memory, ran_out
@@ -478,23 +477,11 @@ class Run:
 
     def _report_memory(self, when: str) -> None:
         """Says how much memory the run took so far, and writes it to OUT/hardware.json."""
-        memory = self._memory.report()
-        if memory:
-            self._say(
-                f"memory, {when}: peak of {memory['of']} {memory['peak']} ({memory['phases']})"
-            )
-        if "counted" in memory:
-            self._say(f"memory, {when}: counted on a device: {memory['counted']}")
+        report = self._memory.report()
+        for line in memory.lines(report, when):
+            self._say(line)
         if jax.process_index() == 0:
-            first = jax.devices()[0]
-            hardware = {
-                "platform": first.platform,
-                "kind": first.device_kind,
-                "devices": jax.device_count(),
-                "hosts": jax.process_count(),
-                "memory": memory,
-            }
-            (self.out / "hardware.json").write_text(json.dumps(hardware, indent=2) + "\n")
+            memory.write_hardware(self.out, report)
 
     def _set_outer_phase(self, doing: str) -> None:
         self._outer_phase.close()
