@@ -14,22 +14,6 @@ def freeze(params: Params, dtype: str) -> Params:
     return jax.jit(models.cast, static_argnums=1)(params, dtype)
 
 
-def convert(params: Params, dtype: str) -> Params:
-    """`freeze` of parameters that are not needed as they were: each array is deleted once cast.
-
-    So memory holds one array twice, and not all of them.
-    """
-
-    def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        new = freeze({name: leaf}, dtype)[name]
-        if new.dtype != leaf.dtype:
-            leaf.delete()
-        return new
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
 @dataclass(frozen=True)
 class Offloaded:
     """A tree of arrays in host memory; see `to_host`."""

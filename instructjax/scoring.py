@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from instructjax import hf, hosts, reward, sharding
 from instructjax.data import Record, template
 from instructjax.models import ModelConfig, Params, split
-from instructjax.offload import Offloaded, freeze, to_host
+from instructjax.offload import Offloaded, to_host
 from instructjax.ranges import Finite, NotNegative
 from instructjax.run import adapters, pretrained
 from instructjax.train import Batch
@@ -217,8 +217,8 @@ def load_model(
     with pretrained.naming(path, flag):
         adapter = adapter_on(base, path)
     if base is None or adapter is None:
-        config, params, model_tokenizer = pretrained.load(path, mesh, flag=flag, scalar_head=True)
-        params = freeze(params, dtype)
+        how: Any = {"flag": flag, "scalar_head": True, "dtype": dtype}
+        config, params, model_tokenizer = pretrained.load(path, mesh, **how)
     else:
         with pretrained.naming(path, flag):
             config, params = base.adapted(adapter, mesh)

@@ -7,14 +7,13 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from test_adapters import RANK, SCALE, adapted
 from test_models import GPT2, MISTRAL, params_of
 
-from instructjax import hf, models, offload, sharding
+from instructjax import hf, models, sharding
 from instructjax.run import adapters, lora, pretrained
 
 MODEL = dataclasses.replace(MISTRAL, windowed=(), window=None)
@@ -250,17 +249,3 @@ def test_an_adapter_is_exported_before_the_merged_weights(base, tmp_path, monkey
     assert wrote == [tmp_path / "adapter-1", tmp_path / "export-1"]
     hf.check_base(tmp_path / "adapter-1", str(base))
     assert lora.export(tmp_path, None, GPT2, params_of(GPT2), None) == [tmp_path / "export"]
-
-
-# ---------------------------------------------------------------------------- in memory
-
-
-def test_casting_a_base_deletes_what_it_was():
-    params = jax.tree.map(jnp.copy, params_of(GPT2))
-    want = models.cast(params_of(GPT2), "bfloat16")
-    got = offload.convert(params, "bfloat16")
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-    assert got["final_norm"]["scale"].dtype == jnp.float32
-    assert params["layers"]["mlp"]["up"]["kernel"].is_deleted()
-    same = offload.convert(got, "bfloat16")
-    jax.tree.map(np.testing.assert_array_equal, same, want)

@@ -15,8 +15,9 @@ import stopped
 from safetensors.numpy import load_file, save_file
 from test_run_ppo import FEW, SMALL, metrics_of
 
-from instructjax import hf, miniature, models, sharding
+from instructjax import hf, miniature, models, scoring, sharding
 from instructjax.data import sources
+from instructjax.hf import tensors
 from instructjax.models import ModelConfig
 from instructjax.run import lora, resume
 from instructjax.run.lora import LoRA
@@ -106,6 +107,29 @@ def test_one_base_is_in_memory(world):
         assert base.params["final_norm"]["scale"].dtype == jnp.float32
         assert policy["adapter"]["mlp"]["up"]["a"].dtype == jnp.float32
     jax.tree.map(np.testing.assert_array_equal, value["adapter"], own.on_device()["adapter"])
+
+
+def test_frozen_weights_are_read_in_the_compute_dtype(world, monkeypatch):
+    """So that a device never holds a frozen model in float32: neither the base nor a reward model.
+    An adapter that is merged is added in float32, and the sum rounded once.
+    """
+    read, reader = [], tensors.reader
+
+    def recorded(leaf, shape, dtype, *rest):
+        read.append((leaf, np.dtype(dtype)))
+        return reader(leaf, shape, dtype, *rest)
+
+    monkeypatch.setattr(tensors, "reader", recorded)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    _, _, tokenizer, _ = lora.load(LORA, f"{world}/sft", mesh, "bfloat16", 0)
+    scoring.load_model(f"{world}/rm-own", mesh, tokenizer, "bfloat16", "--reward")
+    kinds = {dtype for leaf, dtype in read if not models.stays_float32(leaf)}
+    assert kinds == {jnp.dtype("bfloat16")}
+    read.clear()
+    _, merged = scoring.load_model(f"{world}/rm/adapter", mesh, tokenizer, "bfloat16", "--reward")
+    assert {dtype for _, dtype in read} == {np.dtype("float32")}
+    assert merged["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
+    assert merged["score"]["kernel"].dtype == jnp.float32
 
 
 def test_a_reward_model_of_other_weights_has_its_own(world):

@@ -21,7 +21,7 @@ from instructjax import hosts, sharding
 from instructjax.hf import checks, configs, tensors, vocabulary
 from instructjax.hf.directory import TEXTS, WEIGHTS, describe, read_json, resolve, weight_files
 from instructjax.hf.families import FAMILIES
-from instructjax.models import ModelConfig, Params, init, logical_axes
+from instructjax.models import ModelConfig, Params, init, logical_axes, stays_float32
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -37,7 +37,8 @@ def load(
     Args:
       path: a directory with `config.json` and safetensors, or a model's name on the hub.
       mesh: the mesh that holds the parameters; default: the first device alone.
-      dtype: dtype of the parameters in memory, whatever the file's dtype is.
+      dtype: dtype of the parameters in memory, whatever the file's dtype is. What `models.cast`
+        keeps in float32 is in float32, so that a frozen model is never in memory in both.
 
     Returns:
       (config, params)
@@ -67,8 +68,8 @@ def load(
     arrays = tensors.check_names(arrays, config, wanted, where)
 
     def read(leaf: str) -> jax.Array:
-        shape = leaves[leaf].shape
-        read_block = tensors.reader(leaf, shape, jnp.dtype(dtype), wanted, arrays, config, where)
+        shape, of_leaf = leaves[leaf].shape, "float32" if stays_float32(leaf) else dtype
+        read_block = tensors.reader(leaf, shape, jnp.dtype(of_leaf), wanted, arrays, config, where)
         return jax.make_array_from_callback(shape, layouts[leaf], read_block)
 
     large = sum(leaf.size for leaf in leaves.values()) > 2**29

@@ -33,6 +33,7 @@ from instructjax.models.layer import (
     cast,
     init,
     logical_axes,
+    stays_float32,
     unsharded,
     with_scalar_head,
 )

@@ -334,10 +334,16 @@ def cast(params: Params, dtype: str) -> Params:
 
     An adapter, which is far smaller than what it adapts, stays in float32 as well.
     """
-    float32 = ("norm", "score", "adapter")
-    kept = lambda path: any(x in jax.tree_util.keystr(path) for x in float32)  # noqa: E731
-    cast_leaf = lambda path, leaf: leaf if kept(path) else leaf.astype(dtype)  # noqa: E731
+
+    def cast_leaf(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf if stays_float32(jax.tree_util.keystr(path)) else leaf.astype(dtype)
+
     return jax.tree_util.tree_map_with_path(cast_leaf, params)
+
+
+def stays_float32(name: str) -> bool:
+    """Whether `cast` leaves a parameter as it is, by the names on the way to it."""
+    return any(part in name for part in ("norm", "score", "adapter"))
 
 
 def logical_axes(config: ModelConfig) -> Params:

@@ -48,20 +48,23 @@ def adapter_of(model: str) -> str | None:
     return model if hf.is_adapter(model) else None
 
 
-def load_weights(where: str, mesh: Mesh, merged: bool) -> tuple[ModelConfig, Params]:
+def load_weights(
+    where: str, mesh: Mesh, merged: bool, dtype: str = "float32"
+) -> tuple[ModelConfig, Params]:
     """`hf.load` of a model, or of an adapter with its base.
 
     Args:
       merged: whether an adapter is merged into its base, or stays among the parameters.
+      dtype: see `hf.load`. A sum of base and adapter is rounded once.
 
     Raises:
       ValueError: the base's weights are others than those that the adapter was trained on.
     """
     if not hf.is_adapter(where):
-        return hf.load(where, mesh)
+        return hf.load(where, mesh, dtype)
     name = hf.adapter_base(where)
     hf.check_base(where, name)
-    config, base = hf.load(name, mesh)
+    config, base = hf.load(name, mesh, "float32" if merged else dtype)
     config, trained = hf.load_adapter(where, config, mesh)
     params = _under(base, trained)
     del base
@@ -72,7 +75,7 @@ def load_weights(where: str, mesh: Mesh, merged: bool) -> tuple[ModelConfig, Par
 
     @functools.partial(jax.jit, out_shardings=layout, donate_argnums=0)  # not two bases at once
     def merge(base: Params, adapter: Params) -> Params:
-        return models.merge({**base, **adapter}, config)
+        return models.cast(models.merge({**base, **adapter}, config), dtype)
 
     return dataclasses.replace(config, adapter_scale=1.0), merge(params, adapter)
 

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from instructjax import hf, models, sharding
 from instructjax.models import PRESETS, ModelConfig, Params
-from instructjax.offload import convert
 from instructjax.ranges import CountOrZero, Positive
 from instructjax.run import adapters, pretrained
 
@@ -137,13 +136,14 @@ def load(
     adapter = adapters.adapter_of(model)
     base = pretrained.export_of(model, "--model") if adapter is None else hf.adapter_base(adapter)
     origin = Origin(adapters.full_name(base), hf.fingerprint(base), adapter is not None)
-    config, params, tokenizer = pretrained.load(model, mesh, seed=seed, merged=False, **how)
+    how |= {"merged": False, "dtype": dtype}
+    config, params, tokenizer = pretrained.load(model, mesh, seed=seed, **how)
     if adapter is None:
         frozen = params
         config, trained = with_adapter(lora, config, mesh, seed)
     else:
         trained, frozen = models.split(params)
-    return config, {**convert(frozen, dtype), **trained}, tokenizer, origin
+    return config, models.whole(trained, frozen), tokenizer, origin
 
 
 def with_adapter(

@@ -38,6 +38,7 @@ def load(
     flag: str = "--model",
     scalar_head: bool | None = None,
     merged: bool = True,
+    dtype: str = "float32",
 ) -> tuple[ModelConfig, Params, Any]:
     """Loads a model onto a mesh, with its tokenizer.
 
@@ -55,9 +56,10 @@ def load(
       scalar_head: whether it must be a reward model or a language model; None: it may be either.
       merged: whether an adapter is merged into its base. If not, a run directory's adapter and its
         base are loaded in place of its export.
+      dtype: of the parameters, for a model that is not trained; see `hf.load`.
 
     Returns:
-      (config, float32 params, a transformers tokenizer)
+      (config, params, a transformers tokenizer)
 
     Raises:
       FileNotFoundError: there is no such model; the message lists the places that were tried.
@@ -66,12 +68,13 @@ def load(
     """
     if model in PRESETS:
         config, params, loaded = _random(model, mesh, tokenizer, seed, flag)
+        params = models.cast(params, dtype)
     else:
         where = export_of(model, flag)
         with naming(model, flag):
             if not merged:
                 where = adapters.adapter_of(model) or where
-            config, params = adapters.load_weights(where, mesh, merged)
+            config, params = adapters.load_weights(where, mesh, merged, dtype)
         _check_head(config, scalar_head, f"{flag} {model}")
         loaded = load_tokenizer(tokenizer or where)
         fit = _fit_vocabulary
