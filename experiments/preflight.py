@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import ppo_config
@@ -49,28 +50,32 @@ from rich.console import Console
 from instructjax import preflight, sharding, usage
 from instructjax.models import ModelConfig
 from instructjax.preflight.chips import GiB
-from instructjax.run import checks, main
+from instructjax.run import RunConfig, checks, main
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The largest model of --fit that fits a slice."""
+    """The largest model of --fit that fits a slice, and its program with the highest peak.
+
+    All but `stage` is None if not even the smallest fits.
+    """
 
     stage: Stage
-    model: str | None  # None: not even the smallest fits
-    flags: str  # that it fits with, beside those that were given
-    programs: list[preflight.Program]
+    model: str | None = None
+    flags: str | None = None  # that it fits with, besides those that were given
+    program: str | None = None
+    peak: float | None = None  # bytes on a device
+    usable: float | None = None
 
     def __str__(self) -> str:
-        if self.model is None:
+        if self.model is None or self.peak is None or self.usable is None:
             return f"{self.stage}: none fits"
-        worst = max(self.programs, key=lambda program: program.memory.peak)
-        sizes = f"{worst.memory.peak / GiB:.2f} of {worst.usable / GiB:.2f} GiB"
-        return f"{self.stage}: {self.model} fits with {self.flags}; at most {sizes} ({worst.name})"
+        sizes = f"{self.peak / GiB:.2f} of {self.usable / GiB:.2f} GiB"
+        besides = f" with {self.flags}" if self.flags else ""
+        return f"{self.stage}: {self.model} fits{besides}; at most {sizes} ({self.program})"
 
     def json(self) -> dict[str, Any]:
-        programs = [program.json() for program in self.programs]
-        return {**vars(self), "programs": programs}
+        return dict(vars(self))
 
 
 def run_preflight(config: Config) -> None:
@@ -94,7 +99,8 @@ def search(config: Config) -> list[preflight.Program]:
         topology = dataclasses.replace(single, num_slices=config.num_slices)
         if found := first_that_fits(config, topology):
             words, programs = found
-            print(f"everything fits with {words}")
+            slices = f" --num_slices {topology.num_slices}" if topology.num_slices > 1 else ""
+            print(f"everything fits with --topology {topology.slice}{slices} {words}".rstrip())
             return programs
     raise ValueError(f"--search: no slice of {config.topology} is large enough with these flags")
 
@@ -107,9 +113,13 @@ def largest(config: Config, stage: Stage, topology: preflight.Topology) -> Fit:
     for model in sorted(sizes, key=lambda model: -sizes[model]):
         trial = dataclasses.replace(config, model=model, stages=(stage,), fit=())
         if found := first_that_fits(trial, topology):
-            return Fit(stage, model, *found)
+            words, programs = found
+            # "prefill" is a part of the rollout, whose memory it has.
+            whole = [program for program in programs if program.runs]
+            worst = max(whole, key=lambda program: program.memory.peak)
+            return Fit(stage, model, words, worst.name, worst.memory.peak, worst.usable)
         print(f"{topology.name}, {stage}: {model} does not fit")
-    return Fit(stage, None, "", [])
+    return Fit(stage)
 
 
 def first_that_fits(
@@ -131,49 +141,76 @@ def first_that_fits(
                 print(f"{topology.name} {mesh}: {error}")
                 break
             if all(program.fits for program in programs):
-                return flags(tried, topology, mesh), programs
-            shards = topology.devices // sharding.parse_mesh(mesh).get("tensor", 1)
-            tried = in_smaller_parts(config, tried, programs[-1], shards)
+                return added(config, tried, mesh), programs
+            tried = in_smaller_parts(config, tried, programs[-1], topology, mesh)
             if tried is not None:
-                print(f"trying {flags(tried, topology, mesh)}")
+                print(f"trying {topology.name} {added(config, tried, mesh)}")
     return None
 
 
 def in_smaller_parts(
-    given: Config, tried: Config, failed: preflight.Program, shards: int
+    given: Config,
+    tried: Config,
+    failed: preflight.Program,
+    topology: preflight.Topology,
+    mesh: str,
 ) -> Config | None:
     """More microbatches or fewer prompts for a program that did not fit; None if neither helps.
 
     Args:
       given: the user's flags, which are not changed.
       tried: the flags with which the program did not fit.
-      shards: number of shards of a batch; at least so many prompts are sampled at a time.
     """
     room = failed.usable - (failed.memory.peak - failed.memory.temporaries)
     if room <= 0:
         return None
     # Half the rows take at least half the memory.
     parts = 2 ** max(1, math.ceil(math.log2(failed.memory.temporaries / room)))
+    stages: dict[str, Stage] = {"SFT step": "sft", "RM step": "rm"}
+    stage = stages.get(failed.name, "ppo")
+    script: Any = fitted(stage, tried, topology, mesh)
+    smaller = tried
     if failed.name in ("prefill", "rollout") and given.sample_batch is None:
-        ppo: Any = script_config("ppo", given)
-        episodes: int = ppo.batch_size
-        smaller = (tried.sample_batch or episodes) // parts
-        return dataclasses.replace(tried, sample_batch=smaller) if smaller >= shards else None
-    splits = failed.name.endswith("gradient") or failed.name in ("SFT step", "RM step")
-    if splits and given.microbatches is None:
-        return dataclasses.replace(tried, microbatches=parts * (tried.microbatches or 1))
-    return None
+        prompts = (script.sample_batch or script.batch_size) // parts
+        shards = topology.devices // sharding.parse_mesh(mesh).get("tensor", 1)
+        if prompts >= shards:
+            smaller = dataclasses.replace(tried, sample_batch=prompts)
+    elif failed.name in stages and given.microbatches is None:
+        smaller = dataclasses.replace(tried, microbatches=parts * script.microbatches)
+    elif failed.name.endswith("gradient") and given.microbatches is None:
+        name = "ptx" if failed.name.startswith("ptx") else "ppo"
+        if getattr(given, name).microbatches is None:
+            more = parts * getattr(script, name).microbatches
+            part = dataclasses.replace(getattr(tried, name), microbatches=more)
+            smaller = dataclasses.replace(tried, **{name: part})
+    try:
+        # A device has at least one row of a microbatch, so that the script may not change.
+        return smaller if fitted(stage, smaller, topology, mesh) != script else None
+    except ValueError:  # the batch does not divide into so many parts
+        return None
 
 
-def flags(config: Config, topology: preflight.Topology, mesh: str) -> str:
-    """The command-line flags of a trial."""
-    text = f"--topology {topology.slice} --mesh {mesh}"
-    if topology.num_slices > 1:
-        text += f" --num_slices {topology.num_slices}"
-    for name in ("microbatches", "sample_batch"):
-        if getattr(config, name) is not None:
-            text += f" --{name} {getattr(config, name)}"
-    return text
+def fitted(stage: Stage, config: Config, topology: preflight.Topology, mesh: str) -> RunConfig:
+    """The config of a stage's script on a mesh of the slice."""
+    sizes = sharding.axis_sizes(topology.devices, **sharding.parse_mesh(mesh))
+    return on_mesh(script_config(stage, config), AbstractMesh(sizes, sharding.AXES))
+
+
+def on_mesh(script: RunConfig, mesh: Mesh | AbstractMesh) -> RunConfig:
+    """A script's config as the script changes it: SFT and RM have fewer microbatches if need be."""
+    if isinstance(script, run_sft.Config | run_rm.Config):
+        return dataclasses.replace(script, microbatches=checks.fitting_microbatches(script, mesh))
+    return script
+
+
+def added(given: Config, tried: Config, mesh: str) -> str:
+    """The flags of a trial that were not given. All fsdp is a script's default, and not named."""
+    flags = [] if given.mesh or mesh.endswith("tensor=1") else [f"--mesh {mesh}"]
+    for name in ("microbatches", "ppo.microbatches", "ptx.microbatches", "sample_batch"):
+        before, now = attrgetter(name)(given), attrgetter(name)(tried)
+        if before != now:
+            flags.append(f"--{name} {now}")
+    return " ".join(flags)
 
 
 def check(config: Config) -> None:
@@ -185,12 +222,13 @@ def check(config: Config) -> None:
     scripts = [script_config(stage, config) for stage in config.stages]
     for model in config.fit:
         describe_model(model, "--fit")
-    trial = dataclasses.replace(config, model=config.fit[0], fit=()) if config.fit else config
-    policy, reward_model = describe(trial), describe_reward_model(trial)
-    for each in (policy, reward_model) if config.lora.rank else ():
-        config.lora.paths(each)
-    for script in scripts:
-        check_lengths(script, reward_model if isinstance(script, run_rm.Config) else policy)
+    for model in config.fit or (config.model,):
+        trial = dataclasses.replace(config, model=model, fit=())
+        policy, reward_model = describe(trial), describe_reward_model(trial)
+        for each in (policy, reward_model) if config.lora.rank else ():
+            config.lora.paths(each)
+        for script in scripts:
+            check_lengths(script, reward_model if isinstance(script, run_rm.Config) else policy)
     if config.search:
         next(preflight.slices(config.topology))
         return
@@ -209,7 +247,9 @@ def check_lengths(script: Any, model: ModelConfig) -> None:
         counts.append(("--length", script.length, 0))
     elif isinstance(script, ppo_config.Config):
         response = script.max_new_tokens
-        counts += [("--max_new_tokens", response, 1), ("--ptx.length", script.ptx.length, 0)]
+        counts.append(("--max_new_tokens", response, 1))
+        if script.ptx.coef:
+            counts.append(("--ptx.length", script.ptx.length, 0))
     checks.check_tokens(model, [*counts, *checks.data_tokens("--data", script.data, response)])
 
 
@@ -283,7 +323,7 @@ def programs_of(stage: Stage, config: Config, mesh: Mesh) -> Iterator[preflight.
     Raises:
       ValueError: there is no such preset or model, or a batch does not divide over the mesh.
     """
-    script: Any = script_config(stage, config)
+    script: Any = on_mesh(script_config(stage, config), mesh)
     check_rows(script, mesh)
     if stage == "sft":
         yield sft_step(script, describe(config), mesh)

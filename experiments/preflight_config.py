@@ -38,7 +38,8 @@ class Data:
     max_prompt: Count | None = None
     """Longest prompt in tokens. [The preset's value, else 1,024]"""
     max_response: Count | None = None
-    """Longest response of a comparison in tokens. [The preset's value, else 1,024]"""
+    """Longest response of a comparison in tokens. [The preset's value, else 1,024]
+    A comparison is taken to have 9 of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,8 @@ class Config:
     """Rows of a step of SFT and RM, episodes of an iteration of PPO. [The preset's value]"""
     length: CountFrom2 | None = None
     """Tokens of a row of SFT and RM.
-    [The preset's value, else 2,048 for SFT and 4,096 for RM, or less by the context]"""
+    [The preset's value, else what run_sft.py and run_rm.py make at most of the longest prompts and
+    responses: 2,048 for SFT and 4,096 for RM, or less]"""
     max_new_tokens: Count | None = None
     """Longest sampled response, in tokens. [The preset's value]"""
     data: Data = field(default_factory=Data)

@@ -35,7 +35,7 @@ def check_rows(config: RunConfig, mesh: Mesh | AbstractMesh) -> None:
             name, rows = "--ppo.minibatch x --ptx.ratio", flags.minibatch * text.ratio
             checks.check_rows(name, rows, text.microbatches, mesh)
     elif isinstance(config, run_sft.Config | run_rm.Config):
-        checks.check_rows("--batch_size", config.batch_size, config.microbatches, mesh)
+        checks.check_rows("--batch_size", config.batch_size, 1, mesh)
 
 
 # ------------------------------------------------------------------------------------ SFT and RM
@@ -72,12 +72,12 @@ def row_of_text(config: run_sft.Config, model: ModelConfig) -> int:
 
 
 def row_of_comparisons(config: run_rm.Config, model: ModelConfig) -> int:
-    """Tokens of a row of run_rm.py: --length, or a prompt with all responses, of the greatest
-    lengths. Where no flag bounds a response, rows are as long as run_rm.py makes them at most.
+    """Tokens of a row of run_rm.py: --length, or what holds a prompt with all responses, of the
+    greatest lengths, as far as run_rm.py goes without --length.
     """
     P, R = lengths(config.data.max_prompt, config.data.max_response, model)
-    longest = P + RESPONSES * R if config.data.max_response else run_rm.LONGEST
-    return config.length or longest
+    whole = -(-(P + RESPONSES * R) // 128) * 128
+    return config.length or min(whole, run_rm.LONGEST)
 
 
 # ------------------------------------------------------------------------------------ PPO
@@ -123,8 +123,8 @@ def ppo_programs(
     # What is on each device between programs. With --offload, `waiting` is on the host then, and
     # during a rollout all that is trained is there too, but for the policy's weights.
     trained = size(policy_state) + (size(value_state) if own_value else 0)
-    if flags.ema:
-        trained += size(policy)  # the average
+    average = size(policy) if flags.ema else 0.0
+    trained += average
     fixed = size(base) + (0 if shared_base or not own_value else size(value_base))
     waiting = {"reference": 0.0, "reward model": size(frozen_rm)}
     if flags.beta:
@@ -148,8 +148,8 @@ def ppo_programs(
         static=static,
         trips=trips,
         runs=config.batch_size / (config.sample_batch or config.batch_size),
-        # At the end the average is sampled beside the last weights.
-        resident=(size(policy) + fixed if config.offload else held - size(policy)) - size(base),
+        # At the end an average is sampled beside the last weights.
+        resident=(average + fixed if config.offload else held - size(policy)) - size(base),
         made=decoding_weights(model, base, mesh),
         parts={"prefill": [0.0] * len(trips)},
     )
@@ -212,14 +212,15 @@ def ppo_programs(
 
 
 def decoding_weights(model: ModelConfig, base: Params, mesh: Mesh) -> float:
-    """Bytes on a device of the weights that the sampler makes: in the compute dtype, not split over
-    `data` and `fsdp`. 0 where frozen ones in that dtype and place may serve.
+    """Bytes on a device of the weights that `sampler.lay_out` makes: in the compute dtype, with
+    adapters merged in float32, and not split over `data` and `fsdp`. 0 where the arguments serve.
 
     Args:
-      base: frozen weights; empty: all are trained, in float32.
+      base: frozen weights in the compute dtype; empty: all are trained, in float32.
     """
     whole = mesh.shape["data"] * mesh.shape["fsdp"] == 1
-    if whole and (base or model.dtype == "float32"):
+    as_they_are = not base if model.dtype == "float32" else bool(base)
+    if whole and as_they_are:
         return 0.0
     shapes = jax.eval_shape(functools.partial(models.init, model), jax.random.key(0))
     shapes = jax.eval_shape(functools.partial(models.cast, dtype=model.dtype), shapes)

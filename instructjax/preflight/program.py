@@ -208,7 +208,8 @@ def _analyse(program: Compilable, topology: Topology) -> list[Program]:
         needed = _needed(str(error))
         if needed is None:
             raise
-        more = max(0.0, needed - (bound.memory.peak - program.resident))
+        arguments = bound.memory.peak - bound.memory.temporaries - program.resident
+        more = max(bound.memory.temporaries, needed - arguments)
         return [
             dataclasses.replace(bound, memory=dataclasses.replace(bound.memory, temporaries=more))
         ]

@@ -1,6 +1,7 @@
 """A mesh over TPUs that this machine does not have; libtpu describes them and compiles for them."""
 
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -52,7 +53,7 @@ def make_mesh(topology: Topology, mesh: str = "") -> Mesh:
     keywords: dict[str, Any] = (
         {"num_slices": topology.num_slices} if topology.num_slices > 1 else {}
     )
-    if topology.chips == 1:
+    if math.prod(topology.grid) == 1:
         keywords["chips_per_host_bounds"] = (1, 1, 1)  # libtpu's default is a host of 2x2
     if topology.chip.config is not None:
         keywords["chip_config_name"] = topology.chip.config

@@ -93,14 +93,19 @@ def fit_microbatches(config: Any, mesh: Mesh) -> Any:
     Args:
       config: has `batch_size`, a multiple of the devices that share it, and `microbatches`.
     """
-    rows = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])  # of a device
-    fitting = next(n for n in range(config.microbatches, 0, -1) if rows % n == 0)
-    if fitting == config.microbatches:
+    fitting, given = fitting_microbatches(config, mesh), config.microbatches
+    if fitting == given:
         return config
     if jax.process_index() == 0:
-        given = config.microbatches
+        rows = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
         print(f"{fitting} microbatches instead of {given}, because each device has {rows} rows")
     return dataclasses.replace(config, microbatches=fitting)
+
+
+def fitting_microbatches(config: Any, mesh: Mesh | AbstractMesh) -> int:
+    """The number of microbatches of `fit_microbatches`."""
+    rows = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])  # of a device
+    return next(n for n in range(config.microbatches, 0, -1) if rows % n == 0)
 
 
 def check_tokens(model: ModelConfig | None, counts: Sequence[tuple[str, int | None, int]]) -> None:
