@@ -568,7 +568,8 @@ case "$2 $3 $4" in # Compute Engine; a file for each part, and a line of states 
   "instance-groups managed list-instances")
     case "$*" in
       *basename*) [ ! -e "$CLOUD/1" ] || printf 'ppo-aa\nppo-zz\n' ;; # host 1, host 0
-      *) head -1 "$state" | tr ' ' '\n'; [ "$(wc -l <"$state")" = 1 ] || sed -i 1d "$state" ;;
+      *) head -1 "$state" | tr ' ' '\n'; [ "$(wc -l <"$state")" = 1 ] || sed -i 1d "$state"
+         [ ! -e "$CLOUD/vanishes" ] || rm "$CLOUD/vanishes" "$CLOUD/group" ;;
     esac
     exit ;;
   "instance-groups managed create")
@@ -769,6 +770,39 @@ def test_leftovers_of_a_group(cloud):
     assert shell("create.sh", env=env, **flags).returncode == 0
     assert shell("delete.sh", env=env, api="compute", **SLICE).returncode == 0
     assert not {"group", "template", "policy"} & {path.name for path in where.iterdir()}
+
+
+def test_delete_finds_no_group(cloud):
+    """The slice is one of the Cloud TPU API, but POD_API is still that of another slice."""
+    env, where = cloud
+    assert shell("create.sh", env=env, **GOOD).returncode == 0
+    done = shell("delete.sh", env={**env, "POD_API": "compute"}, **SLICE)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: no group ppo in us-west4-a by --api compute; "
+        "for the Cloud TPU API give --api tpus\n"
+    )
+    assert (where / "state").exists()
+    assert shell("delete.sh", "--if-exists", env=env, api="compute", **SLICE).returncode == 0
+    assert (where / "state").exists()
+    done = shell("delete.sh", env={**env, "POD_API": "compute"}, api="tpus", **SLICE)
+    assert done.returncode == 0
+    assert not (where / "state").exists()
+
+
+def test_resume_deletes_a_group_that_is_gone(cloud):
+    """Somebody else deleted it after resume.sh saw it."""
+    env, where = cloud
+    (where / "vanishes").touch()
+    (where / "group").write_text("2\n")
+    (where / "state").write_text("TERMINATED, TERMINATED,\n")
+    flags = {**SLICE, "accelerator": "v5p-16", "api": "compute", "command": "true"}
+    done = shell("resume.sh", env=env, **flags)
+    assert done.returncode == 0, done.stderr
+    assert not (where / "vanishes").exists()
+    assert len(calls(where, "managed create ppo")) == 1
+    assert not calls(where, "managed delete ppo")
+    assert "no group" not in done.stderr
 
 
 def test_hosts_of_a_group(cloud):

@@ -281,15 +281,16 @@ state() {
   fi
 }
 
-# drop KIND PLACE: deletes the slice's part of that kind, if there is one. PLACE is zone or region.
+# drop KIND PLACE: deletes the slice's part of that kind, if there is one; FOUND is then its name.
+# PLACE is zone or region.
 drop() {
-  local where="" filter="name=$NAME" found
+  local where="" filter="name=$NAME"
   case "${2:-}" in
     zone) where="--zone=$ZONE" filter+=" AND zone~/$ZONE\$" ;;
     region) where="--region=${ZONE%-*}" filter+=" AND region~/${ZONE%-*}\$" ;;
   esac
-  found="$(compute "$1" list "--filter=$filter" "--format=value(name)")" || return
-  [ -z "$found$DRY_RUN" ] || compute "$1" delete "$NAME" ${where:+"$where"} --quiet
+  FOUND="$(compute "$1" list "--filter=$filter" "--format=value(name)")" || return
+  [ -z "$FOUND$DRY_RUN" ] || compute "$1" delete "$NAME" ${where:+"$where"} --quiet
 }
 
 # make_policy: creates the policy that joins hosts to a slice of the topology.

@@ -61,7 +61,7 @@ bring_up() {
   done
   if [ -n "$DRY_RUN" ] || is_gone "$now"; then
     echo "$NAME is ${now:-gone}: requesting a new slice" >&2
-    "$HERE/delete.sh" "${place[@]}" ${common[@]+"${common[@]}"} || return
+    "$HERE/delete.sh" "${place[@]}" --if-exists ${common[@]+"${common[@]}"} || return
     now=""
   fi
   is_up "$now" || "$HERE/create.sh" "${place[@]}" "${create[@]}" ${common[@]+"${common[@]}"}
