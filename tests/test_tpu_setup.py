@@ -87,8 +87,7 @@ def ssh(command, worker="all", api="tpus"):
 
 # -------------------------------------------------------------------------- printed commands
 
-NAMED = {"filter": "name=ppo", "format": "value(name)"}
-IN_REGION = {**NAMED, "filter": "name=ppo AND region~/us-west4$"}
+PART = "instructjax-ppo-us-west4-a"
 LOOKS = [
     compute(f"{GROUP} list", zones="us-west4-a", filter="name=ppo", format="value(targetSize)"),
     compute(
@@ -97,25 +96,30 @@ LOOKS = [
         format="csv[no-heading](instanceStatus,currentAction)",
     ),
 ]
+NAMED = {"format": "value(name)"}
 DROPS = {
     "group": [
-        compute(f"{GROUP} list", **{**NAMED, "filter": "name=ppo AND zone~/us-west4-a$"}),
+        compute(f"{GROUP} list", **NAMED, filter="name=ppo AND zone~/us-west4-a$"),
         compute(f"{GROUP} delete ppo", zone="us-west4-a", quiet=True),
     ],
     "template": [
-        compute("gcloud compute instance-templates list", **NAMED),
-        compute("gcloud compute instance-templates delete ppo", quiet=True),
-    ],
-    "policy": [
-        compute("gcloud compute resource-policies list", **IN_REGION),
-        compute("gcloud compute resource-policies delete ppo", region="us-west4", quiet=True),
+        compute("gcloud compute instance-templates list", **NAMED, filter=f"name={PART}"),
+        compute(f"gcloud compute instance-templates delete {PART}", quiet=True),
     ],
 }
 
 
-def policy(topology):
+def drop_policy(part=PART):
+    policies = "gcloud compute resource-policies"
+    return [
+        compute(f"{policies} list", **NAMED, filter=f"name={part} AND region~/us-west4$"),
+        compute(f"{policies} delete {part}", region="us-west4", quiet=True),
+    ]
+
+
+def policy(topology, part=PART):
     return compute(
-        "gcloud compute resource-policies create workload-policy ppo",
+        f"gcloud compute resource-policies create workload-policy {part}",
         region="us-west4",
         type="HIGH_THROUGHPUT",
         **{"accelerator-topology": topology},
@@ -144,16 +148,16 @@ def test_create_on_compute_engine(accelerator, hosts, topology, machine, extra):
         "scopes": "cloud-platform",
         **extra,
     }
-    group = {"zone": "us-west4-a", "template": "ppo", "size": "0"}
+    group = {"zone": "us-west4-a", "template": PART, "size": "0"}
     group["default-action-on-vm-failure"] = "do-nothing"
     if topology:
         group["target-size-policy-mode"] = "bulk"
-        group["workload-policy"] = "projects/my-project/regions/us-west4/resourcePolicies/ppo"
+        group["workload-policy"] = f"projects/my-project/regions/us-west4/resourcePolicies/{PART}"
     expected = [
         *LOOKS,
-        *([*DROPS["policy"], policy(topology)] if topology else []),
+        *([*drop_policy(), policy(topology)] if topology else []),
         *DROPS["template"],
-        compute("gcloud compute instance-templates create ppo", **host),
+        compute(f"gcloud compute instance-templates create {PART}", **host),
         compute(f"{GROUP} create ppo", **group),
         compute(f"{GROUP} resize ppo", zone="us-west4-a", size=str(hosts)),
         *LOOKS,
@@ -209,7 +213,7 @@ def test_create(accelerator):
 
 
 def test_delete():
-    parts = [*DROPS["group"], *DROPS["template"], *DROPS["policy"]]
+    parts = [*DROPS["group"], *DROPS["template"], *drop_policy()]
     assert dry("delete.sh", api="compute", **SLICE) == parts
     words = ["gcloud", "compute", "tpus", "queued-resources", "delete", "ppo"]
     assert dry("delete.sh", **SLICE) == [(words, {**PLACE, "quiet": True, "force": True})]
@@ -338,14 +342,15 @@ def test_gke_tpu7x():
     """Its nodes take their topology from a policy, which is deleted with them."""
     target = {**SLICE, "cluster": "pods", "accelerator": "tpu7x-16"}
     *made, (_, flags) = dry("gke.sh", "nodes", **target)
-    assert made == [*DROPS["policy"], policy("2x2x2")]
-    assert (flags["placement-policy"], flags["num-nodes"]) == ("ppo", "2")
+    part = f"{PART}-gke"
+    assert made == [*drop_policy(part), policy("2x2x2", part)]
+    assert (flags["placement-policy"], flags["num-nodes"]) == (part, "2")
     assert (flags["machine-type"], flags["disk-type"]) == (
         "tpu7x-standard-4t",
         "hyperdisk-balanced",
     )
     assert "tpu-topology" not in flags
-    assert dry("gke.sh", "delete", **target)[2:] == DROPS["policy"]
+    assert dry("gke.sh", "delete", **target)[2:] == drop_policy(part)
     text = shell("gke.sh", "manifest", command="x", image="i", **target).stdout
     assert "gke-tpu-accelerator: tpu7x\n" in text
     env = {"POD_API": "compute"}  # another way than GKE's, but also set
@@ -561,6 +566,9 @@ for word; do
   case "$word" in
     --command=*) command="${word#*=}" ;;
     --worker=*) worker="${word#*=}" ;;
+    --filter=name=*) named="${word#*=name=}"; named="${named%% *}" ;;
+    --template=*) template="${word#*=}" ;;
+    --workload-policy=*) policy="${word##*/}" ;;
   esac
 done
 case "$2 $3 $4" in # Compute Engine; a file for each part, and a line of states for each call
@@ -574,18 +582,19 @@ case "$2 $3 $4" in # Compute Engine; a file for each part, and a line of states 
     exit ;;
   "instance-groups managed create")
     [ ! -e "$CLOUD/no_quota" ] || exit 4
-    [ -e "$CLOUD/template" ] && [ -e "$CLOUD/policy" ] || exit 1
+    [ -e "$CLOUD/instance-templates/$template" ] || exit 1
+    [ -e "$CLOUD/resource-policies/$policy" ] || exit 1
     echo 0 >"$CLOUD/group"; exit ;;
   "instance-groups managed resize")
     mkdir -p "$CLOUD/0" "$CLOUD/1"; echo 2 >"$CLOUD/group"; echo RUNNING, RUNNING, >"$state"
     exit ;;
   "instance-groups managed delete") rm -rf "$CLOUD/group" "$state" "$CLOUD"/[0-9]; exit ;;
   "instance-templates "* | "resource-policies "*)
-    part="$CLOUD/template"; [ "$2" = instance-templates ] || part="$CLOUD/policy"
+    mkdir -p "$CLOUD/$2"; cd "$CLOUD/$2"
     case "$3" in
-      list) [ ! -e "$part" ] || echo ppo ;;
-      create) [ ! -e "$part" ] && touch "$part" ;;
-      delete) [ ! -e "$CLOUD/group" ] && rm "$part" ;; # else it is in use
+      list) [ ! -e "$named" ] || echo "$named" ;;
+      create) [ "$4" != workload-policy ] || shift; [ ! -e "$4" ] && touch "$4" ;;
+      delete) [ ! -e "$CLOUD/group" ] && rm "$4" ;; # else it is in use
     esac
     exit ;;
   "scp "*) [ "${4%%:*}" = ppo-aa ]; cp "$3" "$CLOUD/$((! $?))/${4#*:}"; exit ;;
@@ -642,6 +651,13 @@ for word; do case "$word" in --output=*) tar -czhf "${{word#*=}}" -C {source} . 
     path = f"{tools}:{os.environ['PATH']}"
     env = {"PATH": path, "CLOUD": str(where), "POD_POLL": "0.1", "TMPDIR": str(tmp_path)}
     return env, where
+
+
+PARTS = ("instance-templates", "resource-policies")
+
+
+def parts_in(where):
+    return [path.name for part in PARTS for path in sorted((where / part).iterdir())]
 
 
 def calls(where, text):
@@ -761,7 +777,11 @@ def test_leftovers_of_a_group(cloud):
     (where / "no_quota").touch()
     flags = {**SLICE, "accelerator": "v5p-16", "api": "compute"}
     assert shell("create.sh", env=env, **flags).returncode == 4
-    assert (where / "template").exists()
+    assert parts_in(where) == [PART] * 2
+    done = shell("delete.sh", env=env, api="compute", **SLICE)
+    assert (done.returncode, parts_in(where)) == (1, [])
+    assert "no group ppo" in done.stderr
+    assert shell("create.sh", env=env, **flags).returncode == 4
     (where / "no_quota").unlink()
     (where / "group").write_text("0\n")  # or one that never got its size
     (where / "state").write_text("\n")
@@ -769,7 +789,49 @@ def test_leftovers_of_a_group(cloud):
     (where / "group").unlink()
     assert shell("create.sh", env=env, **flags).returncode == 0
     assert shell("delete.sh", env=env, api="compute", **SLICE).returncode == 0
-    assert not {"group", "template", "policy"} & {path.name for path in where.iterdir()}
+    assert not (where / "group").exists()
+    assert parts_in(where) == []
+
+
+def test_templates_and_policies_of_others(cloud):
+    """What somebody else has called by the slice's name, in the same project, stays."""
+    env, where = cloud
+    for part in PARTS:
+        (where / part).mkdir()
+        (where / part / "ppo").touch()
+    flags = {**SLICE, "accelerator": "v5p-16", "api": "compute"}
+    assert shell("create.sh", env=env, **flags).returncode == 0
+    assert parts_in(where) == [PART, "ppo"] * 2
+    assert shell("delete.sh", env=env, api="compute", **SLICE).returncode == 0
+    assert parts_in(where) == ["ppo"] * 2
+    pool = {**SLICE, "accelerator": "tpu7x-16", "cluster": "pods"}
+    assert shell("gke.sh", "nodes", env=env, **pool).returncode == 0
+    assert parts_in(where) == ["ppo", f"{PART}-gke", "ppo"]
+
+
+def test_names_of_parts():
+    """They follow Google's rules. Those of slices in other zones, and of gke.sh's, differ."""
+
+    def part(script, *words, **place):
+        (*_, (words, _)) = [
+            call
+            for call in dry(script, *words, **{**SLICE, **place, "accelerator": "tpu7x-16"})
+            if "workload-policy" in call[0]
+        ]
+        return words[-1]
+
+    long = "a" + 38 * "b"
+    zones = ("us-west4-a", "northamerica-northeast1-a", "northamerica-northeast1-b")
+    names = [part("create.sh", name=name, zone=zone) for name in ("p", long) for zone in zones]
+    names += [
+        part("gke.sh", "nodes", name=name, zone=zone, cluster="pods")
+        for name in ("p", long)
+        for zone in zones
+    ]
+    assert len(set(names)) == len(names) == 12
+    assert max(len(name) for name in names) <= 63
+    assert all(re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", name) for name in names)
+    assert names[0] == "instructjax-p-us-west4-a"
 
 
 def test_delete_finds_no_group(cloud):

@@ -84,6 +84,16 @@ check_place() {
   esac
   needs --api "$API" 'tpus|compute' "tpus or compute" POD_API
   [ "$API" = tpus ] || [ -z "$DIRECT" ] || wrong --direct "--api compute has no queue to leave out"
+  name_part "$ZONE"
+}
+
+# name_part PLACE: sets PART, a name that only these scripts give, for the parts of a slice that a
+# project has next to those of others: a template and a policy. It has at most 63 characters.
+name_part() {
+  PART="instructjax-$NAME-$1"
+  [ "${#PART}" -gt 63 ] || return 0
+  PART="$(cksum <<<"$1")"
+  PART="instructjax-$NAME-${PART%% *}"
 }
 
 check_service_account() {
@@ -281,22 +291,22 @@ state() {
   fi
 }
 
-# drop KIND PLACE: deletes the slice's part of that kind, if there is one; FOUND is then its name.
-# PLACE is zone or region.
+# drop KIND NAME PLACE: deletes what has that name, if it exists; FOUND is then the name. PLACE is
+# zone or region.
 drop() {
-  local where="" filter="name=$NAME"
-  case "${2:-}" in
+  local where="" filter="name=$2"
+  case "${3:-}" in
     zone) where="--zone=$ZONE" filter+=" AND zone~/$ZONE\$" ;;
     region) where="--region=${ZONE%-*}" filter+=" AND region~/${ZONE%-*}\$" ;;
   esac
   FOUND="$(compute "$1" list "--filter=$filter" "--format=value(name)")" || return
-  [ -z "$FOUND$DRY_RUN" ] || compute "$1" delete "$NAME" ${where:+"$where"} --quiet
+  [ -z "$FOUND$DRY_RUN" ] || compute "$1" delete "$2" ${where:+"$where"} --quiet
 }
 
 # make_policy: creates the policy that joins hosts to a slice of the topology.
 make_policy() {
-  drop resource-policies region
-  compute resource-policies create workload-policy "$NAME" "--region=${ZONE%-*}" \
+  drop resource-policies "$PART" region
+  compute resource-policies create workload-policy "$PART" "--region=${ZONE%-*}" \
     --type=HIGH_THROUGHPUT "--accelerator-topology=$TOPOLOGY"
 }
 

@@ -58,16 +58,16 @@ request_compute() {
   local host=("--machine-type=$MACHINE" "--image-family=$RUNTIME_VERSION"
     "--image-project=$IMAGE_PROJECT" "--boot-disk-size=$DISK_SIZE" --maintenance-policy=TERMINATE
     --scopes=cloud-platform)
-  local group=("--template=$NAME" --size=0 --default-action-on-vm-failure=do-nothing)
+  local group=("--template=$PART" --size=0 --default-action-on-vm-failure=do-nothing)
   [ -z "$DISK_TYPE" ] || host+=("--boot-disk-type=$DISK_TYPE")
   [ -z "$SPOT" ] || host+=(--provisioning-model=SPOT --instance-termination-action=STOP)
   if [ "$HOSTS" -gt 1 ]; then
     make_policy
     group+=(--target-size-policy-mode=bulk
-      "--workload-policy=projects/$PROJECT/regions/${ZONE%-*}/resourcePolicies/$NAME")
+      "--workload-policy=projects/$PROJECT/regions/${ZONE%-*}/resourcePolicies/$PART")
   fi
-  drop instance-templates
-  compute instance-templates create "$NAME" "${host[@]}" ${common[@]+"${common[@]}"}
+  drop instance-templates "$PART"
+  compute instance-templates create "$PART" "${host[@]}" ${common[@]+"${common[@]}"}
   compute "$GROUP" create "$NAME" "--zone=$ZONE" "${group[@]}"
   compute "$GROUP" resize "$NAME" "--zone=$ZONE" "--size=$HOSTS"
 }

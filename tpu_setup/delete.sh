@@ -24,10 +24,10 @@ check_tool gcloud
 
 place=("$NAME" "--project=$PROJECT" "--zone=$ZONE" --quiet)
 if [ "$API" = compute ]; then
-  drop "$GROUP" zone
+  drop "$GROUP" "$NAME" zone
   group="$FOUND"
-  drop instance-templates
-  drop resource-policies region
+  drop instance-templates "$PART"
+  drop resource-policies "$PART" region
   [ -n "$group$IF_EXISTS$DRY_RUN" ] || failed "no group $NAME in $ZONE by --api compute; \
 for the Cloud TPU API give --api tpus"
 elif [ -n "$DIRECT" ]; then

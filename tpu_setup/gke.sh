@@ -53,6 +53,7 @@ parse "--name --project --zone --cluster --location --accelerator --service-acco
 check_name
 API="" # POD_API does not matter here
 check_place
+name_part "$ZONE-gke" # not that of create.sh
 needs --cluster "$CLUSTER" '[a-z]([a-z0-9-]{0,38}[a-z0-9])?' pods POD_CLUSTER
 LOCATION="${LOCATION:-${ZONE%-*}}"
 needs --location "$LOCATION" '[a-z]+-[a-z]+[0-9]+(-(ai[0-9]+)?[a-z])?' us-west4
@@ -94,7 +95,7 @@ case "$verb" in
     [ -z "$SPOT" ] || pool+=(--spot)
     if [ "$GKE_ACCELERATOR" = tpu7x ]; then # its nodes take their topology from a policy
       make_policy
-      pool+=("--placement-policy=$NAME")
+      pool+=("--placement-policy=$PART")
     else
       pool+=("--tpu-topology=$TOPOLOGY")
     fi
@@ -128,6 +129,6 @@ case "$verb" in
     kubernetes delete jobset "$NAME" --ignore-not-found
     [ "$verb" != stop ] || exit 0
     run gcloud container node-pools delete "$NAME" "${of_cluster[@]}" --quiet
-    case "$ACCELERATOR" in tpu7x-*) drop resource-policies region ;; esac
+    case "$ACCELERATOR" in tpu7x-*) drop resource-policies "$PART" region ;; esac
     ;;
 esac
