@@ -571,6 +571,12 @@ for word; do
     --workload-policy=*) policy="${word##*/}" ;;
   esac
 done
+case "$* " in # a line of $CLOUD/bad_lists for each listing: the code with which it fails, or 0
+  *" list "* | *" list-instances "*)
+    read -r bad <"$CLOUD/bad_lists" || bad=0
+    sed -i 1d "$CLOUD/bad_lists"
+    [ "$bad" = 0 ] || exit "$bad" ;;
+esac 2>/dev/null
 case "$2 $3 $4" in # Compute Engine; a file for each part, and a line of states for each call
   "instance-groups managed list") [ ! -e "$CLOUD/group" ] || cat "$CLOUD/group"; exit ;;
   "instance-groups managed list-instances")
@@ -728,6 +734,29 @@ def test_a_running_job_is_watched(cloud):
         assert output.read() == "ppo: finished\n"
     assert watching.wait() == 0
     assert len(calls(where, "job.sh start")) == 1
+
+
+@pytest.mark.parametrize("api", ["tpus", "compute"])
+def test_create_waits_though_checks_fail(cloud, api):
+    """It gives up after ten in a row, and says that the request stays."""
+    env, where = cloud
+    flags = {**SLICE, "accelerator": "v5p-16", "api": api}
+    good = "0\n" * (1 if api == "tpus" else 2)  # the listings of a check
+    assert shell("create.sh", env=env, **flags).returncode == 0
+    up = (where / "state").read_text()
+    (where / "state").write_text(("CREATING\n" if api == "tpus" else "PENDING,\n") * 2 + up)
+    (where / "bad_lists").write_text((good + "1\n" * 9) * 2)
+    done = shell("create.sh", env=env, **flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "ppo: check 9 failed; it ends after 10 in a row"
+    said = ["CREATING", "ACTIVE"] if api == "tpus" else ["PENDING", "READY"]
+    assert done.stdout == f"ppo is {said[0]}\nppo is {said[1]}: 8 chips, 2 hosts\n"
+    (where / "bad_lists").write_text(good + "1\n" * 10)
+    done = shell("create.sh", env=env, **flags)
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ppo: 10 checks in a row failed. The request stays and costs")
+    assert (where / "state").exists()
 
 
 def test_create_waits(cloud):

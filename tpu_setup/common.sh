@@ -16,6 +16,7 @@ IMAGE_PROJECT="${POD_IMAGE_PROJECT:-ubuntu-os-accelerator-images}" # of --api co
 DISK_SIZE="${POD_DISK_SIZE:-200GB}"        # of a host of --api compute; its image has 10 GB
 CREATE_FLAGS="${POD_CREATE_FLAGS:-}"       # more flags for gcloud's request of the hosts
 POLL="${POD_POLL:-30}"                     # seconds between two checks of the service
+PATIENCE=10                                # checks or attempts in a row that may fail
 DRY_RUN=""
 SPOT=""
 DIRECT=""

@@ -19,7 +19,8 @@
 #
 # The first five can also be set as POD_NAME, POD_PROJECT, POD_ZONE, POD_ACCELERATOR and POD_API.
 # POD_CREATE_FLAGS holds more flags for gcloud's request, separated by spaces, as for a reservation.
-# Ctrl-C leaves the request in the queue; the same command waits for it again.
+# Ctrl-C leaves the request in the queue; the same command waits for it again. So does an error while
+# it waits, as when ten checks in a row fail.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
@@ -86,7 +87,18 @@ answers() {
 
 [ -n "$now" ] || "request_$API"
 
-while now="$(state)"; [ -z "$DRY_RUN" ] && ! is_up "$now"; do
+missed=0
+while true; do
+  if ! now="$(state)"; then
+    missed=$((missed + 1))
+    [ "$missed" -lt "$PATIENCE" ] || failed "$NAME: $missed checks in a row failed. The request stays \
+and costs once it is granted: the same command waits for it, tpu_setup/delete.sh deletes it"
+    echo "$NAME: check $missed failed; it ends after $PATIENCE in a row" >&2
+    sleep "$POLL"
+    continue
+  fi
+  missed=0
+  if [ -n "$DRY_RUN" ] || is_up "$now"; then break; fi
   if [ -z "$now" ] || is_gone "$now" || is_going "$now"; then
     failed "$NAME is ${now:-gone: the request no longer exists}"
   fi

@@ -24,8 +24,7 @@ set -euo pipefail
 
 REF=HEAD
 COMMAND=""
-PATIENCE=10 # checks or attempts in a row that may fail
-ABORTS=5    # times in a row that the command may be killed or aborted within an hour
+ABORTS=5 # times in a row that the command may be killed or aborted within an hour
 
 parse "--name --project --zone --accelerator --api --runtime-version --service-account --ref \
 --command" \
