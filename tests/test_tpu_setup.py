@@ -571,6 +571,9 @@ for word; do
     --workload-policy=*) policy="${word##*/}" ;;
   esac
 done
+case "$*" in # a listing of hosts that fails after the first one
+  *basename*) [ ! -e "$CLOUD/half" ] || { cat "$CLOUD/half"; exit 7; } ;;
+esac
 case "$* " in # a line of $CLOUD/bad_lists for each listing: the code with which it fails, or 0
   *" list "* | *" list-instances "*)
     read -r bad <"$CLOUD/bad_lists" || bad=0
@@ -913,6 +916,38 @@ def test_hosts_of_a_group(cloud):
     assert "--worker 5" in done.stderr
     shell("delete.sh", env=env, **on)
     assert "finds no hosts" in shell("run_all.sh", env=env, command="x", **on).stderr
+
+
+@pytest.mark.parametrize("listed", ["", "ppo-aa\n"])
+def test_hosts_that_cannot_be_listed(cloud, listed):
+    """A command is run on all hosts or on none."""
+    env, where = cloud
+    flags = {**SLICE, "accelerator": "v5p-16", "api": "compute"}
+    assert shell("create.sh", env=env, **flags).returncode == 0
+    (where / "half").write_text(listed)
+    (where / "calls").unlink()
+    for script, extra in (
+        ("run_all.sh", {"command": "true"}),
+        ("run_all.sh", {"command": "true", "worker": 0}),
+        ("install.sh", {}),
+        ("create.sh", {"accelerator": "v5p-16"}),
+    ):
+        done = shell(script, env=env, api="compute", **SLICE, **extra)
+        assert done.returncode == 7
+        assert "error: ppo: its hosts could not be listed" in done.stderr
+    assert not calls(where, "compute ssh") + calls(where, "compute scp")
+
+
+def test_create_finds_no_hosts(cloud):
+    env, where = cloud
+    flags = {**SLICE, "accelerator": "v5p-16", "api": "compute"}
+    assert shell("create.sh", env=env, **flags).returncode == 0
+    (where / "calls").unlink()
+    shutil.rmtree(where / "1")  # the stand-in then lists none
+    done = shell("create.sh", env=env, **flags)
+    assert done.returncode == 1
+    assert done.stderr == "error: ppo: --api compute finds no hosts\n"
+    assert not calls(where, "compute ssh")
 
 
 def test_sky():

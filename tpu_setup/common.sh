@@ -197,7 +197,8 @@ GROUP="instance-groups managed" # gcloud's name for them
 
 # hosts: prints the names of the hosts of --api compute. With --dry-run one stands for all.
 hosts() {
-  compute "$GROUP" list-instances "$NAME" "--zone=$ZONE" "--format=value(instance.basename())"
+  compute "$GROUP" list-instances "$NAME" "--zone=$ZONE" "--format=value(instance.basename())" ||
+    return
   [ -z "$DRY_RUN" ] || echo "$NAME-HOST"
 }
 
@@ -207,7 +208,7 @@ on_each() (
   set -m
   pids=()
   trap 'for pid in ${pids[@]+"${pids[@]}"}; do kill -- "-$pid" 2>/dev/null; done; exit 130' INT TERM
-  names="$(hosts)" || exit
+  names="$(hosts)" || failed "$NAME: its hosts could not be listed; nothing was run" $?
   [ -n "$names" ] || failed "$NAME: --api $API finds no hosts"
   for name in $names; do
     "$@" "$name" </dev/null &

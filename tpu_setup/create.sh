@@ -77,7 +77,9 @@ request_compute() {
 # ssh adds your key to the project, so it is to one host only.
 answers() {
   local host tries=0
-  host="$(hosts | head -n 1)"
+  host="$(hosts)" || failed "$NAME: its hosts could not be listed" $?
+  host="${host%%$'\n'*}"
+  [ -n "$host" ] || failed "$NAME: --api $API finds no hosts"
   until on_host true "$host"; do
     tries=$((tries + 1))
     [ "$tries" -lt 10 ] || failed "$host does not answer"
