@@ -335,7 +335,7 @@ def test_gke_commands(accelerator):
     stop = (["kubectl", "delete", "jobset", "ppo"], {**context, "ignore-not-found": True})
     delete = (["gcloud", "container", "node-pools", "delete", "ppo"], {**where, "quiet": True})
     assert dry("gke.sh", "stop", **target) == [stop]
-    assert dry("gke.sh", "delete", **target) == [stop, delete]
+    assert dry("gke.sh", "delete", **target) == [stop, delete, *drop_policy(f"{PART}-gke")]
 
 
 def test_gke_tpu7x():
@@ -580,6 +580,10 @@ case "$* " in # a line of $CLOUD/bad_lists for each listing: the code with which
     sed -i 1d "$CLOUD/bad_lists"
     [ "$bad" = 0 ] || exit "$bad" ;;
 esac 2>/dev/null
+case "$1 $2 $3" in
+  "container node-pools create") touch "$CLOUD/pool"; exit ;;
+  "container node-pools delete") [ ! -e "$CLOUD/no_pool" ] || exit 5; rm "$CLOUD/pool"; exit ;;
+esac
 case "$2 $3 $4" in # Compute Engine; a file for each part, and a line of states for each call
   "instance-groups managed list") [ ! -e "$CLOUD/group" ] || cat "$CLOUD/group"; exit ;;
   "instance-groups managed list-instances")
@@ -666,7 +670,7 @@ PARTS = ("instance-templates", "resource-policies")
 
 
 def parts_in(where):
-    return [path.name for part in PARTS for path in sorted((where / part).iterdir())]
+    return [path.name for part in PARTS for path in sorted((where / part).glob("*"))]
 
 
 def calls(where, text):
@@ -1007,6 +1011,29 @@ def test_gke_run(tmp_path):
     words = (tmp_path / "words").read_text().split()
     assert words == ["--context=gke_my-project_us-west4_pods", "apply", "--filename=-"]
     assert (tmp_path / "stdin").read_text() == shell("gke.sh", "manifest", **target).stdout
+
+
+@pytest.mark.parametrize(
+    ("kubectl", "no_pool", "code"), [(0, False, 0), (3, False, 3), (3, True, 3), (0, True, 5)]
+)
+@pytest.mark.parametrize("accelerator", [{}, {"accelerator": "tpu7x-16"}])
+def test_gke_delete(cloud, tmp_path, accelerator, kubectl, no_pool, code):
+    """It deletes the nodes, which cost, and the policy, also if kubectl fails."""
+    env, where = cloud
+    tool = tmp_path / "tools" / "kubectl"
+    tool.write_text(f'#!/bin/sh\necho "kubectl $*" >>{where}/calls\nexit {kubectl}\n')
+    tool.chmod(0o755)
+    target = {**SLICE, "cluster": "pods"}
+    assert shell("gke.sh", "nodes", env=env, accelerator="tpu7x-16", **target).returncode == 0
+    assert parts_in(where) == [f"{PART}-gke"]
+    if no_pool:
+        (where / "no_pool").touch()
+    done = shell("gke.sh", "delete", env=env, **target, **accelerator)
+    assert done.returncode == code
+    assert len(calls(where, "delete jobset ppo")) == 1
+    assert (where / "pool").exists() == no_pool
+    assert parts_in(where) == []
+    assert shell("gke.sh", "stop", env=env, **target).returncode == kubectl
 
 
 def test_run_all_returns_the_hosts_code(cloud):

@@ -13,7 +13,7 @@
 # run        applies the JobSet
 # logs       shows the output of one host as it appears
 # stop       deletes the JobSet, on which its hosts save a checkpoint and exit
-# delete     deletes the JobSet and the node pool
+# delete     deletes the JobSet, the node pool, and the policy of a TPU7x
 #
 # --name NAME              name of the JobSet and of the node pool
 # --project PROJECT        Google Cloud project
@@ -123,12 +123,17 @@ case "$verb" in
     kubernetes logs --follow --tail=200 --container=jax-tpu \
       "--selector=jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=$WORKER"
     ;;
-  stop | delete)
+  stop)
+    check_tool kubectl
+    kubernetes delete jobset "$NAME" --ignore-not-found
+    ;;
+  delete) # each part, also if another cannot be deleted; the exit code is that of the first error
     check_tool kubectl
     check_tool gcloud
-    kubernetes delete jobset "$NAME" --ignore-not-found
-    [ "$verb" != stop ] || exit 0
-    run gcloud container node-pools delete "$NAME" "${of_cluster[@]}" --quiet
-    case "$ACCELERATOR" in tpu7x-*) drop resource-policies "$PART" region ;; esac
+    codes=()
+    kubernetes delete jobset "$NAME" --ignore-not-found || codes+=($?)
+    run gcloud container node-pools delete "$NAME" "${of_cluster[@]}" --quiet || codes+=($?)
+    drop resource-policies "$PART" region || codes+=($?) # of a TPU7x
+    exit "${codes[0]:-0}"
     ;;
 esac
