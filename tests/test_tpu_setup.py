@@ -677,6 +677,10 @@ def calls(where, text):
     return [line for line in (where / "calls").read_text().splitlines() if text in line]
 
 
+def delete_line(api="tpus"):
+    return f"tpu_setup/delete.sh --name=ppo --project=my-project --zone=us-west4-a --api={api}"
+
+
 @pytest.mark.parametrize("api", ["tpus", "compute"])
 def test_a_run_survives_preemption(cloud, api):
     """It stops with 75, then its slice is preempted, then it finishes."""
@@ -696,6 +700,7 @@ esac
     done = shell("resume.sh", "--spot", env=env, **flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("ppo: finished\n")
+    assert done.stderr.splitlines()[-1] == f"the slice is still up: {delete_line(api)}"
     assert len((where / "started").read_text().splitlines()) == 6
     kind = "queued-resources" if api == "tpus" else "managed"
     assert len(calls(where, f"{kind} create ppo")) == 2
@@ -716,7 +721,44 @@ def test_an_error_ends_it(cloud, codes, code, starts):
     done = shell("resume.sh", env=env, **flags)
     assert done.returncode == code
     assert "logs.sh" in done.stderr
+    assert f"\nthe slice is still up: {delete_line()}\n" in done.stderr
     assert len(calls(where, "job.sh start")) == starts
+
+
+def test_resume_says_that_the_slice_may_be_up(cloud):
+    """If the hosts do not answer, if a flag is wrong, and if it could not be set up."""
+    env, where = cloud
+    flags = {**SLICE, "accelerator": "v5p-16", "command": "true"}
+    line = f"the slice may still be up: {delete_line()}"
+    assert shell("create.sh", env=env, accelerator="v5p-16", **SLICE).returncode == 0
+    (where / "misses").write_text("x\n" * 99)
+    done = shell("resume.sh", env={**env, "POD_POLL": "0"}, **flags)
+    assert done.returncode == 255
+    assert line in done.stderr.splitlines()
+    assert "ppo is ACTIVE and could not be set up" in done.stderr
+    (where / "misses").write_text("")
+    command = f"seq 99 >{where}/misses; sleep 5"
+    done = shell("resume.sh", env={**env, "POD_POLL": "0.01"}, **{**flags, "command": command})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-2:] == [
+        line,
+        "error: ppo: some of its 2 hosts do not answer; the job may still be running",
+    ]
+    (where / "bad_lists").write_text("2\n")
+    done = shell("resume.sh", env=env, **flags)
+    assert (done.returncode, done.stderr) == (2, f"{line}\n")
+    (where / "bad_lists").write_text("2\n")
+    done = shell("resume.sh", "--direct", env=env, **flags)
+    assert (done.returncode, done.stderr) == (2, f"{line} --direct\n")
+
+
+def test_resume_could_not_create(cloud):
+    env, where = cloud
+    (where / "no_quota").touch()
+    flags = {**SLICE, "accelerator": "v5p-16", "command": "true"}
+    done = shell("resume.sh", env={**env, "POD_POLL": "0"}, **flags)
+    assert done.returncode == 4
+    assert done.stderr == "error: ppo is not there and could not be set up\n"
 
 
 def test_a_running_job_is_watched(cloud):
