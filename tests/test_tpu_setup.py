@@ -504,7 +504,7 @@ def shell_code(page):
     return re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def calls_of(page):
+def calls_of(page, **env):
     """What the page's calls of the scripts print, in their order; and these lines of the page."""
     lines = []
     for text in shell_code(page):
@@ -512,9 +512,9 @@ def calls_of(page):
         for statement in text.replace("\\\n", "").splitlines():
             if statement.startswith("export "):
                 lines.append(statement)
-            elif statement.startswith("tpu_setup/"):
+            elif re.match("(POD_CREATE_FLAGS=.* )?tpu_setup/", statement):
                 lines.append(statement.split("  # ")[0] + " --dry-run")
-    clean = {name: os.environ[name] for name in ("PATH", "HOME")}
+    clean = {**env, **{name: os.environ[name] for name in ("PATH", "HOME")}}
     argv = ["bash", "-euc", "\n".join(lines)]
     done = subprocess.run(argv, cwd=SETUP.parent, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -528,16 +528,37 @@ def test_the_readme():
     assert [flags["accelerator-type"] for flags in created] == [*SLICES][:1] * 2 + [*SLICES][1:]
     called = {line.split()[0].removeprefix("tpu_setup/") for line in lines if "tpu_setup" in line}
     assert called == {*CLOUD_SCRIPTS, "gke.sh"}
+    assert not any("POD_API" in line for line in lines)  # it would hold in the other sections too
 
 
 def test_the_start_page():
-    """The scripts accept its calls: a queued v5e, then a group of v6e. xpk has all its flags."""
+    """The scripts accept its calls: a queued v5e, then groups of v6e. xpk has all its flags."""
     page = SETUP.parent / "docs" / "which-tpu.md"
-    got, _ = calls_of(page)
+    got, lines = calls_of(page)
     (queued,) = [flags for _, flags in got if "node-id" in flags]
     assert (queued["accelerator-type"], queued["spot"]) == ("v5litepod-16", True)
-    (host,) = [flags for words, flags in got if words[2:4] == ["instance-templates", "create"]]
-    assert host["machine-type"] == "ct6e-standard-4t"
+    hosts = [flags for words, flags in got if words[2:4] == ["instance-templates", "create"]]
+    assert {host["machine-type"] for host in hosts} == {"ct6e-standard-4t"}
+    models = ["SPOT", "RESERVATION_BOUND", "FLEX_START"]
+    assert [host["provisioning-model"] for host in hosts] == models
+    # No example sets what another one reads, or depends on what is set; each deletes its slice.
+    exported = {name for line in lines for name in re.findall(r"(\w+)=", line.split('"')[0])}
+    assert {name for name in exported if name.startswith("POD_")} == {
+        *("POD_PROJECT", "POD_CREATE_FLAGS")
+    }
+    assert not any(line.startswith("export") and "POD_CREATE_FLAGS" in line for line in lines)
+    others = {"POD_NAME": "x", "POD_ZONE": "us-west1-a", "POD_ACCELERATOR": "v4-8"}
+    for api in ("tpus", "compute"):
+        assert calls_of(page, POD_API=api, **others)[0] == got
+    calls = [line for line in lines if "tpu_setup/" in line]
+    place = re.compile("--name .* --zone .* --api (?:tpus|compute)")
+    for resumed, deleted in zip(calls[::2], calls[1::2], strict=True):
+        assert "tpu_setup/resume.sh " in resumed
+        assert deleted.startswith("tpu_setup/delete.sh ")
+        assert place.findall(resumed) == place.findall(deleted) != []
+    names = re.findall(r"--name (\S+)", "\n".join(calls[::2]))
+    assert len(set(names)) == len(names) == 4
+    assert all(f"$BUCKET/{name}" in call for name, call in zip(names, calls[::2], strict=True))
     for text in (*shell_code(page), *shell_code(SETUP / "README.md")):
         for line in text.replace("\\\n", "").splitlines():
             if line.startswith("sky "):
