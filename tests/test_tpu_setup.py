@@ -87,8 +87,7 @@ def ssh(command, worker="all", api="tpus"):
 
 # -------------------------------------------------------------------------- printed commands
 
-NAMED = {"filter": "name=ppo", "format": "value(name)"}
-IN_REGION = {**NAMED, "filter": "name=ppo AND region~/us-west4$"}
+PART = "instructjax-ppo-us-west4-a"
 LOOKS = [
     compute(f"{GROUP} list", zones="us-west4-a", filter="name=ppo", format="value(targetSize)"),
     compute(
@@ -97,25 +96,30 @@ LOOKS = [
         format="csv[no-heading](instanceStatus,currentAction)",
     ),
 ]
+NAMED = {"format": "value(name)"}
 DROPS = {
     "group": [
-        compute(f"{GROUP} list", **{**NAMED, "filter": "name=ppo AND zone~/us-west4-a$"}),
+        compute(f"{GROUP} list", **NAMED, filter="name=ppo AND zone~/us-west4-a$"),
         compute(f"{GROUP} delete ppo", zone="us-west4-a", quiet=True),
     ],
     "template": [
-        compute("gcloud compute instance-templates list", **NAMED),
-        compute("gcloud compute instance-templates delete ppo", quiet=True),
-    ],
-    "policy": [
-        compute("gcloud compute resource-policies list", **IN_REGION),
-        compute("gcloud compute resource-policies delete ppo", region="us-west4", quiet=True),
+        compute("gcloud compute instance-templates list", **NAMED, filter=f"name={PART}"),
+        compute(f"gcloud compute instance-templates delete {PART}", quiet=True),
     ],
 }
 
 
-def policy(topology):
+def drop_policy(part=PART):
+    policies = "gcloud compute resource-policies"
+    return [
+        compute(f"{policies} list", **NAMED, filter=f"name={part} AND region~/us-west4$"),
+        compute(f"{policies} delete {part}", region="us-west4", quiet=True),
+    ]
+
+
+def policy(topology, part=PART):
     return compute(
-        "gcloud compute resource-policies create workload-policy ppo",
+        f"gcloud compute resource-policies create workload-policy {part}",
         region="us-west4",
         type="HIGH_THROUGHPUT",
         **{"accelerator-topology": topology},
@@ -144,16 +148,16 @@ def test_create_on_compute_engine(accelerator, hosts, topology, machine, extra):
         "scopes": "cloud-platform",
         **extra,
     }
-    group = {"zone": "us-west4-a", "template": "ppo", "size": "0"}
+    group = {"zone": "us-west4-a", "template": PART, "size": "0"}
     group["default-action-on-vm-failure"] = "do-nothing"
     if topology:
         group["target-size-policy-mode"] = "bulk"
-        group["workload-policy"] = "projects/my-project/regions/us-west4/resourcePolicies/ppo"
+        group["workload-policy"] = f"projects/my-project/regions/us-west4/resourcePolicies/{PART}"
     expected = [
         *LOOKS,
-        *([*DROPS["policy"], policy(topology)] if topology else []),
+        *([*drop_policy(), policy(topology)] if topology else []),
         *DROPS["template"],
-        compute("gcloud compute instance-templates create ppo", **host),
+        compute(f"gcloud compute instance-templates create {PART}", **host),
         compute(f"{GROUP} create ppo", **group),
         compute(f"{GROUP} resize ppo", zone="us-west4-a", size=str(hosts)),
         *LOOKS,
@@ -209,7 +213,7 @@ def test_create(accelerator):
 
 
 def test_delete():
-    parts = [*DROPS["group"], *DROPS["template"], *DROPS["policy"]]
+    parts = [*DROPS["group"], *DROPS["template"], *drop_policy()]
     assert dry("delete.sh", api="compute", **SLICE) == parts
     words = ["gcloud", "compute", "tpus", "queued-resources", "delete", "ppo"]
     assert dry("delete.sh", **SLICE) == [(words, {**PLACE, "quiet": True, "force": True})]
@@ -331,21 +335,22 @@ def test_gke_commands(accelerator):
     stop = (["kubectl", "delete", "jobset", "ppo"], {**context, "ignore-not-found": True})
     delete = (["gcloud", "container", "node-pools", "delete", "ppo"], {**where, "quiet": True})
     assert dry("gke.sh", "stop", **target) == [stop]
-    assert dry("gke.sh", "delete", **target) == [stop, delete]
+    assert dry("gke.sh", "delete", **target) == [stop, delete, *drop_policy(f"{PART}-gke")]
 
 
 def test_gke_tpu7x():
     """Its nodes take their topology from a policy, which is deleted with them."""
     target = {**SLICE, "cluster": "pods", "accelerator": "tpu7x-16"}
     *made, (_, flags) = dry("gke.sh", "nodes", **target)
-    assert made == [*DROPS["policy"], policy("2x2x2")]
-    assert (flags["placement-policy"], flags["num-nodes"]) == ("ppo", "2")
+    part = f"{PART}-gke"
+    assert made == [*drop_policy(part), policy("2x2x2", part)]
+    assert (flags["placement-policy"], flags["num-nodes"]) == (part, "2")
     assert (flags["machine-type"], flags["disk-type"]) == (
         "tpu7x-standard-4t",
         "hyperdisk-balanced",
     )
     assert "tpu-topology" not in flags
-    assert dry("gke.sh", "delete", **target)[2:] == DROPS["policy"]
+    assert dry("gke.sh", "delete", **target)[2:] == drop_policy(part)
     text = shell("gke.sh", "manifest", command="x", image="i", **target).stdout
     assert "gke-tpu-accelerator: tpu7x\n" in text
     env = {"POD_API": "compute"}  # another way than GKE's, but also set
@@ -499,7 +504,7 @@ def shell_code(page):
     return re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def calls_of(page):
+def calls_of(page, **env):
     """What the page's calls of the scripts print, in their order; and these lines of the page."""
     lines = []
     for text in shell_code(page):
@@ -507,9 +512,9 @@ def calls_of(page):
         for statement in text.replace("\\\n", "").splitlines():
             if statement.startswith("export "):
                 lines.append(statement)
-            elif statement.startswith("tpu_setup/"):
+            elif re.match("(POD_CREATE_FLAGS=.* )?tpu_setup/", statement):
                 lines.append(statement.split("  # ")[0] + " --dry-run")
-    clean = {name: os.environ[name] for name in ("PATH", "HOME")}
+    clean = {**env, **{name: os.environ[name] for name in ("PATH", "HOME")}}
     argv = ["bash", "-euc", "\n".join(lines)]
     done = subprocess.run(argv, cwd=SETUP.parent, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -523,16 +528,37 @@ def test_the_readme():
     assert [flags["accelerator-type"] for flags in created] == [*SLICES][:1] * 2 + [*SLICES][1:]
     called = {line.split()[0].removeprefix("tpu_setup/") for line in lines if "tpu_setup" in line}
     assert called == {*CLOUD_SCRIPTS, "gke.sh"}
+    assert not any("POD_API" in line for line in lines)  # it would hold in the other sections too
 
 
 def test_the_start_page():
-    """The scripts accept its calls: a queued v5e, then a group of v6e. xpk has all its flags."""
+    """The scripts accept its calls: a queued v5e, then groups of v6e. xpk has all its flags."""
     page = SETUP.parent / "docs" / "which-tpu.md"
-    got, _ = calls_of(page)
+    got, lines = calls_of(page)
     (queued,) = [flags for _, flags in got if "node-id" in flags]
     assert (queued["accelerator-type"], queued["spot"]) == ("v5litepod-16", True)
-    (host,) = [flags for words, flags in got if words[2:4] == ["instance-templates", "create"]]
-    assert host["machine-type"] == "ct6e-standard-4t"
+    hosts = [flags for words, flags in got if words[2:4] == ["instance-templates", "create"]]
+    assert {host["machine-type"] for host in hosts} == {"ct6e-standard-4t"}
+    models = ["SPOT", "RESERVATION_BOUND", "FLEX_START"]
+    assert [host["provisioning-model"] for host in hosts] == models
+    # No example sets what another one reads, or depends on what is set; each deletes its slice.
+    exported = {name for line in lines for name in re.findall(r"(\w+)=", line.split('"')[0])}
+    assert {name for name in exported if name.startswith("POD_")} == {
+        *("POD_PROJECT", "POD_CREATE_FLAGS")
+    }
+    assert not any(line.startswith("export") and "POD_CREATE_FLAGS" in line for line in lines)
+    others = {"POD_NAME": "x", "POD_ZONE": "us-west1-a", "POD_ACCELERATOR": "v4-8"}
+    for api in ("tpus", "compute"):
+        assert calls_of(page, POD_API=api, **others)[0] == got
+    calls = [line for line in lines if "tpu_setup/" in line]
+    place = re.compile("--name .* --zone .* --api (?:tpus|compute)")
+    for resumed, deleted in zip(calls[::2], calls[1::2], strict=True):
+        assert "tpu_setup/resume.sh " in resumed
+        assert deleted.startswith("tpu_setup/delete.sh ")
+        assert place.findall(resumed) == place.findall(deleted) != []
+    names = re.findall(r"--name (\S+)", "\n".join(calls[::2]))
+    assert len(set(names)) == len(names) == 4
+    assert all(f"$BUCKET/{name}" in call for name, call in zip(names, calls[::2], strict=True))
     for text in (*shell_code(page), *shell_code(SETUP / "README.md")):
         for line in text.replace("\\\n", "").splitlines():
             if line.startswith("sky "):
@@ -561,30 +587,48 @@ for word; do
   case "$word" in
     --command=*) command="${word#*=}" ;;
     --worker=*) worker="${word#*=}" ;;
+    --filter=name=*) named="${word#*=name=}"; named="${named%% *}" ;;
+    --template=*) template="${word#*=}" ;;
+    --workload-policy=*) policy="${word##*/}" ;;
   esac
 done
+case "$*" in # a listing of hosts that fails after the first one
+  *basename*) [ ! -e "$CLOUD/half" ] || { cat "$CLOUD/half"; exit 7; } ;;
+esac
+case "$* " in # a line of $CLOUD/bad_lists for each listing: the code with which it fails, or 0
+  *" list "* | *" list-instances "*)
+    read -r bad <"$CLOUD/bad_lists" || bad=0
+    sed -i 1d "$CLOUD/bad_lists"
+    [ "$bad" = 0 ] || exit "$bad" ;;
+esac 2>/dev/null
+case "$1 $2 $3" in
+  "container node-pools create") touch "$CLOUD/pool"; exit ;;
+  "container node-pools delete") [ ! -e "$CLOUD/no_pool" ] || exit 5; rm "$CLOUD/pool"; exit ;;
+esac
 case "$2 $3 $4" in # Compute Engine; a file for each part, and a line of states for each call
   "instance-groups managed list") [ ! -e "$CLOUD/group" ] || cat "$CLOUD/group"; exit ;;
   "instance-groups managed list-instances")
     case "$*" in
       *basename*) [ ! -e "$CLOUD/1" ] || printf 'ppo-aa\nppo-zz\n' ;; # host 1, host 0
-      *) head -1 "$state" | tr ' ' '\n'; [ "$(wc -l <"$state")" = 1 ] || sed -i 1d "$state" ;;
+      *) head -1 "$state" | tr ' ' '\n'; [ "$(wc -l <"$state")" = 1 ] || sed -i 1d "$state"
+         [ ! -e "$CLOUD/vanishes" ] || rm "$CLOUD/vanishes" "$CLOUD/group" ;;
     esac
     exit ;;
   "instance-groups managed create")
     [ ! -e "$CLOUD/no_quota" ] || exit 4
-    [ -e "$CLOUD/template" ] && [ -e "$CLOUD/policy" ] || exit 1
+    [ -e "$CLOUD/instance-templates/$template" ] || exit 1
+    [ -e "$CLOUD/resource-policies/$policy" ] || exit 1
     echo 0 >"$CLOUD/group"; exit ;;
   "instance-groups managed resize")
     mkdir -p "$CLOUD/0" "$CLOUD/1"; echo 2 >"$CLOUD/group"; echo RUNNING, RUNNING, >"$state"
     exit ;;
   "instance-groups managed delete") rm -rf "$CLOUD/group" "$state" "$CLOUD"/[0-9]; exit ;;
   "instance-templates "* | "resource-policies "*)
-    part="$CLOUD/template"; [ "$2" = instance-templates ] || part="$CLOUD/policy"
+    mkdir -p "$CLOUD/$2"; cd "$CLOUD/$2"
     case "$3" in
-      list) [ ! -e "$part" ] || echo ppo ;;
-      create) [ ! -e "$part" ] && touch "$part" ;;
-      delete) [ ! -e "$CLOUD/group" ] && rm "$part" ;; # else it is in use
+      list) [ ! -e "$named" ] || echo "$named" ;;
+      create) [ "$4" != workload-policy ] || shift; [ ! -e "$4" ] && touch "$4" ;;
+      delete) [ ! -e "$CLOUD/group" ] && rm "$4" ;; # else it is in use
     esac
     exit ;;
   "scp "*) [ "${4%%:*}" = ppo-aa ]; cp "$3" "$CLOUD/$((! $?))/${4#*:}"; exit ;;
@@ -643,8 +687,19 @@ for word; do case "$word" in --output=*) tar -czhf "${{word#*=}}" -C {source} . 
     return env, where
 
 
+PARTS = ("instance-templates", "resource-policies")
+
+
+def parts_in(where):
+    return [path.name for part in PARTS for path in sorted((where / part).glob("*"))]
+
+
 def calls(where, text):
     return [line for line in (where / "calls").read_text().splitlines() if text in line]
+
+
+def delete_line(api="tpus"):
+    return f"tpu_setup/delete.sh --name=ppo --project=my-project --zone=us-west4-a --api={api}"
 
 
 @pytest.mark.parametrize("api", ["tpus", "compute"])
@@ -666,6 +721,7 @@ esac
     done = shell("resume.sh", "--spot", env=env, **flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("ppo: finished\n")
+    assert done.stderr.splitlines()[-1] == f"the slice is still up: {delete_line(api)}"
     assert len((where / "started").read_text().splitlines()) == 6
     kind = "queued-resources" if api == "tpus" else "managed"
     assert len(calls(where, f"{kind} create ppo")) == 2
@@ -686,7 +742,44 @@ def test_an_error_ends_it(cloud, codes, code, starts):
     done = shell("resume.sh", env=env, **flags)
     assert done.returncode == code
     assert "logs.sh" in done.stderr
+    assert f"\nthe slice is still up: {delete_line()}\n" in done.stderr
     assert len(calls(where, "job.sh start")) == starts
+
+
+def test_resume_says_that_the_slice_may_be_up(cloud):
+    """If the hosts do not answer, if a flag is wrong, and if it could not be set up."""
+    env, where = cloud
+    flags = {**SLICE, "accelerator": "v5p-16", "command": "true"}
+    line = f"the slice may still be up: {delete_line()}"
+    assert shell("create.sh", env=env, accelerator="v5p-16", **SLICE).returncode == 0
+    (where / "misses").write_text("x\n" * 99)
+    done = shell("resume.sh", env={**env, "POD_POLL": "0"}, **flags)
+    assert done.returncode == 255
+    assert line in done.stderr.splitlines()
+    assert "ppo is ACTIVE and could not be set up" in done.stderr
+    (where / "misses").write_text("")
+    command = f"seq 99 >{where}/misses; sleep 5"
+    done = shell("resume.sh", env={**env, "POD_POLL": "0.01"}, **{**flags, "command": command})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-2:] == [
+        line,
+        "error: ppo: some of its 2 hosts do not answer; the job may still be running",
+    ]
+    (where / "bad_lists").write_text("2\n")
+    done = shell("resume.sh", env=env, **flags)
+    assert (done.returncode, done.stderr) == (2, f"{line}\n")
+    (where / "bad_lists").write_text("2\n")
+    done = shell("resume.sh", "--direct", env=env, **flags)
+    assert (done.returncode, done.stderr) == (2, f"{line} --direct\n")
+
+
+def test_resume_could_not_create(cloud):
+    env, where = cloud
+    (where / "no_quota").touch()
+    flags = {**SLICE, "accelerator": "v5p-16", "command": "true"}
+    done = shell("resume.sh", env={**env, "POD_POLL": "0"}, **flags)
+    assert done.returncode == 4
+    assert done.stderr == "error: ppo is not there and could not be set up\n"
 
 
 def test_a_running_job_is_watched(cloud):
@@ -711,6 +804,29 @@ def test_a_running_job_is_watched(cloud):
         assert output.read() == "ppo: finished\n"
     assert watching.wait() == 0
     assert len(calls(where, "job.sh start")) == 1
+
+
+@pytest.mark.parametrize("api", ["tpus", "compute"])
+def test_create_waits_though_checks_fail(cloud, api):
+    """It gives up after ten in a row, and says that the request stays."""
+    env, where = cloud
+    flags = {**SLICE, "accelerator": "v5p-16", "api": api}
+    good = "0\n" * (1 if api == "tpus" else 2)  # the listings of a check
+    assert shell("create.sh", env=env, **flags).returncode == 0
+    up = (where / "state").read_text()
+    (where / "state").write_text(("CREATING\n" if api == "tpus" else "PENDING,\n") * 2 + up)
+    (where / "bad_lists").write_text((good + "1\n" * 9) * 2)
+    done = shell("create.sh", env=env, **flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "ppo: check 9 failed; it ends after 10 in a row"
+    said = ["CREATING", "ACTIVE"] if api == "tpus" else ["PENDING", "READY"]
+    assert done.stdout == f"ppo is {said[0]}\nppo is {said[1]}: 8 chips, 2 hosts\n"
+    (where / "bad_lists").write_text(good + "1\n" * 10)
+    done = shell("create.sh", env=env, **flags)
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ppo: 10 checks in a row failed. The request stays and costs")
+    assert (where / "state").exists()
 
 
 def test_create_waits(cloud):
@@ -760,7 +876,11 @@ def test_leftovers_of_a_group(cloud):
     (where / "no_quota").touch()
     flags = {**SLICE, "accelerator": "v5p-16", "api": "compute"}
     assert shell("create.sh", env=env, **flags).returncode == 4
-    assert (where / "template").exists()
+    assert parts_in(where) == [PART] * 2
+    done = shell("delete.sh", env=env, api="compute", **SLICE)
+    assert (done.returncode, parts_in(where)) == (1, [])
+    assert "no group ppo" in done.stderr
+    assert shell("create.sh", env=env, **flags).returncode == 4
     (where / "no_quota").unlink()
     (where / "group").write_text("0\n")  # or one that never got its size
     (where / "state").write_text("\n")
@@ -768,7 +888,82 @@ def test_leftovers_of_a_group(cloud):
     (where / "group").unlink()
     assert shell("create.sh", env=env, **flags).returncode == 0
     assert shell("delete.sh", env=env, api="compute", **SLICE).returncode == 0
-    assert not {"group", "template", "policy"} & {path.name for path in where.iterdir()}
+    assert not (where / "group").exists()
+    assert parts_in(where) == []
+
+
+def test_templates_and_policies_of_others(cloud):
+    """What somebody else has called by the slice's name, in the same project, stays."""
+    env, where = cloud
+    for part in PARTS:
+        (where / part).mkdir()
+        (where / part / "ppo").touch()
+    flags = {**SLICE, "accelerator": "v5p-16", "api": "compute"}
+    assert shell("create.sh", env=env, **flags).returncode == 0
+    assert parts_in(where) == [PART, "ppo"] * 2
+    assert shell("delete.sh", env=env, api="compute", **SLICE).returncode == 0
+    assert parts_in(where) == ["ppo"] * 2
+    pool = {**SLICE, "accelerator": "tpu7x-16", "cluster": "pods"}
+    assert shell("gke.sh", "nodes", env=env, **pool).returncode == 0
+    assert parts_in(where) == ["ppo", f"{PART}-gke", "ppo"]
+
+
+def test_names_of_parts():
+    """They follow Google's rules. Those of slices in other zones, and of gke.sh's, differ."""
+
+    def part(script, *words, **place):
+        (*_, (words, _)) = [
+            call
+            for call in dry(script, *words, **{**SLICE, **place, "accelerator": "tpu7x-16"})
+            if "workload-policy" in call[0]
+        ]
+        return words[-1]
+
+    long = "a" + 38 * "b"
+    zones = ("us-west4-a", "northamerica-northeast1-a", "northamerica-northeast1-b")
+    names = [part("create.sh", name=name, zone=zone) for name in ("p", long) for zone in zones]
+    names += [
+        part("gke.sh", "nodes", name=name, zone=zone, cluster="pods")
+        for name in ("p", long)
+        for zone in zones
+    ]
+    assert len(set(names)) == len(names) == 12
+    assert max(len(name) for name in names) <= 63
+    assert all(re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", name) for name in names)
+    assert names[0] == "instructjax-p-us-west4-a"
+
+
+def test_delete_finds_no_group(cloud):
+    """The slice is one of the Cloud TPU API, but POD_API is still that of another slice."""
+    env, where = cloud
+    assert shell("create.sh", env=env, **GOOD).returncode == 0
+    done = shell("delete.sh", env={**env, "POD_API": "compute"}, **SLICE)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: no group ppo in us-west4-a by --api compute; "
+        "for the Cloud TPU API give --api tpus\n"
+    )
+    assert (where / "state").exists()
+    assert shell("delete.sh", "--if-exists", env=env, api="compute", **SLICE).returncode == 0
+    assert (where / "state").exists()
+    done = shell("delete.sh", env={**env, "POD_API": "compute"}, api="tpus", **SLICE)
+    assert done.returncode == 0
+    assert not (where / "state").exists()
+
+
+def test_resume_deletes_a_group_that_is_gone(cloud):
+    """Somebody else deleted it after resume.sh saw it."""
+    env, where = cloud
+    (where / "vanishes").touch()
+    (where / "group").write_text("2\n")
+    (where / "state").write_text("TERMINATED, TERMINATED,\n")
+    flags = {**SLICE, "accelerator": "v5p-16", "api": "compute", "command": "true"}
+    done = shell("resume.sh", env=env, **flags)
+    assert done.returncode == 0, done.stderr
+    assert not (where / "vanishes").exists()
+    assert len(calls(where, "managed create ppo")) == 1
+    assert not calls(where, "managed delete ppo")
+    assert "no group" not in done.stderr
 
 
 def test_hosts_of_a_group(cloud):
@@ -788,6 +983,38 @@ def test_hosts_of_a_group(cloud):
     assert "--worker 5" in done.stderr
     shell("delete.sh", env=env, **on)
     assert "finds no hosts" in shell("run_all.sh", env=env, command="x", **on).stderr
+
+
+@pytest.mark.parametrize("listed", ["", "ppo-aa\n"])
+def test_hosts_that_cannot_be_listed(cloud, listed):
+    """A command is run on all hosts or on none."""
+    env, where = cloud
+    flags = {**SLICE, "accelerator": "v5p-16", "api": "compute"}
+    assert shell("create.sh", env=env, **flags).returncode == 0
+    (where / "half").write_text(listed)
+    (where / "calls").unlink()
+    for script, extra in (
+        ("run_all.sh", {"command": "true"}),
+        ("run_all.sh", {"command": "true", "worker": 0}),
+        ("install.sh", {}),
+        ("create.sh", {"accelerator": "v5p-16"}),
+    ):
+        done = shell(script, env=env, api="compute", **SLICE, **extra)
+        assert done.returncode == 7
+        assert "error: ppo: its hosts could not be listed" in done.stderr
+    assert not calls(where, "compute ssh") + calls(where, "compute scp")
+
+
+def test_create_finds_no_hosts(cloud):
+    env, where = cloud
+    flags = {**SLICE, "accelerator": "v5p-16", "api": "compute"}
+    assert shell("create.sh", env=env, **flags).returncode == 0
+    (where / "calls").unlink()
+    shutil.rmtree(where / "1")  # the stand-in then lists none
+    done = shell("create.sh", env=env, **flags)
+    assert done.returncode == 1
+    assert done.stderr == "error: ppo: --api compute finds no hosts\n"
+    assert not calls(where, "compute ssh")
 
 
 def test_sky():
@@ -847,6 +1074,29 @@ def test_gke_run(tmp_path):
     words = (tmp_path / "words").read_text().split()
     assert words == ["--context=gke_my-project_us-west4_pods", "apply", "--filename=-"]
     assert (tmp_path / "stdin").read_text() == shell("gke.sh", "manifest", **target).stdout
+
+
+@pytest.mark.parametrize(
+    ("kubectl", "no_pool", "code"), [(0, False, 0), (3, False, 3), (3, True, 3), (0, True, 5)]
+)
+@pytest.mark.parametrize("accelerator", [{}, {"accelerator": "tpu7x-16"}])
+def test_gke_delete(cloud, tmp_path, accelerator, kubectl, no_pool, code):
+    """It deletes the nodes, which cost, and the policy, also if kubectl fails."""
+    env, where = cloud
+    tool = tmp_path / "tools" / "kubectl"
+    tool.write_text(f'#!/bin/sh\necho "kubectl $*" >>{where}/calls\nexit {kubectl}\n')
+    tool.chmod(0o755)
+    target = {**SLICE, "cluster": "pods"}
+    assert shell("gke.sh", "nodes", env=env, accelerator="tpu7x-16", **target).returncode == 0
+    assert parts_in(where) == [f"{PART}-gke"]
+    if no_pool:
+        (where / "no_pool").touch()
+    done = shell("gke.sh", "delete", env=env, **target, **accelerator)
+    assert done.returncode == code
+    assert len(calls(where, "delete jobset ppo")) == 1
+    assert (where / "pool").exists() == no_pool
+    assert parts_in(where) == []
+    assert shell("gke.sh", "stop", env=env, **target).returncode == kubectl
 
 
 def test_run_all_returns_the_hosts_code(cloud):

@@ -16,6 +16,7 @@ IMAGE_PROJECT="${POD_IMAGE_PROJECT:-ubuntu-os-accelerator-images}" # of --api co
 DISK_SIZE="${POD_DISK_SIZE:-200GB}"        # of a host of --api compute; its image has 10 GB
 CREATE_FLAGS="${POD_CREATE_FLAGS:-}"       # more flags for gcloud's request of the hosts
 POLL="${POD_POLL:-30}"                     # seconds between two checks of the service
+PATIENCE=10                                # checks or attempts in a row that may fail
 DRY_RUN=""
 SPOT=""
 DIRECT=""
@@ -84,6 +85,16 @@ check_place() {
   esac
   needs --api "$API" 'tpus|compute' "tpus or compute" POD_API
   [ "$API" = tpus ] || [ -z "$DIRECT" ] || wrong --direct "--api compute has no queue to leave out"
+  name_part "$ZONE"
+}
+
+# name_part PLACE: sets PART, a name that only these scripts give, for the parts of a slice that a
+# project has next to those of others: a template and a policy. It has at most 63 characters.
+name_part() {
+  PART="instructjax-$NAME-$1"
+  [ "${#PART}" -gt 63 ] || return 0
+  PART="$(cksum <<<"$1")"
+  PART="instructjax-$NAME-${PART%% *}"
 }
 
 check_service_account() {
@@ -186,7 +197,8 @@ GROUP="instance-groups managed" # gcloud's name for them
 
 # hosts: prints the names of the hosts of --api compute. With --dry-run one stands for all.
 hosts() {
-  compute "$GROUP" list-instances "$NAME" "--zone=$ZONE" "--format=value(instance.basename())"
+  compute "$GROUP" list-instances "$NAME" "--zone=$ZONE" "--format=value(instance.basename())" ||
+    return
   [ -z "$DRY_RUN" ] || echo "$NAME-HOST"
 }
 
@@ -196,7 +208,7 @@ on_each() (
   set -m
   pids=()
   trap 'for pid in ${pids[@]+"${pids[@]}"}; do kill -- "-$pid" 2>/dev/null; done; exit 130' INT TERM
-  names="$(hosts)" || exit
+  names="$(hosts)" || failed "$NAME: its hosts could not be listed; nothing was run" $?
   [ -n "$names" ] || failed "$NAME: --api $API finds no hosts"
   for name in $names; do
     "$@" "$name" </dev/null &
@@ -281,21 +293,22 @@ state() {
   fi
 }
 
-# drop KIND PLACE: deletes the slice's part of that kind, if there is one. PLACE is zone or region.
+# drop KIND NAME PLACE: deletes what has that name, if it exists; FOUND is then the name. PLACE is
+# zone or region.
 drop() {
-  local where="" filter="name=$NAME" found
-  case "${2:-}" in
+  local where="" filter="name=$2"
+  case "${3:-}" in
     zone) where="--zone=$ZONE" filter+=" AND zone~/$ZONE\$" ;;
     region) where="--region=${ZONE%-*}" filter+=" AND region~/${ZONE%-*}\$" ;;
   esac
-  found="$(compute "$1" list "--filter=$filter" "--format=value(name)")" || return
-  [ -z "$found$DRY_RUN" ] || compute "$1" delete "$NAME" ${where:+"$where"} --quiet
+  FOUND="$(compute "$1" list "--filter=$filter" "--format=value(name)")" || return
+  [ -z "$FOUND$DRY_RUN" ] || compute "$1" delete "$2" ${where:+"$where"} --quiet
 }
 
 # make_policy: creates the policy that joins hosts to a slice of the topology.
 make_policy() {
-  drop resource-policies region
-  compute resource-policies create workload-policy "$NAME" "--region=${ZONE%-*}" \
+  drop resource-policies "$PART" region
+  compute resource-policies create workload-policy "$PART" "--region=${ZONE%-*}" \
     --type=HIGH_THROUGHPUT "--accelerator-topology=$TOPOLOGY"
 }
 

@@ -19,7 +19,8 @@
 #
 # The first five can also be set as POD_NAME, POD_PROJECT, POD_ZONE, POD_ACCELERATOR and POD_API.
 # POD_CREATE_FLAGS holds more flags for gcloud's request, separated by spaces, as for a reservation.
-# Ctrl-C leaves the request in the queue; the same command waits for it again.
+# Ctrl-C leaves the request in the queue; the same command waits for it again. So does an error while
+# it waits, as when ten checks in a row fail.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
@@ -58,16 +59,16 @@ request_compute() {
   local host=("--machine-type=$MACHINE" "--image-family=$RUNTIME_VERSION"
     "--image-project=$IMAGE_PROJECT" "--boot-disk-size=$DISK_SIZE" --maintenance-policy=TERMINATE
     --scopes=cloud-platform)
-  local group=("--template=$NAME" --size=0 --default-action-on-vm-failure=do-nothing)
+  local group=("--template=$PART" --size=0 --default-action-on-vm-failure=do-nothing)
   [ -z "$DISK_TYPE" ] || host+=("--boot-disk-type=$DISK_TYPE")
   [ -z "$SPOT" ] || host+=(--provisioning-model=SPOT --instance-termination-action=STOP)
   if [ "$HOSTS" -gt 1 ]; then
     make_policy
     group+=(--target-size-policy-mode=bulk
-      "--workload-policy=projects/$PROJECT/regions/${ZONE%-*}/resourcePolicies/$NAME")
+      "--workload-policy=projects/$PROJECT/regions/${ZONE%-*}/resourcePolicies/$PART")
   fi
-  drop instance-templates
-  compute instance-templates create "$NAME" "${host[@]}" ${common[@]+"${common[@]}"}
+  drop instance-templates "$PART"
+  compute instance-templates create "$PART" "${host[@]}" ${common[@]+"${common[@]}"}
   compute "$GROUP" create "$NAME" "--zone=$ZONE" "${group[@]}"
   compute "$GROUP" resize "$NAME" "--zone=$ZONE" "--size=$HOSTS"
 }
@@ -76,7 +77,9 @@ request_compute() {
 # ssh adds your key to the project, so it is to one host only.
 answers() {
   local host tries=0
-  host="$(hosts | head -n 1)"
+  host="$(hosts)" || failed "$NAME: its hosts could not be listed" $?
+  host="${host%%$'\n'*}"
+  [ -n "$host" ] || failed "$NAME: --api $API finds no hosts"
   until on_host true "$host"; do
     tries=$((tries + 1))
     [ "$tries" -lt 10 ] || failed "$host does not answer"
@@ -86,7 +89,18 @@ answers() {
 
 [ -n "$now" ] || "request_$API"
 
-while now="$(state)"; [ -z "$DRY_RUN" ] && ! is_up "$now"; do
+missed=0
+while true; do
+  if ! now="$(state)"; then
+    missed=$((missed + 1))
+    [ "$missed" -lt "$PATIENCE" ] || failed "$NAME: $missed checks in a row failed. The request stays \
+and costs once it is granted: the same command waits for it, tpu_setup/delete.sh deletes it"
+    echo "$NAME: check $missed failed; it ends after $PATIENCE in a row" >&2
+    sleep "$POLL"
+    continue
+  fi
+  missed=0
+  if [ -n "$DRY_RUN" ] || is_up "$now"; then break; fi
   if [ -z "$now" ] || is_gone "$now" || is_going "$now"; then
     failed "$NAME is ${now:-gone: the request no longer exists}"
   fi

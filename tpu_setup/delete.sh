@@ -8,22 +8,28 @@
 # --zone ZONE        zone of the slice
 # --api NAME         that of create.sh; default: compute if POD_ACCELERATOR is a TPU7x, else tpus
 # --direct           needed if the slice was created with --direct
+# --if-exists        compute: it is no error if there is no such group
 # --dry-run          prints the commands and runs nothing
 #
 # The first four can also be set as POD_NAME, POD_PROJECT, POD_ZONE and POD_API.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
-parse "--name --project --zone --api" "--direct" "$@"
+IF_EXISTS=""
+
+parse "--name --project --zone --api" "--direct --if-exists" "$@"
 check_name
 check_place
 check_tool gcloud
 
 place=("$NAME" "--project=$PROJECT" "--zone=$ZONE" --quiet)
 if [ "$API" = compute ]; then
-  drop "$GROUP" zone
-  drop instance-templates
-  drop resource-policies region
+  drop "$GROUP" "$NAME" zone
+  group="$FOUND"
+  drop instance-templates "$PART"
+  drop resource-policies "$PART" region
+  [ -n "$group$IF_EXISTS$DRY_RUN" ] || failed "no group $NAME in $ZONE by --api compute; \
+for the Cloud TPU API give --api tpus"
 elif [ -n "$DIRECT" ]; then
   run gcloud compute tpus tpu-vm delete "${place[@]}"
 else

@@ -13,7 +13,7 @@
 # run        applies the JobSet
 # logs       shows the output of one host as it appears
 # stop       deletes the JobSet, on which its hosts save a checkpoint and exit
-# delete     deletes the JobSet and the node pool
+# delete     deletes the JobSet, the node pool, and the policy of a TPU7x
 #
 # --name NAME              name of the JobSet and of the node pool
 # --project PROJECT        Google Cloud project
@@ -53,6 +53,7 @@ parse "--name --project --zone --cluster --location --accelerator --service-acco
 check_name
 API="" # POD_API does not matter here
 check_place
+name_part "$ZONE-gke" # not that of create.sh
 needs --cluster "$CLUSTER" '[a-z]([a-z0-9-]{0,38}[a-z0-9])?' pods POD_CLUSTER
 LOCATION="${LOCATION:-${ZONE%-*}}"
 needs --location "$LOCATION" '[a-z]+-[a-z]+[0-9]+(-(ai[0-9]+)?[a-z])?' us-west4
@@ -94,7 +95,7 @@ case "$verb" in
     [ -z "$SPOT" ] || pool+=(--spot)
     if [ "$GKE_ACCELERATOR" = tpu7x ]; then # its nodes take their topology from a policy
       make_policy
-      pool+=("--placement-policy=$NAME")
+      pool+=("--placement-policy=$PART")
     else
       pool+=("--tpu-topology=$TOPOLOGY")
     fi
@@ -122,12 +123,17 @@ case "$verb" in
     kubernetes logs --follow --tail=200 --container=jax-tpu \
       "--selector=jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=$WORKER"
     ;;
-  stop | delete)
+  stop)
+    check_tool kubectl
+    kubernetes delete jobset "$NAME" --ignore-not-found
+    ;;
+  delete) # each part, also if another cannot be deleted; the exit code is that of the first error
     check_tool kubectl
     check_tool gcloud
-    kubernetes delete jobset "$NAME" --ignore-not-found
-    [ "$verb" != stop ] || exit 0
-    run gcloud container node-pools delete "$NAME" "${of_cluster[@]}" --quiet
-    case "$ACCELERATOR" in tpu7x-*) drop resource-policies region ;; esac
+    codes=()
+    kubernetes delete jobset "$NAME" --ignore-not-found || codes+=($?)
+    run gcloud container node-pools delete "$NAME" "${of_cluster[@]}" --quiet || codes+=($?)
+    drop resource-policies "$PART" region || codes+=($?) # of a TPU7x
+    exit "${codes[0]:-0}"
     ;;
 esac

@@ -18,14 +18,13 @@
 #
 # Ctrl-C leaves the job running; the same command watches it again. The hosts' disks are lost with
 # the slice, so keep checkpoints in a bucket. The exit code is 0 if all hosts finished, else that of
-# the first host that failed.
+# the first host that failed. Either way the slice stays up, and costs, until delete.sh deletes it.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 
 REF=HEAD
 COMMAND=""
-PATIENCE=10 # checks or attempts in a row that may fail
-ABORTS=5    # times in a row that the command may be killed or aborted within an hour
+ABORTS=5 # times in a row that the command may be killed or aborted within an hour
 
 parse "--name --project --zone --accelerator --api --runtime-version --service-account --ref \
 --command" \
@@ -46,6 +45,13 @@ create=("--accelerator=$ACCELERATOR" "--runtime-version=$RUNTIME_VERSION"
 [ -z "$SPOT" ] || create+=(--spot)
 case " $COMMAND " in *" --resume "*) ;; *) COMMAND+=" --resume" ;; esac
 
+# left WORDS: says how to delete the slice, which costs as long as it is there.
+left() {
+  local delete=(tpu_setup/delete.sh "${place[@]}")
+  [ -z "$DIRECT" ] || delete+=(--direct)
+  echo "the slice $1: $(printed "${delete[@]}")" >&2
+}
+
 # jobs_of_hosts: prints a line for each host: its name and the status of its job.
 jobs_of_hosts() {
   local job=instructjax/tpu_setup/job.sh
@@ -61,7 +67,7 @@ bring_up() {
   done
   if [ -n "$DRY_RUN" ] || is_gone "$now"; then
     echo "$NAME is ${now:-gone}: requesting a new slice" >&2
-    "$HERE/delete.sh" "${place[@]}" ${common[@]+"${common[@]}"} || return
+    "$HERE/delete.sh" "${place[@]}" --if-exists ${common[@]+"${common[@]}"} || return
     now=""
   fi
   is_up "$now" || "$HERE/create.sh" "${place[@]}" "${create[@]}" ${common[@]+"${common[@]}"}
@@ -105,12 +111,15 @@ watch() {
     aborted=0
     if [ -n "$code" ]; then
       echo "$jobs" >&2
+      left "is still up"
       failed "the command failed; tpu_setup/logs.sh --worker N shows a host's output" "$code"
     fi
     ! grep -q ' 75$' <<<"$jobs" || return 0
     echo "$NAME: finished"
+    left "is still up"
     exit 0
   done
+  left "may still be up"
   failed "$NAME: some of its $HOSTS hosts do not answer; the job may still be running"
 }
 
@@ -127,12 +136,17 @@ while true; do
     echo "$NAME: resuming"
   else
     status=$?
-    [ "$status" -ne 2 ] || exit 2
+    if [ "$status" -eq 2 ]; then
+      left "may still be up"
+      exit 2
+    fi
     # The slice may have been preempted during setup; the service reports that a little later.
     tries=$((tries + 1))
     now="$(state)" || now=unknown
-    [ "$now" != FAILED ] && [ "$tries" -lt "$PATIENCE" ] ||
-      failed "$NAME is $now and could not be set up" "$status"
+    if [ "$now" = FAILED ] || [ "$tries" -ge "$PATIENCE" ]; then
+      [ -z "$now" ] || left "may still be up"
+      failed "$NAME is ${now:-not there} and could not be set up" "$status"
+    fi
     sleep "$POLL"
   fi
 done
