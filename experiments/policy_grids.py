@@ -26,6 +26,7 @@ HELD_OUT_FILE = "pairs-held-out.jsonl"
 BEST_FILE = "best-held-out.jsonl"  # the better responses of these, whose mean score becomes 0
 BETA = 1e-6  # of the KL penalty: none, but the KL is measured
 NS = (1, 2, 4, 8, 16, 32, 64)  # of best-of-n
+START = "start"  # of `policies_of`: --model. The name of a run ends in its seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,19 +267,25 @@ def write_pairs(c: ProxyConfig, file: Path, count: int, seed: int, flipped: floa
 
 
 def policies_of(results: Path, evaluation: str) -> dict[str, dict[str, Any]]:
-    """What each model of an evaluation got, by the name of its run; empty before it has finished.
+    """What each model of an evaluation got; empty before it has finished.
 
     Returns:
-      means `utility` and, where it was measured, `kl`; and `wins`, the win rate against each other.
+      START for the first of --models, which is the policy at the start, and the names of runs for
+      the others -> means `utility` and, where it was measured, `kl`; `measures`, the means of
+      --measure; and `wins`, the win rate against each other.
     """
     found = paper.results_of(results, evaluation)
     if found is None:
         return {}
+    # By the place in --models: --model may be a run of another grid, with a name of this one's.
+    start, *others = found["models"]
+    names = {start: START, **{path: paper.run_name(path) for path in others}}
     figures: dict[str, dict[str, Any]] = {}
     for path, row in found["models"].items():
         means = {name: row[name][0] for name in ("utility", "kl") if name in row}
-        figures[paper.run_name(path)] = {**means, "wins": {}}
+        measures = {name: estimate[0] for name, estimate in row.get("measures", {}).items()}
+        figures[names[path]] = {**means, "measures": measures, "wins": {}}
     for pair in found["pairs"]:
-        wins = figures[paper.run_name(pair["model"])]["wins"]
-        wins[paper.run_name(pair["against"])] = pair["win_rate"][0]
+        wins = figures[names[pair["model"]]]["wins"]
+        wins[names[pair["against"]]] = pair["win_rate"][0]
     return figures
