@@ -115,6 +115,9 @@ def test_the_files_that_it_writes(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "mixed.jsonl").read_text().splitlines()]
     by_labeler = {x: [r["prompt"] for r in rows if r["labeler"] == x] for x in ("people", "ai")}
     assert by_labeler == {"people": [*"ace"], "ai": [*"bdfg"]}
+    for these in (("people", "lost"), ("lost", "ai")):
+        with pytest.raises(FileNotFoundError, match=r"lost/comparisons\.jsonl"):
+            compare_labelers.write_mixed(tmp_path / "x.jsonl", *(tmp_path / x for x in these))
 
 
 @pytest.mark.parametrize("start", ["runs/sft", "elsewhere/ppo-people-3"])  # a name of the grid's

@@ -324,6 +324,8 @@ def test_a_text_that_was_cut_is_no_attack(world, tmp_path, monkeypatch):
         {"written": "list two foods", "attack": attack} for attack in ("", "list two foods", "")
     ]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["stage"] == "red_team"
+    red_team.cli(words(world, tmp_path / "none", *flags, "--attacks", "1"))
+    assert (tmp_path / "none" / "attacks.jsonl").read_text() == ""  # a file all the same
 
 
 def test_fewer_examples_where_there_is_no_room(world, capsys):
@@ -738,6 +740,10 @@ def test_held_out_attacks_share_nothing_with_training(tmp_path):
     assert lines(file) == [{"prompt": x} for x in ("five", "four", "six")]
     with pytest.raises(NothingToDoError, match="no attack that the training runs lack"):
         red_team_data.write_held_out(file, trained_on[:1], [*attacked, *trained_on])
+    lost = tmp_path / "lost"  # a run's files that are not there are not a run without attacks
+    for these, those in (([lost], trained_on), (attacked, [lost])):
+        with pytest.raises(FileNotFoundError, match=r"lost/attacks\.jsonl"):
+            red_team_data.write_held_out(file, these, those)
 
 
 def test_the_page(tmp_path, monkeypatch):
