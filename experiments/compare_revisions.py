@@ -45,8 +45,8 @@ class Config(grids.PolicyConfig):
 
     OWN = MappingProxyType(
         {
-            "revise_flags": ("model", "data", "critic", "oversight", "prompts", "revisions"),
-            "sft_flags": ("model", "data", "data.only"),
+            "revise_flags": ("critic", "oversight", "prompts", "revisions"),
+            "sft_flags": ("data.only",),
             "evaluate_flags": ("measure",),
         }
     )

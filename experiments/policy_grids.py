@@ -29,12 +29,21 @@ NS = (1, 2, 4, 8, 16, 32, 64)  # of best-of-n
 START = "start"  # of `policies_of`: --model. The name of a run ends in its seed
 
 
+# What no --..._flags may set, as every grid sets it: what a run is of, and what it is compared by.
+COMMON = (
+    *("model", "models", "seed", "data", "gold", "max_new_tokens", "out", "resume"),
+    *("reward", "reward.weights", "reward.combine", "reward.spread"),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig(GridConfig):
     """The policy at the start, its prompts, their judge, and more flags of the scripts."""
 
-    # What --..._flags may not set, by their names, as the grid sets it.
+    # What else --..._flags may not set, by their names, as this grid sets it; and what of COMMON
+    # they may, as it does not.
     OWN: ClassVar[Mapping[str, Sequence[str]]] = MappingProxyType({})
+    FREE: ClassVar[Mapping[str, Sequence[str]]] = MappingProxyType({})
 
     model: str = "runs/sft"
     """Policy at the start: a run directory, a Hugging Face directory or a hub name."""
@@ -46,7 +55,8 @@ class PolicyConfig(GridConfig):
     max_new_tokens: Count = 32
     """Longest response in tokens, EOS included, in training and in evaluation."""
     ppo_flags: str = ""
-    """More flags of each run_ppo.py, in one word: --ppo_flags='--steps 40 --ppo.epochs 1'."""
+    """More flags of each run_ppo.py, in one word: --ppo_flags='--steps 40 --ppo.epochs 1'. What the
+    grid sets itself, such as --model and --seed, is refused, here and in the flags below."""
     evaluate_flags: str = ""
     """More flags of each evaluate.py, likewise."""
 
@@ -58,8 +68,8 @@ class PolicyConfig(GridConfig):
                     flags = parse_flags(getattr(self, each.name))
                 except ValueError as error:
                     raise ValueError(f"--{each.name}: {error}") from error
-                own = {"max_new_tokens", *self.OWN.get(each.name, ())} & {*flags}
-                for flag in sorted(own):
+                own = {*COMMON} - {*self.FREE.get(each.name, ())} | {*self.OWN.get(each.name, ())}
+                for flag in sorted(own & {*flags}):
                     raise ValueError(f"--{each.name}: --{flag} is set by this script's own flags")
         if not self.gold and not self.in_miniature:
             raise ValueError("--gold: these data have no judge of their own; name one")

@@ -162,13 +162,15 @@ def test_a_digest_tells_settings_apart():
 
 
 def test_flags_as_text():
-    parsed = grid.parse_flags("--ppo.beta 0.1 --mesh=data=2 --models a 'b c' --resume")
+    parsed = grid.parse_flags("--ppo.beta 0.1 --mesh=data=2 --models a 'b c' --resume --eval-x a-b")
     assert parsed == {
         "ppo.beta": ["0.1"],
         "mesh": ["data=2"],
         "models": ["a", "b c"],
         "resume": [],
+        "eval_x": ["a-b"],
     }
+    assert grid.parse_flags("--a-b 1 --c 2 --a_b 3 4") == {"c": ["2"], "a_b": ["3", "4"]}
     config = DataConfig("jsonl:x", max_prompt=3)
     assert grid.flags_of(config, "data") == {"data": "jsonl:x", "data.max_prompt": 3}
     assert grid.flags_of(DataConfig(), "data") == {}

@@ -397,6 +397,8 @@ def digest(*settings: Any) -> str:
 def parse_flags(text: str) -> dict[str, list[str]]:
     """`--ppo.beta 0.1 --mesh data=2` -> {"ppo.beta": ["0.1"], "mesh": ["data=2"]}, for `Job.flags`.
 
+    Names have `_` in place of `-`, as the scripts read both.
+
     Raises:
       ValueError: it does not begin with a flag.
     """
@@ -404,6 +406,8 @@ def parse_flags(text: str) -> dict[str, list[str]]:
     for word in shlex.split(text):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            flags.pop(name, None)  # the last of one name counts, and stands last: it gets the words
             flags[name] = [value] if equals else []
         elif flags:
             flags[next(reversed(flags))].append(word)
