@@ -9,7 +9,7 @@ import policy_grids as grids
 from red_team import Config as RedTeam
 
 from instructjax import scoring
-from instructjax.evaluation.grid import digest, flags_of, from_here
+from instructjax.evaluation.grid import Grid, digest, flags_of, from_here
 from instructjax.ranges import Count, Finite, NotNegative, ShareBelow1
 from instructjax.scoring import RewardConfig
 
@@ -115,7 +115,12 @@ class Config(grids.PolicyConfig):
 
     def made_from(self, *more: Any) -> str:
         """What tells files apart that are made from the prompts, all methods' attacks, and more."""
-        flags = {k: v for k, v in flags_of(self.data, "data").items() if k != "data.cache"}
+        anywhere = Grid(self.directory, {}, EXPERIMENTS).anywhere
+        flags = {
+            name: anywhere(value) if isinstance(value, str) else value
+            for name, value in flags_of(self.data, "data").items()
+            if name != "data.cache"
+        }
         return digest(flags, self.methods, *more)
 
     @property

@@ -218,8 +218,7 @@ def test_a_run_without_work_is_left_out(tmp_path, capsys):
 
 def test_a_digest_tells_settings_apart():
     first = grid.digest({"a": 1, "b": Path("x")}, ["c"])
-    assert first == grid.digest({"a": 1, "b": Path("x")}, ["c"])
-    assert len(first) == 8
+    assert first == "a4821e93"  # in every process: it names files that a later start looks for
     assert first not in (grid.digest({"a": 2, "b": Path("x")}, ["c"]), grid.digest({"a": 1}, "c"))
 
 

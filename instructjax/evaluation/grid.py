@@ -144,7 +144,12 @@ class Grid:
     def _flags(self, name: str) -> dict[str, list[str]]:
         """A run's flags wherever its grid is."""
         words = _words(self.jobs[name])
-        return {k: [self._anywhere(word, flag=True) for word in x] for k, x in words.items()}
+        return {k: [*map(self.anywhere, x)] for k, x in words.items()}
+
+    def anywhere(self, value: str) -> str:
+        """A flag's value as a finished run's flags have it: `jsonl:runs/rounds/a.jsonl` in the grid
+        of runs/rounds is `jsonl:OUT/a.jsonl`."""
+        return self._anywhere(value, flag=True)
 
     def _is_recorded(self, word: str, recorded: str) -> bool:
         """Whether an earlier version recorded a value so: each path was replaced wherever it stood,
@@ -416,7 +421,8 @@ def digest(*settings: Any) -> str:
     """Eight characters that tell settings apart, for the name of a file that is made from them.
 
     Args:
-      settings: as JSON can have them; others as text.
+      settings: as JSON can have them; others as text. Paths as `Grid.anywhere` has them, or the
+        same files elsewhere are others.
     """
     return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:8]
 
