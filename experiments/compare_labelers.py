@@ -113,7 +113,7 @@ def write_mixed(file: Path, people: Path, critic: Path) -> None:
 def figures_of(c: Config, seed: int) -> dict[str, dict[str, float]]:
     """The COLUMNS of a seed's policies, by labeler, once its evaluation has finished."""
     found = grids.policies_of(c.results_directory, f"evaluation-{seed}")
-    others = {COLUMNS[2]: paper.run_name(c.model), COLUMNS[3]: f"ppo-{PEOPLE}-{seed}"}
+    others = {COLUMNS[2]: grids.START, COLUMNS[3]: f"ppo-{PEOPLE}-{seed}"}
     figures = {}
     for name in [PEOPLE, *c.asked] if found else ():
         row = found[f"ppo-{name}-{seed}"]

@@ -45,8 +45,8 @@ class Config(grids.PolicyConfig):
 
     OWN = MappingProxyType(
         {
-            "revise_flags": ("model", "data", "critic", "oversight", "prompts", "revisions"),
-            "sft_flags": ("model", "data", "data.only"),
+            "revise_flags": ("critic", "oversight", "prompts", "revisions"),
+            "sft_flags": ("data.only",),
             "evaluate_flags": ("measure",),
         }
     )
@@ -127,18 +127,17 @@ def name_of(number: int, seed: int) -> str:
 
 def figures_of(c: Config, seed: int) -> list[dict[str, float]]:
     """The figures of --model (number 0) and of SL-CAI-n, if a seed's evaluation has finished."""
-    results = paper.results_of(c.results_directory, f"evaluation-{seed}")
-    if results is None:
+    found = grids.policies_of(c.results_directory, f"evaluation-{seed}")
+    if not found:
         return []
-    wins = grids.policies_of(c.results_directory, f"evaluation-{seed}")
-    rows = {paper.run_name(path): row for path, row in results["models"].items()}
-    start, figures = paper.run_name(c.model), []
-    for name in (start, *(name_of(number, seed) for number in range(1, c.revisions + 1))):
-        measures = rows[name].get("measures", {})
-        row = {"utility": rows[name]["utility"][0], "kl": rows[name]["kl"][0]}
-        row |= {key: estimate[0] for key, estimate in measures.items()}
-        figures.append(row | {WINS: wins[name]["wins"].get(start, 0.5)})
-    return figures
+    names = (grids.START, *(name_of(number, seed) for number in range(1, c.revisions + 1)))
+    return [
+        {
+            **{"utility": row["utility"], "kl": row["kl"], **row["measures"]},
+            WINS: row["wins"].get(grids.START, 0.5),
+        }
+        for row in map(found.__getitem__, names)
+    ]
 
 
 def table_of(of_seeds: Sequence[Sequence[dict[str, float]]]) -> list[list[str]]:

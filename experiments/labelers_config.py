@@ -23,7 +23,8 @@ ABLE = ("followed", "padding", "rude")  # what the base model that reads critics
 class Config(grids.PolicyConfig):
     """The labelers."""
 
-    OWN = MappingProxyType({"ai_flags": ("model", "data", "pairs"), "rm_flags": ("data",)})
+    OWN = MappingProxyType({"ai_flags": ("pairs",)})
+    FREE = MappingProxyType({"ai_flags": ("seed",)})
 
     out: Path | None = Path("runs/labelers")
     people: tuple[str, ...] = ()
@@ -40,7 +41,8 @@ class Config(grids.PolicyConfig):
     """Number of prompts that the policy answers twice. Those whose two responses people find equal
     give no pair."""
     ai_flags: str = ""
-    """More flags of each ai_feedback.py of --labelers, likewise."""
+    """More flags of each ai_feedback.py of --labelers, likewise. They may have --seed, as a model
+    labels once for all seeds."""
     rm_flags: str = ""
     """More flags of each run_rm.py, likewise."""
 

@@ -55,7 +55,24 @@ def check_resume(
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of host 0, on all hosts. A torn last line is cut off."""
+    """The lines of a file that a finished run has written. It stays as it is.
+
+    Raises:
+      FileNotFoundError: there is no such file: to read none would leave out a run's work.
+      ValueError: a line is no JSON, such as a torn last one; the message names it.
+    """
+    rows = []
+    for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}:{number}: not JSON: {error}") from error
+    return rows
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a script's own file of host 0, on all hosts, to go on from: none if there
+    is no file yet. A torn last line is cut off the file."""
     text = ""
     if jax.process_index() == 0 and file.exists():
         data = file.read_bytes()  # its end may be within a character

@@ -26,14 +26,24 @@ HELD_OUT_FILE = "pairs-held-out.jsonl"
 BEST_FILE = "best-held-out.jsonl"  # the better responses of these, whose mean score becomes 0
 BETA = 1e-6  # of the KL penalty: none, but the KL is measured
 NS = (1, 2, 4, 8, 16, 32, 64)  # of best-of-n
+START = "start"  # of `policies_of`: --model. The name of a run ends in its seed
+
+
+# What no --..._flags may set, as every grid sets it: what a run is of, and what it is compared by.
+COMMON = (
+    *("model", "models", "seed", "data", "gold", "max_new_tokens", "out", "resume"),
+    *("reward", "reward.weights", "reward.combine", "reward.spread"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig(GridConfig):
     """The policy at the start, its prompts, their judge, and more flags of the scripts."""
 
-    # What --..._flags may not set, by their names, as the grid sets it.
+    # What else --..._flags may not set, by their names, as this grid sets it; and what of COMMON
+    # they may, as it does not.
     OWN: ClassVar[Mapping[str, Sequence[str]]] = MappingProxyType({})
+    FREE: ClassVar[Mapping[str, Sequence[str]]] = MappingProxyType({})
 
     model: str = "runs/sft"
     """Policy at the start: a run directory, a Hugging Face directory or a hub name."""
@@ -45,7 +55,8 @@ class PolicyConfig(GridConfig):
     max_new_tokens: Count = 32
     """Longest response in tokens, EOS included, in training and in evaluation."""
     ppo_flags: str = ""
-    """More flags of each run_ppo.py, in one word: --ppo_flags='--steps 40 --ppo.epochs 1'."""
+    """More flags of each run_ppo.py, in one word: --ppo_flags='--steps 40 --ppo.epochs 1'. What the
+    grid sets itself, such as --model and --seed, is refused, here and in the flags below."""
     evaluate_flags: str = ""
     """More flags of each evaluate.py, likewise."""
 
@@ -57,8 +68,8 @@ class PolicyConfig(GridConfig):
                     flags = parse_flags(getattr(self, each.name))
                 except ValueError as error:
                     raise ValueError(f"--{each.name}: {error}") from error
-                own = {"max_new_tokens", *self.OWN.get(each.name, ())} & {*flags}
-                for flag in sorted(own):
+                own = {*COMMON} - {*self.FREE.get(each.name, ())} | {*self.OWN.get(each.name, ())}
+                for flag in sorted(own & {*flags}):
                     raise ValueError(f"--{each.name}: --{flag} is set by this script's own flags")
         if not self.gold and not self.in_miniature:
             raise ValueError("--gold: these data have no judge of their own; name one")
@@ -266,19 +277,25 @@ def write_pairs(c: ProxyConfig, file: Path, count: int, seed: int, flipped: floa
 
 
 def policies_of(results: Path, evaluation: str) -> dict[str, dict[str, Any]]:
-    """What each model of an evaluation got, by the name of its run; empty before it has finished.
+    """What each model of an evaluation got; empty before it has finished.
 
     Returns:
-      means `utility` and, where it was measured, `kl`; and `wins`, the win rate against each other.
+      START for the first of --models, which is the policy at the start, and the names of runs for
+      the others -> means `utility` and, where it was measured, `kl`; `measures`, the means of
+      --measure; and `wins`, the win rate against each other.
     """
     found = paper.results_of(results, evaluation)
     if found is None:
         return {}
+    # By the place in --models: --model may be a run of another grid, with a name of this one's.
+    start, *others = found["models"]
+    names = {start: START, **{path: paper.run_name(path) for path in others}}
     figures: dict[str, dict[str, Any]] = {}
     for path, row in found["models"].items():
         means = {name: row[name][0] for name in ("utility", "kl") if name in row}
-        figures[paper.run_name(path)] = {**means, "wins": {}}
+        measures = {name: estimate[0] for name, estimate in row.get("measures", {}).items()}
+        figures[names[path]] = {**means, "measures": measures, "wins": {}}
     for pair in found["pairs"]:
-        wins = figures[paper.run_name(pair["model"])]["wins"]
-        wins[paper.run_name(pair["against"])] = pair["win_rate"][0]
+        wins = figures[names[pair["model"]]]["wins"]
+        wins[names[pair["against"]]] = pair["win_rate"][0]
     return figures

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
-from line_files import append, check_resume, read_lines, record, replace
+from line_files import append, check_resume, read_log, record, replace
 from red_team_attacker import Attacker, attack_of, read_examples
 from red_team_results import results_of, show
 from red_team_target import load_target
@@ -142,7 +142,7 @@ def _flags(c: Config) -> dict[str, Any]:
 
 def write_attacks(c: Config, mesh: Mesh, key: jax.Array) -> list[str]:
     """The attacks in what the attacker writes, which OUT/written.jsonl keeps."""
-    done = [row["attack"] for row in read_lines(c.out / WRITTEN)]
+    done = [row["attack"] for row in read_log(c.out / WRITTEN)]
     if len(done) == c.attacks:
         return done
     with phase(Console(), f"{c.attacker}: loading"):
@@ -189,7 +189,8 @@ def answer_attacks(
     numbers = sorted(first.values())
     prompts = target.prompts([attacks[i] for i in numbers])
     given = [(i, prompt) for i, prompt in zip(numbers, prompts, strict=True) if prompt is not None]
-    rows = read_lines(c.out / ATTACKS)
+    rows = read_log(c.out / ATTACKS)
+    append(c.out / ATTACKS, [])  # those who read a finished run's need a file, if an empty one
     with phase(Console(), f"{c.target}: answering {len(given):,} attacks"):
         while len(rows) < len(given):
             part = given[len(rows) : len(rows) + c.batch_size]

@@ -9,15 +9,14 @@ import policy_grids as grids
 from red_team import Config as RedTeam
 
 from instructjax import scoring
-from instructjax.evaluation.grid import digest, flags_of, from_here
+from instructjax.evaluation.grid import Grid, digest, flags_of, from_here
 from instructjax.ranges import Count, Finite, NotNegative, ShareBelow1
 from instructjax.scoring import RewardConfig
 
 EXPERIMENTS = Path(__file__).resolve().parent
 PROMPTED = ("zero-shot", "few-shot")
-REWARD = ("reward", "reward.weights", "reward.combine", "reward.spread")
-RL_DATA = ("data", "data.validation", "data.template")
-SFT_DATA = ("", ".columns", ".template", ".only", ".split_by", ".validation")
+RL_DATA = ("data.validation", "data.template")
+SFT_DATA = ("columns", "template", "only", "split_by", "validation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +28,15 @@ class Config(grids.PolicyConfig):
         {
             "attack_flags": (
                 *("attacker", "target", "harm", "opening", "end", "threshold", "examples"),
-                *("attacks", "max_attack_tokens", "target_template", "seed"),
+                *("attacks", "max_attack_tokens", "target_template"),
             ),
-            "sft_flags": ("model", "seed", *(f"data{x}" for x in SFT_DATA)),
-            "rl_flags": ("model", "seed", "reward", *RL_DATA),
-            "ppo_flags": ("model", "seed", "gold", *REWARD, *RL_DATA),
-            "evaluate_flags": ("models", "seed", "gold", "data", "data.columns", "split"),
+            "sft_flags": tuple(f"data.{x}" for x in SFT_DATA),
+            "rl_flags": RL_DATA,
+            "ppo_flags": RL_DATA,
+            "evaluate_flags": ("data.columns", "split"),
         }
     )
+    FREE = MappingProxyType({"rl_flags": ("gold",)})
 
     out: Path | None = Path("runs/red_team_rounds")
     model: str = "runs/ppo"
@@ -73,8 +73,8 @@ class Config(grids.PolicyConfig):
     sft_flags: str = ""
     """More flags of the run_sft.py of attackers, likewise."""
     rl_flags: str = ""
-    """More flags of the run_ppo.py of attackers, likewise. --ppo_flags are those of the target's.
-    """
+    """More flags of the run_ppo.py of attackers, likewise. They may have --gold, a judge of
+    attacks. --ppo_flags are those of the target's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +115,12 @@ class Config(grids.PolicyConfig):
 
     def made_from(self, *more: Any) -> str:
         """What tells files apart that are made from the prompts, all methods' attacks, and more."""
-        flags = {k: v for k, v in flags_of(self.data, "data").items() if k != "data.cache"}
+        anywhere = Grid(self.directory, {}, EXPERIMENTS).anywhere
+        flags = {
+            name: anywhere(value) if isinstance(value, str) else value
+            for name, value in flags_of(self.data, "data").items()
+            if name != "data.cache"
+        }
         return digest(flags, self.methods, *more)
 
     @property

@@ -32,6 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import policy_grids as grids
 import red_team_grid as runs
 from red_team_config import Config
 
@@ -113,20 +114,12 @@ def figures_of(c: Config, run: str, kind: str) -> dict[str, list[float]]:
     """
     found: dict[str, list[float]] = {}
     for seed in c.seeds:
-        results = paper.results_of(c.results_directory, f"{run}-{seed}")
-        if results is None:
-            continue
-        # By their order in --models: the target may have a defence of another grid's name.
-        start, *_ = results["models"]
-        won = {
-            pair["model"]: pair["win_rate"][0]
-            for pair in results["pairs"]
-            if pair["against"] == start
-        }
-        for label, (name, row) in zip(MODELS, results["models"].items(), strict=True):
-            figures = {"utility": row["utility"][0], "wins": won.get(name, 0.5)}
-            figures |= {key: value[0] for key, value in row.get("measures", {}).items()}
-            found.setdefault(label, []).append(figures[kind])
+        policies = grids.policies_of(c.results_directory, f"{run}-{seed}")
+        names = (grids.START, *(f"{label}-{seed}" for label in MODELS[1:]))
+        for label, name in zip(MODELS, names if policies else (), strict=False):
+            row = policies[name]
+            wins = {"wins": row["wins"].get(grids.START, 0.5)}  # the target has no other
+            found.setdefault(label, []).append((row | row["measures"] | wins)[kind])
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from constitution import Constitution
 from jax.sharding import Mesh
-from line_files import read_lines, write_lines
+from line_files import read_log, write_lines
 
 from instructjax import rollout
 from instructjax.data import Record, prompt_ids, template
@@ -169,7 +169,7 @@ def read(file: Path, records: Sequence[Record]) -> list[Chain]:
     Raises:
       ValueError: they are of other prompts.
     """
-    chains = [Chain(**row) for row in read_lines(file)]
+    chains = [Chain(**row) for row in read_log(file)]
     if chains and [chain.prompt for chain in chains] != [record.prompt for record in records]:
         raise ValueError(f"--resume: {file} is of other prompts; give another --out")
     return chains

@@ -136,11 +136,9 @@ def grid(c: Config) -> Grid:
 
 def points_of(c: Config, seed: int) -> dict[str, np.ndarray]:
     """What each model of a seed gets of each reward, if its evaluation has finished: float [K]."""
-    results = paper.results_of(c.results_directory, f"evaluation-{seed}")
-    rows = {} if results is None else results["models"]
+    found = grids.policies_of(c.results_directory, f"evaluation-{seed}")
     return {
-        paper.run_name(path): np.array([row["measures"][name][0] for name in c.names])
-        for path, row in rows.items()
+        model: np.array([row["measures"][name] for name in c.names]) for model, row in found.items()
     }
 
 
@@ -188,7 +186,7 @@ def rewards(c: Config) -> Section:
     """The rewards of each policy over seeds, and what two rewards trade for each other."""
     of_seeds = {seed: points for seed in c.seeds if (points := points_of(c, seed))}
     kinds = [("ppo", c.corners), ("ppo", c.mixtures), ("soup", c.mixtures)]
-    start = np.array([points[paper.run_name(c.model)] for points in of_seeds.values()])
+    start = np.array([points[grids.START] for points in of_seeds.values()])
     policies = {  # (kind, weights) -> float [seeds, K]
         (kind, w): np.array([points[name_of(kind, w, seed)] for seed, points in of_seeds.items()])
         for kind, every in kinds

@@ -176,14 +176,14 @@ def write_labels(c: Config, file: Path, of_rounds: Sequence[str]) -> None:
 
 def figures_of(c: Config, way: tuple[str, str], number: int) -> dict[int, dict[str, float]]:
     """Utility, KL and win rate against --model of a policy, by seed."""
-    figures, start = {}, paper.run_name(c.model)
+    figures = {}
     for seed in c.seeds:
         if found := grids.policies_of(c.results_directory, f"evaluation-{seed}"):
             row = found[name_of("ppo", number, way, seed)]
             figures[seed] = {
                 "utility": row["utility"],
                 "kl": row["kl"],
-                "wins": row["wins"][start],
+                "wins": row["wins"][grids.START],
             }
     return figures
 

@@ -115,10 +115,14 @@ def test_the_files_that_it_writes(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "mixed.jsonl").read_text().splitlines()]
     by_labeler = {x: [r["prompt"] for r in rows if r["labeler"] == x] for x in ("people", "ai")}
     assert by_labeler == {"people": [*"ace"], "ai": [*"bdfg"]}
+    for these in (("people", "lost"), ("lost", "ai")):
+        with pytest.raises(FileNotFoundError, match=r"lost/comparisons\.jsonl"):
+            compare_labelers.write_mixed(tmp_path / "x.jsonl", *(tmp_path / x for x in these))
 
 
-def test_the_page(tmp_path):
-    c = replace(SMALL, out=tmp_path, noise=(0.0,))
+@pytest.mark.parametrize("start", ["runs/sft", "elsewhere/ppo-people-3"])  # a name of the grid's
+def test_the_page(start, tmp_path):
+    c = replace(SMALL, out=tmp_path, model=start, noise=(0.0,))
     assert compare_labelers.sections(c) == []
     (tmp_path / "labels-critic").mkdir()
     results = {
@@ -130,7 +134,7 @@ def test_the_page(tmp_path):
     results["agreement_with_judge"] = {"rude": [1, 1, 1], critics.OVERALL: [0.9, 0.8, 0.95]}
     (tmp_path / "labels-critic" / "results.json").write_text(json.dumps(results))
     for seed, better in ((3, 0.2), (5, 0.3)):
-        names = ["runs/sft", *(f"{tmp_path}/ppo-{name}-{seed}" for name in ["people", *c.asked])]
+        names = [start, *(f"{tmp_path}/ppo-{name}-{seed}" for name in ["people", *c.asked])]
         models = {name: {"utility": [i] * 3, "kl": [i / 2] * 3} for i, name in enumerate(names)}
         pairs = [
             {"model": x, "against": y, "win_rate": [better + 0.01 * i + 0.1 * j] * 3}

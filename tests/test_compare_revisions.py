@@ -57,14 +57,15 @@ def test_the_scripts_know_all_flags(c):
             assert flags.prompts == (512 if c is SMALL else 9)
 
 
-def test_the_page(tmp_path):
-    c = replace(SMALL, out=tmp_path)
+@pytest.mark.parametrize("start", ["runs/sft", "elsewhere/sl-cai-1-5"])  # a name of the grid's
+def test_the_page(start, tmp_path):
+    c = replace(SMALL, out=tmp_path, model=start)
     assert compare_revisions.sections(c) == []
     for seed, toxic in ((3, (0.4, 0.3, 0.1)), (5, (0.4, 0.2, 0.26))):
         rows = [{"revision": i, "revised": 9, "toxic": [x] * 3} for i, x in enumerate(toxic)]
         for i, row in enumerate(rows):
             row["followed"] = [0.5 - 0.1 * i * (seed == 5)] * 3
-        names = ["runs/sft", *(f"{tmp_path}/sl-cai-{i}-{seed}" for i in (1, 2))]
+        names = [start, *(f"{tmp_path}/sl-cai-{i}-{seed}" for i in (1, 2))]
         models = {
             name: {"utility": [i] * 3, "kl": [0] * 3, "measures": {"toxic": [x] * 3}}
             for i, (name, x) in enumerate(zip(names, toxic, strict=True))

@@ -9,17 +9,35 @@ import pytest
 
 def test_a_torn_last_line_is_cut_off(tmp_path):
     file = tmp_path / "rows.jsonl"
-    assert line_files.read_lines(file) == []
+    assert line_files.read_log(file) == []
     rows = [{"a": "ä"}, {"a": "東京"}]
     line_files.append(file, rows)
     whole = file.read_bytes()
     for torn in ('{"a": "', '{"a": "東'):
         for cut in range(1, len(torn.encode()) + 1):  # within a character too
             file.write_bytes(whole + torn.encode()[:cut])
-            assert line_files.read_lines(file) == rows
+            assert line_files.read_log(file) == rows
             assert file.read_bytes() == whole
     file.write_bytes('"東'.encode()[:2])
-    assert line_files.read_lines(file) == []
+    assert line_files.read_log(file) == []
+
+
+def test_a_finished_run_s_file_is_read_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{file}")):
+        line_files.read_lines(file)
+    for written, rows in (
+        ("", []),
+        ('{"a": "東"}\n\n{"a": 2}\n', [{"a": "東"}, {"a": 2}]),
+        ('{"a": 1}\n{"a": 2}', [{"a": 1}, {"a": 2}]),  # another program's, without a line's end
+    ):
+        file.write_text(written, "utf-8")
+        assert line_files.read_lines(file) == rows
+        assert file.read_text("utf-8") == written
+    file.write_text('{"a": 1}\n{"a"')
+    with pytest.raises(ValueError, match=re.escape(f"{file}:2: not JSON")):
+        line_files.read_lines(file)
+    assert file.read_text() == '{"a": 1}\n{"a"'
 
 
 def test_a_run_goes_on_with_its_own_flags(tmp_path):

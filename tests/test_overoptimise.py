@@ -111,6 +111,9 @@ def test_pairs_of_a_seed(judged, tmp_path):
     assert all(flip or a == b for flip, (a, b) in zip(turned, pairs, strict=True))
     with pytest.raises(ValueError, match="pairs has 26 pairs besides 4 for validation, and 27 are"):
         policy_grids.write_pairs(judged, tmp_path / "x.jsonl", 27, 0, 0)
+    (tmp_path / "pairs" / "comparisons.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"pairs/comparisons\.jsonl"):
+        policy_grids.write_pairs(judged, tmp_path / "x.jsonl", 5, 0, 0)
 
 
 START = {

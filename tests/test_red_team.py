@@ -324,6 +324,8 @@ def test_a_text_that_was_cut_is_no_attack(world, tmp_path, monkeypatch):
         {"written": "list two foods", "attack": attack} for attack in ("", "list two foods", "")
     ]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["stage"] == "red_team"
+    red_team.cli(words(world, tmp_path / "none", *flags, "--attacks", "1"))
+    assert (tmp_path / "none" / "attacks.jsonl").read_text() == ""  # a file all the same
 
 
 def test_fewer_examples_where_there_is_no_room(world, capsys):
@@ -618,6 +620,21 @@ def test_flags_that_only_a_file_is_made_from_show_in_the_commands():
     assert commands() == before
 
 
+def test_files_are_named_alike_wherever_the_grid_is(tmp_path):
+    def made_from(out: Path, **data) -> str:
+        return replace(REAL, out=out, data=replace(REAL.data, **data)).made_from(0.25)
+
+    expected = made_from(tmp_path / "a", spec=f"jsonl:{tmp_path}/a/p.jsonl", validation=0.3)
+    for out in (tmp_path / "b", Path("runs/c")):
+        assert made_from(out, spec=f"jsonl:{out}/p.jsonl", validation=0.3) == expected
+        held_out = f"jsonl:{out}/q.jsonl"
+        named = made_from(out, validation=held_out)
+        assert named == made_from(Path("OUT"), validation="jsonl:OUT/q.jsonl") != expected
+    elsewhere = made_from(tmp_path / "b", spec=f"jsonl:{tmp_path}/a/p.jsonl", validation=0.3)
+    assert elsewhere != expected  # another file
+    assert REAL.made_from() == "3cec54da"  # in every process, as finished runs were named
+
+
 def test_each_coefficient_has_its_own_attacker(tmp_path):
     c = replace(REAL, out=tmp_path, diversity=(1.0, 0.5, 0.1234567, 0.12345678, 1e-7))
     names = ["rl-1", "rl-0.5", "rl-0.1234567", "rl-0.12345678", "rl-1e-07"]
@@ -738,6 +755,10 @@ def test_held_out_attacks_share_nothing_with_training(tmp_path):
     assert lines(file) == [{"prompt": x} for x in ("five", "four", "six")]
     with pytest.raises(NothingToDoError, match="no attack that the training runs lack"):
         red_team_data.write_held_out(file, trained_on[:1], [*attacked, *trained_on])
+    lost = tmp_path / "lost"  # a run's files that are not there are not a run without attacks
+    for these, those in (([lost], trained_on), (attacked, [lost])):
+        with pytest.raises(FileNotFoundError, match=r"lost/attacks\.jsonl"):
+            red_team_data.write_held_out(file, these, those)
 
 
 def test_the_page(tmp_path, monkeypatch):

@@ -86,18 +86,21 @@ def test_the_rewards_are_parts_of_the_utility():
 def write(out: Path, c: Config, seed: int, points: dict[str, list[float]]) -> None:
     names = [spec.rpartition(":")[2] if ".py:" in spec else spec for spec in c.rewards]
     models = {
-        f"{out}/{name}": {"measures": {key: [x, x, x] for key, x in zip(names, point, strict=True)}}
-        for name, point in points.items()
+        f"{'elsewhere' if i == 0 else out}/{name.removeprefix('start ')}": {
+            "measures": {key: [x, x, x] for key, x in zip(names, point, strict=True)}
+        }
+        for i, (name, point) in enumerate(points.items())
     }
     directory = out / f"evaluation-{seed}"
     directory.mkdir()
-    (directory / "results.json").write_text(json.dumps({"models": models}))
+    (directory / "results.json").write_text(json.dumps({"models": models, "pairs": []}))
 
 
-def test_the_page(tmp_path):
+@pytest.mark.parametrize("start", ["sft", "ppo-1-0-5"])  # a name of the grid's
+def test_the_page(start, tmp_path):
     c = replace(REAL, out=tmp_path, seeds=(3, 5))
     assert rewarded_soups.sections(c) == []
-    points = {"sft": [0.0, 0.0], "ppo-1-0-5": [4.0, 1.0], "ppo-0-1-5": [1.0, 4.0]}
+    points = {f"start {start}": [0.0, 0.0], "ppo-1-0-5": [4.0, 1.0], "ppo-0-1-5": [1.0, 4.0]}
     points |= {"ppo-0.5-0.5-5": [3.0, 3.0], "soup-0.5-0.5-5": [2.0, 3.0]}
     write(tmp_path, c, 5, points)
     # Both ends: 4 + 4 - 1. With (3, 3): 4 more. With (2, 3): 2 more.
@@ -109,6 +112,7 @@ def test_the_page(tmp_path):
     assert shares["sweep"] == ["3", "100.0 % (100.0 to 100.0)"]
     table = {row[0]: row[1:] for row in rewards.tables[0].rows}
     assert table["soup-0.5-0.5"] == ["2.00 (2.00 to 2.00)", "3.00 (3.00 to 3.00)"]
+    assert table["start"] == ["0.00 (0.00 to 0.00)"] * 2
     assert list(table) == ["start", "ppo-1-0", "ppo-0-1", "ppo-0.5-0.5", "soup-0.5-0.5"]
     (figure,) = rewards.figures
     assert "runs/rm and short" in figure

@@ -98,11 +98,12 @@ def test_labels_of_people_are_waited_for(tmp_path):
     assert file.read_text() == '{"c": 3}\n'
 
 
-def test_the_page(tmp_path):
-    c = Config(out=tmp_path, seeds=(3, 5), memory=("all", "newest"))
+@pytest.mark.parametrize("start", ["runs/sft", "elsewhere/ppo-1-3"])  # a name of the grid's
+def test_the_page(start, tmp_path):
+    c = Config(out=tmp_path, model=start, seeds=(3, 5), memory=("all", "newest"))
     assert run_rounds.sections(c) == []
     for seed in c.seeds:
-        names = ["runs/sft", f"{tmp_path}/ppo-1-{seed}"]
+        names = [start, f"{tmp_path}/ppo-1-{seed}"]
         names += [f"{tmp_path}/ppo-2-{memory}-sft-{seed}" for memory in c.memory]
         utilities = [0, 1, seed, 2]
         models = {
@@ -110,9 +111,10 @@ def test_the_page(tmp_path):
             for name, x in zip(names, utilities, strict=True)
         }
         pairs = [
-            {"model": name, "against": other, "win_rate": [x / 10 + (other != "runs/sft")] * 3}
+            {"model": name, "against": other, "win_rate": [x / 10 + (other != start)] * 3}
             for name, x in zip(names, utilities, strict=True)
-            for other in ("runs/sft", "other")
+            for other in names
+            if name != other
         ]
         (tmp_path / f"evaluation-{seed}").mkdir()
         file = tmp_path / f"evaluation-{seed}" / "results.json"

@@ -124,6 +124,12 @@ class Grid:
         """Raises ValueError if a run that has finished was made with other flags than now."""
         flags = self._flags(name)
         recorded = json.loads(cost.read_text()).get("flags", flags)  # an old file has none
+        # Earlier versions kept the spelling of more flags, and replaced paths otherwise.
+        recorded = {x if x in flags else x.replace("-", "_"): recorded[x] for x in recorded}
+        for flag, words in _words(self.jobs[name]).items():
+            same_count = flag in recorded and len(recorded[flag]) == len(words)
+            if same_count and all(map(self._is_recorded, words, recorded[flag])):
+                recorded[flag] = flags[flag]
         for flag in {**recorded, **flags}:
             before, now = (
                 " ".join([f"--{flag}", *x[flag]]) if flag in x else f"no --{flag}"
@@ -138,21 +144,47 @@ class Grid:
     def _flags(self, name: str) -> dict[str, list[str]]:
         """A run's flags wherever its grid is."""
         words = _words(self.jobs[name])
-        return {k: [self._anywhere(word, flag=True) for word in x] for k, x in words.items()}
+        return {k: [*map(self.anywhere, x)] for k, x in words.items()}
 
-    def _anywhere(self, text: str, flag: bool = False) -> str:
+    def anywhere(self, value: str) -> str:
+        """A flag's value as a finished run's flags have it: `jsonl:runs/rounds/a.jsonl` in the grid
+        of runs/rounds is `jsonl:OUT/a.jsonl`."""
+        return self._anywhere(value, flag=True)
+
+    def _is_recorded(self, word: str, recorded: str) -> bool:
+        """Whether an earlier version recorded a value so: each path was replaced wherever it stood,
+        later a relative one at the beginning alone."""
+        replaced = word
+        for path, name in self._names.items():
+            replaced = replaced.replace(path, name)
+        return recorded in (replaced, self._anywhere(word, flag=True, in_lists=False))
+
+    @property
+    def _names(self) -> dict[str, str]:
+        """What stands in place of each path of this machine."""
+        return {f"{self.out}": "OUT", **self.places}
+
+    def _anywhere(self, text: str, flag: bool = False, in_lists: bool = True) -> str:
         """A text without the absolute paths of this machine, of which the longest come first.
 
         Args:
           flag: whether it is the value of a flag. One may begin with a relative path, after
             `jsonl:` and the like. In other texts that could be any word.
+          in_lists: whether such a path may stand after a comma or `*` too. One without a `/` is a
+            folder there: `prompt=data,data=x` names columns.
         """
-        names = {f"{self.out}": "OUT", **self.places}
+        names = self._names
         for path in sorted(names, key=len, reverse=True):
-            if path.startswith("/") or flag:
-                before = r"(?<![\w./~-])" if path.startswith("/") else r"(?<![^:])"
-                after = "" if path.endswith("/") else r"(?!\.?[\w~-])"  # not in /a.jsonl or /ab
-                pattern = f"{before}{re.escape(path)}{after}"
+            escaped = re.escape(path)
+            after = "" if path.endswith("/") else r"(?!\.?[\w~-])"  # not in /a.jsonl or /ab
+            patterns = []
+            if path.startswith("/"):
+                patterns = [rf"(?<![\w./~-]){escaped}{after}"]
+            elif flag:
+                patterns = [rf"(?<![^:]){escaped}{after}"]
+                if in_lists:
+                    patterns.append(rf"(?<=[,*]){escaped}{after if '/' in path else '(?=/)'}")
+            for pattern in patterns:
                 text = re.sub(pattern, lambda _, name=names[path]: name, text)
         return text
 
@@ -389,13 +421,16 @@ def digest(*settings: Any) -> str:
     """Eight characters that tell settings apart, for the name of a file that is made from them.
 
     Args:
-      settings: as JSON can have them; others as text.
+      settings: as JSON can have them; others as text. Paths as `Grid.anywhere` has them, or the
+        same files elsewhere are others.
     """
     return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:8]
 
 
 def parse_flags(text: str) -> dict[str, list[str]]:
     """`--ppo.beta 0.1 --mesh data=2` -> {"ppo.beta": ["0.1"], "mesh": ["data=2"]}, for `Job.flags`.
+
+    Names have `_` in place of `-`, as the scripts read both.
 
     Raises:
       ValueError: it does not begin with a flag.
@@ -404,6 +439,8 @@ def parse_flags(text: str) -> dict[str, list[str]]:
     for word in shlex.split(text):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            flags.pop(name, None)  # the last of one name counts, and stands last: it gets the words
             flags[name] = [value] if equals else []
         elif flags:
             flags[next(reversed(flags))].append(word)
