@@ -145,7 +145,7 @@ def load(
     weights = _weights(config, flag)
     models = []
     for spec in config.spec:
-        for path in () if is_function(spec) else _ensemble(spec):
+        for path in () if is_function(spec) else members(spec):
             model, params = load_model(path, mesh, tokenizer, dtype, flag, base)
             own, shared = split(params) if base is not None else (params, {})
             run = functools.partial(_score_shared, scorer(model, mesh), shared)
@@ -168,7 +168,7 @@ def check(
         if is_function(spec):
             load_function(spec, flag)
         elif spec not in coming:
-            for path in _ensemble(spec):
+            for path in members(spec):
                 pretrained.check(path, mesh, flag=flag, scalar_head=True)
 
 
@@ -329,8 +329,8 @@ def _call(name: str, function: RewardFn, prompts: Any, responses: Any, records: 
     return scores
 
 
-def _ensemble(spec: str) -> list[str]:
-    """A run's `export`, `export-1`, ...; anything else as it is."""
+def members(spec: str) -> list[str]:
+    """The models that `spec` of --reward names: it, and the others of a run of --ensemble."""
     number = lambda path: int(path.name.rpartition("-")[2])  # noqa: E731
     run = Path(os.path.expanduser(spec))
     members = [path for path in run.glob("export-*") if path.name[7:].isdecimal()]

@@ -47,6 +47,11 @@ def test_flops_of_sft():
     assert flops("dpo") is None
 
 
+def test_flops_of_a_reward_model():
+    """It has no logits."""
+    assert flops("rm") == 6 * LAYERS * 20
+
+
 POLICY = LAYERS * 50 + TABLE * 20  # responses alone are unembedded
 
 
@@ -57,7 +62,10 @@ POLICY = LAYERS * 50 + TABLE * 20  # responses alone are unembedded
         ({}, (4 + 18) * POLICY + (2 + 18 + 2) * LARGE_LAYERS * 50),
         ({"ppo": {"beta": 0}}, (2 + 18) * POLICY + (2 + 18 + 2) * LARGE_LAYERS * 50),
         ({"ppo": {"rescore": None}}, (6 + 18) * POLICY + (2 + 18 + 2) * LARGE_LAYERS * 50),
-        ({"ppo": {"value": "shared"}}, (6 + 18) * POLICY + 2 * LARGE_LAYERS * 50),
+        (
+            {"ppo": {"value": "shared"}},  # values are a pass without logits
+            (4 + 18) * POLICY + 2 * LAYERS * 50 + 2 * LARGE_LAYERS * 50,
+        ),
         ({"lora": {"rank": 4}}, (4 + 12) * POLICY + (2 + 12 + 2) * LARGE_LAYERS * 50),
         (
             {"ptx": {"coef": 1.0}},
@@ -87,6 +95,7 @@ def test_flops_of_an_iteration_of_ppo(changes, want):
         ("TPU7x", "bfloat16", 2307e12 / 2),  # two devices a chip
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
         ("NVIDIA H100 80GB HBM3", "float32", None),
+        ("NVIDIA H100 PCIe", "bfloat16", None),  # slower, and not known
         ("cpu", "float32", None),
     ],
 )
@@ -95,13 +104,16 @@ def test_peaks(kind, dtype, want):
 
 
 def make_run(directory: Path, devices: int = 4) -> Path:
-    """Five steps of 2 s, but for the first, which compiled, and the last, which evaluated."""
+    """Six steps of 2 s, but for the first, which compiled, and those after evaluations."""
     directory.mkdir()
     rows = [{"step": 1, "time/step": 99.0}]
     rate = {"throughput/tokens_per_second": 4e12, "time/update": 1.5}
-    rows += [{"step": n, "time/step": 2.0, **rate} for n in (2, 3, 4)]
-    rows[2] |= {"validation/score": 7.0}
-    rows += [{"step": 5, "time/step": 50.0, "time/evaluation": 48.0, **rate, "sft/loss": 1.0}]
+    slow = {"throughput/tokens_per_second": 4e10, "time/update": 1.5}
+    rows += [{"step": 2, "time/step": 2.0, **rate, "time/evaluation": 48.0, "validation/score": 7}]
+    rows += [{"step": 3, "time/step": 200.0, **slow, "validation/score": 9.0}]
+    rows += [{"step": 4, "time/step": 200.0, **slow}]
+    rows += [{"step": 5, "time/step": 2.0, **rate}]
+    rows += [{"step": 6, "time/step": 2.0, **rate, "sft/loss": 1.0}]
     rows[-1] |= {"validation/score": 8.0, "ptx/validation_loss": 2.5}
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {"stage": "sft", "command": "python experiments/run_sft.py", "config": FLAGS}
@@ -114,9 +126,9 @@ def make_run(directory: Path, devices: int = 4) -> Path:
 
 
 def test_a_run_is_measured(tmp_path):
-    """Medians, without the step that compiled and the one that evaluated; each device's share."""
+    """Medians, without the step that compiled and those after evaluations; each device's share."""
     measured = speed.measure(make_run(tmp_path / "sft"))
-    assert (measured.seconds, measured.tokens, measured.steps) == (2.0, 1e12, 5)
+    assert (measured.seconds, measured.tokens, measured.steps) == (2.0, 1e12, 6)
     assert measured.phases == {"update": 1.5}
     assert measured.figures == {"score": 8.0, "ptx/validation_loss": 2.5}
     assert measured.flops == 6 * (LAYERS + TABLE) * 1e12
@@ -136,15 +148,28 @@ def test_the_markdown(tmp_path, capsys):
     assert "**not recorded**; jax 0.10.2" in text
     of_run = f"2 | 1,000,000,000,000 | {6 * (LAYERS + TABLE):,} |"
     share = f"{100 * 6 * (LAYERS + TABLE) * 1e12 / 197e12:.1f} %"
-    assert f"| a | sft | 5 | {of_run} {share} | 9.50 GiB of 15.75 GiB | arrays 6.00 GiB |" in text
-    assert "| old | sft | 5 | 2 | 4,000,000,000,000 |" in text
+    assert f"| a | sft | 6 | {of_run} {share} | 9.50 GiB of 15.75 GiB | arrays 6.00 GiB |" in text
+    assert "| old | sft | 6 | 2 | ? | ? | ? | ? | ? |" in text
     assert "| run | update |\n| --- | --- |\n| a | 1.5 |\n| b | 1.5 |" in text
     assert "| run | score | ptx/validation_loss |\n| --- | --- | --- |\n| a | 8 | 2.5 |" in text
     assert text.count("    python experiments/run_sft.py") == 3
 
 
+def test_each_model_of_an_ensemble_scores(tmp_path, monkeypatch):
+    for name in ("export", "export-1", "export-2"):
+        (tmp_path / name).mkdir()
+    run = str(tmp_path)
+    found = {"policy": SMALL, run: LARGE, **{f"{run}/export-{n}": LARGE for n in (1, 2)}}
+    monkeypatch.setattr(speed, "_sizes", found.get)
+    one = flops("ppo", {"reward": {"spec": ["policy"]}, "value_model": "policy"})
+    three = flops("ppo", {"reward": {"spec": [run]}, "value_model": "policy"})
+    assert three - one == 2 * (3 * LARGE_LAYERS - LAYERS) * 50
+
+
 def test_what_is_refused(tmp_path, capsys):
-    for runs, says in (([], "RUNS: give at least one"), ([tmp_path], "no run directory")):
+    (make_run(tmp_path / "a") / "config.json").unlink()
+    refused = ([], "RUNS: give at least one"), ([tmp_path], "no run directory")
+    for runs, says in (*refused, ([tmp_path / "a"], "config.json: no such file")):
         with pytest.raises(SystemExit, match="2"):
             speed.cli(list(map(str, runs)))
         assert says in capsys.readouterr().err

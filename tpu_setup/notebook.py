@@ -337,8 +337,8 @@ for prompt in PROMPTS or ASKED:
 # ## The report
 #
 # Please post it, so that others know what to expect of this device. The command at its top prints
-# such a report for any runs. "Counted by the compiler" is what `experiments/preflight.py` counts:
-# compare it with the peak.
+# such a report for any runs. Compare the peak with what the run counted, and with the peaks of
+# `experiments/preflight.py`.
 
 # %%
 speed = [sys.executable, "-m", "instructjax.evaluation.speed", *(f"runs/{x}" for x in COMMANDS)]

@@ -4,10 +4,11 @@
     python -m instructjax.evaluation.speed runs/ppo --out speed.md
 
 Seconds are medians over steps, without the first step after a start, which compiles, and without
-steps that evaluate. Memory is counted by the run itself, as preflight.py counts it: arrays, and the
-largest temporaries of a program. Model FLOPs are those of the matmuls with weights: 2 a weight and
-token in a forward pass, 6 in a step that trains all weights, 4 in one that trains adapters. The
-products of attention, padding, and what --remat computes twice are not counted.
+those that follow an evaluation, whose seconds they hold. Memory is what the run itself counted: the
+most arrays, and the largest temporaries of any program, which need not have been there together.
+Model FLOPs are those of the matmuls with weights: 2 a weight and token in a forward pass, 6 in a
+step that trains all weights, 4 in one that trains adapters. The products of attention and what
+--remat computes twice are not counted. Padding counts as tokens in SFT and RM, not in PPO.
 """
 
 import dataclasses
@@ -28,8 +29,16 @@ from instructjax.models import ModelConfig
 from instructjax.preflight.chips import CHIPS
 from instructjax.run import pretrained
 
-# Peak rates of bfloat16 without sparsity, from NVIDIA's data sheets of the SXM versions.
-_GPUS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+# Peak rates of bfloat16 without sparsity, from NVIDIA's data sheets, by jax's `device_kind`. The
+# PCIe and NVL versions of H100 and H200 are slower, and not listed.
+_GPUS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+}
 
 
 @dataclass(frozen=True)
@@ -49,27 +58,29 @@ class Speed:
     flops: float | None  # a second and device
     utilisation: float | None  # share of the device's peak
     peak: str  # of memory
-    counted: str  # arrays and temporaries by the compiler, which is what preflight counts
+    counted: str  # the most arrays and the largest temporaries, on a device
 
 
 def measure(directory: Path) -> Speed:
     """Reads a run directory.
 
     Raises:
-      FileNotFoundError: it has no metrics.jsonl.
+      FileNotFoundError: it has no metrics.jsonl or no config.json.
       ValueError: a file is damaged; the message names it.
     """
-    run = report.read(directory)
+    run = read(directory)
     file = directory / "hardware.json"
     hardware = json.loads(file.read_text()) if file.is_file() else {}
     rows = [row for row in run.metrics if "throughput/tokens_per_second" in row]
-    quiet = [row for row in rows if "time/evaluation" not in row] or rows
-    times = sorted({key for row in quiet for key in row if key.startswith("time/")})
+    evaluated = {row["step"] for row in run.metrics if any("validation" in key for key in row)}
+    quiet = [row for row in rows if row["step"] - 1 not in evaluated] or rows
+    times = {key for row in quiet for key in row if key.startswith("time/")}
+    times = sorted(times - {"time/evaluation"})
     medians = {key: statistics.median(row[key] for row in quiet if key in row) for key in times}
-    count = hardware.get("devices", 1)
+    count = hardware.get("devices")
     seconds = medians.pop("time/step", None)
     tokens = flops = None
-    if quiet:
+    if quiet and count:
         tokens = statistics.median(row["throughput/tokens_per_second"] for row in quiet) / count
         work = [step_flops(directory, run.config, row) for row in quiet]
         if None not in work:
@@ -97,6 +108,14 @@ def measure(directory: Path) -> Speed:
     )
 
 
+def read(directory: Path) -> report.RunData:
+    """As `report.read`, of a run that has a config.json too."""
+    run = report.read(directory)
+    if not run.config:
+        raise FileNotFoundError(f"{directory / 'config.json'}: no such file; the run lacks it")
+    return run
+
+
 def last_figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The last value of each metric of validation, by its name without `validation/`."""
     values = {name: x for row in metrics for name, x in row.items() if "validation" in name}
@@ -113,8 +132,7 @@ def peak_flops(kind: str, dtype: str) -> float | None:
     for chip in CHIPS.values():
         if kind in chip.kinds:
             return chip.flops / chip.devices
-    known = [rate for name, rate in _GPUS.items() if name in kind]
-    return known[0] if known and dtype == "bfloat16" else None
+    return _GPUS.get(kind) if dtype == "bfloat16" else None
 
 
 # ------------------------------------------------------------------------------------- FLOPs
@@ -134,7 +152,8 @@ def step_flops(directory: Path, record: Mapping[str, Any], row: Mapping[str, Any
         return None
     train = 4 if flags.get("lora", {}).get("rank") else 6
     if record["stage"] in ("sft", "rm", "pretrain"):
-        return train * _weights(policy, 1.0) * tokens
+        unembedded = 0.0 if record["stage"] == "rm" else 1.0
+        return train * _weights(policy, unembedded) * tokens
     if record["stage"] != "ppo" or "rollout/tokens" not in row:
         return None
     return _ppo_flops(flags, policy, tokens, row["rollout/tokens"], train)
@@ -155,10 +174,11 @@ def _ppo_flops(
     if rescore is None:
         rescore = flags["model_dtype"] != "float32"
     forward = 2 * (1 + (ppo["beta"] > 0) + rescore)  # sampling, the reference, re-scoring
-    forward += 2 * (ppo["value"] == "shared")
     total = (forward + train * ppo["epochs"]) * _weights(policy, responses / tokens) * tokens
+    if ppo["value"] == "shared":
+        total += 2 * _weights(policy, 0) * tokens
     named = [spec for spec in flags["reward"]["spec"] if not scoring.is_function(spec)]
-    reward_models = [_sizes(spec) for spec in named]
+    reward_models = [_sizes(model) for spec in named for model in scoring.members(spec)]
     if ppo["value"] == "separate":
         value = flags["value_model"] or next(iter(named), None)
         sizes = policy if value is None else _sizes(value)
@@ -195,7 +215,7 @@ def _counts(model: ModelConfig) -> tuple[int, int]:
 
 
 def _sizes(model: str) -> ModelConfig | None:
-    """The config of a model that is on this machine; None if there is none."""
+    """The config of a model, here or on the hub; None if it cannot be read."""
     try:
         return pretrained.describe(model)
     except (OSError, ValueError):
@@ -213,7 +233,7 @@ def markdown(speeds: Sequence[Speed]) -> str:
         lines += [f"**{devices}**; {versions}", ""]
         lines += _table(
             *("run", "stage", "steps", "seconds a step", "tokens a second a device"),
-            *("TFLOP/s a device", "share of peak", "peak memory", "counted by the compiler"),
+            *("TFLOP/s a device", "share of peak", "peak memory", "counted, at most"),
             rows=[
                 (
                     *(s.name, s.stage, f"{s.steps:,}", _figure(s.seconds), _figure(s.tokens)),
@@ -270,7 +290,7 @@ def check(config: Config) -> None:
     if not config.runs:
         raise ValueError("RUNS: give at least one run directory")
     for directory in config.runs:
-        report.read(directory)
+        read(directory)
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

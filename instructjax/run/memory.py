@@ -53,9 +53,9 @@ class Memory:
     def report(self) -> dict[str, str]:
         """The peak by phase, and the arrays and temporaries that were counted; {} if none is known.
 
-        The count is preflight's, for the programs and the platform of this run: the arrays that are
-        alive now, or were at an earlier report if they took more, and the largest of all programs'
-        temporaries and new outputs.
+        The count is at most what was needed: the arrays that are alive now, or were at an earlier
+        report if they took more, and the largest temporaries and new outputs of any program, which
+        need not have run beside them. Preflight counts each program with its own arrays.
         """
         self._read()
         if not self._peak:
