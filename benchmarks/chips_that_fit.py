@@ -6,7 +6,7 @@
 Each row is a command of experiments/preflight.py, which compiles with libtpu. Nothing is run.
 
 Hardware: any Linux machine on x86-64; one to ten minutes a row on two cores.
-Result: a Markdown table, and OUT/ROW.json with the memory of each program.
+Result: a Markdown table, and OUT/ROW.json with the largest model of a row and its peak.
 """
 
 import json
@@ -56,12 +56,11 @@ def row(config: Config, topology: str, stage: str, rank: int) -> str:
     [fit] = json.loads(out.read_text())
     if fit["model"] is None:
         return f"| {topology} | {stage} | {rank or ''} | none | | | |"
-    worst = max(fit["programs"], key=lambda program: program["memory"]["peak"])
-    peak, usable = (size / 2**30 for size in (worst["memory"]["peak"], worst["usable"]))
-    flags = fit["flags"].replace(f"--topology {topology} ", "")
+    peak, usable = fit["peak"] / 2**30, fit["usable"] / 2**30
+    flags = f"`{fit['flags']}`" if fit["flags"] else ""
     return (
-        f"| {topology} | {stage} | {rank or ''} | {fit['model']} | `{flags}` |"
-        f" {peak:.2f} of {usable:.2f} | {worst['name']} |"
+        f"| {topology} | {stage} | {rank or ''} | {fit['model']} | {flags} |"
+        f" {peak:.2f} of {usable:.2f} | {fit['program']} |"
     )
 
 
