@@ -3,6 +3,7 @@
 import resource
 import shutil
 import signal
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.metadata.checkpoint import _MetadataStoreImpl
 
 from instructjax import sharding, state, train
 from instructjax.run import manifest
@@ -238,6 +240,21 @@ def test_every_damage_to_a_file_is_seen(tmp_path):
         tried.add(name)
     kinds = ("_CHECKPOINT_METADATA", "meta/metadata", "state/d/", "state/ocdbt.process_0/d/")
     assert all(any(name.startswith(kind) for name in tried) for kind in kinds)
+
+
+def test_checksums_wait_for_metadata_that_is_written_late(tmp_path, monkeypatch):
+    """A thread of orbax's adds to it, and may come after the files are summed on a busy machine."""
+    update = _MetadataStoreImpl.update
+
+    def late(*args, **kwargs):
+        time.sleep(0.5)
+        update(*args, **kwargs)
+
+    monkeypatch.setattr(_MetadataStoreImpl, "update", late)
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(1, {"w": jnp.zeros((8, 8))}, {})
+    checkpoints.close()
+    assert manifest.damage(epath.Path(tmp_path / "1")) is None
 
 
 def test_damaged_checkpoints_are_set_aside(tmp_path, capsys):

@@ -9,6 +9,7 @@ a kill leaves a checkpoint with its checksums or none at all.
 """
 
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +28,7 @@ SCORE = "metrics/"  # orbax's folder of a checkpoint's score
 CHUNK = 2**24  # bytes read at a time
 COMMIT_FILE = "commit_success.txt"  # written by orbax at the very end, as the metadata's time is
 STEP_METADATA, COMMIT_TIME = "_CHECKPOINT_METADATA", "commit_timestamp_nsecs"
+METADATA_WAIT = 60  # seconds
 MESSAGE = 512  # bytes of what a host says about damage
 
 Sums = dict[str, list[int]]
@@ -80,6 +82,7 @@ def _write_own(folder: epath.Path) -> None:
 
 def write(step_directory: epath.Path) -> None:
     """Writes checksums.json of a checkpoint that is complete but for its name. Host 0 calls it."""
+    _await_metadata(step_directory / STEP_METADATA)
     by_others = _listed_by_hosts(step_directory)
     sums = {
         name: summed(step_directory / name)
@@ -87,6 +90,21 @@ def write(step_directory: epath.Path) -> None:
         if name not in by_others and not name.endswith(COMMIT_FILE)
     }
     (step_directory / WHOLE).write_text(json.dumps(sums))
+
+
+def _await_metadata(file: epath.Path) -> None:
+    """Waits for orbax to write its handlers' names, in a thread that it waits for only later.
+
+    Without them after METADATA_WAIT the file is summed as it is.
+    """
+    end = time.monotonic() + METADATA_WAIT
+    while time.monotonic() < end:
+        try:
+            if json.loads(file.read_text()).get("item_handlers"):
+                return
+        except (OSError, ValueError, AttributeError):  # not there yet, or half written
+            pass
+        time.sleep(0.02)
 
 
 def exists(step_directory: epath.Path) -> bool:
