@@ -676,7 +676,7 @@ def start_of(origin: lora.Origin | None, params: Params) -> Params:
 
     Of LoRA that is the adapter that --model came with, or nothing: the base with its adapter off.
     """
-    return split(params)[0] if origin is None or origin.adapted else {}
+    return split(params)[0] if origin is None or origin.adapter is not None else {}
 
 
 def value_source(config: Config) -> tuple[str, str] | None:

@@ -321,9 +321,10 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
 
         # ------------------------------------------------------------------------ export, report
 
-        exports = []
-        for i in range(N):
-            exports += lora.export(config.out, origin, model, member(i), tokenizer, i)
+        # Member 0 is last: with export/ a run counts as finished.
+        exports: list[Path] = []
+        for i in reversed(range(N)):
+            exports = lora.export(config.out, origin, model, member(i), tokenizer, i) + exports
 
         scores = {
             name: unseen_scores

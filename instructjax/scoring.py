@@ -240,14 +240,29 @@ def load_model(
 
 
 def adapter_on(base: adapters.Base | None, path: str) -> str | None:
-    """The adapter of a reward model, if it is one of a language model's weights `base`."""
+    """The adapter of a reward model, if it is one of a language model's weights `base`.
+
+    None also for a run whose adapter is of weights that were moved or have changed since: its
+    export has those that it was trained on.
+
+    Raises:
+      ValueError: it is no run with an export, and `base` has other weights than it was trained on.
+    """
     if base is None:
         return None
     run, _, member = path.rpartition("/export-")  # of an ensemble
     adapter = adapters.adapter_of(path)
     if run and (of_member := Path(os.path.expanduser(run)) / f"adapter-{member}").is_dir():
         adapter = str(of_member)
-    return adapter if adapter and adapters.same(base.name, hf.adapter_base(adapter)) else None
+    if adapter is None or not adapters.same(base.name, hf.adapter_base(adapter)):
+        return None
+    try:
+        hf.check_base(adapter, base.name)
+    except ValueError:
+        if (Path(pretrained.export_of(path, "--reward")) / "config.json").is_file():
+            return None
+        raise
+    return adapter
 
 
 def _score_shared(

@@ -235,7 +235,7 @@ def test_the_name_of_a_base(base, tmp_path, monkeypatch):
 def test_an_adapter_is_exported_before_the_merged_weights(base, tmp_path, monkeypatch):
     """A run with export/ counts as finished."""
     config, params = adapted(GPT2)
-    origin = lora.Origin(str(base), hf.fingerprint(base), False)
+    origin = lora.Origin(str(base), hf.fingerprint(base), None)
     order = []
     save = hf.save
 

@@ -208,6 +208,12 @@ def test_a_base_that_has_changed_is_refused(world, tmp_path):
     shutil.copytree(world / "rm", tmp_path / "rm")
     record = tmp_path / "rm" / "adapter" / "adapter_base.json"
     record.write_text('{"fingerprint": "0123"}')
+    _, _, shared, rewards, value = parts_of(tmp_path, "rm", model=f"{world}/sft")
+    ((_, own),) = rewards.models  # its export is whole
+    _, want = hf.load(world / "rm" / "export")
+    np.testing.assert_array_equal(layer_of(own.tree), layer_of(want))
+    assert layer_of(value) is not layer_of(shared.params)
+    shutil.rmtree(tmp_path / "rm" / "export")
     with pytest.raises(ValueError, match=r"^--reward .*fingerprint 0123, and its base"):
         parts_of(tmp_path, "rm", model=f"{world}/sft")
 
@@ -217,14 +223,17 @@ def test_where_adapters_come_from(world, monkeypatch):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     monkeypatch.chdir(world)
     fingerprint = hf.fingerprint(world / "base")
-    for model, adapted in (("./base", False), ("./sft", True)):
+    for model, adapter in (("./base", None), ("./sft", f"{world}/sft/adapter")):
         config, params, _, origin = lora.load(LORA, model, mesh, "float32", 0)
-        assert origin == (str(world / "base"), fingerprint, adapted)
+        assert origin == (str(world / "base"), fingerprint, adapter)
         start = run_ppo.start_of(origin, params)
-        assert set(start) == ({"adapter"} if adapted else set())
+        assert set(start) == ({"adapter"} if adapter else set())
         assert config.adapter_scale == LORA.scale
-    with pytest.raises(ValueError, match="other weights"):
-        resume.check_frozen(world, 1, {"--model": ["x", "0"]}, lora.frozen_weights(origin))
+        frozen = lora.frozen_weights(origin)
+        assert frozen.keys() == {"--model", *(["--model's adapter"] if adapter else [])}
+        for flag in frozen:  # the reference has the adapter, which another SFT would change
+            with pytest.raises(ValueError, match=f"{flag} now gives {world}.* other weights"):
+                resume.check_frozen(world, 1, {flag: ["x", "0"]}, frozen)
     assert lora.load(LoRA(), "./base", mesh, "float32", 0)[3] is None
 
 
@@ -234,7 +243,8 @@ def test_checkpoints_hold_adapters_alone(world, whole):
     assert "ema" in kept
     assert not any(f"'{name}'" in kept for name in ("layers", "embed", "final_norm"))
     frozen = json.loads((whole / "checkpoints" / "3" / "meta" / "metadata").read_text())["frozen"]
-    assert frozen == {"--model": [f"{world}/base", hf.fingerprint(world / "base")]}
+    its = {"--model": world / "base", "--model's adapter": world / "sft" / "adapter"}
+    assert frozen == {flag: [str(path), hf.fingerprint(path)] for flag, path in its.items()}
 
 
 def test_the_first_iteration_begins_at_the_reference(whole):

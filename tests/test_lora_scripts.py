@@ -122,7 +122,20 @@ def test_flags_that_cannot_work(runs, tmp_path, capsys):
     for part in ("adapter", "export"):
         shutil.copytree(runs / "sft" / part, tmp_path / "torn" / part)
     (tmp_path / "torn" / "adapter" / "adapter_model.safetensors").unlink()
-    grows = f"--tokenizer {tmp_path}/tokens: it has <new>, which --model {sft} has not, and with"
+    grows = ": the tokenizer has <new>, which the model has not, and with --lora.rank 4 it gets"
+    for name in ("pretrain", "sft"):  # a model whose own template uses a token that it lacks
+        shutil.copytree(runs / name / "export", tmp_path / f"grows-{name}" / "export")
+        tokenizer.chat_template = "{{ messages[0]['content'] }}<new>"
+        tokenizer.save_pretrained(tmp_path / f"grows-{name}" / "export")
+    shutil.copytree(runs / "sft" / "adapter", tmp_path / "grows-sft" / "adapter")
+    tokenizer.save_pretrained(tmp_path / "grows-sft" / "adapter")
+    for part in ("adapter", "export"):
+        shutil.copytree(runs / "sft" / part, tmp_path / "moved" / part)
+    shutil.copytree(runs / "sft" / "adapter", tmp_path / "alone")
+    for file in ("moved/adapter", "alone"):
+        settings = tmp_path / file / "adapter_config.json"
+        settings.write_text(settings.read_text().replace(f"{runs}/pretrain", "/former/pretrain"))
+    moved = "/adapter_config.json: base_model_name_or_path /former/pretrain/export: no such direct"
     torn = f"--model {tmp_path}/torn/adapter: no adapter_model.safetensors"
     for argv, said in (
         ([sft, "--lora.alpha", "4"], "--lora.alpha: has no effect without --lora.rank above 0"),
@@ -131,7 +144,14 @@ def test_flags_that_cannot_work(runs, tmp_path, capsys):
         ([sft, "--lora.rank", "5"], f"--lora.rank 5{other}"),
         ([sft, "--lora.rank", "4"], f"--lora.rank 4{other}"),
         ([sft, *LORA, "--lora.targets", "query"], f"--lora.rank 4{targets}"),
-        ([sft, *LORA, "--tokenizer", f"{tmp_path}/tokens"], f"{grows} --lora.rank 4"),
+        (
+            [sft, *LORA, "--tokenizer", f"{tmp_path}/tokens"],
+            f"--tokenizer {tmp_path}/tokens{grows}",
+        ),
+        ([f"{tmp_path}/grows-pretrain", *LORA], f"--model {tmp_path}/grows-pretrain{grows}"),
+        ([f"{tmp_path}/grows-sft", *LORA], f"--model {tmp_path}/grows-sft{grows}"),
+        ([f"{tmp_path}/moved", *LORA], f"--model {tmp_path}/moved/adapter{moved}"),
+        ([f"{tmp_path}/alone"], f"--model {tmp_path}/alone{moved}"),
         ([f"{tmp_path}/torn", *LORA], torn),
         ([f"{tmp_path}/torn/adapter"], torn),
     ):
@@ -159,8 +179,8 @@ def test_a_scale_of_rank_stabilised_adapters_is_given_as_alpha(runs, tmp_path):
     assert hf.describe_adapter(tmp_path / "mine", base).config.adapter_scale != 14 / 4
     check = functools.partial(lora.check, model=str(tmp_path / "mine"), config=base)
     check(run_sft.LoRA(rank=4, alpha=14.0))
-    with pytest.raises(ValueError, match="have rank 4 and alpha 14; give"):
-        check(run_sft.LoRA(rank=4, alpha=14.1))
+    with pytest.raises(ValueError, match=r"the --lora flags they were trained with$"):
+        check(run_sft.LoRA(rank=4, alpha=14.1))  # there is no export to begin anew on
 
 
 def test_new_adapters_on_merged_weights(runs, tmp_path):
@@ -209,7 +229,11 @@ def test_the_reward_model_that_picks_a_checkpoint_shares_the_base(runs, tmp_path
 
 def test_an_ensemble_shares_its_base(runs, tmp_path, capsys):
     rm = [*FEW, *LORA, "--model", f"{runs}/sft", "--steps", "2", "--out", f"{tmp_path}/rm"]
-    run_rm.cli([*rm, "--ensemble", "2"])
+    order, save = [], hf.save
+    with pytest.MonkeyPatch.context() as patch:  # a run with export/ counts as finished
+        patch.setattr(hf, "save", lambda path, *rest: (order.append(path.name), save(path, *rest)))
+        run_rm.cli([*rm, "--ensemble", "2"])
+    assert order == ["export-1", "export"]
     wrote = capsys.readouterr().out
     for name in ("adapter", "export", "adapter-1", "export-1"):
         assert f"wrote {tmp_path}/rm/{name}\n" in wrote

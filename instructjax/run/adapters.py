@@ -48,6 +48,21 @@ def adapter_of(model: str) -> str | None:
     return model if hf.is_adapter(model) else None
 
 
+def base_of(adapter: str) -> str:
+    """`hf.adapter_base` of an adapter that is going to be put on it.
+
+    Raises:
+      FileNotFoundError: it is a directory that is not there.
+    """
+    base = hf.adapter_base(adapter)
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise FileNotFoundError(
+            f"{adapter}/adapter_config.json: base_model_name_or_path {base}: no such directory; if"
+            " it was moved, write there where it is"
+        )
+    return base
+
+
 def load_weights(
     where: str, mesh: Mesh, merged: bool, dtype: str = "float32"
 ) -> tuple[ModelConfig, Params]:
@@ -62,7 +77,7 @@ def load_weights(
     """
     if not hf.is_adapter(where):
         return hf.load(where, mesh, dtype)
-    name = hf.adapter_base(where)
+    name = base_of(where)
     hf.check_base(where, name)
     config, base = hf.load(name, mesh, "float32" if merged else dtype)
     config, trained = hf.load_adapter(where, config, mesh)
@@ -84,7 +99,7 @@ def load_config(where: str) -> ModelConfig:
     """`hf.load_config` of a model, or of an adapter with its base."""
     if not hf.is_adapter(where):
         return hf.load_config(where)
-    described = hf.describe_adapter(where, hf.load_config(hf.adapter_base(where)))
+    described = hf.describe_adapter(where, hf.load_config(base_of(where)))
     return dataclasses.replace(described.config, adapter_scale=1.0)
 
 

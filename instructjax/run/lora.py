@@ -67,7 +67,7 @@ class Origin(NamedTuple):
 
     base: str  # the frozen weights: an absolute path, or `hf:` and a name on the hub
     fingerprint: str  # of these weights; see `hf.fingerprint`
-    adapted: bool  # whether the adapter came with --model, or is new
+    adapter: str | None  # full name of the adapter that came with --model; None: it is new
 
 
 def check(lora: LoRA, model: str, config: ModelConfig | None, tokenizer: str | None = None) -> None:
@@ -84,21 +84,12 @@ def check(lora: LoRA, model: str, config: ModelConfig | None, tokenizer: str | N
     if model in PRESETS:
         raise ValueError(f"{flag}: --model {model} has random weights, which would stay so")
     paths = lora.paths(config)
-    if tokenizer is not None:
-        try:
-            new = hf.new_tokens(pretrained.load_tokenizer(tokenizer), config.vocab_size)
-        except ValueError as error:
-            raise ValueError(f"--tokenizer {tokenizer}: {error}") from error
-        if new:
-            # The base of an adapter would have to be one with these rows, and there is none.
-            raise ValueError(
-                f"--tokenizer {tokenizer}: it has {', '.join(list(new)[:5])}, which --model {model}"
-                f" has not, and with {flag} the model gets no rows for new tokens"
-            )
-    if (adapter := adapters.adapter_of(model)) is None:
+    adapter = adapters.adapter_of(model)
+    _check_vocabulary(flag, model, config, tokenizer, adapter)
+    if adapter is None:
         return
     with pretrained.naming(model, "--model"):
-        base = hf.adapter_base(adapter)
+        base = adapters.base_of(adapter)
     of_base = pretrained.describe(base, "--model: the base of its adapter,")
     with pretrained.naming(model, "--model"):
         have = hf.describe_adapter(adapter, of_base)
@@ -109,10 +100,33 @@ def check(lora: LoRA, model: str, config: ModelConfig | None, tokenizer: str | N
         other = f"--lora.targets {' '.join(names)}"
     else:
         return
+    merged = pretrained.export_of(model, "--model")
+    anew = f", or --model {merged} for new ones on the merged weights" if merged != model else ""
     raise ValueError(
         f"{flag}: the adapters of --model {model} have {other}; give the --lora flags they were"
-        f" trained with, or --model {model}/export for new ones on the merged weights"
+        f" trained with{anew}"
     )
+
+
+def _check_vocabulary(
+    flag: str, model: str, config: ModelConfig, tokenizer: str | None, adapter: str | None
+) -> None:
+    """Raises ValueError if `pretrained.load` would give the model rows for new tokens.
+
+    The base of an adapter would have to be a model with these rows, and there is none.
+    """
+    where = f"--model {model}" if tokenizer is None else f"--tokenizer {tokenizer}"
+    own = adapter or pretrained.export_of(model, "--model")
+    loaded = pretrained.load_tokenizer(tokenizer or own)
+    try:
+        new = hf.new_tokens(loaded, config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if new and (tokenizer is not None or hf.in_use(loaded, new)):
+        raise ValueError(
+            f"{where}: the tokenizer has {', '.join(list(new)[:5])}, which the model has not, and"
+            f" with {flag} it gets no rows for new tokens; train all weights first"
+        )
 
 
 def load(
@@ -134,8 +148,9 @@ def load(
         return *pretrained.load(model, mesh, seed=seed, **how), None
     check(lora, model, pretrained.describe(model), how.get("tokenizer"))
     adapter = adapters.adapter_of(model)
-    base = pretrained.export_of(model, "--model") if adapter is None else hf.adapter_base(adapter)
-    origin = Origin(adapters.full_name(base), hf.fingerprint(base), adapter is not None)
+    base = pretrained.export_of(model, "--model") if adapter is None else adapters.base_of(adapter)
+    of_adapter = None if adapter is None else adapters.full_name(adapter)
+    origin = Origin(adapters.full_name(base), hf.fingerprint(base), of_adapter)
     how |= {"merged": False, "dtype": dtype}
     config, params, tokenizer = pretrained.load(model, mesh, seed=seed, **how)
     if adapter is None:
@@ -173,8 +188,14 @@ def shared_base(origin: Origin | None, config: ModelConfig, params: Params) -> a
 
 
 def frozen_weights(origin: Origin | None) -> dict[str, tuple[str, str]]:
-    """What `Run.restore` gets: the name and the fingerprint of the frozen weights, by flag."""
-    return {} if origin is None else {"--model": (origin.base, origin.fingerprint)}
+    """What `Run.restore` gets: the names and the fingerprints of the frozen weights, and of the
+    adapter that training began from, which the reference keeps."""
+    if origin is None:
+        return {}
+    weights = {"--model": (origin.base, origin.fingerprint)}
+    if origin.adapter is not None:
+        weights["--model's adapter"] = (origin.adapter, hf.fingerprint(origin.adapter))
+    return weights
 
 
 def export(

@@ -178,7 +178,7 @@ def check(
                 if tokenizer is None:
                     hf.check_tokenizer(hf.with_tokenizer(where))
                 if hf.is_adapter(where):
-                    where = hf.adapter_base(where)
+                    where = adapters.base_of(where)
                 if hf.hub_name(where) is None:
                     hf.weight_files(Path(os.path.expanduser(where)), where)
     except FileNotFoundError as error:
