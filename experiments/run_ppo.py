@@ -73,6 +73,7 @@ from instructjax.models import PRESETS as MODELS
 from instructjax.models import ModelConfig, Params, split, whole
 from instructjax.offload import Offloaded, freeze, to_host
 from instructjax.run import RESUMABLE, Run, adapters, checks, lora, main, parse, pretrained
+from instructjax.run.flags import preset_of
 from instructjax.run.process import return_memory
 from instructjax.train import Batch, Metrics
 
@@ -601,12 +602,13 @@ class Evaluation:
 
 
 def earlier_steps(config: Config) -> list[tuple[str, Any, Callable[..., Any]]]:
-    """(run directory, script, its function) of the miniature's steps that the flags rely on."""
-    steps: list[Any] = [(config.model, run_sft, run_sft.run_sft)]
-    steps += [(spec, run_rm, run_rm.run_rm) for spec in config.reward.spec]
+    """(run directory, config, function) of the miniature's steps that the flags rely on."""
     if config.data.spec != "miniature":
         return []
-    return [step for step in steps if Path(step[0]) == step[1].Config().out]
+    steps: list[Any] = [(config.model, run_sft.PRESETS, run_sft.run_sft)]
+    steps += [(spec, run_rm.PRESETS, run_rm.run_rm) for spec in config.reward.spec]
+    named = [(out, preset_of(presets, out), run_script) for out, presets, run_script in steps]
+    return [step for step in named if step[1] is not None]
 
 
 def check(config: Config) -> None:
@@ -645,15 +647,13 @@ def check_lengths(config: Config, model: ModelConfig | None) -> None:
 
 
 def ensure_sft_and_rm(config: Config) -> None:
-    """Runs the miniature's earlier steps with their defaults, or finishes them, where needed."""
-    for out, script, run_script in earlier_steps(config):
+    """Runs the miniature's earlier steps by their presets, or finishes them, where needed."""
+    for out, preset, run_script in earlier_steps(config):
         if pretrained.finished(Path(out)):
-            print(f"{out} is there: {script.__name__}.py is not run again")
+            print(f"{out} is there: {run_script.__name__}.py is not run again")
             continue
-        print(f"{out} is not there yet: running {script.__name__}.py first")
-        run_script(
-            dataclasses.replace(script.PRESETS["miniature"], preset="miniature", resume=True)
-        )
+        print(f"{out} is not there yet: running {run_script.__name__}.py first")
+        run_script(dataclasses.replace(preset, resume=True))
 
 
 def load_policy(config: Config, mesh: Mesh) -> tuple[ModelConfig, Params, Any, lora.Origin | None]:

@@ -69,6 +69,15 @@ class Config(RunConfig):
 
 PRESETS = {
     "miniature": Config(length=128, epochs=2, learning_rate=4e-3, warmup=40, unroll=2),
+    # The first of four steps for a first look, which `run_ppo.py --preset quick` runs.
+    "quick": Config(
+        out=Path("runs/quick/pretrain"),
+        length=128,
+        epochs=0.4,
+        learning_rate=4e-3,
+        warmup=40,
+        unroll=2,
+    ),
     # For models below 1B. In brackets: where a value is from.
     "small": Config(
         learning_rate=6e-4,  # [GPT-3 of 125M: Brown et al. 2020, arXiv 2005.14165, table 2.1]

@@ -51,7 +51,7 @@ from instructjax.evaluation import baselines, figures, folds, gold, ranking, rep
 from instructjax.evaluation.figures import plot_curves
 from instructjax.ranges import Count, CountFrom2, NotNegative, Positive, ShareBelow1
 from instructjax.run import Run, checks, lora, main, pretrained
-from instructjax.run.flags import Adam, RunConfig, parse
+from instructjax.run.flags import Adam, RunConfig, parse, preset_of
 from instructjax.run.lora import LoRA
 
 # ------------------------------------------------------------------------------------- config
@@ -135,6 +135,16 @@ PRESETS = {
     "miniature": Config(  # ours
         length=288, batch_size=6, epochs=2.4, learning_rate=5e-4, warmup=0, unroll=2
     ),
+    "quick": Config(  # for a first look; see run_ppo.py
+        out=Path("runs/quick/rm"),
+        model="runs/quick/sft",
+        length=288,
+        batch_size=6,
+        epochs=0.6,
+        learning_rate=5e-4,
+        warmup=0,
+        unroll=2,
+    ),
     # For models below 1B. In brackets: where a value is from.
     "small": Config(
         batch_size=8,  # rows [ours]
@@ -154,7 +164,7 @@ TEST = 1200  # comparisons on the miniature's test prompts, half of them by held
 def check(config: Config) -> None:
     """Raises ValueError or OSError for flags that cannot work, before anything is loaded or run."""
     model, first = models.PRESETS["miniature"], []
-    if config.data.spec == "miniature" and sft_is_missing(config.model):
+    if config.data.spec == "miniature" and missing_sft(config.model) is not None:
         first = [Path(config.model)]
     runs = [dataclasses.replace(config, out=out) for out in outs_of(config)]
     mesh, *_ = [checks.check_run(each, "rm", first) for each in runs]
@@ -472,17 +482,16 @@ def outs_of(config: Config) -> list[Path]:
     return [config.out / f"fold-{fold}" for fold in range(config.folds)]
 
 
-def sft_is_missing(model: str) -> bool:
-    """Whether `model` is run_sft.py's export, and is not there."""
-    out = run_sft.Config().out
-    return Path(model) == out and not pretrained.finished(out)
+def missing_sft(model: str) -> run_sft.Config | None:
+    """The preset of run_sft.py that makes `model`, if one does and it is not there."""
+    preset = preset_of(run_sft.PRESETS, model)
+    return None if preset is None or pretrained.finished(preset.out) else preset
 
 
 def ensure_sft(model: str) -> None:
-    """Runs or resumes run_sft.py if `sft_is_missing`."""
-    if sft_is_missing(model):
+    """Runs or resumes run_sft.py if there is a `missing_sft`."""
+    if (preset := missing_sft(model)) is not None:
         print(f"{model} is not there yet: running run_sft.py first")
-        preset = dataclasses.replace(run_sft.PRESETS["miniature"], preset="miniature")
         run_sft.run_sft(dataclasses.replace(preset, resume=True))
 
 

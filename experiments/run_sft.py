@@ -39,7 +39,7 @@ from instructjax.evaluation.figures import plot_curves
 from instructjax.ranges import Count, CountFrom2, NotNegative, Positive, ShareBelow1
 from instructjax.run import Run, checks, lora, main, pretrained
 from instructjax.run.checkpoint import abstract
-from instructjax.run.flags import Adam, RunConfig, parse
+from instructjax.run.flags import Adam, RunConfig, parse, preset_of
 from instructjax.run.lora import LoRA
 
 # ------------------------------------------------------------------------------------- config
@@ -134,6 +134,17 @@ PRESETS = {
         max_new_tokens=48,
         unroll=2,
     ),
+    "quick": Config(  # for a first look; see run_ppo.py
+        out=Path("runs/quick/sft"),
+        model="runs/quick/pretrain",
+        length=128,
+        epochs=1.5,
+        learning_rate=2e-3,
+        warmup=0,
+        sample_batch=256,
+        max_new_tokens=48,
+        unroll=2,
+    ),
     # For models below 1B. In brackets: where a value is from.
     "small": Config(
         batch_size=8,  # rows [ours; SmolLM2's recipe takes 128 sequences, for 460k demonstrations]
@@ -159,16 +170,16 @@ LONGEST = 2048  # tokens of a row without --length, at most [App. C]
 SHOWN = 4  # responses of an evaluation that go to samples.jsonl
 
 
-def base_is_missing(model: str) -> bool:
-    """Whether `model` is run_pretrain.py's export, and is not there."""
-    out = run_pretrain.Config().out
-    return Path(model) == out and not pretrained.finished(out)
+def missing_base(model: str) -> run_pretrain.Config | None:
+    """The preset of run_pretrain.py that makes `model`, if one does and it is not there."""
+    preset = preset_of(run_pretrain.PRESETS, model)
+    return None if preset is None or pretrained.finished(preset.out) else preset
 
 
 def check(config: Config) -> None:
     """Raises ValueError or OSError for flags that cannot work, before anything is loaded or run."""
     model, first = models.PRESETS["miniature"], []
-    if config.data.spec == "miniature" and base_is_missing(config.model):
+    if config.data.spec == "miniature" and missing_base(config.model) is not None:
         first = [Path(config.model)]
     mesh = checks.check_run(config, "sft", first)
     checks.check_rows("--batch_size", config.batch_size, 1, mesh)
@@ -190,10 +201,9 @@ def check_lengths(config: Config, model: models.ModelConfig | None) -> None:
 
 
 def ensure_base(model: str) -> None:
-    """Runs or resumes run_pretrain.py if `base_is_missing`."""
-    if base_is_missing(model):
+    """Runs or resumes run_pretrain.py if there is a `missing_base`."""
+    if (preset := missing_base(model)) is not None:
         print(f"{model} is not there yet: running run_pretrain.py first")
-        preset = dataclasses.replace(run_pretrain.PRESETS["miniature"], preset="miniature")
         run_pretrain.run_pretrain(dataclasses.replace(preset, resume=True))
 
 

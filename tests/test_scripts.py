@@ -475,4 +475,23 @@ def test_earlier_steps_run_where_they_are_missing_and_are_reused(tmp_path, monke
     for _ in range(2):
         run_sft.ensure_base("runs/pretrain")
         run_rm.ensure_sft("runs/sft")
-    assert ran == [("runs/pretrain", "miniature", True), ("runs/sft", "miniature", True)]
+        run_sft.ensure_base("runs/quick/pretrain")
+        run_rm.ensure_sft("runs/quick/sft")
+    first = [("pretrain", "miniature"), ("sft", "miniature")]
+    quick = [("quick/pretrain", "quick"), ("quick/sft", "quick")]
+    assert ran == [(f"runs/{out}", preset, True) for out, preset in first + quick]
+
+
+@pytest.mark.parametrize(("preset", "folder"), [("miniature", "runs"), ("quick", "runs/quick")])
+def test_each_preset_of_the_miniature_has_its_own_steps(preset, folder):
+    """So that a first look and the whole run leave each other's models alone."""
+    config = dataclasses.replace(run_ppo.PRESETS[preset], preset=preset)
+    assert config.out == Path(folder, "ppo")
+    steps = [(out, step.out, step.preset) for out, step, _ in run_ppo.earlier_steps(config)]
+    made = Path(folder, "sft"), Path(folder, "rm")
+    assert steps == [(str(out), out, preset) for out in made]
+    assert run_sft.PRESETS[preset].model == f"{folder}/pretrain"
+    assert run_rm.PRESETS[preset].model == f"{folder}/sft"
+    assert run_pretrain.PRESETS[preset].out == Path(folder, "pretrain")
+    own = dataclasses.replace(config, data=DataConfig("jsonl:mine.jsonl"), pretrain=DataConfig("x"))
+    assert run_ppo.earlier_steps(own) == []

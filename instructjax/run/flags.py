@@ -250,6 +250,12 @@ def parse(
     return usage.read(lambda: _expanded(tyro.cli(cls, **keywords)), compare_and_check)
 
 
+def preset_of(presets: Mapping[str, ConfigT], out: str) -> ConfigT | None:
+    """The first preset whose run directory is `out`, with its name; None if none has it."""
+    found = (name for name, preset in presets.items() if preset.out == Path(out))
+    return next((dataclasses.replace(presets[name], preset=name) for name in found), None)
+
+
 def _expanded(config: ConfigT) -> ConfigT:
     """The config without the `~` that a shell leaves in `--out=~/run`."""
     checkpoints = config.checkpoints and os.path.expanduser(config.checkpoints)
