@@ -31,8 +31,8 @@ NAMED, PARTLY, SILENT, TRACEBACK = OUTCOMES
 INTRO = """# Bad rows
 
 The table shows what happens when rows with one fault each are loaded. A row counts as named if the
-error gives its file, its line and, if the fault is in a field, the field. For a fault in a flag, the
-error must give the flag.
+error gives its file, its line and, if the fault is in a field, the field. For a fault in a flag,
+the error must give the flag.
 
 ```sh
 python benchmarks/faults_rows.py --out docs/reliability-rows.md
