@@ -26,7 +26,7 @@ COMMON = (
     *("--preset", "small", "--model_dtype", "bfloat16", "--length", "1024"),
     *("--data.max_prompt", "256", "--max_new_tokens", "128"),
 )
-HEADER = "| slice | stage | LoRA | largest model | flags besides | peak, GiB | program |"
+HEADER = "| slice | stage | LoRA | largest model | further flags | peak, GiB | program |"
 
 
 @dataclass(frozen=True)
