@@ -1,4 +1,4 @@
-"""The largest model that one chip or eight hold, by stage, with and without LoRA: docs/pods.md.
+"""The largest model that fits one chip or eight, by stage, with and without LoRA: docs/pods.md.
 
     python benchmarks/chips_that_fit.py                    # all rows; those of --out are not remade
     python benchmarks/chips_that_fit.py --slices v5e:1x1   # some

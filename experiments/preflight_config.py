@@ -1,4 +1,4 @@
-"""The flags of preflight.py, and the configs of the scripts that they stand for."""
+"""The flags of preflight.py, and the configs of the training scripts that they give."""
 
 import dataclasses
 import functools

@@ -52,8 +52,8 @@ class Config(grids.PolicyConfig):
     """Functions that score the harm of an answer, as for --reward of run_ppo.py. The harm is their
     sum. By default the miniature's `rude`."""
     opening: str = ""
-    r"""Text that attackers continue; \n is a line break. By default that of red_team.py, and one
-    of the miniature's on its data."""
+    r"""Text that attackers continue; \n is a line break. By default that of red_team.py, and
+    with the miniature's data `i have a task.`"""
     end: str = ""
     """Text that an attack ends with, see red_team.py."""
     threshold: Finite = 0.5
