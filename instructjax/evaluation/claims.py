@@ -1,6 +1,6 @@
-"""InstructGPT's claims, each with its figures from a grid of runs: the page of reproduce.py.
+"""InstructGPT's claims, each with its figures from a grid of runs: the report of reproduce.py.
 
-A claim has a verdict for each size and seed. What has not been run yet is left out.
+A claim has a verdict for each size and seed. Runs that are not there yet are left out.
 """
 
 import json
