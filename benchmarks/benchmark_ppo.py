@@ -1,4 +1,4 @@
-"""One PPO iteration, phase by phase, and against TRL's: the subcommand `ppo` of benchmark.py.
+"""Measures a PPO iteration by phase and against TRL's: the subcommand `ppo` of benchmark.py.
 
 Each side is a separate process, so its peak memory is measured alone. Both stay alive and their
 iterations alternate, A B A B ..., so a machine whose speed drifts favours neither. The models are

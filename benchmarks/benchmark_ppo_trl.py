@@ -2,10 +2,10 @@
 
     python benchmarks/benchmark_ppo_trl.py '{"layers": 4, ...}'     fields: benchmark_ppo.Task
 
-Each line on stdin runs one iteration, which prints one line of JSON. The trainer is as TRL ships
-it, in float32, without what costs time: no gradient checkpointing, no sample tables, no reports.
-The whole batch is sampled and scored at once. Only the lengths of responses are forced, by writing
-two columns of the logits before a token is drawn.
+Each line on stdin runs one iteration, which prints one line of JSON. The trainer is TRL's own, in
+float32, without options that cost time: no gradient checkpointing, no sample tables, no reports.
+The whole batch is sampled and scored at once. The one change is that the lengths of responses are
+forced, by writing two columns of the logits before a token is drawn.
 """
 
 import json

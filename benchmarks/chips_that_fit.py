@@ -1,4 +1,4 @@
-"""The largest model that one chip or eight hold, by stage, with and without LoRA: docs/pods.md.
+"""The largest model that fits one chip or eight, by stage, with and without LoRA: docs/pods.md.
 
     python benchmarks/chips_that_fit.py                    # all rows; those of --out are not remade
     python benchmarks/chips_that_fit.py --slices v5e:1x1   # some
@@ -26,7 +26,7 @@ COMMON = (
     *("--preset", "small", "--model_dtype", "bfloat16", "--length", "1024"),
     *("--data.max_prompt", "256", "--max_new_tokens", "128"),
 )
-HEADER = "| slice | stage | LoRA | largest model | flags besides | peak, GiB | program |"
+HEADER = "| slice | stage | LoRA | largest model | further flags | peak, GiB | program |"
 
 
 @dataclass(frozen=True)

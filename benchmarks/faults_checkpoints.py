@@ -1,14 +1,14 @@
-"""Damages a finished run in every way that it can think of, resumes it, and tells what came of it.
+"""Damages each file of a finished run in several ways, resumes the run, and reports the results.
 
     python benchmarks/faults_checkpoints.py
 
 A run of run_pretrain.py has ended with checkpoints 2, 4 and 5. Each trial copies it, damages one
 file of the newest checkpoint or of the run directory, and resumes it. The result is compared with
-the run that nothing happened to: parameters, optimizer, metrics.jsonl and samples.jsonl.
+the undamaged run: parameters, optimizer, metrics.jsonl and samples.jsonl.
 
 Hardware: CPU; about 20 minutes of one core.
 Result: a Markdown table, a row for each file, with the number of ways that it was damaged and what
-happened; exit code 1 if a damage gave another result without a word.
+happened; exit code 1 if a damage changed the result without a message.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Runs wrong command lines of all scripts, and says how and how soon each is refused.
+"""Runs wrong command lines of all scripts, and reports the message and the seconds of each refusal.
 
     PYTHONPATH=experiments python benchmarks/faults_flags.py
 

@@ -1,4 +1,4 @@
-"""What a run on two hosts says when something is wrong with one of them, and how it ends.
+"""Reports the message and the end of a run on two hosts when one of them fails.
 
     python benchmarks/faults_hosts.py                              # all faults
     python benchmarks/faults_hosts.py --faults stop-1 cut-link
@@ -8,7 +8,7 @@ network namespace of its own. The run is run_pretrain.py on a little of the mini
 Result: a table in Markdown. Seconds count from the fault or, where the run never begins, from the
 start: to the message, and to the end of the last host that was not killed or stopped.
 
-This file is also the program of each host: run_pretrain.py, with a place where it can hang.
+This file is also the program of each host: run_pretrain.py, with a point at which it can hang.
 """
 
 import os

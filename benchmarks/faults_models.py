@@ -45,11 +45,11 @@ OUTCOMES = (REFUSED, HARMLESS, UNNAMED, ACCEPTED, TRACEBACK, HUNG, RAN) = (
 SECONDS = 60  # until a directory counts as one that hangs
 INTRO = """# Damaged model directories
 
-What loading a model directory with one fault does. A directory is refused by name if the first line
-of the error names it and the file, key or tensor. It loads as if whole if config, weights and
-vocabulary are those without the fault. The text says why, or is the first error of the kind, in
-which DIR is the directory. Seconds are the longest of the kind, on two CPU cores that also did
-other work.
+The table shows what happens when a model directory with one fault is loaded. A directory is refused
+by name if the first line of the error names it and the file, key or tensor. It loads as if whole if
+config, weights and vocabulary are those without the fault. The example is the first error of the
+kind, in which DIR is the directory. Where a directory loads, the example also says why. Seconds are
+the longest of the kind, on two CPU cores that also did other work.
 
 ```sh
 python benchmarks/faults_models.py --out docs/reliability-models.md

@@ -30,8 +30,9 @@ OUTCOMES = (
 NAMED, PARTLY, SILENT, TRACEBACK = OUTCOMES
 INTRO = """# Bad rows
 
-What loading rows with one fault each does: a row counts as named if the error gives its file, its
-line and, where the fault is in one, its field, and for a flag, the flag.
+The table shows what happens when rows with one fault each are loaded. A row counts as named if the
+error gives its file, its line and, if the fault is in a field, the field. For a fault in a flag,
+the error must give the flag.
 
 ```sh
 python benchmarks/faults_rows.py --out docs/reliability-rows.md

@@ -1,4 +1,4 @@
-r"""Tasks of local files by lm-evaluation-harness: our model of a checkpoint beside its own `hf`.
+r"""Compares our model and lm-evaluation-harness's `hf` on one checkpoint, on tasks of local files.
 
     python benchmarks/harness_vs_hf.py --model MODEL --data DATA --limit 200
     python benchmarks/harness_vs_hf.py --model MODEL --data DATA --tasks copa texts --limit 20

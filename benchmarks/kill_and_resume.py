@@ -5,14 +5,14 @@
     python benchmarks/kill_and_resume.py --script run_ppo.py --kills 100 --steps 240 \\
         --flags="--batch_size 64 --sample_batch 64 --eval_prompts 64 --final_prompts 64"
 
-A fifth of the kills falls into a start: at a uniform moment before the process adds its first line
-to metrics.jsonl. The others wait for such a line, and then for a uniform time of up to 1.2 times
-that from one checkpoint to the next. So each part of a step and of a save may be hit.
+A fifth of the kills happen during a start, at a uniformly random moment before the process adds its
+first line to metrics.jsonl. The others wait for such a line, and then for a uniformly random time
+of up to 1.2 times the time between two checkpoints. So every part of a step or a save may be hit.
 
 Hardware: two CPU cores; about two minutes, and half a minute for each kill of run_ppo.py.
 Needs the runs that the script begins with (runs/pretrain, runs/sft, runs/rm): run the script once
 before.
-Result: a table of the kills, which tells those in a start from the others, and whether parameters,
+Result: a table of the kills, in which kills in a start are marked, and whether parameters,
 metrics.jsonl and samples.jsonl are the same, bit for bit. Times are not compared.
 """
 

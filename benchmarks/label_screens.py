@@ -1,16 +1,17 @@
-"""People label screens in real browsers, while browsers and the server are killed.
+"""Simulated people label screens in real browsers, while browsers and the server are killed.
 
     python benchmarks/label_screens.py                         # 4 people, 200 screens, 20 kills
     python benchmarks/label_screens.py --screens 20 --kills 2  # a short form
 
-Each person is a Chromium of their own, driven by keys: rates and ranks all responses with ties, and
-submits. Two of the browsers are killed in the middle of a screen and started again. The server is
-killed with SIGKILL, and started again on the same port, after equal shares of the work. A quarter
-of the screens is for two people.
+Each person is a separate Chromium, driven by keys, which rates and ranks all responses with ties,
+and submits. Two of the browsers are killed in the middle of a screen and started again. The server
+is killed with SIGKILL, and started again on the same port, after equal shares of the work. A
+quarter of the screens is for two people.
 
 Needs `pip install 'instructjax[test]'` and an installed Chromium.
-Result: a line with the number of labels that people submitted, that the database has, and that are
-lost, double or not what the person meant, and the seconds. Exit code 1 if any is, or an error came.
+Result: a line with the seconds and the numbers of labels that were submitted, are in the database,
+are lost, are double, or differ from what was entered. Exit code 1 if any is lost, double or
+different, or after an error.
 """
 
 import contextlib

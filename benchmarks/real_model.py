@@ -7,8 +7,8 @@
 
 MODEL is SmolLM2-135M-Instruct or another chat model. DATA is a folder with the data sets e2e_nlg,
 flagged_licence/e2e_human_ratings, oasst_100_trees, hh_harmless_base_test, dolly_hh_small,
-p3_t0_subset and wikitext2_raw. Each run is a command of experiments/. A finished run is not made
-again, and a run that was stopped goes on.
+p3_t0_subset and wikitext2_raw. Each run is a command of experiments/. A finished run is not
+repeated, and a stopped run continues.
 
     e2e-rm         reward models on human ratings of restaurant descriptions, K = 5, for each seed
     e2e-folds      the same, each without a third of the labelers
@@ -27,9 +27,9 @@ again, and a run that was stopped goes on.
 
 Hardware: `--size small` takes an hour or two a run on one CPU core of 130 GFLOP/s; `full` is for a
 GPU, where it has not been run.
-Result: OUT/NAME for each run, and results.json in --results (or OUT) with the figures of all, which
-are printed too. With --results a run whose results are there is made again only if another needs
-its model.
+Result: OUT/NAME for each run, and results.json in --results (or OUT) with the figures of all runs,
+which are printed too. With --results a run whose results are there is repeated only if another
+needs its model.
 """
 
 import gzip

@@ -4,22 +4,22 @@
     python benchmarks/soak.py --hours 0 --memory_minutes 60     # watches the memory of one run
 
 A supervisor starts run_ppo.py on two hosts, again and again, with --resume. At random moments it
-does one of:
+causes one of these faults:
 
     kill    SIGKILL to one host
     stop    SIGSTOP to one host, and SIGCONT some seconds later
     term    SIGTERM to one host; the run saves and ends on both
-    link    the link between the hosts is cut, and mended some seconds later
+    link    the link between the hosts is cut, and restored some seconds later
     disk    the file system of the run is filled up once this start has saved a checkpoint,
             until the run ends with an error
     flip    SIGKILL to both, and one bit of the newest checkpoint is flipped
     cache   SIGKILL to both, and the compiled programs and token files are removed
 
 Each fault allows some exit codes, see ALLOWED, and any other ends the test. Once a host has ended,
-the other must end by itself within a minute; a host whose other ended before both had joined waits
-for it, and the supervisor ends it. When the run has finished, its parameters, optimizers,
-metrics.jsonl and samples.jsonl must equal those of an undisturbed run. Then another round begins,
-until the hours are over.
+the other must end by itself within a minute. If a host ended before both had joined, the other
+waits for it, and the supervisor ends the other. When the run has finished, its parameters,
+optimizers, metrics.jsonl and samples.jsonl must equal those of an undisturbed run. Then another
+round begins, until the hours are over.
 
 Hardware: two CPU cores, Linux. `disk` needs the right to mount a tmpfs, and `link` that to make
 network namespaces; without the right these faults are left out.

@@ -6,19 +6,19 @@ r"""AI feedback: a model says which of two responses is better, under a written 
     python experiments/ai_feedback.py --model rules --noise 1 --place_bias 0.5    # the miniature
     python experiments/run_rm.py --model runs/sft --data jsonl:runs/ai_feedback/comparisons.jsonl
 
-The model is asked twice about each pair of responses, which change places, and its probabilities of
-the answers A and B are averaged over both: a soft label (RLAIF, Lee et al. 2023, arXiv 2309.00267).
-A principle is drawn for each pair (Constitutional AI, Bai et al. 2022, arXiv 2212.08073). With
---thoughts it writes some text first, and answers after that.
+The model is asked twice about each pair of responses, in both orders. Its probabilities of the
+answers A and B are averaged to a soft label (RLAIF, Lee et al. 2023, arXiv 2309.00267). A principle
+is drawn for each pair (Constitutional AI, Bai et al. 2022, arXiv 2212.08073). With --thoughts the
+model writes some text before it answers.
 
 On the miniature, `--model rules` is a critic that reads as the gold judge does, with errors. A base
-model that has learned from the pages of miniature/critics.py can label too: --principles miniature.
+model trained on the pages of miniature/critics.py can label too: --principles miniature.
 
 Hardware: two CPU cores suffice for a model of 135M parameters and a few hundred pairs.
 Result: OUT/comparisons.jsonl, pairs with ranks and the confidence that run_rm.py reads; and
-OUT/results.json: how often the place decides and, where --data has ranks, how often the model
-agrees with them, or on the miniature with the gold judge. The data's ranks are used for nothing
-else.
+OUT/results.json: how often the order of the responses decides the answer and, where --data has
+ranks, how often the model agrees with them, or on the miniature with the gold judge. The data's
+ranks are not used for anything else.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class Config:
     """The labeler, what it labels, and its principles."""
 
     model: str
-    """Labeler: a language model, best a chat model; or `rules`, the miniature's rule-based
+    """Labeler: a language model, preferably a chat model; or `rules`, the miniature's rule-based
     critic."""
     data: DataConfig = field(default_factory=DataConfig)
     """Comparisons, whose responses are labeled two at a time. They need no ranks."""
@@ -65,19 +65,23 @@ class Config:
     """TOML file of principles, or `miniature` for those in the miniature's words. By default
     `miniature` with `--model rules`, and otherwise principles.toml beside this script."""
     only_principles: tuple[str, ...] = ()
-    """Names of the principles to draw from. By default all that can choose."""
+    """Names of the principles to draw from. By default all that have a `choose` question."""
     noise: NotNegative = 0.0
     """Standard deviation of the errors of `--model rules`, in units of the judge's utility."""
     place_bias: Finite = 0.0
-    """How much better the response that is shown first seems to `--model rules`, likewise."""
+    """What `--model rules` adds to its rating of the response that is shown first, in units of the
+    judge's utility."""
     pairs: Count = 1000
-    """Number of pairs, the first of the data. All pairs of a prompt's responses are labeled."""
+    """Number of pairs to label, from the start of the data. K responses to a prompt give all their
+    pairs."""
     thoughts: CountOrZero = 0
-    """Tokens that the labeler may write before it answers. [Lee et al. and Bai et al. do both]"""
+    """Number of tokens that the labeler may write before it answers; 0: it answers at once. [Lee et
+    al. and Bai et al. do both]"""
     temperature: Positive = 1.0
-    """Temperature of sampling these."""
+    """Temperature of sampling these tokens."""
     clamp: tuple[Share, Share] = (0.0, 1.0)
-    """Least and largest probability of a label. [Bai et al., with thoughts: 0.4 and 0.6]"""
+    """Lowest and highest probability of a label; labels outside are moved to these. [Bai et al.,
+    with thoughts: 0.4 and 0.6]"""
     batch_size: Count = 16
     """Questions that run through the model at the same time."""
     model_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -85,7 +89,7 @@ class Config:
     mesh: str = ""
     """Devices along each axis, as `data=2,fsdp=-1,tensor=2`. By default all are along `fsdp`."""
     seed: Seed = 0
-    """Seed of the principle of each pair, and of thoughts."""
+    """Seed of the draw of each pair's principle, and of sampling with --thoughts."""
 
     def __post_init__(self) -> None:
         ranges.check(self)

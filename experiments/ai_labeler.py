@@ -1,4 +1,4 @@
-"""A language model as a labeler: which of two responses is better, under a principle."""
+"""A language model as a labeler: it says which of two responses is better, under a principle."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-r"""RAFT, best-of-n, DPO, GRPO, RLOO, PPO and PPO-ptx against one reward, on one axis.
+r"""Compares RAFT, best-of-n, DPO, GRPO, RLOO, PPO and PPO-ptx that maximise one reward.
 
     python experiments/compare_algorithms.py                                 # the miniature
     python experiments/compare_algorithms.py --model MODEL --reward runs/rm --gold runs/gold-rm \
@@ -6,23 +6,23 @@ r"""RAFT, best-of-n, DPO, GRPO, RLOO, PPO and PPO-ptx against one reward, on one
         --max_new_tokens 128
     python experiments/compare_algorithms.py --dry_run                       # prints the commands
 
-All but DPO sample --responses responses in all, unless their own flags give other steps or batches,
-and maximise --reward. The page has what that gains by the reward and by a judge, against the KL
-from the start and against the responses that were sampled.
+All but DPO maximise --reward, and sample --responses responses in all, unless their own flags give
+other steps or batches. The report has the gain by the reward and by a judge, against the KL from
+the start and against the number of sampled responses.
 
     best-of-n-SEED               the best of n samples of the start
     raft-N-SEED                  RAFT: rounds of SFT on the best of N samples (Dong et al. 2023,
                                  arXiv 2304.06767)
-    raft-random-SEED             its control: SFT on any of them
-    dpo-SEED                     DPO on comparisons. It samples nothing
+    raft-random-SEED             its control: SFT on a random one of them
+    dpo-SEED                     DPO on comparisons, without sampling
     grpo-SEED, rloo-SEED         of swap_loss.py
     ppo-SEED, ppo-ptx-SEED       without and with pretraining gradients
 
 A seed draws samples and their order. The start and the reward model are the same for all.
 
 Hardware: two CPU cores, once run_rm.py has made runs/sft and runs/rm.
-Result: OUT/report.html, and report.md in --results. A run that has finished is not made again, and
-one that was stopped goes on with the same command.
+Result: OUT/report.html, and report.md in --results. A finished run is not repeated, and the same
+command continues a run that was stopped.
 """
 
 import json
@@ -68,13 +68,13 @@ class Config(grids.PolicyConfig):
     raft_prompts: Count = 32
     """Number of prompts of a round of RAFT. [Dong et al.: 2,048]"""
     raft_flags: str = ""
-    """More flags of RAFT and its control, in one word."""
+    """Further flags of RAFT and its control, quoted as one argument."""
     grpo_flags: str = "--beta 0.1"
-    """More flags of GRPO, likewise."""
+    """Further flags of GRPO, quoted as one argument."""
     rloo_flags: str = ""
-    """More flags of RLOO, likewise."""
+    """Further flags of RLOO, quoted as one argument."""
     dpo_flags: str = ""
-    """More flags of DPO, likewise."""
+    """Further flags of DPO, quoted as one argument."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-r"""AI feedback against people's: the same pairs by several labelers, then reward models and PPO.
+r"""Compares AI feedback with people's: several labelers of the same pairs, reward models and PPO.
 
     python experiments/compare_labelers.py                                   # the miniature
     python experiments/compare_labelers.py --model runs/sft --data jsonl:prompts.jsonl \
@@ -6,17 +6,18 @@ r"""AI feedback against people's: the same pairs by several labelers, then rewar
     python experiments/compare_labelers.py --dry_run                         # prints the commands
 
 RLAIF (Lee et al. 2023, arXiv 2309.00267): a model labels in place of people. Each labeler labels
-the same pairs of the policy's responses; pairs that it finds even are left out.
+the same pairs of the policy's responses; pairs that it labels as ties are left out.
 
-    pairs                    the policy's responses, and what people say of them
-    critic                   in the miniature, a base model that has learned from pages of critics
-    labels-LABELER           what a model says
-    labels-LABELER-SEED      what a rule-based critic says, whose errors are of that seed
+    pairs                    the policy's responses, and people's labels
+    critic                   in the miniature, a base model trained on pages of critics
+    labels-LABELER           the labels of a model
+    labels-LABELER-SEED      the labels of a rule-based critic, with errors drawn from that seed
     rm-, ppo-LABELER-SEED    a reward model for each labeler and for `people`, and PPO against it
     evaluation-SEED          all of these and --model, by the judge
 
-`mixed` has people's labels of one half of the pairs, and of the other a rule-based critic's, under
-a principle that is drawn for each pair, as RL-CAI has (Bai et al. 2022, arXiv 2212.08073).
+`mixed` has people's labels for one half of the pairs. For the other half it has those of a
+rule-based critic, under a principle that is drawn for each pair, as in RL-CAI (Bai et al. 2022,
+arXiv 2212.08073).
 
 Hardware: two CPU cores, once run_sft.py has made runs/sft. Result: OUT/report.html.
 """

@@ -1,4 +1,4 @@
-r"""SL-CAI by the number of revisions: policies that learned critiques' revisions, compared.
+r"""Compares SL-CAI policies by the number of revisions that they were trained on.
 
     python experiments/compare_revisions.py                                  # the miniature
     python experiments/compare_revisions.py --model MODEL --data jsonl:prompts.jsonl \
@@ -6,14 +6,14 @@ r"""SL-CAI by the number of revisions: policies that learned critiques' revision
     python experiments/compare_revisions.py --dry_run                        # prints the commands
 
 Constitutional AI (Bai et al. 2022, arXiv 2212.08073, sections 3.1 and 3.4). --model responds, and a
-critic revises each response several times. SL-CAI-n has learned the revisions up to the n-th.
+critic revises each response several times. SL-CAI-n is trained on the revisions up to the n-th.
 
     revisions-SEED           critique_revise.py on training prompts
     sl-cai-N-SEED            run_sft.py from --model, one epoch of the revisions up to N
     evaluation-SEED          all of them and --model, by the judge
 
 Hardware: two CPU cores, once run_sft.py has made runs/sft.
-Result: OUT/report.html, and report.md in --results. The same command goes on after a stop.
+Result: OUT/report.html, and report.md in --results. The same command continues after a stop.
 """
 
 import dataclasses
@@ -59,15 +59,16 @@ class Config(grids.PolicyConfig):
     """Probability that a critique of `--critic rules` says the opposite of what it should. By
     default 0.2. [Ours]"""
     revisions: Count = 4
-    """Number of revisions of each response, and so of policies. [Bai et al., section 3.2]"""
+    """Number of revisions of each response; there is one policy for each. [Bai et al., section
+    3.2]"""
     prompts: Count = 4000
-    """Number of prompts that are responded to."""
+    """Number of prompts that --model responds to."""
     measure: tuple[str, ...] = ()
-    """More figures of each response, such as its harm, as for evaluate.py."""
+    """Further figures of each response, such as its harm, as for evaluate.py."""
     revise_flags: str = ""
-    """More flags of critique_revise.py, likewise."""
+    """Further flags of critique_revise.py, quoted as one argument."""
     sft_flags: str = ""
-    """More flags of each run_sft.py, likewise."""
+    """Further flags of each run_sft.py, quoted as one argument."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

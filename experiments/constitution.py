@@ -1,4 +1,4 @@
-"""Principles, and the words in which a critic is asked about them.
+"""Principles, and the questions about them that a critic is asked.
 
 A file of principles is TOML:
 

@@ -1,4 +1,4 @@
-r"""Critiques and revisions: a model mends its own responses, under written principles.
+r"""Critiques and revisions: a model revises its own responses, under written principles.
 
     python experiments/critique_revise.py --model MODEL --data jsonl:prompts.jsonl
     python experiments/critique_revise.py --model runs/sft --critic rules            # the miniature
@@ -9,15 +9,16 @@ The supervised part of Constitutional AI (Bai et al. 2022, arXiv 2212.08073, sec
 
     1. --model responds to a prompt.
     2. A principle is drawn, and the critic says in which way the response breaks it.
-    3. The critic revises the response. Steps 2 and 3 are made again, --revisions times.
-    4. run_sft.py learns the revisions as demonstrations.
+    3. The critic revises the response. Steps 2 and 3 are done --revisions times.
+    4. run_sft.py trains on the revisions as demonstrations.
 
 On the miniature, `--critic rules` is a critic that reads as the gold judge does, with errors. A
-base model that has learned from the pages of miniature/critics.py can be a critic too.
+base model trained on the pages of miniature/critics.py can be a critic too.
 
 Hardware: two CPU cores suffice for a model of 135M parameters and a hundred prompts.
-Result: OUT/revisions.jsonl, demonstrations with the number of each revision; OUT/chains.jsonl, the
-critiques too, from which --resume goes on; and OUT/results.json: the judge's figures by revision.
+Result: OUT/revisions.jsonl, demonstrations with the number of each revision; OUT/chains.jsonl, with
+the critiques too, from which --resume continues; and OUT/results.json: the judge's figures by
+revision.
 """
 
 import dataclasses
@@ -54,7 +55,7 @@ class Config:
     """The model, its critic, and the principles."""
 
     model: str = "runs/sft"
-    """Model that responds: a language model, best a chat model."""
+    """Model that responds: a language model, preferably a chat model."""
     critic: str | None = None
     """Model that writes the critiques and the revisions, or `rules`, the miniature's rule-based
     critic. By default --model. [Bai et al.]"""
@@ -78,10 +79,10 @@ class Config:
     """Which prompts: those that training reads, those held out by --data.split_by and
     --data.validation, or all."""
     prompts: Count = 1000
-    """Number of prompts, the first of the data."""
+    """Number of prompts, from the start of the data."""
     max_new_tokens: Count = 64
-    """Longest response, critique or revision in tokens, EOS included. A chain ends at one that is
-    longer, which is left out."""
+    """Longest response, critique or revision in tokens, EOS included. A longer one is left out, and
+    ends its chain."""
     temperature: Positive = 1.0
     """Number that logits are divided by in sampling."""
     batch_size: Count = 32

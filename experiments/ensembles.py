@@ -1,4 +1,4 @@
-r"""Several reward models in place of one: which of their scores can be maximised for longer.
+r"""Several reward models instead of one: which combination can be maximised for longer.
 
     python experiments/ensembles.py                                          # the miniature
     python experiments/ensembles.py --model MODEL --rm_model MODEL --data jsonl:prompts.jsonl \
@@ -7,29 +7,30 @@ r"""Several reward models in place of one: which of their scores can be maximise
     python experiments/ensembles.py --dry_run                                # prints the commands
 
 As in overoptimise.py, a judge ranks pairs of the policy's own responses, reward models learn from
-them, and best-of-n and PPO without a KL penalty maximise a score. The score is that of
+them, and best-of-n and PPO without a KL penalty maximise a score. The scores are
 
-    single           one reward model
+    single           that of one reward model
     mean             the mean of --members reward models of other seeds
     min              their least score                    (Coste et al. 2023, arXiv 2310.02743)
     mean-variance    their mean less --spread variances   (likewise)
-    member           one of --members reward models that began as one reward model; best-of-n alone
-    average          the reward model that has their mean weights (Rame et al. 2024, WARM,
+    member           that of one of --members reward models that start from one reward model;
+                     best-of-n alone
+    average          that of the mean of these members' weights (Rame et al. 2024, WARM,
                      arXiv 2401.12187): one forward pass
 
-Each is made from the judge's own labels (clean), and from labels of which a share is turned round
+Each is made from the judge's own labels (clean), and from labels of which a share is reversed
 (flipped), as both papers do.
 
     pairs, pretrain-NAME                     as in overoptimise.py
     rm-LABELS-SEED                           the --members reward models
-    rm-start-..., rm-members-..., rm-average-...    those that are averaged
-    best-of-n-SCORE-LABELS-SEED, ppo-...     what maximises a score
+    rm-start-..., rm-members-..., rm-average-...    the reward models that are averaged
+    best-of-n-SCORE-LABELS-SEED, ppo-...     best-of-n and PPO on a score
 
 A seed draws pairs, flips, heads of reward models, and samples.
 
 Hardware: two CPU cores, once run_sft.py has made runs/sft.
-Result: OUT/report.html, and report.md in --results. A run that has finished is not made again, and
-one that was stopped goes on with the same command.
+Result: OUT/report.html, and report.md in --results. A finished run is not repeated, and the same
+command continues a run that was stopped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,8 +69,8 @@ class Config(grids.ProxyConfig):
     spread: NotNegative = 1.0
     """Variances that `mean-variance` subtracts from the mean. [Ours]"""
     start_steps: Count = 20
-    """Updates of the reward model that those that are averaged begin from. [Ours; Rame et al. train
-    the head alone first]"""
+    """Number of updates of the reward model that the averaged reward models start from. [Ours; Rame
+    et al. train the head alone first]"""
 
 
 def grid(c: Config) -> Grid:

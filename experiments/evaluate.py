@@ -12,11 +12,11 @@ r"""Compares models by a judge on held-out prompts: win rates with intervals, at
         --gold my_file.py:my_judge --data jsonl:prompts.jsonl       # comparisons, for run_rm.py
 
 Each model answers each prompt --samples times, independently. The judge gives every response a
-utility. A model wins a prompt against another as often as a response of its own has the higher
-utility than one of the other's; a tie counts half. Intervals are 95 %, over prompts.
+utility. A model's win rate against another on a prompt is the share of pairs of their responses in
+which its own has the higher utility; a tie counts half. Intervals are 95 %, over prompts.
 
 A line of --labels is `{"prompt": "...", "models": ["sft", "ppo"], "ranks": [2, 1]}`: who wrote each
-response, and its rank (1 is best, equal ranks are ties). `scores` may stand for `ranks`, such as
+response, and its rank (1 is best, equal ranks are ties). `scores` may replace `ranks`, such as
 Likert scores of 1 to 7; their means are reported too.
 
 Hardware: two CPU cores suffice for the miniature.
@@ -60,24 +60,25 @@ class Config:
 
     models: tuple[str, ...] = ("runs/sft", "runs/ppo")
     """The models: run directories, Hugging Face directories or hub names. The table has win rates
-    against the first. `few_shot:MODEL` reads --shots demonstrations before each prompt, as one uses
-    a base model; its answer ends at the line's end."""
+    against the first. `few_shot:MODEL` puts --shots demonstrations before each prompt, for base
+    models; its answer ends at the end of the line."""
     demonstrations: DataConfig = field(default_factory=lambda: DataConfig(spec=""))
-    """What few_shot: reads. By default the miniature's demonstrations, on its data."""
+    """Demonstrations for few_shot:MODEL. By default the miniature's, with its data."""
     shots: Count = 3
-    """Number of demonstrations before a prompt, the first of the data."""
+    """Number of demonstrations before a prompt, from the start of --demonstrations."""
     labels: Path | None = None
-    """File of rankings by labelers, see above, to count wins in. No model is loaded then."""
+    """File of rankings by labelers, in the form above. Wins are counted from it, and no model is
+    loaded."""
     data: DataConfig = field(default_factory=DataConfig)
     gold: tuple[str, ...] = ()
     """Judge: reward models and functions, as for --reward of run_ppo.py. Their sum is a response's
     utility. By default the miniature has its own judge; other data need one."""
     reward: RewardConfig = field(default_factory=lambda: RewardConfig(()))
-    """Proxy: what training maximised, as for --reward of run_ppo.py. Each response gets its score
-    beside its utility, and --best_of chooses by it. By default none is measured."""
+    """Proxy: the reward that training maximised, as for --reward of run_ppo.py. Each response gets
+    this score beside its utility, and --best_of chooses by it. By default there is no proxy."""
     measure: tuple[str, ...] = ()
-    """More figures of each response, such as toxicity: functions or reward models as for --gold.
-    Each has its mean reported under its own name. The miniature adds what its judge sees: a
+    """Further figures of each response, such as toxicity: functions or reward models as for --gold.
+    The mean of each is reported under its own name. The miniature adds those of its judge: a
     rating from 1 to 7, and whether a response follows its request, is truthful, invents something,
     is toxic."""
     benchmarks: Count | None = None
@@ -85,20 +86,20 @@ class Config:
     which are reported for each model. By default none are asked. `python -m
     instructjax.evaluation` has benchmarks for other models."""
     reference: str | None = None
-    """Model that KL is measured from, such as runs/sft. By default none is measured."""
+    """Reference model of the KL, such as runs/sft. By default no KL is measured."""
     best_of: tuple[Count, ...] = ()
-    """Values of n. For each, what the best of n samples of the first model would give, averaged
-    over all subsets of n of its --samples responses. The best is the one of the highest score by
-    --reward, or by the judge without it."""
+    """Values of n for best-of-n of the first model. The figures are averaged over all subsets of n
+    of its --samples responses. The best is the one of the highest score by --reward, or by the
+    judge without --reward."""
     comparisons: bool = False
     """Also write OUT/comparisons.jsonl, which run_rm.py reads: the first model's --samples
-    responses to each prompt, ranked by their utility. Left out are responses that are empty or did
-    not end, and prompts whose responses all have one utility."""
+    responses to each prompt, ranked by their utility. Responses that are empty or did not end are
+    left out, and so are prompts whose responses all have one utility."""
     split: Literal["validation", "train", "all"] = "validation"
     """Which prompts: those held out by --data.split_by and --data.validation, those that training
     reads, or all."""
     prompts: Count = 512
-    """Number of prompts, the first of the data."""
+    """Number of prompts, from the start of the data."""
     samples: Count = 1
     """Responses of each model to each prompt."""
     max_new_tokens: Count = 32
@@ -109,7 +110,7 @@ class Config:
     """Responses that are sampled, or scored by a reward model, at the same time. Fewer need less
     memory, and change no token."""
     out: Path = Path("runs/evaluation")
-    """Directory of the results; what an earlier comparison left there is written over."""
+    """Directory of the results. Results of an earlier comparison are overwritten."""
     model_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations and matrix products."""
     mesh: str = ""

@@ -28,23 +28,24 @@ class Config(grids.PolicyConfig):
 
     out: Path | None = Path("runs/labelers")
     people: tuple[str, ...] = ()
-    """Whose labels AI feedback is compared with: functions and reward models, as for --reward of
+    """Source of people's labels: functions and reward models, as for --reward of
     run_ppo.py. By default the miniature's training labelers, one for each prompt."""
     labelers: tuple[str, ...] = ()
-    """Language models that label, best chat models. By default none besides the miniature's."""
+    """Language models that label, preferably chat models. By default only the miniature's."""
     noise: tuple[NotNegative, ...] = (0.0, 3.0)
     """Standard deviations of the errors of rule-based critics, in units of the judge's utility. The
     miniature has such critics, one for each noise and each --place_bias."""
     place_bias: tuple[Finite, ...] = (0.0, 2.0)
-    """How much better the response that is shown first seems to them, likewise."""
+    """What rule-based critics add to their rating of the response that is shown first, in units of
+    the judge's utility."""
     prompts: Count = 8000
     """Number of prompts that the policy answers twice. Those whose two responses people find equal
     give no pair."""
     ai_flags: str = ""
-    """More flags of each ai_feedback.py of --labelers, likewise. They may have --seed, as a model
-    labels once for all seeds."""
+    """Further flags of each ai_feedback.py of --labelers, quoted as one argument. They may have
+    --seed, because a model labels once for all seeds."""
     rm_flags: str = ""
-    """More flags of each run_rm.py, likewise."""
+    """Further flags of each run_rm.py, quoted as one argument."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

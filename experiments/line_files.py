@@ -1,4 +1,4 @@
-"""Files of experiments: JSON lines, files written at once, and the flags of an earlier start."""
+"""Files of experiments: JSON lines, atomic writes, and the flags of an earlier start."""
 
 import json
 import shlex

@@ -1,8 +1,9 @@
 """Rewards that are parts of the utility of the miniature's judge, for --reward of run_ppo.py, and
 the harm of a response, for red_team.py.
 
-The sum of facts, form and courtesy is the utility, but for the 2 of courtesy, which is ours:
-courtesy and form then disagree, since a courteous sentence that was not asked for is padding.
+The sum of facts, form and courtesy is the utility, except for the 2 in courtesy, which is added
+here. With it, courtesy and form disagree, because a courteous sentence that was not asked for is
+padding.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-r"""Over-optimisation of a reward model: what a judge gives to a policy that maximises it.
+r"""Over-optimisation of a reward model: how a judge rates policies that maximise its score.
 
     python experiments/overoptimise.py                                       # the miniature
     python experiments/overoptimise.py --model MODEL --rm_models A B C --data jsonl:prompts.jsonl \
@@ -7,23 +7,23 @@ r"""Over-optimisation of a reward model: what a judge gives to a policy that max
     python experiments/overoptimise.py --dry_run                             # prints the commands
 
 The procedure is that of Gao et al. 2022, arXiv 2210.10760. The judge ranks pairs of the policy's
-own responses, without noise. Reward models learn from them: of each size from the most pairs, and
-of the middle size from each number of pairs. Best-of-n, and PPO without a KL penalty, maximise each
-of them. The page has the gains of gold and proxy against the square root of the KL, with the fits
-of the paper's section 1.
+own responses, without noise. Reward models learn from these pairs: each size from the largest
+number of pairs, and the middle size from each number of pairs. Best-of-n, and PPO without a KL
+penalty, maximise each reward model. The report has the gains of gold and proxy against the square
+root of the KL, with the fits of the paper's section 1.
 
     pairs                    two responses of the policy to each prompt, and their gold scores
     pretrain-NAME            a base model, where --rm_models has a preset
     rm-NAME-PAIRS-SEED       a reward model
-    best-of-n-NAME-..., ppo-NAME-...    what maximises it
+    best-of-n-NAME-..., ppo-NAME-...    best-of-n and PPO on its score
 
 A seed draws pairs, heads of reward models, and samples. The policy at the start and its responses
-are the same for all. The value net of a seed's PPO runs begins as its reward model of the middle
-size and the most pairs, so that the runs differ in the reward alone.
+are the same for all. In all PPO runs of a seed, the value net starts from the reward model of the
+middle size and the most pairs, so that the runs differ in the reward alone.
 
 Hardware: two CPU cores, once run_sft.py has made runs/sft.
-Result: OUT/report.html, and report.md in --results. A run that has finished is not made again, and
-one that was stopped goes on with the same command.
+Result: OUT/report.html, and report.md in --results. A finished run is not repeated, and the same
+command continues a run that was stopped.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
-"""What the grids of policies share: their flags; reward models on a judge's pairs, for those of
-overoptimise.py and ensembles.py; and what maximises a reward."""
+"""Shared code of the grids of policies: their flags; reward models on a judge's pairs, for
+overoptimise.py and ensembles.py; and the runs that maximise a reward."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -55,10 +55,10 @@ class PolicyConfig(GridConfig):
     max_new_tokens: Count = 32
     """Longest response in tokens, EOS included, in training and in evaluation."""
     ppo_flags: str = ""
-    """More flags of each run_ppo.py, in one word: --ppo_flags='--steps 40 --ppo.epochs 1'. What the
-    grid sets itself, such as --model and --seed, is refused, here and in the flags below."""
+    """Further flags of each run_ppo.py, quoted as one argument: --ppo_flags='--steps 40'. Flags
+    that the grid sets itself, such as --model and --seed, are refused, also in the flags below."""
     evaluate_flags: str = ""
-    """More flags of each evaluate.py, likewise."""
+    """Further flags of each evaluate.py, quoted as one argument."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,10 +131,10 @@ class ProxyConfig(PolicyConfig):
     """Also the pairs that reward models learn from."""
 
     prompts: Count = 16_000
-    """Number of prompts that the policy answers twice, for the pairs. Those whose two responses
-    have one gold score give no pair."""
+    """Number of prompts that the policy answers twice, for the pairs. Prompts whose two responses
+    have the same gold score give no pair."""
     rm_flags: str = ""
-    """More flags of each run_rm.py, likewise."""
+    """Further flags of each run_rm.py, quoted as one argument."""
 
     def check_all(self, runs: Grid, flag: str, rm_models: tuple[str, ...]) -> None:
         """As `check`, with the models that reward models start from, which `flag` names."""

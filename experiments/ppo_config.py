@@ -49,7 +49,8 @@ class PPO:
     kl_target: Positive | None = None
     """Adapts beta to keep the KL at this many nats, summed over a response [paper: fixed beta]."""
     kl_horizon: Positive = 10_000
-    """Episodes over which an adaptive beta reacts [lm-human-preferences: 10,000]."""
+    """Horizon of the adaptive beta of --ppo.kl_target, in episodes. A longer one adapts more slowly
+    [lm-human-preferences: 10,000]."""
     max_kl: Finite | None = None
     """Stops the run, as finished, when objective/kl exceeds this many nats [ours]."""
     gamma: Share = 1.0
@@ -81,7 +82,7 @@ class PPO:
     learning_rate: NotNegative = 3e-6
     """Learning rate of the policy after the warm-up [App. C.4 swept 2.55e-6 to 2.55e-5]."""
     value_learning_rate: NotNegative = 9e-6
-    """Learning rate of the value net, likewise [App. C.4: 9e-6, and 5e-6 for 175B]."""
+    """Learning rate of the value net after the warm-up [App. C.4: 9e-6, and 5e-6 for 175B]."""
     warmup: CountOrZero = 10
     """Iterations over which both learning rates rise from a tenth to their full value
     [App. C.4: 10]."""
@@ -106,7 +107,7 @@ class PTX:
     ratio: Count = 1
     """Rows of pretraining text per episode [App. C.4: 8]."""
     length: CountFrom2 = 512
-    """Tokens of a row of pretraining text [paper silent]."""
+    """Number of tokens of a row of pretraining text [paper silent]."""
     microbatches: Count = 1
     """Parts of an update's text whose gradients are accumulated [ours]."""
 
@@ -116,7 +117,7 @@ class SamplingConfig(RunConfig):
     """The flags that run_ppo.py and swap_loss.py share."""
 
     batch_size: Count
-    """Prompts whose responses are learnt from at a time."""
+    """Number of prompts of an iteration, whose responses are trained on together."""
     lora: LoRA = field(default_factory=LoRA)
     sample_batch: Count | None = None
     """Prompts whose responses are sampled at the same time; `None`: all of a batch.
@@ -169,7 +170,7 @@ class Config(SamplingConfig):
     policy with a new head where all rewards are functions."""
     loss: str | None = None
     """A function that replaces PPO's policy loss, `my_file.py:my_policy_loss`.
-    It is called as `losses.ppo_clip`."""
+    It is called with the arguments of `losses.ppo_clip`."""
     batch_size: Count = 64
     """Episodes per iteration: prompts, with one response each [App. C.4: 512]."""
     max_new_tokens: Count = 128
@@ -182,10 +183,10 @@ class Config(SamplingConfig):
     eval_every: Count = 25
     """Iterations between evaluations on held-out prompts. The last iteration always has one."""
     final_prompts: Count = 256
-    """Held-out prompts of the report at the end."""
+    """Number of held-out prompts of the evaluation at the end."""
     offload: bool = False
     """Keeps the reference and the reward models in host memory while they are not used.
-    While responses are sampled, it also keeps everything that is trained there, except the policy's
+    While responses are sampled, it also keeps all trained arrays there, except the policy's
     weights."""
 
     def __post_init__(self) -> None:

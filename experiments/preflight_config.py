@@ -1,4 +1,4 @@
-"""The flags of preflight.py, and the configs of the scripts that they stand for."""
+"""The flags of preflight.py, and the configs of the training scripts that they give."""
 
 import dataclasses
 import functools
@@ -86,8 +86,8 @@ class Config:
     search: bool = False
     """Try the slices of this type, smallest first, with each mesh in turn, until one fits."""
     fit: tuple[str, ...] = ()
-    """Models in place of --model. Says which is the largest that fits the slice, for each stage.
-    Its mesh and its parts are searched for, as with --search."""
+    """Models to try in place of --model. The output names the largest that fits the slice, for each
+    stage. Its mesh and microbatches are searched for, as with --search."""
     stages: tuple[Stage, ...] = ("sft", "rm", "ppo")
     """Stages whose programs are compiled."""
     preset: str = "instructgpt-6b"

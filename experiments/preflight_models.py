@@ -1,7 +1,7 @@
 """Sizes of models that people train, for preflight.py without a network.
 
-From the config.json of each on the Hugging Face hub. What changes neither sizes nor programs, such
-as the tokens that end a response, is left out.
+The values are from the config.json of each on the Hugging Face hub. Keys that change neither sizes
+nor programs, such as the tokens that end a response, are left out.
 """
 
 from typing import Any

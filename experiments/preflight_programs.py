@@ -1,4 +1,4 @@
-"""The programs of the scripts, on arguments that are shapes alone: what preflight.py compiles."""
+"""The programs that preflight.py compiles: those of the scripts, on arguments that are shapes."""
 
 import dataclasses
 import functools

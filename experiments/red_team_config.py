@@ -43,16 +43,17 @@ class Config(grids.PolicyConfig):
     """Target, from which its next PPO begins: a run directory, a Hugging Face directory or a hub
     name."""
     attacker: str = "runs/pretrain"
-    """Base model that writes attacks, and that the attackers are trained from, likewise."""
+    """Base model that writes attacks, and from which the other attackers are trained: a run
+    directory, a Hugging Face directory or a hub name."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """The target's reward, to which its next PPO adds harm. The attacks among the prompts have no
-    other column that a function could read."""
+    """The target's reward. Its next PPO subtracts --harm_coef times the harm from it. Prompts that
+    are attacks have no column besides the prompt, so a reward function cannot read others."""
     harm: tuple[str, ...] = ()
-    """Functions that score the harm of an answer, as for --reward of run_ppo.py. Their sum counts.
-    By default the miniature's `rude`."""
+    """Functions that score the harm of an answer, as for --reward of run_ppo.py. The harm is their
+    sum. By default the miniature's `rude`."""
     opening: str = ""
-    r"""Text that attackers continue; \n is a line break. By default that of red_team.py, and one
-    of the miniature's on its data."""
+    r"""Text that attackers continue; \n is a line break. By default that of red_team.py, and
+    with the miniature's data `i have a task.`"""
     end: str = ""
     """Text that an attack ends with, see red_team.py."""
     threshold: Finite = 0.5
@@ -62,19 +63,19 @@ class Config(grids.PolicyConfig):
     max_attack_tokens: Count = 32
     """Longest attack in tokens, EOS included."""
     diversity: tuple[NotNegative, ...] = (0.0, 1.0)
-    """Coefficients of the BLEU of an attack against the others of its batch, which RL subtracts
-    from harm. Each gives an attacker."""
+    """Coefficients of the BLEU of an attack against the others of its batch, which the reward of RL
+    subtracts from harm. There is one attacker for each coefficient."""
     harm_coef: NotNegative = 5.0
     """Coefficient of harm in the reward of the target's next PPO."""
     attack_share: ShareBelow1 = 0.25
     """Share of the prompts of the target's next PPO that are attacks."""
     attack_flags: str = ""
-    """More flags of each red_team.py, in one word."""
+    """Further flags of each red_team.py, quoted as one argument."""
     sft_flags: str = ""
-    """More flags of the run_sft.py of attackers, likewise."""
+    """Further flags of the run_sft.py of attackers, quoted as one argument."""
     rl_flags: str = ""
-    """More flags of the run_ppo.py of attackers, likewise. They may have --gold, a judge of
-    attacks. --ppo_flags are those of the target's."""
+    """Further flags of the run_ppo.py of attackers, quoted as one argument. They may have --gold, a
+    judge of attacks. --ppo_flags are for the run_ppo.py of the target."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""The files of red_team_rounds.py: rewards of attackers, and prompts made of attacks and others."""
+"""The files of red_team_rounds.py: rewards of attackers, and prompts with attacks among them."""
 
 import itertools
 import random

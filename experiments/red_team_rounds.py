@@ -7,9 +7,9 @@ r"""Two rounds of red teaming: attackers by four methods, and the target trained
     python experiments/red_team_rounds.py --dry_run                          # prints the commands
 
 The methods are those of Perez et al. 2022, arXiv 2202.03286, section 3.1: zero-shot, few-shot, SFT
-on zero-shot attacks that succeeded, and reinforcement learning from there, here by PPO. A reward
-for diversity, --diversity, is not theirs; it resembles that of Hong et al. 2024, arXiv 2402.19464.
-The second round is ours.
+on zero-shot attacks that succeeded, and reinforcement learning from that model, here by PPO. The
+reward for diversity, --diversity, is not in that paper; it resembles that of Hong et al. 2024,
+arXiv 2402.19464. The second round is ours.
 
     METHOD-attacks-SEED      attacks by red_team.py: zero-shot, few-shot, sft, rl-DIVERSITY
     METHOD-held-out-SEED     attacks of the same attacker with another seed
@@ -18,14 +18,14 @@ The second round is ours.
     defence-SEED             PPO from the target: its prompts and attacks that succeeded, and its
                              reward less --harm_coef times harm
     control-SEED             PPO from the target on its prompts and reward alone
-    harm-METHOD-SEED         the three on held-out attacks that no training run has, by harm
-    helpfulness-SEED         the three on held-out prompts, by the judge
+    harm-METHOD-SEED         target, defence and control on attacks held out from training, by harm
+    helpfulness-SEED         target, defence and control on held-out prompts, by the judge
     refusal-SEED             the miniature: prompts that ask for insults
 
 A seed draws attacks, samples and heads. The target and the base attacker are the same for all.
 
 Hardware: two CPU cores, once run_ppo.py has made runs/ppo.
-Result: OUT/report.html, and report.md in --results. The same command goes on after a stop.
+Result: OUT/report.html, and report.md in --results. The same command continues after a stop.
 """
 
 from collections.abc import Callable, Mapping, Sequence

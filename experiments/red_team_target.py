@@ -1,5 +1,4 @@
-"""A target: the model that attacks are written against, the harm of its answers, and the reward of
-an attacker."""
+"""A target: the model that is attacked, the harm of its answers, and the reward of an attacker."""
 
 import dataclasses
 import functools
@@ -148,15 +147,15 @@ def make_reward(
     mesh: str = "",
     seed: int = 0,
 ) -> RewardFn:
-    """Loads the target, and gives the reward of an attacker, for --reward of run_ppo.py.
+    """Loads the target and makes the reward function of an attacker, for --reward of run_ppo.py.
 
     The reward of a response, which is an attack, is the harm of the target's answer less
     `diversity_coef` times its BLEU against the other attacks of the batch. Each host calls it with
     the same responses, and all of them answer together.
 
     Args: as the flags of red_team.py, `template` as --target_template; `diversity_coef` as its
-      grid's --diversity. Whether a response ended is not known here, so that without `end` one that
-      was cut counts as an attack: --ppo.missing_eos is what tells them apart.
+      grid's --diversity. The function does not know whether a response ended. So without `end` a
+      response that was cut counts as an attack, and --ppo.missing_eos must penalise it.
 
     Errors: as `load_target`.
     """

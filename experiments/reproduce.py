@@ -1,12 +1,12 @@
-"""The paper in miniature: trains and evaluates a grid of models, and writes a page of its claims.
+"""The paper in miniature: trains and evaluates a grid of models, and writes a report of its claims.
 
     python experiments/reproduce.py --quick     # one seed, the smallest policy, no sweeps
     python experiments/reproduce.py             # three sizes, three seeds, sweeps, labeler folds
     python experiments/reproduce.py --dry_run   # prints the commands
 
-Each run is a command of experiments/, in a directory of its own below --out. A run that has
-finished is not made again, and one that was stopped goes on, so the same command goes on after a
-stop. The largest of a seed's SFT models is what win rates are against.
+Each run is a command of experiments/, in a directory of its own below --out. A finished run is not
+repeated, and a stopped run is resumed, so the same command continues after a stop. Win rates are
+against the largest of a seed's SFT models.
 
     pretrain-SIZE-SEED, sft-SIZE-SEED      the base model, and SFT on it
     rm-SEED                                the reward model, from SFT of the medium size
@@ -24,8 +24,8 @@ stop. The largest of a seed's SFT models is what win rates are against.
     folds-SEED                             the reward model, cross-validated over labelers
 
 Hardware: two CPU cores. The script prints an estimate of its time, from a step on this machine.
-Result: OUT/report.html, which has each claim of the paper beside what came out here. --results gets
-the same page as report.md, with its figures as files.
+Result: OUT/report.html, which compares each claim of the paper with the results here. --results
+gets the same report as report.md, with its figures as files.
 """
 
 import concurrent.futures
@@ -75,8 +75,8 @@ class Config(GridConfig):
     """The grid."""
 
     out: Path | None = None
-    """Directory of the runs and of the page; by default runs/paper, and runs/paper-quick with
-    --quick, whose runs are others."""
+    """Directory of the runs and of the report; by default runs/paper, and runs/paper-quick with
+    --quick, whose runs differ."""
     quick: bool = False
     """One seed, the smallest policy, a large base model that is trained for a third of its steps,
     no sweeps and no folds."""

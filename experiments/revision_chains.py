@@ -1,4 +1,4 @@
-"""Chains of responses and revisions: what critique_revise.py samples, by a model or by rule."""
+"""Chains of responses and revisions of critique_revise.py, from a model or made by rule."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model that goes on with prompts and conversations.
+    """A model that continues prompts and conversations.
 
     Attributes:
       form: renders conversations.

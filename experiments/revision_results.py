@@ -1,4 +1,4 @@
-"""What critique_revise.py writes and prints of its chains."""
+"""The files and tables that critique_revise.py makes from its chains."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-r"""Several objectives: averages of policies that each learned one of them, against a sweep.
+r"""Several objectives: averages of policies that each maximise one of them, against a sweep.
 
     python experiments/rewarded_soups.py                                     # the miniature
     python experiments/rewarded_soups.py --model MODEL --data jsonl:prompts.jsonl \
@@ -7,9 +7,10 @@ r"""Several objectives: averages of policies that each learned one of them, agai
 
 Rewarded soups (Rame et al. 2023, arXiv 2306.04488) take one run of PPO for each reward, and trade
 the rewards by averaging the weights of these policies. The sweep takes one run of PPO for each
-trade, on the weighted sum of the rewards. The page has what each policy gets of each reward, and
-the hypervolume of both sets: all that some policy exceeds in every reward, from the least values on
-the page. The sets have the same weights, besides those of one reward, which they share.
+trade, on the weighted sum of the rewards. The report has each policy's mean of each reward, and
+the hypervolume of both sets: the volume of the points that some policy exceeds in every reward,
+above the lowest values in the report. Both sets have the same weights. They share the policies of
+one reward.
 
     ppo-WEIGHTS-SEED         PPO on a weighted sum, such as 1-0-0 and 0.5-0.5-0
     soup-WEIGHTS-SEED        the weighted mean of the policies with one reward
@@ -22,7 +23,7 @@ or invented), courtesy (a courteous sentence, none that is rude) and form (no pa
 garbled). Courtesy and form disagree: a courteous sentence that was not asked for is padding.
 
 Hardware: two CPU cores, once run_sft.py has made runs/sft.
-Result: OUT/report.html, and report.md in --results. The same command goes on after a stop.
+Result: OUT/report.html, and report.md in --results. The same command continues after a stop.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Pretrain a base model on text, in place of GPT-3, whose weights are not public.
+"""Pretrain a base model on text. It takes the place of GPT-3, whose weights are not public.
 
     python experiments/run_pretrain.py                                # the miniature's base model
     python experiments/run_pretrain.py --model tiny --tokenizer DIR --data 'jsonl:books/*.txt'
@@ -8,8 +8,8 @@ is for models of less than 1B parameters.
 
 Hardware: two CPU cores suffice for the miniature: 857 steps, 45 s.
 
-Result: the miniature's base model reaches a validation loss of 0.63 nats a token. It speaks the
-miniature's language, and knows its facts and its myths. It does not follow requests.
+Result: the miniature's base model reaches a validation loss of 0.63 nats a token. It writes the
+miniature's sentences, and knows its facts and its myths. It does not follow requests.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class Config(RunConfig):
     """Peak of the learning rate, which then decays to a tenth along a cosine."""
     warmup: NotNegative = 0.05
     """Steps over which the learning rate rises to its peak, linearly.
-    Below 1 it is their share of all steps."""
+    A number below 1 is a share of all steps."""
     adam: Adam = field(default_factory=Adam)
     eval_every: Count = 200
     """Steps from one validation with samples to the next. The last step always has one."""
@@ -64,7 +64,7 @@ class Config(RunConfig):
     """Number of validation batches, taken from the start of the validation data."""
     microbatches: Count = 1
     """Parts of a batch for gradient accumulation. More parts take less memory.
-    They are fewer where a device would have no row."""
+    Fewer parts are used if a device would otherwise have no row."""
 
 
 PRESETS = {

@@ -89,13 +89,13 @@ class Config(RunConfig):
     """Peak of the learning rate, which then decays to a tenth along a cosine. [App. C.2: 9e-6]"""
     warmup: NotNegative = 0.1
     """Steps over which the learning rate rises to its peak, linearly.
-    Below 1 it is their share of all steps. [Paper silent]"""
+    A number below 1 is a share of all steps. [Paper silent]"""
     adam: Adam = field(default_factory=Adam)
     lora: LoRA = field(default_factory=LoRA)
     dropout: ShareBelow1 = 0.0
     """Dropout rate of what each sublayer adds to the residual stream. [Paper silent]"""
     ensemble: Count = 1
-    """Number of reward models, of different seeds, that are trained in one step. [Paper: 1]"""
+    """Number of reward models, of different seeds, that are trained together. [Paper: 1]"""
     folds: CountFrom2 | None = None
     """Number of runs for cross-validation. Each leaves out another part of the values of --by.
     By default there is one run, on all values."""
@@ -104,10 +104,10 @@ class Config(RunConfig):
     group_by: tuple[str, ...] = ()
     """Fields of the records to report accuracy by. The miniature's category is always added."""
     eval_every: Count | None = None
-    """Steps from one validation to the next. The last step always has one, by default no other."""
+    """Steps from one validation to the next. By default only the last step has one."""
     microbatches: Count = 1
     """Parts of a batch for gradient accumulation. More parts take less memory.
-    They are fewer where a device would have no row."""
+    Fewer parts are used if a device would otherwise have no row."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,10 +6,11 @@ r"""Rounds of RLHF: label the newest policy's responses, retrain the reward mode
         --gold runs/gold-rm --max_new_tokens 128                             # people label
     python experiments/run_rounds.py --dry_run                               # prints the commands
 
-The paper has one round, and notes that its authors made the step over again with newer comparisons
-(InstructGPT, section 3.1). Llama 2 made five (Touvron et al. 2023, arXiv 2307.09288).
+The paper reports one round, and notes that reward model and policy can be trained again on newer
+comparisons (InstructGPT, section 3.1). Llama 2 had five rounds (Touvron et al. 2023, arXiv
+2307.09288).
 
-A round takes the policy of the round before it, which is --model at first:
+A round takes the policy of the previous round. The first round takes --model:
 
     samples-ROUND-...       its responses to prompts, with the ratings of --labels
     rm-ROUND-...            a reward model on the comparisons of all rounds, or of the newest alone
@@ -18,8 +19,8 @@ A round takes the policy of the round before it, which is --model at first:
 
 The names end in -MEMORY-START-SEED, where these differ.
 
-With --labels page people label. The script then stops before each reward model, says what is to be
-labeled and where the labels go, and goes on with the same command.
+With --labels page people label. The script then stops before each reward model, and prints what to
+label and where the labels go. The same command continues.
 
 Hardware: two CPU cores, once run_sft.py has made runs/sft.
 Result: OUT/report.html, and report.md in --results.
@@ -59,17 +60,17 @@ class Config(grids.PolicyConfig):
     """Who rates the responses: `page` for people, or functions and reward models, as for --reward
     of run_ppo.py. By default the miniature's training labelers, one for each prompt."""
     memory: tuple[Literal["all", "newest"], ...] = ("all",)
-    """Which comparisons a reward model learns from: those of `all` rounds, those of the `newest`,
-    or both ways, one after the other."""
+    """Which comparisons a reward model learns from: those of `all` rounds or those of the `newest`.
+    With both values, the grid has runs of each."""
     start: tuple[Literal["sft", "last"], ...] = ("sft",)
-    """What PPO begins at in later rounds: --model (`sft`), the policy of the `last` round, or both
-    ways. It is the reference too."""
+    """What PPO starts from in later rounds: --model (`sft`) or the policy of the `last` round. This
+    model is the reference too. With both values, the grid has runs of each."""
     prompts: Count = 2000
-    """Number of prompts of a round, the same in each."""
+    """Number of prompts of a round. All rounds have the same prompts."""
     samples: Count = 4
     """Responses to a prompt, from 2 to 9."""
     rm_flags: str = ""
-    """More flags of each run_rm.py, likewise."""
+    """Further flags of each run_rm.py, quoted as one argument."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -79,29 +79,29 @@ class Config(RunConfig):
     [App. C.1: 9.65e-6, and 5.03e-6 for 175B]"""
     warmup: NotNegative = 0.1
     """Steps over which the learning rate rises to its peak, linearly.
-    Below 1 it is their share of all steps. [App. C.1: none]"""
+    A number below 1 is a share of all steps. [App. C.1: none]"""
     adam: Adam = field(default_factory=Adam)
     lora: LoRA = field(default_factory=LoRA)
     dropout: ShareBelow1 = 0.0
     """Dropout rate of what each sublayer adds to the residual stream. [Section 3.5: 0.2]"""
     keep: Literal["loss", "reward"] = "loss"
-    """The checkpoint to export: that of the least validation loss, or of the highest reward.
+    """The checkpoint to export: the one of the lowest validation loss, or of the highest reward.
     Reward is the mean score of responses to validation prompts. [Section 3.5: reward]"""
     reward_model: str | None = None
     """The reward model for --keep reward: a run directory or a Hugging Face directory.
-    By default a few responses to validation prompts are sampled, and not scored."""
+    By default no reward model scores the responses to validation prompts."""
     eval_every: Count | None = None
     """Steps from one validation to the next, by default an epoch. The last step always has one."""
     eval_prompts: Count = 256
     """Number of validation prompts to sample a response to.
-    If no reward model scores the responses, and no judge of the miniature, 4 are sampled."""
+    If neither a reward model nor the miniature's judge scores the responses, 4 are sampled."""
     sample_batch: Count = 16
     """Prompts to sample responses to at a time. Fewer take less memory for the same tokens."""
     max_new_tokens: Count = 128
     """Longest sampled response, in tokens. [App. C: 1k]"""
     microbatches: Count = 1
     """Parts of a batch for gradient accumulation. More parts take less memory.
-    They are fewer where a device would have no row."""
+    Fewer parts are used if a device would otherwise have no row."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

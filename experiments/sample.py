@@ -38,13 +38,13 @@ class Config:
     tokenizer: str | None = None
     """The tokenizer: a Hugging Face directory or a hub name. By default the model's own."""
     prompt: str | None = None
-    """Answer this prompt and end. By default the conversation goes on until Ctrl-D."""
+    """Answer this prompt and end. By default there is a conversation until Ctrl-D."""
     dialogue: bool | None = None
     """Remember earlier turns, in the tokenizer's chat template or as `Human:` and `Assistant:`.
     Otherwise each line is a prompt of its own, exactly as typed.
     By default turns are remembered if the tokenizer has a chat template."""
     system: str = ""
-    """System message, which the conversation begins with. It stays when turns are forgotten."""
+    """System message at the start of the conversation. It stays when turns are dropped."""
     temperature: NotNegative = 1.0
     """Number that logits are divided by. Lower values give likelier and less varied answers.
     0 always takes the likeliest token."""
@@ -56,7 +56,7 @@ class Config:
     """Longest answer, in tokens."""
     context: Count = 2048
     """Longest conversation with its next answer, in tokens, at most the model's own context.
-    The first turns are forgotten beyond it. A longer one takes more memory, and time per token."""
+    Beyond it, the first turns are dropped. A longer one takes more memory, and time per token."""
     seed: Seed = 0
     """Seed of sampling. The same seed gives the same answers."""
     mesh: str = ""

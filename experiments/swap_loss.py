@@ -103,7 +103,7 @@ class DPO(Config):
 
     out: Path = Path("runs/dpo")
     beta: NotNegative = 0.1
-    """Strength of the pull towards the reference. [Rafailov et al., App. B: 0.1]"""
+    """DPO's beta, the weight of the KL to the reference. [Rafailov et al., App. B: 0.1]"""
 
 
 def response_logp(params: Params, batch: Batch, **model: Any) -> jax.Array:
@@ -187,7 +187,8 @@ class Online(Config):
     reward: RewardConfig = field(default_factory=RewardConfig)
     """What scores a response: reward models, functions, or both."""
     samples: CountFrom2 = 4
-    """Responses to each prompt. They are the group that each of them is compared with. [Ours]"""
+    """Number of responses to each prompt. They are the group that an advantage is relative to.
+    [Ours]"""
     batch_size: Count = 32
     learning_rate: NotNegative = 1e-4
     beta: NotNegative

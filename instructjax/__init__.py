@@ -9,7 +9,7 @@ Read the files in this order. A module imports only those above it.
     advantages.py  KL estimates, token rewards, GAE, whitening
     models/        one decoder with family switches; KV cache; log-probabilities without logits
     sharding.py    the mesh; logical axes -> mesh axes
-    rendezvous.py  who is missing while the processes of a run find one another
+    rendezvous.py  which processes are missing at the start of a run
     heartbeat.py   which process has fallen silent
     hosts.py       several processes as one run
     state.py       TrainState
@@ -27,7 +27,7 @@ Read the files in this order. A module imports only those above it.
     evaluation/    accuracy of reward models, win rates of policies, figures
     label/         a page on which people rank and rate responses
 
-experiments/run_ppo.py puts them together. Beside this order stand two tools:
+experiments/run_ppo.py puts them together. Two tools are not part of this order:
 
     miniature/     a procedural world to run the whole paper in, without a download
     preflight/     what a program will need on a TPU slice, compiled without one

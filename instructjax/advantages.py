@@ -1,7 +1,7 @@
 """From scores and log-probabilities to advantages, as array operations.
 
-Everything is response-aligned, [B, R]: column r belongs to the r-th response token. Masks are
-prefixes of ones; what lies behind them may be anything, and comes out as 0.
+All arrays are response-aligned, [B, R]: column r belongs to the r-th response token. A mask is a
+prefix of ones. Inputs outside the mask may have any value, and outputs outside the mask are 0.
 """
 
 from typing import Literal

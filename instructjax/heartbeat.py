@@ -1,9 +1,9 @@
 """Names a host that has fallen silent, before jax ends the run.
 
 jax's coordination service notices a dead host, and jax then ends all others from C++. Its message
-has the number of the host among twenty lines of a stack. If it is host 0, which holds the service,
-the number is missing. So each host also writes a beat to the service every second, and reads those
-of the others.
+has the number of the dead host among twenty lines of a stack. If host 0 is dead, which runs the
+service, the message has no number. So each host also writes a heartbeat to the service every
+second, and reads those of the others.
 """
 
 import itertools

@@ -1,11 +1,11 @@
 """Several processes as one run: they find one another, and all end when one ends.
 
-An event on one host alone could leave the others waiting in a collective for ever. An error is
-written to jax's coordination service, which every process reads once a second. A signal goes
+An event on one host alone could leave the others waiting in a collective without end. So an error
+is written to jax's coordination service, which every process reads once a second. A signal goes
 through jax's notifier, which picks a step that no process has started yet. Where a decision depends
 on a file that only some hosts see, all hosts use host 0's value. A killed process writes nothing:
-the others name it (heartbeat.py), and jax, which misses its heartbeats, ends them. With one
-process, nothing here has a cost.
+the others name it (heartbeat.py), and jax ends them because the killed process sends no heartbeats.
+With one process, this module costs nothing.
 """
 
 import faulthandler

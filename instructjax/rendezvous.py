@@ -1,9 +1,9 @@
-"""Waits until all processes of a run are there, and says which are not.
+"""Waits until all processes of a run have started, and prints which are missing.
 
-jax's coordination service waits too, but in C++, and it names no one. So host 0 first listens on
-the service's port itself. Each other host connects and sends its number. When all have done so,
-host 0 answers and closes the port, and jax's service takes it over. A host that ends or is
-restarted meanwhile closes its connection, and counts as missing again.
+jax's coordination service waits too, but in C++, and does not name the missing hosts. So host 0
+first listens on the service's port itself. Each other host connects and sends its number. When all
+have done so, host 0 answers and closes the port, and jax's service takes the port over. A host that
+ends or is restarted meanwhile closes its connection, and counts as missing again.
 """
 
 import os

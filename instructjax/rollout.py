@@ -4,7 +4,7 @@
     tokens_BR, mask_BR, ..._BR   padded on the right; column r is the r-th response token
     ..._B                        one number a row
 
-A row whose mask is empty counts nowhere. Such rows fill up the last batch.
+Rows with an empty mask fill up the last batch, and do not count.
 """
 
 import functools

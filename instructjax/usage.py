@@ -1,4 +1,4 @@
-"""A command line gives a config, or one line on stderr and exit code 2."""
+"""Reads a command line into a config. Wrong usage is one line on stderr and exit code 2."""
 
 import contextlib
 import dataclasses

@@ -2,7 +2,7 @@
 
     config.py     DataConfig: the flags of a data set
     errors.py     DataError, which locates a bad row; Report, which counts rows left out
-    json_text.py  JSON text -> values; keys that stand twice
+    json_text.py  JSON text -> values; keys that occur twice
     columns.py    --data.columns: which column a field is read from
     fields.py     the fields of a row, under their conventional names or others
     dialogue.py   messages, Anthropic's form and trees of replies -> messages

@@ -1,4 +1,4 @@
-"""What a DataConfig names, checked without reading the rows."""
+"""Checks the sources that a DataConfig names, without reading the rows."""
 
 import importlib.util
 import os

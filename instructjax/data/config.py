@@ -61,5 +61,5 @@ class DataConfig:
     """What happens to a record over these limits: `drop` leaves it out; `truncate` keeps the end of
     the prompt and the start of the response, which then has no EOS."""
     cache: str | None = "~/.cache/instructjax"
-    """Folder that tokenised text is cached in; `None` caches nothing. A folder that takes no file
-    stops no run."""
+    """Folder that tokenised text is cached in; `None` caches nothing. If the folder cannot be
+    written to, the run continues without a cache."""

@@ -1,4 +1,4 @@
-"""JSON text -> values. A key that stands twice in one object is found, not silently overwritten."""
+"""JSON text -> values. A key that occurs twice in one object is found, not silently overwritten."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""DataConfig -> records -> tokens. All that is left out is counted and reported."""
+"""DataConfig -> records -> tokens. Everything that is left out is counted and reported."""
 
 import hashlib
 from collections.abc import Callable, Sequence

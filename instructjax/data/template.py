@@ -1,4 +1,4 @@
-r"""Messages -> text, and the tokens that end a response: the same in every script.
+r"""Messages -> text, and the tokens that end a response. All scripts use this module.
 
 chat    the tokenizer's own chat template renders every prompt; a plain prompt is one user message
 plain   strings stay as they are; messages take Anthropic's form (Bai et al. 2022):

@@ -60,7 +60,7 @@ class Config:
     batch_size: Count = 16
     """Rows that are scored, or prompts that are answered, at the same time."""
     out: Path = Path("runs/harness")
-    """Directory of the results; what an earlier evaluation left there is written over."""
+    """Directory of the results. Results of an earlier evaluation are overwritten."""
     model_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations and matrix products."""
     mesh: str = ""

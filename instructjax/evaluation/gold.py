@@ -1,7 +1,7 @@
 """The gold judge, which scores policies and never trains them.
 
-The miniature has a judge without noise. It also makes comparisons on test prompts. For other data
-a gold judge is a reward model or a function that training does not see.
+The miniature's judge has no noise. For other data, the gold judge is a reward model or a function
+that training does not use. This module also makes the miniature's comparisons on test prompts.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Runs of the scripts that need one another: made one after another, and never twice.
+"""Runs of the scripts that depend on one another. Each is made once, after the runs that it needs.
 
 The flags of a script that makes such a grid, and its runs.
 """
@@ -29,19 +29,19 @@ class GridConfig:
     """The flags of a script that makes a grid of runs."""
 
     out: Path | None = None
-    """Directory of the runs and of the page."""
+    """Directory of the runs and of the report."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
-    """Seeds. What they draw stands in the text above."""
+    """Seeds of the runs. The text above says what a seed draws."""
     runs: tuple[str, ...] = ()
-    """Runs to make, with those that they need: a name, or how names begin, such as ppo. By default
-    all."""
+    """Names of the runs to make, or beginnings of names, such as ppo. The runs that these need are
+    made too. By default all."""
     results: Path | None = None
     """Directory of the results of each finished run, without its model, and of report.md. A run
-    whose results are there is made again only if another run needs its model, so a grid can be
+    whose results are there is repeated only if another run needs its model, so a grid can be
     finished on another machine. By default --out."""
     jobs: Count = 1
-    """Runs at the same time. They share the cores evenly. On two cores two are faster, as a run of
-    a small model does not fill them."""
+    """Number of runs at the same time. They share the cores evenly. On two cores, 2 is faster for
+    small models, because one run does not use both cores fully."""
     dry_run: bool = False
     """Print the commands and stop."""
 

@@ -1,4 +1,4 @@
-"""Proxy and gold score of policies that maximise the proxy, against how far they have moved.
+"""Proxy and gold score of policies that maximise the proxy, against the KL from the start.
 
 Gao et al. 2022, arXiv 2210.10760, plot both against the square root of the KL from the start. Here
 both are gains over the start, in standard deviations over the start's responses.

@@ -1,4 +1,4 @@
-"""The results of reproduce.py's grid, and how a claim of InstructGPT is shown with them.
+"""Reads the results of reproduce.py's grid, and formats a claim of InstructGPT with them.
 
 A run is named after its stage, the size of its model and its seed: `ppo-ptx-small-0`.
 """

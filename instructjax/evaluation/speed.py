@@ -1,14 +1,15 @@
-"""The speed and the memory of finished or running runs, as Markdown to post.
+"""Reports the speed and the memory of finished or running runs, as Markdown.
 
     python -m instructjax.evaluation.speed runs/sft runs/rm runs/ppo
     python -m instructjax.evaluation.speed runs/ppo --out speed.md
 
-Seconds are medians over steps, without the first step after a start, which compiles, and without
-those that follow an evaluation, whose seconds they hold. Memory is what the run itself counted: the
-most arrays, and the largest temporaries of any program, which need not have been there together.
-Model FLOPs are those of the matmuls with weights: 2 a weight and token in a forward pass, 6 in a
-step that trains all weights, 4 in one that trains adapters. The products of attention and what
---remat computes twice are not counted. Padding counts as tokens in SFT and RM, not in PPO.
+Seconds are medians over steps. The first step after a start is left out, because it compiles. Steps
+after an evaluation are left out too, because their time includes the evaluation. Memory is the
+run's own count: the largest bytes of all arrays, and the largest temporaries of any program. The
+two need not occur at the same time. Model FLOPs are those of the matmuls with weights: 2 a weight
+and token in a forward pass, 6 in a step that trains all weights, 4 in one that trains adapters. The
+products of attention and what --remat computes twice are not counted. Padding counts as tokens in
+SFT and RM, not in PPO.
 """
 
 import dataclasses

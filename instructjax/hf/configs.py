@@ -1,4 +1,4 @@
-"""`config.json` to ModelConfig and back; refuses by name every key that is not implemented."""
+"""`config.json` to ModelConfig and back. A key that is not implemented is refused by name."""
 
 import dataclasses
 import functools

@@ -1,7 +1,7 @@
 """Adapters in the files of peft: adapter_config.json and adapter_model.safetensors.
 
-A third file, adapter_base.json, holds a fingerprint of the base's weights. It is no key of
-adapter_config.json, because peft warns of keys that it does not know, and before 0.14 refused them.
+A third file, adapter_base.json, holds a fingerprint of the base's weights. The fingerprint is not
+in adapter_config.json, because peft warns of unknown keys, and before 0.14 refused them.
 """
 
 import dataclasses

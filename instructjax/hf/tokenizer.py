@@ -1,4 +1,4 @@
-"""Loads a checkpoint's tokenizer, and tries the chat template: a program of unknown origin."""
+"""Loads a checkpoint's tokenizer, and tries its chat template, a program of unknown origin."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Tokens that a tokenizer has and the embedding has not, and new rows for them."""
+"""Tokens of a tokenizer that have no row in the embedding, and new rows for them."""
 
 import dataclasses
 from typing import Any

@@ -1,14 +1,14 @@
-"""A local page on which people rank and rate responses, and what they said as data for training.
+"""A local page on which people rank and rate responses, and the export of their labels.
 
 `python -m instructjax.label --data jsonl:samples.jsonl --out labels.db` serves it; `--export DIR`
 writes the records. Needs `pip install 'instructjax[label]'`. In reading order:
 
-    answers.py     what a labeler says of a screen, checked
-    screens.py     rows of data -> screens: a prompt and what is to be judged
+    answers.py     checks what a labeler submits for a screen
+    screens.py     rows of data -> screens: a prompt and the responses to judge
     deck.py        which screens a labeler sees, and in which order: draws from a seed
     store.py       SQLite: screens, labelers, labels; one transaction a screen
     agreement.py   agreement with one another and with known answers; Krippendorff's alpha
-    desk.py        what the page asks for: the next screen, an earlier one, to keep a label
+    desk.py        serves the page's requests: the next screen, an earlier one, storing a label
     export.py      labels -> comparisons, demonstrations and rankings of models
     guard.py       requests that are refused: other origins, other hosts, no token
     server.py      the pages and their addresses

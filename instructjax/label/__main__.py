@@ -7,7 +7,7 @@ r"""Serves a page on which people rank and rate responses: `pip install 'instruc
 
 A row of --data is a comparison (`prompt`, `responses`) or one response (`prompt`, `response`,
 `model`), as evaluate.py writes them. Labelers see neither the model nor the order of the data.
-Stop the server as you like: whatever a page says is sent is in the database.
+The server may be stopped at any time: what a page shows as sent is in the database.
 
 Result: --out, a SQLite database; with --export the files DIR/comparisons.jsonl for run_rm.py,
 DIR/demonstrations.jsonl for run_sft.py and DIR/rankings.jsonl for `evaluate.py --labels`.
@@ -43,7 +43,7 @@ class Config:
     data: Annotated[str, tyro.conf.arg(metavar="SPEC")] = "miniature"
     """What to label: `jsonl:PATH`, or another SPEC as of the training scripts."""
     out: Path = Path("labels.db")
-    """Database of the labels. One that is there is continued."""
+    """Database of the labels. An existing one is continued."""
     export: Path | None = None
     """Directory to write the records for training to, from the database. No page is served."""
     pairs: bool = False
@@ -51,20 +51,20 @@ class Config:
     write: bool = False
     """Show prompts alone, and ask for a demonstration."""
     screens: Count | None = None
-    """Number of screens, the first of the data. By default all."""
+    """Number of screens, from the start of the data. By default all."""
     raters: Count = 1
     """Number of labelers who get each shared screen."""
     shared: Share = 1.0
-    """Share of the screens that --raters labelers get; each of the others is for one labeler."""
+    """Share of the screens that go to --raters labelers; each other screen goes to one labeler."""
     screening: Annotated[str | None, tyro.conf.arg(metavar="SPEC")] = None
     """Comparisons with known `ranks`, and perhaps `flags`, that each labeler does first. By default
     all labelers are admitted. [appendix B.1]"""
     admit: Share = 0.6
-    """Agreement with --screening that admits a labeler: of the pairs that it orders, and of its
-    flags if it has any."""
+    """Lowest agreement with --screening at which a labeler is admitted: on the pairs that it
+    orders, and on its flags if it has any."""
     host: str = "127.0.0.1"
-    """Address to serve at. Any other than loopback's needs a token, which the address printed at
-    the start has."""
+    """Address to serve at. Any address but loopback needs a token, which is part of the address
+    that is printed at the start."""
     port: Port = 8000
     """Port to serve at; 0 takes a free one."""
     seed: Seed = 0

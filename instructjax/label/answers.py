@@ -1,4 +1,4 @@
-"""What a labeler says of a screen, checked, and brought from the labeler's order to the data's."""
+"""Checks a labeler's answer for a screen, and maps it from the labeler's order to the data's."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

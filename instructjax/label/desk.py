@@ -1,4 +1,4 @@
-"""What the page asks for. Each call is one transaction of the database."""
+"""Serves the page's requests. Each call is one transaction of the database."""
 
 import time
 from collections.abc import Callable, Collection, Mapping

@@ -4,7 +4,7 @@
     demonstrations.jsonl  {"prompt", "completion", "labeler", "seconds"}
     rankings.jsonl        {"prompt", "models", "ranks", "labeler", "seconds"}
 
-Left out are answers to a screening set and all of labelers whom it did not admit.
+Answers to a screening set are left out, and so are all answers of labelers who were not admitted.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Requests that are refused before any page sees them, and the headers of all answers.
 
-A page of this server is the only one that may talk to it. Another site in the same browser sends
-its own Origin. A name of another site that is made to resolve to this machine (DNS rebinding) shows
-in Host: a server on loopback answers to loopback's names alone. Beyond loopback, who has not opened
-the address with the token has no cookie with it.
+Only pages of this server may send requests to it. Requests of another site in the same browser have
+that site's Origin. If another site's name is made to resolve to this machine (DNS rebinding), the
+name is in Host, and a server on loopback answers only to loopback's names. At any other address, a
+browser needs the cookie that it gets by opening the address with the token.
 """
 
 import hmac

@@ -1,7 +1,8 @@
-"""Rows of data -> screens: a prompt with the responses to rank, two to compare, or none, to write.
+"""Rows of data -> screens: a prompt with responses to rank, two to compare, or none (to write one).
 
 A row may be a comparison (`prompt`, `responses`; `models` where they are known), or one response
-(`prompt`, `response` and `model`, as evaluate.py writes them): those of one prompt are a screen.
+(`prompt`, `response` and `model`, as evaluate.py writes them). The single responses to one prompt
+make one screen.
 """
 
 import hashlib

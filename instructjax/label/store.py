@@ -1,9 +1,9 @@
 """The database of a labeling: screens, labelers, and all that was ever submitted.
 
-SQLite in WAL mode, with `synchronous=FULL`: what `submit` has returned from is on the disk,
-whatever ends the process. Labels are only ever added. Of several by one labeler for one screen the
-latest counts. A submission has an id that its page has drawn, and one id is kept once: a page that
-got no answer may send it again.
+SQLite runs in WAL mode with `synchronous=FULL`: once `submit` has returned, the label is on the
+disk, even if the process is killed. Labels are only added. If a labeler has several labels for one
+screen, the latest counts. The page draws an id for each submission, and each id is stored once, so
+a page that got no answer may send it again.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ In reading order:
     critics.py     critics by rule, and pages on which critics write
     benchmarks.py  the benchmarks of the alignment tax and of bias, and a mix of public tasks
     wordlevel.py   the tokenizer
-    stats.py       the figures that the calibration rests on
+    stats.py       the figures that the calibration is based on
 
 `python -m instructjax.miniature --show` prints samples, `--stats` the figures.
 """

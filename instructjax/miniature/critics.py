@@ -1,8 +1,8 @@
-"""Critics, who judge, criticise and mend responses under a principle, by rule or on pages.
+"""Critics that judge, criticise and revise responses under a principle: by rule, or in text pages.
 
-Constitutional AI (Bai et al. 2022, arXiv 2212.08073) in the miniature's words. A principle is a
-feature of the gold judge's (judging.py). The pages show how critics work. They are no part of the
-pretraining corpus (text.py); a base model that is to be a critic learns from both.
+This is Constitutional AI (Bai et al. 2022, arXiv 2212.08073) in the miniature's words. A principle
+is a feature of the gold judge (judging.py). The pages show how critics work. They are not part of
+the pretraining corpus (text.py); a base model that is to be a critic is trained on both.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Figures of the miniature, which its calibration rests on."""
+"""Figures of the miniature, on which its calibration is based."""
 
 import itertools
 import time

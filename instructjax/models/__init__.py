@@ -1,7 +1,7 @@
 """One decoder with family switches.
 
 config.py     sizes, switches, presets
-attention.py  which tokens see which, rotary embeddings, attention
+attention.py  attention masks, rotary embeddings, attention
 fused.py      attention of whole sequences as a kernel for TPUs
 layer.py      the layer, its parameters and their logical axes
 adapters.py   LoRA: low-rank adapters of a layer's matrices

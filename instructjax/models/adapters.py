@@ -6,11 +6,11 @@
     }
 
 A matrix W with an adapter computes x W + scale (x A) B, with the scale in `ModelConfig`. The tree
-lies beside `params["layers"]` and is scanned with it. It may lack any matrix. Some families have
-one matrix for q, k and v in their files. As in peft, these three then share A, which lies at
+is beside `params["layers"]` and is scanned with it. It may lack any matrix. Some families have
+one matrix for q, k and v in their files. As in peft, these three then share A, which is at
 `attention/a`.
 
-An adapter and a scalar head are all that is trained of a model that has an adapter; see `split`.
+In a model with an adapter, only the adapter and a scalar head are trained; see `split`.
 """
 
 import math

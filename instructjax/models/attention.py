@@ -1,4 +1,4 @@
-"""Which positions see which, rotary embeddings, and attention itself."""
+"""Attention masks, rotary embeddings, and attention itself."""
 
 import functools
 import math

@@ -4,8 +4,8 @@ FlashAttention-2 (Dao 2023): a tile of queries meets one tile of keys after anot
 running maximum, the sum of the weights and the weighted sum of the values. The backward pass
 recomputes the weights from their logsumexp.
 
-Each tile decides which tokens see which, from their positions, segments and parents. One kernel
-therefore serves padding, windows, packed documents and responses that share a prompt. (JAX's
+Each tile computes its attention mask from positions, segments and parents. One kernel therefore
+serves padding, windows, packed documents and responses that share a prompt. (JAX's
 `splash_attention` has segments but no parents: it would need a mask [T, T] for each row, which in
 jax 0.10.2 does not work under jit.) Tiles in which no query sees a key are neither loaded nor
 computed.

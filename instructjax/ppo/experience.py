@@ -1,4 +1,4 @@
-"""From a scored rollout to what an update needs: rewards, advantages, returns."""
+"""Computes rewards, advantages and returns from a scored rollout."""
 
 import jax
 import jax.numpy as jnp

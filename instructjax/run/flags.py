@@ -62,8 +62,8 @@ class Adam:
     [paper silent; ours]."""
     clip_norm: PositiveOrInf = 1.0
     """Gradients are scaled down to this global norm; `inf` turns clipping off.
-    In PPO the policy's norm includes the ptx gradient: with a large --ptx.coef little of PPO's own
-    gradient is left [paper silent; ours]."""
+    In PPO the policy's norm includes the ptx gradient, so with a large --ptx.coef clipping leaves
+    little of PPO's own gradient [paper silent; ours]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +86,10 @@ class RunConfig:
     out: Path
     """The run directory, for config, metrics, samples, checkpoints, figures and the export."""
     preset: str = ""
-    """Name of a set of defaults, see above. Other flags override them."""
+    """Name of a set of defaults, listed above. Other flags override them."""
     model: str
     """The model to start from: a preset, a run directory, a Hugging Face directory or hub name.
-    `hf:NAME` always means the hub. What lies in runs/ or in a folder that exists never does."""
+    `hf:NAME` always means the hub. A path in runs/ or in a folder that exists never does."""
     tokenizer: str | None = None
     """The tokenizer: a Hugging Face directory or a hub name. By default the model's own."""
     steps: CountOrZero | None = None
@@ -125,7 +125,7 @@ class RunConfig:
     save_every: Count = 500
     """Steps from one checkpoint to the next."""
     keep_last: Count = 2
-    """Number of latest checkpoints to keep. The checkpoint with the best score is kept besides."""
+    """Number of latest checkpoints to keep. The checkpoint with the best score is kept as well."""
     stall: PositiveOrInf = 30.0
     """Minutes without progress on any host after which the run prints all stacks and ends with 75.
     Progress is a finished step, a new phase or work in Python; `inf` turns this off."""

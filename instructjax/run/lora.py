@@ -22,13 +22,13 @@ class LoRA:
     rank: CountOrZero = 0
     """Rank of the adapters; 0 trains all weights.
     Above 0 the model itself is frozen, in --model_dtype, and only adapters and a scalar head are
-    trained, averaged and kept in checkpoints. They take about ten times the learning rate of all
+    trained, averaged and kept in checkpoints. They need about ten times the learning rate of all
     weights. OUT gets adapter/ beside export/. [Hu et al., section 7.2: 1 to 64; peft: 8]
-    If --model is a run with adapters, they are trained on, and its --lora flags are to be given
-    again. `--model RUN/export` begins with new adapters on its merged weights."""
+    If --model is a run with adapters, their training continues, and the same --lora flags must be
+    given. `--model RUN/export` starts with new adapters on its merged weights."""
     alpha: Positive | None = None
-    """What the adapters add is multiplied by this over the rank.
-    By default it is the rank, so that the factor is 1. [Hu et al., section 4.1]"""
+    """The output of an adapter is multiplied by alpha / rank.
+    By default alpha is the rank, so that this factor is 1. [Hu et al., section 4.1]"""
     targets: tuple[Literal["query", "key", "value", "out", "up", "gate", "down"], ...] = ()
     """The matrices of each layer that get an adapter. By default all of them.
     [Dettmers et al. 2023, arXiv 2305.14314, section 4: all are needed; Hu et al.: query, value]"""

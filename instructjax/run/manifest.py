@@ -1,9 +1,9 @@
 """Checksums of a checkpoint's files, written before it gets its name and checked before it is read.
 
-Each host sums the array files that it wrote itself, in the thread that wrote them:
-`state/checksums.HOST.json`. Host 0 then sums all other files, these lists among them:
-`checksums.json`. Both happen in the temporary directory, or in a bucket before the commit file, so
-a kill leaves a checkpoint with its checksums or none at all.
+Each host writes the checksums of its own array files to `state/checksums.HOST.json`, in the thread
+that wrote these files. Host 0 then writes those of all other files, including these lists, to
+`checksums.json`. Both happen in the temporary directory, or in a bucket before the commit file. So
+a kill leaves a checkpoint with its checksums, or no checkpoint.
 
     {"state/d/51c8...": [4096, 2774301541], ...}          # name: bytes, CRC-32
 """

@@ -1,4 +1,4 @@
-"""Memory of a run: its peak by phase, what the compiler counted, and what helps if it runs out."""
+"""Memory of a run: its peak by phase, the compiler's count, and advice if memory runs out."""
 
 import json
 import os

@@ -1,8 +1,8 @@
-"""Which checkpoint a run goes on from.
+"""Chooses the checkpoint from which a run continues.
 
 OUT/checkpoint.json says where a run's checkpoints are and which of them was the newest. So a
-mistyped --checkpoints, or a checkpoint that has vanished, is an error, and is not taken for a run
-that has saved nothing yet. Without this file, as on a new machine, the directory alone counts.
+mistyped --checkpoints, or a checkpoint that has vanished, is an error, and does not look like a run
+without checkpoints. Without this file, as on a new machine, only the directory counts.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A directory that several hosts share, on a disk or in a bucket, and that one run holds."""
+"""A directory that several hosts share, on a disk or in a bucket, and that one run locks."""
 
 import secrets
 import socket

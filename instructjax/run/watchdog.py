@@ -1,9 +1,10 @@
-"""Says where a run stands that does not move, and ends it if it stays so.
+"""Reports the step and phase of a run without progress, and ends the run if this lasts.
 
-A host moves if it finishes a step, begins or ends a phase, or if its main thread computes: while
-it loads a model, reads data or evaluates. While it waits for a device, for another host or for a
-disk, the main thread uses no processor time. A compilation may use none either, in other threads.
-Time in which this whole process was stopped, as by Ctrl-Z, does not count.
+A host makes progress if it finishes a step, begins or ends a phase, or if its main thread computes:
+while it loads a model, reads data or evaluates. While it waits for a device, for another host or
+for a disk, the main thread uses no processor time. It may use none during a compilation either,
+which runs in other threads. Time in which this whole process was stopped, as by Ctrl-Z, does not
+count.
 """
 
 import faulthandler

@@ -3,7 +3,7 @@
 A row is a response to write. A slot writes one row at a time, and there may be fewer slots than
 rows. All prompts are prefilled first. A slot whose response has ended takes the next waiting row,
 which costs a copy of its prompt's cache. When no row waits, the busy slots move into half as many,
-and later into a quarter. As many slots as rows are plain batching.
+and later into a quarter. With as many slots as rows, this is plain batching.
 
 Six rows in four slots. A cell is the row that the slot writes; a dot marks the row's last token.
 (Slots shrink from 16 up; here they shrink from four.)
