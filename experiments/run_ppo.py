@@ -1,7 +1,7 @@
 r"""PPO-ptx: the paper's third step, against a reward model or your own function (section 3.5).
 
     python experiments/run_ppo.py                                   # the miniature, from nothing
-    python experiments/run_ppo.py --preset quick                    # a first look, in a third of it
+    python experiments/run_ppo.py --preset quick                    # a first look, in fewer steps
     python experiments/run_ppo.py --preset instructgpt-6b --model runs/sft --reward runs/rm \
         --data jsonl:prompts.jsonl --pretrain 'jsonl:books/*.txt'
     python experiments/run_ppo.py --model runs/sft --reward runs/rm --data jsonl:prompts.jsonl \
