@@ -78,6 +78,7 @@ from instructjax.run.flags import preset_of
 from instructjax.run.process import return_memory
 from instructjax.train import Batch, Metrics
 
+ENOUGH_END = 0.8  # share of the first responses that end, below which `cut_responses` warns
 PANELS = {  # of curves.png
     "score": ("objective/score", "validation/score"),
     "KL, nats a response": ("objective/kl", "validation/kl"),
@@ -145,6 +146,8 @@ def run_ppo(config: Config) -> dict[str, Any]:
         )
         with run.phase(f"evaluating SFT on {config.final_prompts} prompts"):
             before = evaluation.assess(params, before_key, config.final_prompts)
+        if warning := cut_responses(config, float(before.ended_B.mean())):
+            run.console.print(f"warning: {warning}")
 
         training = TrainingState(
             ppo.PPOState(
@@ -253,6 +256,25 @@ def run_ppo(config: Config) -> dict[str, Any]:
         if judge is not None:
             panels = panels | {"win rate against SFT": ("validation/win_rate",)}
         return policies.finish(run, sampled, time.perf_counter() - began, panels)
+
+
+def cut_responses(config: Config, ended: float) -> str | None:
+    """A warning if reward models are going to score many responses that are cut.
+
+    They learn from whole responses, whose last token is EOS. What they say at another token is an
+    accident, and the policy may learn no more than to end, or not to.
+
+    Args:
+      ended: share of the responses of the policy at the start that ended.
+    """
+    functions = all(map(scoring.is_function, config.reward.spec))
+    if functions or config.ppo.missing_eos != "none" or ended >= ENOUGH_END:
+        return None
+    return (
+        f"{1 - ended:.0%} of SFT's responses are cut at --max_new_tokens {config.max_new_tokens}."
+        " A reward model that was trained on whole responses scores cut ones arbitrarily: raise"
+        " --max_new_tokens, or give --ppo.missing_eos penalty or fixed"
+    )
 
 
 def minibatches(config: Config, step: int) -> list[np.ndarray]:

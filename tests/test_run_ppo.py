@@ -271,6 +271,28 @@ def test_a_resumed_run_may_not_become_another(start, whole, flag, changed, capsy
     assert re.search(rf"error: --resume would make another run.*{flag[2:]}", said)
 
 
+@pytest.mark.parametrize(
+    ("spec", "missing_eos", "ended", "warns"),
+    [
+        (("rm",), "none", 0.14, True),
+        (("f.py:f", "rm"), "none", 0.79, True),
+        (("rm",), "none", 0.81, False),
+        (("rm",), "penalty", 0.14, False),  # which sets the score of such a response apart
+        (("f.py:f",), "none", 0.14, False),  # a function sees what it scores
+    ],
+)
+def test_a_reward_model_that_scores_cut_responses_is_warned_of(spec, missing_eos, ended, warns):
+    flags = ppo_config.PRESETS["miniature"]
+    flags = dataclasses.replace(
+        flags,
+        reward=RewardConfig(spec),
+        ppo=dataclasses.replace(flags.ppo, missing_eos=missing_eos),
+    )
+    said = run_ppo.cut_responses(flags, ended)
+    assert (said is not None) == warns
+    assert not warns or f"{1 - ended:.0%} of SFT's responses are cut at --max_new_tokens 32" in said
+
+
 def test_choices(start, whole, tmp_path, monkeypatch):
     """Two epochs, uneven lengths in buckets and shares, a head on the trunk, adaptive beta,
     re-scored behaviour, a score for no EOS, models at rest on the host, sequences split between
