@@ -203,7 +203,8 @@ def run_pretrain(config: Config) -> None:
         report.write_for(config.out)
         names = ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html")
         files = [config.out / name for name in names]
-        next_command = f"python experiments/run_sft.py --model {config.out}"
+        preset = "--preset quick " if config.preset == "quick" else ""
+        next_command = f"python experiments/run_sft.py {preset}--model {config.out}"
         run.finish(summary, [*files, config.out / "export"], next_command)
 
 

@@ -382,7 +382,8 @@ def run_sft(config: Config) -> None:
         report.write_for(config.out)
         names = ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html")
         files = [config.out / name for name in names]
-        next_command = f"python experiments/run_rm.py --model {config.out}"
+        preset = "--preset quick " if config.preset == "quick" else ""
+        next_command = f"python experiments/run_rm.py {preset}--model {config.out}"
         run.finish(summary, [*files, *exports], next_command)
 
 

@@ -317,12 +317,13 @@ def _check_ids(dataset: Dataset, tokenizer: Any, vocab_size: int | None, report:
     if count:  # a text may spell the token out, as it does one that separates documents
         texts = (text for record in dataset.records for text in (record.prompt, *record.responses))
         count = max(0, count - sum(text.count(tokenizer.unk_token) for text in texts))
-    share = count / max(1, sum(map(len, parts)))
+    total = sum(map(len, parts))
+    share = count / max(1, total)
     if share > 0.1:
         problem = f"the tokenizer does not know {share:.0%} of the tokens: choose another --model"
         raise DataError(report.name, None, f"{problem} or --tokenizer")
     if share:
-        report.log(f"{report.name}: the tokenizer does not know {share:.2%} of the tokens")
+        report.log(f"{report.name}: the tokenizer does not know {count:,} of {total:,} tokens")
 
 
 def _limit(
