@@ -501,7 +501,7 @@ def test_unknown_words(tmp_path):
     known = {"prompt": "list two animals. " * 20, "completion": "dog. gluon."}
     lines = []
     quiet(write(tmp_path / "b", known), "demonstrations", tokenizer, lines.append)
-    assert any("the tokenizer does not know 1 of 85 tokens" in line for line in lines), lines
+    assert any("the tokenizer does not know 3 of 86 tokens" in line for line in lines), lines
 
 
 def test_the_unknown_token_spelled_out(tmp_path):
