@@ -17,12 +17,13 @@ repeated, and a stopped run continues.
     oasst-rm       reward models on halves A and B of OASST's ranked replies; B is the gold judge
     oasst-dpo      DPO on half A, judged by B
     oasst-ppo      PPO on other prompts of OASST against A, judged by B
-    oasst-best-of-n    the best of up to 16 samples by A, judged by B
-    oasst-raft     RAFT on other prompts of OASST against A, judged by B
-    public-sft     a policy from P3's public tasks, the data of T0
-    public         oasst-ppo against public-sft, judged by B, as in the paper's Figure 5
-    hh-rm          a reward model on pairs of hh-rlhf, harmless-base, for each seed
     short-sft      a policy from demonstrations of at most 48 tokens
+    oasst-short-ppo    as oasst-ppo, from short-sft, whose responses end
+    oasst-best-of-n    the best of up to 16 samples of short-sft by A, judged by B
+    oasst-raft     RAFT from short-sft against A, judged by B
+    public-sft     a policy from P3's public tasks, the data of T0
+    public         oasst-short-ppo against public-sft, judged by B, as in the paper's Figure 5
+    hh-rm          a reward model on pairs of hh-rlhf, harmless-base, for each seed
     one-sentence   PPO from short-sft against a Python function: one sentence, which ends
 
 Hardware: `--size small` takes an hour or two a run on one CPU core of 130 GFLOP/s; `full` is for a
@@ -153,34 +154,41 @@ def grid(c: Config) -> Grid:
         | {"max_new_tokens": 96, "steps": 100 if full else 30, "ppo.missing_eos": "none"},
         needs=("oasst-rm-a", "oasst-rm-b"),
     )
-    proxy = {
-        **of_model,
-        "reward": out / "oasst-rm-a",
-        **gold,
-        **lottery,
-        "max_new_tokens": 96,
-    }
+    brief = {"data": f"jsonl:{c.data}/dolly_hh_small/*.jsonl.gz"}
+    brief |= {"data.max_prompt": 128, "data.max_response": 48}
+    every["short-sft"] = Job("run_sft.py", {**of_model, **brief, **sft, "steps": 16})
+    # What starts from it has responses that end, as reward models score cut ones arbitrarily.
+    start = out / "short-sft"
+    proxy = {"reward": out / "oasst-rm-a", **gold, **lottery, "max_new_tokens": 64}
     dtype = {"model_dtype": compute.get("model_dtype", "float32")}
+    needs = ("short-sft", "oasst-rm-a", "oasst-rm-b")
+    every["oasst-short-ppo"] = Job(
+        "run_ppo.py",
+        {"model": start, **proxy, **ppo, "ptx.coef": 0, "ppo.missing_eos": "penalty"}
+        | {"steps": 100 if full else 30},
+        needs=needs,
+    )
     every["oasst-best-of-n"] = Job(
         "evaluate.py",
-        {"models": c.model, **{k: v for k, v in proxy.items() if k != "model"}, **dtype}
+        {"models": start, **proxy, **dtype}
         | {"samples": 16, "best_of": (1, 2, 4, 8, 16), "prompts": 64, "batch_size": 32},
-        needs=("oasst-rm-a", "oasst-rm-b"),
+        needs=needs,
         resumes=False,
     )
     every["oasst-raft"] = Job(
         "swap_loss.py",
-        {**proxy, **compute, "samples": 16, "batch_size": 8, "steps": 64 if full else 10}
-        | {"microbatches": 1 if full else 4, "learning_rate": 1e-5, "eval_prompts": 64},
-        needs=("oasst-rm-a", "oasst-rm-b"),
+        {"model": start, **proxy, **compute}
+        | {"samples": 16, "batch_size": 8, "steps": 64 if full else 10, "learning_rate": 1e-5}
+        | {"microbatches": 1 if full else 4, "eval_prompts": 64},
+        needs=needs,
         positional=("raft",),
     )
 
     tasks = {"data": f"jsonl:{c.data}/p3_t0_subset/*.jsonl.gz", "data.max_response": 96}
     every["public-sft"] = Job("run_sft.py", {**of_model, **tasks, **sft})
-    models = ("oasst-ppo", "public-sft")
+    models = ("oasst-short-ppo", "public-sft")
     compared = {"models": [out / name for name in models], "prompts": 256, "batch_size": 32}
-    compared |= {"max_new_tokens": 96, **dtype}
+    compared |= {"max_new_tokens": 64, **dtype}
     every["public"] = Job(
         "evaluate.py",
         {**compared, **lottery, **gold},
@@ -201,13 +209,10 @@ def grid(c: Config) -> Grid:
         }
         every[f"hh-rm-{seed}"] = Job("run_rm.py", flags)
 
-    brief = {"data": f"jsonl:{c.data}/dolly_hh_small/*.jsonl.gz"}
-    brief |= {"data.max_prompt": 128, "data.max_response": 48}
-    every["short-sft"] = Job("run_sft.py", {**of_model, **brief, **sft, "steps": 16})
     function = {"reward": f"{Path(__file__).resolve()}:one_sentence", "ptx.coef": 0, "steps": 40}
     every["one-sentence"] = Job(
         "run_ppo.py",
-        {"model": out / "short-sft", **lottery, **ppo, **function, "max_new_tokens": 64},
+        {"model": start, **lottery, **ppo, **function, "max_new_tokens": 64},
         needs=("short-sft",),
     )
     here = f"{Path(__file__).resolve().parents[1]}/"

@@ -27,7 +27,10 @@ def test_the_scripts_know_all_flags(tmp_path, size):
     c = config(tmp_path, size=size, seeds=(0, 1))
     grid = real_model.grid(c)
     assert [name for name in grid.jobs if name.startswith("e2e-rm")] == ["e2e-rm-0", "e2e-rm-1"]
+    before: set[str] = set()
     for name, job in grid.jobs.items():
+        assert before.issuperset(job.needs), name  # as `Grid.chosen` takes it
+        before.add(name)
         script = importlib.import_module(job.script.removesuffix(".py"))
         argv = grid.command(name)[2:]
         if job.script == "swap_loss.py":
