@@ -172,8 +172,8 @@ def in_smaller_parts(
     smaller = tried
     if failed.name in ("prefill", "rollout") and given.sample_batch is None:
         prompts = (script.sample_batch or script.batch_size) // parts
-        shards = topology.devices // sharding.parse_mesh(mesh).get("tensor", 1)
-        if prompts >= shards:
+        data, fsdp, _ = sharding.axis_sizes(topology.devices, **sharding.parse_mesh(mesh))
+        if prompts >= data * fsdp:
             smaller = dataclasses.replace(tried, sample_batch=prompts)
     elif failed.name in stages and given.microbatches is None:
         smaller = dataclasses.replace(tried, microbatches=parts * script.microbatches)

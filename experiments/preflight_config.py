@@ -38,7 +38,7 @@ class Data:
     max_prompt: Count | None = None
     """Longest prompt in tokens. [The preset's value, else 1,024]"""
     max_response: Count | None = None
-    """Longest response of a comparison in tokens. [The preset's value, else 1,024]
+    """Longest response in tokens. [The preset's value, else 1,024]
     A comparison is taken to have 9 of them."""
 
 

@@ -67,8 +67,13 @@ def rm_step(config: run_rm.Config, model: ModelConfig, mesh: Mesh) -> Compilable
 
 
 def row_of_text(config: run_sft.Config, model: ModelConfig) -> int:
-    """Tokens of a row of run_sft.py, at most."""
-    return config.length or min(run_sft.LONGEST, model.max_length)
+    """Tokens of a row of run_sft.py: --length, or what holds a demonstration of the greatest
+    lengths, as far as run_sft.py goes without --length.
+    """
+    longest, limits = min(run_sft.LONGEST, model.max_length), config.data
+    P, R = limits.max_prompt, limits.max_response
+    whole = longest if P is None or R is None else -(-(P + R) // 128) * 128
+    return config.length or min(whole, longest)
 
 
 def row_of_comparisons(config: run_rm.Config, model: ModelConfig) -> int:

@@ -636,8 +636,11 @@ def earlier_steps(config: Config) -> list[tuple[str, Any, Callable[..., Any]]]:
 
 def check(config: Config) -> None:
     """Raises ValueError or OSError for flags that cannot work, before anything is loaded or run."""
-    coming = [out for out, _, _ in earlier_steps(config) if not pretrained.finished(Path(out))]
-    mesh = checks.check_run(config, "ppo", [Path(out) for out in coming])
+    first = [Path(out) for out, _, _ in earlier_steps(config)]
+    first = [out for out in first if not pretrained.finished(out)]
+    named = [config.model, *config.reward.spec, config.value_model or "", *config.gold]
+    coming = [name for name in named if Path(name) in first]  # as the flags spell them
+    mesh = checks.check_run(config, "ppo", first)
     checks.check_rows("--ppo.minibatch", config.ppo.minibatch, config.ppo.microbatches, mesh)
     text = text_source(config)
     if text.spec:

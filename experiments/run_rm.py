@@ -389,7 +389,8 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         files = ("metrics.jsonl", "samples.jsonl", "results.json", "report.html")
         pictures = ("accuracy.png", "calibration.png", "curves.png")
         wrote = [*(config.out / name for name in (*files, *pictures)), *exports]
-        by_reward = f"--keep reward --reward_model {config.out} --out {config.out}-sft"
+        preset = "--preset quick " if config.preset == "quick" else ""
+        by_reward = f"{preset}--keep reward --reward_model {config.out} --out {config.out}-sft"
         accuracy = ranking.table_of(results["accuracy"])
         run.finish(summary, wrote, f"python experiments/run_sft.py {by_reward}", [accuracy])
         return results

@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, are not torn by a step that donates, and restore on any mesh."""
 
+import json
 import resource
 import shutil
 import signal
@@ -251,10 +252,14 @@ def test_checksums_wait_for_metadata_that_is_written_late(tmp_path, monkeypatch)
         update(*args, **kwargs)
 
     monkeypatch.setattr(_MetadataStoreImpl, "update", late)
-    checkpoints = Checkpoints(tmp_path, 1)
-    checkpoints.save(1, {"w": jnp.zeros((8, 8))}, {})
-    checkpoints.close()
-    assert manifest.damage(epath.Path(tmp_path / "1")) is None
+    for step, wait in ((1, 60), (2, 0.1)):  # and too late to be waited for
+        monkeypatch.setattr(manifest, "METADATA_WAIT", wait)
+        checkpoints = Checkpoints(tmp_path, 2)
+        checkpoints.save(step, {"w": jnp.zeros((8, 8))}, {})
+        checkpoints.close()
+        assert manifest.damage(epath.Path(tmp_path / f"{step}")) is None
+        sums = json.loads((tmp_path / f"{step}" / "checksums.json").read_text())
+        assert (manifest.STEP_METADATA in sums) == (wait == 60)
 
 
 def test_damaged_checkpoints_are_set_aside(tmp_path, capsys):

@@ -1234,11 +1234,17 @@ def test_microbatches_hold_as_many_rows_of_text_as_episodes():
     assert shape(batches[1], "tokens_BT")[0] == 16
 
 
+LIMITS = flags_of.Data(max_prompt=200, max_response=100)  # 300, by 128
+
+
 @pytest.mark.parametrize(
     ("stage", "flags", "want"),
     [
         ("sft", {}, (8, 128)),
         ("sft", {"length": 96, "batch_size": 4}, (4, 96)),
+        ("sft", {"preset": "small", "model": "gpt3-1.3b"}, (8, 2048)),
+        ("sft", {"preset": "small", "data": LIMITS}, (8, 256)),  # the context
+        ("sft", {"preset": "small", "model": "gpt3-1.3b", "data": LIMITS}, (8, 384)),
         ("rm", {}, (6, 288)),
         ("rm", {"length": 200}, (6, 200)),
         ("rm", {"preset": "small"}, (8, 1280)),  # 128 + 9 x 128

@@ -2,12 +2,14 @@
 
 import json
 
+import chat_layouts
 import jax
 import numpy as np
 import pytest
 import score_ends
 
 from instructjax import hf, miniature, models, reward, sharding
+from instructjax.data import template
 from instructjax.models import ModelConfig
 
 PROMPTS = ["list two animals that are white.", "write one fact about lentle."]
@@ -23,6 +25,29 @@ def judge(tmp_path_factory):
     config, params = models.with_scalar_head(base, config, jax.random.key(1))
     hf.save(out, config, params, tokenizer)
     return out
+
+
+@pytest.mark.parametrize(("layout", "end"), [("gemma", "<end_of_turn>"), ("zephyr", "</s>")])
+def test_a_response_is_scored_as_in_training(layout, end, monkeypatch):
+    """After BOS, and with the template's end of turn, which need not be the tokenizer's EOS."""
+    tokenizer, rows = chat_layouts.tokenizer(layout), []
+
+    def score(params, batch):
+        rows.append([batch[name][0] for name in ("prompt_BP", "tokens_BR")])
+        return np.zeros(score_ends.BATCH)
+
+    loaded = None, None, tokenizer
+    monkeypatch.setattr(score_ends.pretrained, "load", lambda *args, **how: loaded)
+    monkeypatch.setattr(score_ends.scoring, "scorer", lambda *args: score)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    score_ends.scores("judge", mesh, ["<s>name a river" if layout == "zephyr" else "Hi"], ["one"])
+    (prompt, cut), (_, ended) = rows
+    assert list(prompt).count(tokenizer.bos_token_id) == 1
+    assert prompt[0] == tokenizer.bos_token_id
+    assert list(ended[:-1]) == list(cut[:-1])
+    assert tokenizer.convert_ids_to_tokens(int(ended[-1])) == end
+    template.record(tokenizer, "plain")
+    assert score_ends.end_of(tokenizer) == tokenizer.eos_token_id
 
 
 def alone(judge, prompt: str, response: str, ends: int) -> float:

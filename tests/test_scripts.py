@@ -495,3 +495,13 @@ def test_each_preset_of_the_miniature_has_its_own_steps(preset, folder):
     assert run_pretrain.PRESETS[preset].out == Path(folder, "pretrain")
     own = dataclasses.replace(config, data=DataConfig("jsonl:mine.jsonl"), pretrain=DataConfig("x"))
     assert run_ppo.earlier_steps(own) == []
+
+
+def test_models_that_earlier_steps_make_may_be_spelled_otherwise(tmp_path, monkeypatch):
+    """They are not there yet, and no flag that names them is at fault."""
+    monkeypatch.chdir(tmp_path)
+    quick = dataclasses.replace(run_ppo.PRESETS["quick"], preset="quick")
+    rm = {"reward": RewardConfig(("runs/quick/rm/",)), "value_model": "./runs/quick/rm"}
+    run_ppo.check(dataclasses.replace(quick, **rm, gold=("runs/quick/rm",)))
+    with pytest.raises(FileNotFoundError, match="--value_model runs/other"):
+        run_ppo.check(dataclasses.replace(quick, value_model="runs/other"))

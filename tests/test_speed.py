@@ -167,6 +167,9 @@ def test_each_model_of_an_ensemble_scores(tmp_path, monkeypatch):
 
 
 def test_what_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        speed.cli([str(make_run(tmp_path / "b")), "--out", f"{tmp_path}/nowhere/x.md"])
+    assert f"--out {tmp_path}/nowhere/x.md: there is no folder" in capsys.readouterr().err
     (make_run(tmp_path / "a") / "config.json").unlink()
     refused = ([], "RUNS: give at least one"), ([tmp_path], "no run directory")
     for runs, says in (*refused, ([tmp_path / "a"], "config.json: no such file")):

@@ -25,10 +25,12 @@ check_tool gcloud
 place=("$NAME" "--project=$PROJECT" "--zone=$ZONE" --quiet)
 if [ "$API" = compute ]; then
   drop "$GROUP" "$NAME" zone
-  group="$FOUND"
+  found="$FOUND"
   drop instance-templates "$PART"
+  found+="$FOUND"
   drop resource-policies "$PART" region
-  [ -n "$group$IF_EXISTS$DRY_RUN" ] || failed "no group $NAME in $ZONE by --api compute; \
+  found+="$FOUND" # of a request that failed half-way there may be parts alone
+  [ -n "$found$IF_EXISTS$DRY_RUN" ] || failed "no group $NAME in $ZONE by --api compute; \
 for the Cloud TPU API give --api tpus"
 elif [ -n "$DIRECT" ]; then
   run gcloud compute tpus tpu-vm delete "${place[@]}"

@@ -133,7 +133,9 @@ case "$verb" in
     codes=()
     kubernetes delete jobset "$NAME" --ignore-not-found || codes+=($?)
     run gcloud container node-pools delete "$NAME" "${of_cluster[@]}" --quiet || codes+=($?)
-    drop resource-policies "$PART" region || codes+=($?) # of a TPU7x
+    if [[ "${ACCELERATOR:-tpu7x-}" = tpu7x-* ]]; then # which alone has a policy
+      drop resource-policies "$PART" region || codes+=($?)
+    fi
     exit "${codes[0]:-0}"
     ;;
 esac

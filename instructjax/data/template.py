@@ -124,11 +124,11 @@ def end_ids(tokenizer: Any, model_ids: Sequence[int] = ()) -> tuple[int, ...]:
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     if getattr(tokenizer, "chat_template", None):
-        ids += _end_of_turn(tokenizer)
+        ids += end_of_turn(tokenizer)
     return tuple(dict.fromkeys(map(int, ids)))
 
 
-def _end_of_turn(tokenizer: Any) -> list[int]:
+def end_of_turn(tokenizer: Any) -> list[int]:
     """The id of the first added token after a reply, if the template writes one."""
     reply = "A short reply"
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": reply}]

@@ -4,12 +4,12 @@
     python -m instructjax.evaluation.speed runs/ppo --out speed.md
 
 Seconds are medians over steps. The first step after a start is left out, because it compiles. Steps
-after an evaluation are left out too, because their time includes the evaluation. Memory is the
-run's own count: the largest bytes of all arrays, and the largest temporaries of any program. The
-two need not occur at the same time. Model FLOPs are those of the matmuls with weights: 2 a weight
-and token in a forward pass, 6 in a step that trains all weights, 4 in one that trains adapters. The
-products of attention and what --remat computes twice are not counted. Padding counts as tokens in
-SFT and RM, not in PPO.
+after an evaluation are left out too, because their time includes the evaluation; if there are no
+others, they are taken. Memory is the run's own count: the largest bytes of all arrays, and the
+largest temporaries of any program. The two need not occur at the same time. Model FLOPs are those
+of the matmuls with weights: 2 a weight and token in a forward pass, 6 in a step that trains all
+weights, 4 in one that trains adapters. The products of attention and what --remat computes twice
+are not counted. Padding counts as tokens in SFT and RM, not in PPO.
 """
 
 import dataclasses
@@ -292,6 +292,8 @@ def check(config: Config) -> None:
         raise ValueError("RUNS: give at least one run directory")
     for directory in config.runs:
         read(directory)
+    if config.out is not None and not config.out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {config.out}: there is no folder {config.out.parent}")
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

@@ -82,29 +82,28 @@ def _write_own(folder: epath.Path) -> None:
 
 def write(step_directory: epath.Path) -> None:
     """Writes checksums.json of a checkpoint that is complete but for its name. Host 0 calls it."""
-    _await_metadata(step_directory / STEP_METADATA)
-    by_others = _listed_by_hosts(step_directory)
+    left_out = set(_listed_by_hosts(step_directory))
+    if not _metadata_is_written(step_directory / STEP_METADATA):
+        left_out.add(STEP_METADATA)  # what is written later would pass for damage
     sums = {
         name: summed(step_directory / name)
         for name in _names(step_directory)
-        if name not in by_others and not name.endswith(COMMIT_FILE)
+        if name not in left_out and not name.endswith(COMMIT_FILE)
     }
     (step_directory / WHOLE).write_text(json.dumps(sums))
 
 
-def _await_metadata(file: epath.Path) -> None:
-    """Waits for orbax to write its handlers' names, in a thread that it waits for only later.
-
-    Without them after METADATA_WAIT the file is summed as it is.
-    """
+def _metadata_is_written(file: epath.Path) -> bool:
+    """Waits up to METADATA_WAIT for the names of handlers, which a thread of orbax's writes."""
     end = time.monotonic() + METADATA_WAIT
     while time.monotonic() < end:
         try:
             if json.loads(file.read_text()).get("item_handlers"):
-                return
+                return True
         except (OSError, ValueError, AttributeError):  # not there yet, or half written
             pass
         time.sleep(0.02)
+    return False
 
 
 def exists(step_directory: epath.Path) -> bool:
