@@ -18,13 +18,13 @@ repeated, and a stopped run continues.
     oasst-dpo      DPO on half A, judged by B
     oasst-ppo      PPO on other prompts of OASST against A, judged by B
     short-sft      a policy from demonstrations of at most 48 tokens
-    oasst-short-ppo    as oasst-ppo, from short-sft, whose responses end
-    oasst-best-of-n    the best of up to 16 samples of short-sft by A, judged by B
-    oasst-raft     RAFT from short-sft against A, judged by B
+    one-sentence   PPO from short-sft against a Python function: one sentence, which ends
+    oasst-short-ppo    as oasst-ppo, from one-sentence, most of whose responses end
+    oasst-best-of-n    the best of up to 16 samples of one-sentence by A, judged by B
+    oasst-raft     RAFT from one-sentence against A, judged by B
     public-sft     a policy from P3's public tasks, the data of T0
     public         oasst-short-ppo against public-sft, judged by B, as in the paper's Figure 5
     hh-rm          a reward model on pairs of hh-rlhf, harmless-base, for each seed
-    one-sentence   PPO from short-sft against a Python function: one sentence, which ends
 
 Hardware: `--size small` takes an hour or two a run on one CPU core of 130 GFLOP/s; `full` is for a
 GPU, where it has not been run.
@@ -157,11 +157,17 @@ def grid(c: Config) -> Grid:
     brief = {"data": f"jsonl:{c.data}/dolly_hh_small/*.jsonl.gz"}
     brief |= {"data.max_prompt": 128, "data.max_response": 48}
     every["short-sft"] = Job("run_sft.py", {**of_model, **brief, **sft, "steps": 16})
-    # What starts from it has responses that end, as reward models score cut ones arbitrarily.
-    start = out / "short-sft"
+    function = {"reward": f"{Path(__file__).resolve()}:one_sentence", "ptx.coef": 0, "steps": 40}
+    every["one-sentence"] = Job(
+        "run_ppo.py",
+        {"model": out / "short-sft", **lottery, **ppo, **function, "max_new_tokens": 64},
+        needs=("short-sft",),
+    )
+    # Most of its responses end. Reward models score cut ones arbitrarily.
+    start = out / "one-sentence"
     proxy = {"reward": out / "oasst-rm-a", **gold, **lottery, "max_new_tokens": 64}
     dtype = {"model_dtype": compute.get("model_dtype", "float32")}
-    needs = ("short-sft", "oasst-rm-a", "oasst-rm-b")
+    needs = ("one-sentence", "oasst-rm-a", "oasst-rm-b")
     every["oasst-short-ppo"] = Job(
         "run_ppo.py",
         {"model": start, **proxy, **ppo, "ptx.coef": 0, "ppo.missing_eos": "penalty"}
@@ -209,12 +215,6 @@ def grid(c: Config) -> Grid:
         }
         every[f"hh-rm-{seed}"] = Job("run_rm.py", flags)
 
-    function = {"reward": f"{Path(__file__).resolve()}:one_sentence", "ptx.coef": 0, "steps": 40}
-    every["one-sentence"] = Job(
-        "run_ppo.py",
-        {"model": start, **lottery, **ppo, **function, "max_new_tokens": 64},
-        needs=("short-sft",),
-    )
     here = f"{Path(__file__).resolve().parents[1]}/"
     places = {c.model: "MODEL", f"{c.data}": "DATA", here: ""}
     return Grid(out, every, EXPERIMENTS, c.results_directory, places)
