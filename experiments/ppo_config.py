@@ -268,52 +268,47 @@ PAPER = Config(
     model_dtype="bfloat16",  # App. C: fp16, with fp32 masters
     remat="dots",  # ours
 )
-PRESETS = {
-    # All ours. Text rows at 8 to an episode would take most of the time; at 27.8 their gradient
-    # pulls this small policy back to a base model that is not trained out; and an average over
-    # 125 updates would lag so short a run. A reward model of this size is soon exploited: a
-    # larger beta.
-    "miniature": Config(
-        steps=120,
-        batch_size=256,
-        max_new_tokens=32,
-        eval_every=30,
-        final_prompts=1024,
-        unroll=2,
-        ppo=PPO(
-            minibatch=64,
-            epochs=1,
-            learning_rate=3e-4,
-            value_learning_rate=1e-3,
-            beta=0.15,
-            missing_eos="none",
-            ema=0.95,
-        ),
-        ptx=PTX(coef=0.03, ratio=1, length=64),
+# All ours. Text rows at 8 to an episode would take most of the time; at 27.8 their gradient pulls
+# this small policy back to a base model that is not trained out; and an average over 125 updates
+# would lag so short a run. A reward model of this size is soon exploited: a larger beta.
+MINIATURE = Config(
+    steps=120,
+    batch_size=256,
+    max_new_tokens=32,
+    eval_every=30,
+    final_prompts=1024,
+    unroll=2,
+    ppo=PPO(
+        minibatch=64,
+        epochs=1,
+        learning_rate=3e-4,
+        value_learning_rate=1e-3,
+        beta=0.15,
+        missing_eos="none",
+        ema=0.95,
     ),
+    ptx=PTX(coef=0.03, ratio=1, length=64),
+)
+PRESETS = {
+    "miniature": MINIATURE,
     # For a first look: as few steps as let the policy win clearly against SFT, at a rate for that.
-    "quick": Config(
+    "quick": dataclasses.replace(
+        MINIATURE,
         out=Path("runs/quick/ppo"),
         model="runs/quick/sft",
         reward=RewardConfig(("runs/quick/rm",)),
         steps=30,
         batch_size=128,
-        max_new_tokens=32,
         eval_every=15,
         eval_prompts=64,
         final_prompts=512,
-        unroll=2,
-        ppo=PPO(
-            minibatch=64,
-            epochs=1,
+        ppo=dataclasses.replace(
+            MINIATURE.ppo,
             learning_rate=5e-4,
             value_learning_rate=2e-3,
-            beta=0.15,
-            missing_eos="none",
             ema=0.9,
             buckets=1,  # one program in place of three
         ),
-        ptx=PTX(coef=0.03, ratio=1, length=64),
     ),
     # For models below 1B. In brackets: where a value is from. TRL: its PPOTrainer's defaults and
     # its example on TL;DR with a Pythia of 1B. Huang et al.: 2024, arXiv 2403.17031, from 1B up.

@@ -67,17 +67,11 @@ class Config(RunConfig):
     Fewer parts are used if a device would otherwise have no row."""
 
 
+MINIATURE = Config(length=128, epochs=2, learning_rate=4e-3, warmup=40, unroll=2)
 PRESETS = {
-    "miniature": Config(length=128, epochs=2, learning_rate=4e-3, warmup=40, unroll=2),
+    "miniature": MINIATURE,
     # The first of four steps for a first look, which `run_ppo.py --preset quick` runs.
-    "quick": Config(
-        out=Path("runs/quick/pretrain"),
-        length=128,
-        epochs=0.4,
-        learning_rate=4e-3,
-        warmup=40,
-        unroll=2,
-    ),
+    "quick": dataclasses.replace(MINIATURE, out=Path("runs/quick/pretrain"), epochs=0.4),
     # For models below 1B. In brackets: where a value is from.
     "small": Config(
         learning_rate=6e-4,  # [GPT-3 of 125M: Brown et al. 2020, arXiv 2005.14165, table 2.1]
@@ -203,8 +197,7 @@ def run_pretrain(config: Config) -> None:
         report.write_for(config.out)
         names = ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html")
         files = [config.out / name for name in names]
-        preset = "--preset quick " if config.preset == "quick" else ""
-        next_command = f"python experiments/run_sft.py {preset}--model {config.out}"
+        next_command = config.command_of("run_sft.py", f"--model {config.out}")
         run.finish(summary, [*files, config.out / "export"], next_command)
 
 

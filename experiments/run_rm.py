@@ -131,19 +131,13 @@ PAPER = Config(
     model_dtype="bfloat16",  # App. C: fp16, with fp32 masters
     remat="dots",  # ours
 )
+MINIATURE = Config(  # ours
+    length=288, batch_size=6, epochs=2.4, learning_rate=5e-4, warmup=0, unroll=2
+)
 PRESETS = {
-    "miniature": Config(  # ours
-        length=288, batch_size=6, epochs=2.4, learning_rate=5e-4, warmup=0, unroll=2
-    ),
-    "quick": Config(  # for a first look; see run_ppo.py
-        out=Path("runs/quick/rm"),
-        model="runs/quick/sft",
-        length=288,
-        batch_size=6,
-        epochs=0.6,
-        learning_rate=5e-4,
-        warmup=0,
-        unroll=2,
+    "miniature": MINIATURE,
+    "quick": dataclasses.replace(  # for a first look; see run_ppo.py
+        MINIATURE, out=Path("runs/quick/rm"), model="runs/quick/sft", epochs=0.6
     ),
     # For models below 1B. In brackets: where a value is from.
     "small": Config(
@@ -389,10 +383,9 @@ def run_rm(config: Config, fold: int | None = None) -> dict[str, Any]:
         files = ("metrics.jsonl", "samples.jsonl", "results.json", "report.html")
         pictures = ("accuracy.png", "calibration.png", "curves.png")
         wrote = [*(config.out / name for name in (*files, *pictures)), *exports]
-        preset = "--preset quick " if config.preset == "quick" else ""
-        by_reward = f"{preset}--keep reward --reward_model {config.out} --out {config.out}-sft"
+        by_reward = f"--keep reward --reward_model {config.out} --out {config.out}-sft"
         accuracy = ranking.table_of(results["accuracy"])
-        run.finish(summary, wrote, f"python experiments/run_sft.py {by_reward}", [accuracy])
+        run.finish(summary, wrote, config.command_of("run_sft.py", by_reward), [accuracy])
         return results
 
 

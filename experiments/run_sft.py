@@ -124,26 +124,19 @@ BASELINE = dataclasses.replace(PAPER, epochs=16, dropout=0.2)  # section 3.5, Ap
 PPO_INIT = dataclasses.replace(  # App. C.3: 2 epochs, 10 % pretraining data
     PAPER, epochs=2, pretrain=DataConfig(tyro.MISSING), pretrain_share=0.1
 )
+MINIATURE = Config(  # ours
+    length=128,
+    epochs=6,
+    learning_rate=2e-3,
+    warmup=0,
+    sample_batch=256,
+    max_new_tokens=48,
+    unroll=2,
+)
 PRESETS = {
-    "miniature": Config(  # ours
-        length=128,
-        epochs=6,
-        learning_rate=2e-3,
-        warmup=0,
-        sample_batch=256,
-        max_new_tokens=48,
-        unroll=2,
-    ),
-    "quick": Config(  # for a first look; see run_ppo.py
-        out=Path("runs/quick/sft"),
-        model="runs/quick/pretrain",
-        length=128,
-        epochs=1.5,
-        learning_rate=2e-3,
-        warmup=0,
-        sample_batch=256,
-        max_new_tokens=48,
-        unroll=2,
+    "miniature": MINIATURE,
+    "quick": dataclasses.replace(  # for a first look; see run_ppo.py
+        MINIATURE, out=Path("runs/quick/sft"), model="runs/quick/pretrain", epochs=1.5
     ),
     # For models below 1B. In brackets: where a value is from.
     "small": Config(
@@ -382,8 +375,7 @@ def run_sft(config: Config) -> None:
         report.write_for(config.out)
         names = ("metrics.jsonl", "samples.jsonl", "curves.png", "report.html")
         files = [config.out / name for name in names]
-        preset = "--preset quick " if config.preset == "quick" else ""
-        next_command = f"python experiments/run_rm.py {preset}--model {config.out}"
+        next_command = config.command_of("run_rm.py", f"--model {config.out}")
         run.finish(summary, [*files, *exports], next_command)
 
 

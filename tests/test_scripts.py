@@ -493,6 +493,8 @@ def test_each_preset_of_the_miniature_has_its_own_steps(preset, folder):
     assert run_sft.PRESETS[preset].model == f"{folder}/pretrain"
     assert run_rm.PRESETS[preset].model == f"{folder}/sft"
     assert run_pretrain.PRESETS[preset].out == Path(folder, "pretrain")
+    words = "--preset quick --model x" if preset == "quick" else "--model x"
+    assert config.command_of("run_rm.py", "--model x") == f"python experiments/run_rm.py {words}"
     own = dataclasses.replace(config, data=DataConfig("jsonl:mine.jsonl"), pretrain=DataConfig("x"))
     assert run_ppo.earlier_steps(own) == []
 

@@ -124,12 +124,6 @@ class Grid:
         """Raises ValueError if a run that has finished was made with other flags than now."""
         flags = self._flags(name)
         recorded = json.loads(cost.read_text()).get("flags", flags)  # an old file has none
-        # Earlier versions kept the spelling of more flags, and replaced paths otherwise.
-        recorded = {x if x in flags else x.replace("-", "_"): recorded[x] for x in recorded}
-        for flag, words in _words(self.jobs[name]).items():
-            same_count = flag in recorded and len(recorded[flag]) == len(words)
-            if same_count and all(map(self._is_recorded, words, recorded[flag])):
-                recorded[flag] = flags[flag]
         for flag in {**recorded, **flags}:
             before, now = (
                 " ".join([f"--{flag}", *x[flag]]) if flag in x else f"no --{flag}"
@@ -151,27 +145,18 @@ class Grid:
         of runs/rounds is `jsonl:OUT/a.jsonl`."""
         return self._anywhere(value, flag=True)
 
-    def _is_recorded(self, word: str, recorded: str) -> bool:
-        """Whether an earlier version recorded a value so: each path was replaced wherever it stood,
-        later a relative one at the beginning alone."""
-        replaced = word
-        for path, name in self._names.items():
-            replaced = replaced.replace(path, name)
-        return recorded in (replaced, self._anywhere(word, flag=True, in_lists=False))
-
     @property
     def _names(self) -> dict[str, str]:
         """What stands in place of each path of this machine."""
         return {f"{self.out}": "OUT", **self.places}
 
-    def _anywhere(self, text: str, flag: bool = False, in_lists: bool = True) -> str:
+    def _anywhere(self, text: str, flag: bool = False) -> str:
         """A text without the absolute paths of this machine, of which the longest come first.
 
         Args:
           flag: whether it is the value of a flag. One may begin with a relative path, after
-            `jsonl:` and the like. In other texts that could be any word.
-          in_lists: whether such a path may stand after a comma or `*` too. One without a `/` is a
-            folder there: `prompt=data,data=x` names columns.
+            `jsonl:` and the like, and have others after a comma or `*`. One without a `/` is a
+            folder there: `prompt=data,data=x` names columns. In other texts that could be any word.
         """
         names = self._names
         for path in sorted(names, key=len, reverse=True):
@@ -181,9 +166,8 @@ class Grid:
             if path.startswith("/"):
                 patterns = [rf"(?<![\w./~-]){escaped}{after}"]
             elif flag:
-                patterns = [rf"(?<![^:]){escaped}{after}"]
-                if in_lists:
-                    patterns.append(rf"(?<=[,*]){escaped}{after if '/' in path else '(?=/)'}")
+                in_list = after if "/" in path else "(?=/)"
+                patterns = [rf"(?<![^:]){escaped}{after}", rf"(?<=[,*]){escaped}{in_list}"]
             for pattern in patterns:
                 text = re.sub(pattern, lambda _, name=names[path]: name, text)
         return text

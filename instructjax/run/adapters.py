@@ -27,9 +27,9 @@ class Base(NamedTuple):
     def adapted(self, adapter: str, mesh: Mesh) -> tuple[ModelConfig, Params]:
         """The model of an adapter on these weights, whose arrays it shares.
 
-        Errors: as for `hf.check_base` and `hf.load_adapter`.
+        Whether it was trained on them is for the caller to know; see `hf.check_base`. Errors: as
+        for `hf.load_adapter`.
         """
-        hf.check_base(adapter, self.name)
         config, trained = hf.load_adapter(adapter, self.config, mesh)
         return config, _under(self.params, trained)
 

@@ -43,6 +43,7 @@ PACKAGES = ("instructjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 CACHES = ("data.cache", "pretrain.cache", "demonstrations.cache")
 UNCOMPARED = ("command", "out", "checkpoints", "resume", "resume_step", *CACHES)
 SMALL = "small"  # the default preset for data other than the miniature's
+QUICK = "quick"  # a preset of the miniature whose steps have folders of their own
 
 ConfigT = TypeVar("ConfigT", bound="RunConfig")
 
@@ -163,6 +164,11 @@ class RunConfig:
         """`preset small: learning_rate 2e-05, ...`: what matters most of this run's flags."""
         shown = ((name, functools.reduce(getattr, name.split("."), self)) for name in self.SHOWN)
         return f"preset {self.preset or 'none'}: " + ", ".join(f"{k} {v}" for k, v in shown)
+
+    def command_of(self, script: str, words: str) -> str:
+        """The command of another step, in the folders of this one's preset."""
+        preset = f"--preset {QUICK} " if self.preset == QUICK else ""
+        return f"python experiments/{script} {preset}{words}"
 
     def compute(self, model: ModelConfig) -> ModelConfig:
         """The model with the flags' dtype, rematerialisation and unrolling."""
