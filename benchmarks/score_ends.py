@@ -86,9 +86,13 @@ def main(config: Config) -> None:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     prompts = [row["prompt"] for row in rows]
     print("| judge | responses of | without EOS | with EOS | worth of EOS |\n|---|---|---|---|---|")
+    models = [name for name in rows[0] if name != "prompt"]
+    responses = [row[model] for model in models for row in rows]
     for reward in config.reward:
-        for model in [name for name in rows[0] if name != "prompt"]:
-            cut_B, ended_B = scores(reward, mesh, prompts, [row[model] for row in rows])
+        both = scores(reward, mesh, prompts * len(models), responses)
+        for model, (cut_B, ended_B) in zip(
+            models, both.reshape(2, len(models), -1).swapaxes(0, 1), strict=True
+        ):
             cells = [
                 f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
                 for value, low, high in map(statistics.mean, (cut_B, ended_B, ended_B - cut_B))

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, Sharding
 from run_ppo import Programs
 
 from instructjax import hf, models, offload, ppo, preflight, sampler, scoring, sharding, state
+from instructjax.data.batches import rounded_up
 from instructjax.models import ModelConfig, Params
 from instructjax.preflight import Compilable
 from instructjax.run import RunConfig, checks
@@ -72,7 +73,7 @@ def row_of_text(config: run_sft.Config, model: ModelConfig) -> int:
     """
     longest, limits = min(run_sft.LONGEST, model.max_length), config.data
     P, R = limits.max_prompt, limits.max_response
-    whole = longest if P is None or R is None else -(-(P + R) // 128) * 128
+    whole = longest if P is None or R is None else rounded_up(P + R)
     return config.length or min(whole, longest)
 
 
@@ -81,8 +82,7 @@ def row_of_comparisons(config: run_rm.Config, model: ModelConfig) -> int:
     greatest lengths, as far as run_rm.py goes without --length.
     """
     P, R = lengths(config.data.max_prompt, config.data.max_response, model)
-    whole = -(-(P + RESPONSES * R) // 128) * 128
-    return config.length or min(whole, run_rm.LONGEST)
+    return config.length or min(rounded_up(P + RESPONSES * R), run_rm.LONGEST)
 
 
 # ------------------------------------------------------------------------------------ PPO

@@ -33,8 +33,12 @@ def sizes(dataset: Dataset) -> np.ndarray:
 
 def row_length(datasets: Sequence[Dataset], multiple: int = 128) -> int:
     """The least multiple of some tokens that holds any record of the data sets."""
-    longest = max(int(sizes(dataset).max()) for dataset in datasets)
-    return longest + -longest % multiple
+    return rounded_up(max(int(sizes(dataset).max()) for dataset in datasets), multiple)
+
+
+def rounded_up(tokens: int, multiple: int = 128) -> int:
+    """The least multiple of some tokens that holds a number of them."""
+    return tokens + -tokens % multiple
 
 
 def fitting(dataset: Dataset, length: int, log: Callable[[str], None] = print) -> Dataset:
